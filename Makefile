@@ -1,0 +1,48 @@
+# make quickstart   install, train a small net on the embedded pictures, evaluate it (about 10 minutes)
+# make test         every test (at most 12 minutes on 2 cores); `make test-fast`: without the slow ones
+# make lint         ruff
+# Another Python: `make test PYTHON=python3.12`. Other pytest arguments: `make test ARGS='-k layers'`.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := runs/quickstart
+PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
+# A file's tests stay in one process: its fixtures (prepared stores, short runs) are made once.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+.PHONY: quickstart test test-fast lint clean
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2 --workdir=$(RUN)
+	$(VENV)/bin/python -m alexnet_jax.evaluate $(RUN)
+	@echo
+	@echo 'The run is in $(RUN): metrics.jsonl (one row per interval), config.json, run.json, checkpoints/.'
+	@echo 'Curves and kernels: $(VENV)/bin/tensorboard --logdir $(RUN)'
+	@echo 'Next: README.md, "Training on ImageNet" and "on your own folder".'
+
+test: $(VENV)/.installed-dev
+	$(PYTEST) $(ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV)
+
+# The stamps are newer than the requirements they were installed from, so nothing is installed twice.
+$(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/bin/python
+	@echo "Installing requirements.txt into $(VENV) (a minute or two, about 2 GB) ..."
+	$(PIP_INSTALL) -r requirements.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(PIP_INSTALL) -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or later, or name one: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old, Python 3.11 or later is needed; name one: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,366 @@
+"""Checkpoints: asynchronous saves through orbax, and restores that check every bit.
+
+A checkpoint is a folder named by its step, `<directory>/<step>/`, with the arrays of the state in
+`state/` (orbax's own format, the same whatever the mesh) and one JSON object in `meta/metadata`:
+
+    meta     what the caller gave: the history of errors and whatever else the run must remember
+    leaves   for every leaf of the state, by its name ('params/conv1/kernel'): shape, dtype and
+             fingerprint
+    crc32    of the two above, so that a digit changed in the history does not pass for another
+
+A folder appears under its final name only when it is complete. What is damaged later is found by
+the CRC, by orbax, or by the fingerprints, and never used.
+"""
+
+import json
+import logging
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from alexnet_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run in `directory`: the latest `keep` and the one of the lowest error.
+
+    The error of a step is `meta['history'][str(step)]` as it was saved with that very step; a step
+    saved without its own entry is never the best one. Nothing is written, and no folder made,
+    before the first `save`. With several processes, all of them call every method.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, *, keep: int = 2):
+        if keep < 1:
+            raise UserError(f'{directory}: {keep} checkpoints to keep; it must be at least 1')
+        self.directory = pathlib.Path(directory).absolute()  # orbax refuses relative ones
+        self._policy = _LatestAndBest(keep)
+        self._manager: ocp.CheckpointManager | None = None
+        self._intact: tuple[int, dict] | None = None  # the step last saved or restored, its record
+        logging.getLogger('absl').addFilter(_without_orbax_chatter)
+
+    def steps(self) -> list[int]:
+        """The steps that have a finished checkpoint, damaged or not, in ascending order."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(ocp.utils.checkpoint_steps(self.directory))
+
+    def best_step(self) -> int | None:
+        """The step with the lowest error among those there; None if none was evaluated."""
+        return _best({step: self._error(step) for step in self.steps()})
+
+    def shapes(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every leaf of a step (None: the latest readable one), by name."""
+        _, record = self._first_good(step, self._record)
+        return {
+            name: jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'])
+            for name, leaf in record['leaves'].items()
+        }
+
+    def save(self, step: int, state: Any, meta: dict) -> None:
+        """Starts saving `state`, a pytree of jax.Arrays, and `meta`, a JSON object without NaN.
+
+        Both are copied before this returns: the arrays may be donated and `meta` changed at once.
+        Checkpoints of this step or later ones belong to a future that is being run again (after a
+        fallback to an earlier step, or a restore of one) and are removed, so that a damaged one
+        can never take the place of a good one among the latest. Raises UserError if this save or
+        the one before it cannot be written.
+        """
+        content = {'meta': meta, 'leaves': _describe(state)}
+        # Through JSON and back: a copy, and the same object that a restore will return.
+        content = json.loads(json.dumps(content, allow_nan=False))
+        record = {**content, 'crc32': _crc32(content)}
+        self.wait()
+        if self._intact == (step, record) and step in self.steps():
+            return  # the very same is there already; replacing it would only risk it
+        try:
+            manager = self._open()
+            for later in [s for s in manager.all_steps() if s >= step]:
+                manager.delete(later)
+                self._policy.errors.pop(later, None)
+            self._policy.errors[step] = _own_error(step, record)
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_named_leaves(state)),
+                    meta=ocp.args.JsonSave(record),
+                ),
+                force=True,  # the caller decides when to save; orbax's own rules do not apply
+            )
+        except OSError as error:
+            raise UserError(f'{self.directory}: cannot save step {step}: {_line(error)}') from error
+        self._intact = (step, record)
+
+    def restore(self, target: Any, step: int | None = None) -> tuple[int, Any, dict]:
+        """Restores a whole state -> (step, state, meta); `target` has its structure.
+
+        The leaves of `target` are jax.ShapeDtypeStructs with the shardings wanted, on any mesh.
+        Without `step` it is the latest good one: a damaged one is passed over with a warning that
+        names the step and the leaf or file, and is left where it is. Raises UserError if there is
+        no checkpoint, if none (or not the one asked for) is intact, or if names, shapes or dtypes
+        are not those of `target`, which means another model.
+        """
+        step, state, record = self._restore(target, step, whole=True)
+        self._intact = (step, record)
+        return step, state, record['meta']
+
+    def restore_params(self, target: Any, step: int | None = None) -> tuple[int, Any, dict]:
+        """Restores the field `params` of a saved state alone -> (step, params, meta).
+
+        As `restore`, but `target` is the structure of the parameters, and may leave some of them
+        out: those are not read. The optimiser's state is not needed.
+        """
+        step, state, record = self._restore({'params': target}, step, whole=False)
+        return step, state['params'], record['meta']
+
+    def wait(self) -> None:
+        """Waits until the save under way is on disk; UserError if it could not be written."""
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # a full disk comes as one of several types
+            self._intact = None
+            raise UserError(f'{self.directory}: saving failed: {_line(error)}') from error
+
+    def close(self) -> None:
+        """Waits, and ends orbax's threads."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        # Made at the first save, not before: making it creates the folder and removes unfinished
+        # saves, which must not happen to a run that is only being read.
+        if self._manager is None:
+            self._policy.errors = {step: self._error(step) for step in self.steps()}
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._policy,
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                ),
+            )
+        return self._manager
+
+    def _restore(self, target: Any, step: int | None, *, whole: bool) -> tuple[int, Any, dict]:
+        def load(step: int) -> tuple[Any, dict]:
+            record = self._record(step)
+            self._check_same_model(step, record, target, whole=whole)
+            return self._load(step, record, target), record
+
+        step, (state, record) = self._first_good(step, load)
+        return step, state, record
+
+    def _first_good(self, step: int | None, load: Callable[[int], Any]) -> tuple[int, Any]:
+        """(step, load(step)) for `step`, or for the latest one where `load` finds no damage."""
+        self.wait()
+        steps = self.steps()
+        if not steps:
+            raise UserError(f'{self.directory}: there is no checkpoint here')
+        if step is not None:
+            if step not in steps:
+                raise UserError(f'{self.directory}: no checkpoint of step {step}, only of {steps}')
+            try:
+                return step, load(step)
+            except _Damaged as damage:
+                raise UserError(
+                    f'{self.directory}/{step} is damaged: {damage}; the steps here are {steps}'
+                ) from damage
+        for candidate in reversed(steps):
+            try:
+                return candidate, load(candidate)
+            except _Damaged as damage:
+                log.warning(
+                    '%s/%d is damaged and passed over: %s', self.directory, candidate, damage
+                )
+                last = damage
+        raise UserError(
+            f'{self.directory}: every checkpoint here is damaged ({steps}); '
+            f'remove the folder to start again; {steps[0]}: {last}'
+        ) from last
+
+    def _record(self, step: int) -> dict:
+        """The checked JSON object of a step; _Damaged if it is not as it was written."""
+        path = self.directory / str(step) / 'meta' / 'metadata'
+        try:
+            record = json.loads(path.read_bytes())
+            content = {'meta': record['meta'], 'leaves': record['leaves']}
+            intact = record['crc32'] == _crc32(content)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _Damaged(f'meta/metadata cannot be read ({_line(error)})') from error
+        if not intact:
+            raise _Damaged('meta/metadata has changed since it was written (CRC)')
+        return record
+
+    def _error(self, step: int) -> float | None:
+        try:
+            return _own_error(step, self._record(step))
+        except _Damaged:
+            return None  # restore() is where damage is reported
+
+    def _check_same_model(self, step: int, record: dict, target: Any, *, whole: bool) -> None:
+        where = f'{self.directory}/{step}'
+        stored = record['leaves']
+        wanted = _named_leaves(target)
+        for name, leaf in wanted.items():
+            if name not in stored:
+                raise UserError(f"{where}: no {name} in it; it is another model's")
+            there = (tuple(stored[name]['shape']), stored[name]['dtype'])
+            here = (tuple(leaf.shape), str(leaf.dtype))
+            if there != here:
+                raise UserError(
+                    f'{where}: {name} is {there[1]}{list(there[0])} there and '
+                    f"{here[1]}{list(here[0])} here; it is another model's"
+                )
+        left_over = [name for name in stored if name not in wanted]
+        if whole and left_over:
+            raise UserError(f"{where}: {left_over[0]} in it is not here; it is another model's")
+
+    def _load(self, step: int, record: dict, target: Any) -> Any:
+        state = []
+        for name, leaf in _named_leaves(target).items():
+            value, problem = None, None
+            try:
+                value = self._read(step, name, leaf)
+            except Exception as error:  # whatever orbax, tensorstore, zstd make of damaged bytes
+                problem = _line(error)
+            if not _all_processes(problem is None):
+                raise _Damaged(f'{name} cannot be read ({problem or "in another process"})')
+            state.append(jax.make_array_from_callback(leaf.shape, leaf.sharding, value.__getitem__))
+        state = jax.tree.unflatten(jax.tree.structure(target), state)
+        changed = [
+            name
+            for name, value in fingerprints(state).items()
+            if value != record['leaves'][name]['fingerprint']
+        ]
+        if changed:
+            raise _Damaged(f'{", ".join(changed)} changed since it was saved (fingerprint)')
+        return state
+
+    def _read(self, step: int, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        """The whole of one leaf, on the host."""
+        # One by one, straight from orbax's handler. Around it, Checkpointer.restore ends in a
+        # barrier, where the others would hang if only one process met the damage; and of several
+        # reads under way, the first to fail leaves the others to print tracebacks.
+        value = ocp.PyTreeCheckpointHandler().restore(
+            self.directory / str(step) / 'state',
+            args=ocp.args.PyTreeRestore(
+                item={name: leaf},
+                restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
+                partial_restore=True,
+            ),
+        )[name]
+        # A leaf that is missing from orbax's own list comes back as it went in, a ShapeDtypeStruct.
+        if not isinstance(value, np.ndarray):
+            raise ValueError('it is not among the arrays')
+        if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(f'it has become {value.dtype}{list(value.shape)}')
+        return value
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+    """A 32-bit fingerprint of every leaf of a pytree of jax.Arrays, by its name.
+
+    The sum of the leaf's 32-bit patterns mod 2^32, each times an odd number made from its place:
+    so any single changed bit changes it, and values in the wrong place do too. Integer sums do not
+    depend on their order, so it is the same on every mesh.
+    """
+    leaves = _named_leaves(tree)
+    values = jax.device_get(_fingerprints(list(leaves.values())))
+    return {name: int(value) for name, value in zip(leaves, values, strict=True)}
+
+
+@jax.jit
+def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
+    def fingerprint(x: jax.Array) -> jax.Array:
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+        words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        # The flat index, axis by axis: flattening a sharded array would move it.
+        place = jnp.zeros(words.shape, jnp.uint32)
+        for axis, size in enumerate(words.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
+                jnp.uint32, words.shape, axis
+            )
+        return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+
+    return [fingerprint(x) for x in leaves]
+
+
+class _Damaged(Exception):
+    """A checkpoint is not as it was saved; the message names the leaf or file."""
+
+
+class _LatestAndBest:
+    """orbax's preservation policy: the latest `keep` steps and the one with the lowest error."""
+
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.errors: dict[int, float | None] = {}  # of the steps on disk
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.keep :], _best({s: self.errors.get(s) for s in steps})}
+        return [step in kept for step in steps]
+
+
+def _best(errors: dict[int, float | None]) -> int | None:
+    evaluated = [step for step in errors if errors[step] is not None]
+    return min(evaluated, key=lambda step: (errors[step], step), default=None)
+
+
+def _own_error(step: int, record: dict) -> float | None:
+    return record['meta'].get('history', {}).get(str(step))
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _describe(state: Any) -> dict[str, dict]:
+    leaves = _named_leaves(state)
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array):  # orbax would restore others unsharded and unchecked
+            raise TypeError(f'{name} is a {type(leaf).__name__}, not a jax.Array')
+    values = fingerprints(state)
+    return {
+        name: {'shape': leaf.shape, 'dtype': str(leaf.dtype), 'fingerprint': values[name]}
+        for name, leaf in leaves.items()
+    }
+
+
+def _crc32(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _all_processes(good: bool) -> bool:
+    if jax.process_count() == 1:
+        return good
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(jnp.array(good)).all())
+
+
+def _line(error: BaseException) -> str:
+    text = ' '.join(str(error).split())
+    return f'{type(error).__name__}: {text[:300]}'
+
+
+def _without_orbax_chatter(record: logging.LogRecord) -> bool:
+    """Drops what orbax logs, dozens of lines a save, below the level of an error."""
+    return record.levelno >= logging.ERROR or '/orbax/' not in record.pathname

@@ -1,0 +1,286 @@
+"""Batches for training and evaluation: the store's pictures as the sampler orders and cuts them.
+
+A batch is a pure function of (store, seed, step, rows): there is no iterator state to save, and
+starting at any step costs the same. Pictures leave here as uint8; arithmetic is the device's.
+"""
+
+import importlib.util
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from alexnet_jax import sampler
+from alexnet_jax.errors import UserError
+from alexnet_jax.store import Store
+
+Batch = dict[str, np.ndarray]
+
+
+class Plan(NamedTuple):
+    """What a batch is made of: for each row the record (-1: none, a black picture), the corner of
+    its crop and whether it is mirrored; `rest` are the batch's entries that need no picture."""
+
+    records: np.ndarray  # i64[b]
+    y: np.ndarray  # i32[b]
+    x: np.ndarray  # i32[b]
+    flip: np.ndarray  # bool[b]
+    rest: Batch
+
+
+def train_batches(
+    store: Store,
+    *,
+    seed: int,
+    batch: int,
+    start: int,
+    stop: int,
+    rows: np.ndarray,
+    crop: int,
+    chunk: int,
+    random: bool,
+    threads: int,
+    reader: str = 'auto',
+) -> Iterator[Batch]:
+    """This process's rows of the global batches of steps start .. stop - 1.
+
+    Yields {'image': u8[b,crop,crop,3], 'z': f32[b,3], 'label': i32[b]} with b = len(rows). Row i
+    of step s is position s * batch + i of `sampler`; `random=False` takes the centre crop,
+    unmirrored. `chunk`: see `sampler.draws`.
+
+    Args:
+      rows: the indices, in the global batch of `batch` rows, of the rows that are wanted.
+      threads: how many threads read and decode.
+      reader: 'tf' (tf.data), 'threads' (without TensorFlow; raw stores only) or 'auto' (tf.data
+        where TensorFlow is installed). They give equal bytes.
+    Raises:
+      UserError: the crop is larger than the pictures, the reader can't read this store, or, while
+        iterating, a damaged record.
+    """
+    if not 0 < crop <= store.size:
+        raise UserError(
+            f'a crop of {crop} pixels does not fit the {store.size}-pixel pictures of {store.path}'
+        )
+    rows, labels, room = np.asarray(rows, np.int64), store.labels('train'), store.size - crop
+
+    def plan(step: int) -> Plan:
+        first = step * batch
+        records = sampler.records(seed, first + rows, len(labels))
+        draws = sampler.draws(seed, first, batch, room=room, chunk=chunk)
+        y, x, flip, z = (values[rows] for values in draws)
+        if not random:
+            y, x, flip = np.full_like(y, room // 2), np.full_like(x, room // 2), flip & False
+        return Plan(records, y, x, flip, {'z': z, 'label': labels[records]})
+
+    return _batches(store, 'train', plan, range(start, stop), crop, threads, reader)
+
+
+def eval_batches(
+    store: Store,
+    split: str,
+    *,
+    batch: int,
+    rows: np.ndarray,
+    threads: int,
+    reader: str = 'auto',
+) -> Iterator[Batch]:
+    """This process's rows of all whole pictures of a split, in order, each exactly once.
+
+    Yields {'image': u8[b,S,S,3], 'label': i32[b], 'mask': f32[b]}, ceil(N / batch) times on every
+    process; rows past the last record are black, with label and mask 0. Arguments and errors: see
+    `train_batches`.
+    """
+    rows, labels = np.asarray(rows, np.int64), store.labels(split)
+
+    def plan(step: int) -> Plan:
+        records = step * batch + rows
+        there = records < len(labels)
+        label = np.where(there, labels[np.where(there, records, 0)], 0)
+        rest = {'label': label, 'mask': there.astype(np.float32)}
+        none = np.zeros(len(rows), np.int32)
+        return Plan(np.where(there, records, -1), none, none, none.astype(bool), rest)
+
+    steps = range(-(-len(labels) // batch))
+    return _batches(store, split, plan, steps, store.size, threads, reader)
+
+
+def fake_batches(
+    *, batch: int, rows: np.ndarray, crop: int, classes: int, seed: int
+) -> Iterator[Batch]:
+    """One batch of noise, as `train_batches` gives it, again and again; needs no data."""
+    rows = np.asarray(rows)
+    generators = [np.random.default_rng([seed, row]) for row in rows.tolist()]
+    shape = (crop, crop, 3)
+    made = {
+        'image': np.stack([g.integers(256, size=shape, dtype=np.uint8) for g in generators]),
+        'z': sampler.draws(seed, 0, batch, room=0).z[rows],
+        'label': np.array([g.integers(classes) for g in generators], np.int32),
+    }
+    while True:
+        yield dict(made)
+
+
+def _batches(
+    store: Store,
+    split: str,
+    plan: Callable[[int], Plan],
+    steps: range,
+    crop: int,
+    threads: int,
+    reader: str,
+) -> Iterator[Batch]:
+    """The batches of some steps, through one of the readers."""
+    if reader not in ('auto', 'tf', 'threads'):
+        raise UserError(f'unknown reader {reader!r}, not one of auto, tf, threads')
+    if reader == 'auto':
+        reader = 'tf' if importlib.util.find_spec('tensorflow') else 'threads'
+    if reader == 'tf':
+        return _read_with_tensorflow(store, split, plan, steps, crop, threads)
+    if store.format != 'u8':
+        raise UserError(
+            f'{store.path} holds JPEG records, which need TensorFlow to be read; '
+            'install tensorflow-cpu or prepare a raw store (--format=u8)'
+        )
+    pixels = store.pixels(split)
+    return _read_with_threads(lambda step: _cut(pixels, plan(step), crop), steps, threads)
+
+
+def _cut(pixels: np.ndarray, plan: Plan, crop: int) -> Batch:
+    """A batch from raw pictures: every crop is copied once, out of the memory map."""
+    image = np.zeros((len(plan.records), crop, crop, 3), np.uint8)
+    for out, record, y, x, flip in zip(image, plan.records, plan.y, plan.x, plan.flip, strict=True):
+        if record < 0:
+            continue
+        window = pixels[record, y : y + crop, x : x + crop]
+        if flip:
+            for channel in range(3):  # three times as fast as copying window[:, ::-1] at once
+                out[..., channel] = window[:, ::-1, channel]
+        else:
+            out[:] = window
+    return {'image': image, **plan.rest}
+
+
+def _read_with_threads(make: Callable[[int], Batch], steps: range, threads: int) -> Iterator[Batch]:
+    """make(step) for every step, in order, `threads` at a time."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix='batches')
+    waiting = deque()
+    try:
+        for step in steps:
+            waiting.append(pool.submit(make, step))
+            if len(waiting) > threads + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _import_tensorflow():
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no word about CPU features or missing GPUs
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise UserError(f'reading with tf.data needs TensorFlow ({error}); install it') from error
+    tf.config.set_visible_devices([], 'GPU')  # all of their memory is JAX's
+    return tf
+
+
+def _read_with_tensorflow(
+    store: Store, split: str, plan: Callable[[int], Plan], steps: range, crop: int, threads: int
+) -> Iterator[Batch]:
+    """The batches of some steps through tf.data: read a step, decode pictures, batch, prefetch."""
+    tf = _import_tensorflow()
+    raw = store.format == 'u8'
+    pixels = store.pixels(split) if raw else None
+    failures = []
+
+    def read(step: np.ndarray) -> tuple[np.ndarray, ...]:
+        # TensorFlow turns an exception into text: keep it, for `_iterate` to raise.
+        try:
+            planned = plan(int(step))
+            if raw:
+                return tuple(_cut(pixels, planned, crop).values())
+            there = planned.records >= 0
+            data = np.full(len(there), b'', object)
+            data[there] = store.records(split, planned.records[there])
+            return data, planned.y, planned.x, planned.flip, *planned.rest.values()
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    def decode(data, y, x, flip, *rest):
+        def picture():
+            # Cropped in y only: libjpeg's columns at the edges of a crop in x differ by some
+            # levels from those of the whole picture, since chroma is interpolated without the
+            # neighbours; its rows do not. INTEGER_ACCURATE gives the pixels that PIL gives.
+            window = tf.stack([y, 0, crop, store.size])
+            image = tf.io.decode_and_crop_jpeg(
+                data, window, channels=3, dct_method='INTEGER_ACCURATE'
+            )[:, x : x + crop]
+            return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
+
+        def nothing():
+            return tf.zeros([crop, crop, 3], tf.uint8)
+
+        image = tf.ensure_shape(tf.cond(data == b'', nothing, picture), [crop, crop, 3])
+        return image, *rest
+
+    example = plan(steps[0]) if steps else None
+    if example is None:
+        return iter(())
+    b, names = len(example.records), ('image', *example.rest)
+    rest = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in example.rest.values()]
+    if raw:
+        specs = [tf.TensorSpec([b, crop, crop, 3], tf.uint8), *rest]
+    else:
+        kinds = (tf.string, tf.int32, tf.int32, tf.bool)
+        specs = [*(tf.TensorSpec([b], kind) for kind in kinds), *rest]
+
+    def read_step(step):
+        values = tf.numpy_function(read, [step], [s.dtype for s in specs], stateful=False)
+        return tuple(tf.ensure_shape(v, s.shape) for v, s in zip(values, specs, strict=True))
+
+    dataset = tf.data.Dataset.range(steps.start, steps.stop)
+    # A step of a jpg store is only read here, and decoded below.
+    dataset = dataset.map(read_step, num_parallel_calls=threads if raw else 2)
+    if not raw:
+        dataset = dataset.unbatch().map(decode, num_parallel_calls=threads)
+        dataset = dataset.batch(b, drop_remainder=True)
+    dataset = dataset.map(lambda *values: dict(zip(names, values, strict=True))).prefetch(2)
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    return _iterate(dataset.with_options(options), failures, tf.errors.OpError)
+
+
+def _iterate(dataset, failures: list[Exception], op_error: type[Exception]) -> Iterator[Batch]:
+    """A dataset's elements; an exception raised inside its functions is raised as it was."""
+    # TensorFlow's threads call back into Python, and hang or crash if they do so while the
+    # interpreter ends. So its iterator is dropped, which stops them, when the generator is closed
+    # or collected, and at exit at the latest: finalize sees to that.
+    held = {'iterator': dataset.as_numpy_iterator()}
+
+    def batches():
+        try:
+            while True:
+                try:
+                    batch = next(held['iterator'])
+                except StopIteration:
+                    return
+                except op_error:
+                    if failures:
+                        raise failures[0] from None
+                    raise
+                yield batch
+        finally:
+            held.clear()
+
+    generator = batches()
+    weakref.finalize(generator, held.clear)
+    return generator

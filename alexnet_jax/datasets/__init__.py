@@ -1,0 +1,35 @@
+"""Sources of labelled pictures: the embedded set, folders, TFDS names and the ImageNet tars."""
+
+import os
+
+from alexnet_jax.datasets import folder, tfds_sets
+from alexnet_jax.datasets.source import Example, Source
+from alexnet_jax.datasets.tfds_sets import EMBEDDED, IMAGENET
+
+__all__ = ['EMBEDDED', 'IMAGENET', 'Example', 'Source', 'is_folder', 'open_source']
+
+
+def is_folder(name: str) -> bool:
+    """Whether a source's name means a folder: it is one, or is written like one."""
+    return os.path.isdir(name) or '/' in name
+
+
+def open_source(name: str, *, data_dir: str | None = None, val_fraction: float = 0.1,
+                seed: int = 0) -> Source:
+    """Opens a folder of class folders, or a TFDS set by name.
+
+    A TFDS set is first built by TFDS if it is not there (`imagenet2012`: from the two tars, which
+    takes hours; `alexnet_shapes`, the embedded set: half a minute, nothing to download).
+
+    Args:
+      name: a folder (it exists, or the name has a '/'), or the name of a TFDS set.
+      data_dir: where TFDS keeps its sets; for `imagenet2012` also where the tars may lie.
+      val_fraction: part of the pictures to hold out where the source has no validation split.
+      seed: chooses which.
+
+    Raises:
+      UserError: if there is no such source, it is not of this form, or its files are missing.
+    """
+    if is_folder(name):
+        return folder.open_folder(name, val_fraction=val_fraction, seed=seed)
+    return tfds_sets.open_tfds(name, data_dir=data_dir, val_fraction=val_fraction, seed=seed)

@@ -1,0 +1,159 @@
+"""Renders the embedded set's pictures: one of ten figures, anywhere, in any colours, among clutter.
+
+What could give the class away without looking at the shape is drawn before the class is used, from
+one distribution for all: the size of the picture, the bounding box of the figure, colours, textures,
+clutter, noise and JPEG quality (so also the size of the file). Every figure has a mirror axis, and
+tilts are symmetric, so a flip does not change the class.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHORTER_SIDE = (96, 200)  # pixels, inclusive
+ASPECT = (1.0, 1.4)  # longer side / shorter side
+FIGURE_SIDE = (0.40, 0.75)  # side of the figure's bounding box / shorter side of the picture
+FIGURE_STRETCH = 1.2  # largest ratio of the bounding box's sides
+TILT = 25.0  # degrees, either way
+CONTRAST = 120.0  # least distance between the colours of figure and ground, in RGB levels
+TEXTURE = (0.0, 30.0)  # amplitude of the textures, in levels
+NOISE = (2.0, 16.0)  # standard deviation of the pixel noise, in levels
+QUALITY = (70, 96)  # JPEG quality, inclusive
+CLUTTER = (4, 12)  # small things lying about, inclusive
+
+
+def _circle(radius: float = 1.0, start: float = 0.0, stop: float = 360.0) -> np.ndarray:
+    angles = np.radians(np.linspace(start, stop, 49))
+    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _star(points: int, inner: float) -> np.ndarray:
+    angles = np.pi * np.arange(2 * points) / points - np.pi / 2
+    radii = np.where(np.arange(2 * points) % 2, inner, 1.0)
+    return radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 49)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([np.sin(t) ** 3, -y / 16], axis=1)
+
+
+def _cross(arm: float = 0.3) -> np.ndarray:
+    quarter = np.array([(arm, -1), (arm, -arm), (1, -arm)])
+    turn = np.array([(0, 1), (-1, 0)])
+    return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
+
+
+def _crescent() -> np.ndarray:
+    bite = _circle(0.85) + (0.55, 0.0)
+    outer = _circle()
+    return np.concatenate([outer[np.linalg.norm(outer - (0.55, 0.0), axis=1) > 0.85],
+                           bite[np.linalg.norm(bite, axis=1) < 1.0][::-1]])
+
+
+# Each figure: polygons f64[n,2] (x right, y down); those after the first are holes.
+FIGURES = {
+    'arrow': [np.array([(0, -1), (0.8, 0), (0.3, 0), (0.3, 1), (-0.3, 1), (-0.3, 0), (-0.8, 0)])],
+    'crescent': [_crescent()],
+    'cross': [_cross()],
+    'disc': [_circle()],
+    'heart': [_heart()],
+    'hourglass': [np.array([(-1, -1), (1, -1), (0.15, 0), (1, 1), (-1, 1), (-0.15, 0)])],
+    'ring': [_circle(), _circle(0.6)],
+    'square': [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])],
+    'star': [_star(5, 0.42)],
+    'triangle': [_star(3, 0.5)],
+}
+NAMES = list(FIGURES)
+
+
+def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    while True:
+        figure, ground = rng.uniform(15, 240, (2, 3))
+        if np.linalg.norm(figure - ground) >= CONTRAST:
+            return figure, ground
+
+
+def _texture(rng: np.random.Generator, colour: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A plain, shaded, striped, chequered or blotched surface -> f32[height,width,3]."""
+    kind = rng.integers(5)
+    y, x = np.ogrid[:height, :width]
+    angle, phase, period = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(6, 20)
+    along = (np.cos(angle) * x + np.sin(angle) * y).astype(np.float32)
+    if kind == 0:
+        pattern = np.zeros((height, width), np.float32)
+    elif kind == 1:
+        pattern = 2 * (along - along.min()) / np.ptp(along) - 1
+    elif kind == 2:
+        pattern = np.sin(along * np.float32(2 * np.pi / period) + np.float32(phase))
+    elif kind == 3:
+        pattern = (((x // period) + (y // period)) % 2 * 2 - 1).astype(np.float32)
+    else:
+        coarse = Image.fromarray(rng.uniform(-1, 1, (7, 7)).astype(np.float32))
+        pattern = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    tint = rng.uniform(*TEXTURE) * rng.uniform(0.5, 1.0, 3)
+    return colour.astype(np.float32) + pattern[:, :, None] * tint.astype(np.float32)
+
+
+def _mask(rng: np.random.Generator, label: int, height: int, width: int):
+    """One figure in a box that does not depend on it -> (f32[height,width,1], box x0, y0, x1, y1)."""
+    shorter = min(height, width)
+    stretch = FIGURE_STRETCH ** rng.uniform(-0.5, 0.5)
+    side = shorter * rng.uniform(*FIGURE_SIDE)
+    size = np.array([side * stretch, side / stretch])
+    # Inside the central square: `prepare` keeps no more.
+    corner = (np.array([width, height]) - shorter) / 2 + rng.uniform(0, 1, 2) * (shorter - size)
+    tilt = np.radians(rng.uniform(-TILT, TILT))
+    turn = np.array([(np.cos(tilt), np.sin(tilt)), (-np.sin(tilt), np.cos(tilt))])
+    polygons = [polygon @ turn for polygon in FIGURES[NAMES[label]]]
+    if rng.integers(2):
+        polygons = [polygon * (-1, 1) for polygon in polygons]
+    low, high = polygons[0].min(axis=0), polygons[0].max(axis=0)
+    mask = Image.new('L', (2 * width, 2 * height))
+    draw = ImageDraw.Draw(mask)
+    for number, polygon in enumerate(polygons):
+        points = 2 * (corner + (polygon - low) / (high - low) * size)
+        draw.polygon([tuple(point) for point in points], fill=0 if number else 255)
+    mask = np.asarray(mask.reduce(2), np.float32)[:, :, None] / 255  # drawn at twice the size: smooth
+    return mask, (*corner, *(corner + size))
+
+
+def _clutter(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    unit = min(image.size)
+    for _ in range(rng.integers(CLUTTER[0], CLUTTER[1], endpoint=True)):
+        x, y = rng.uniform(0, 1, 2) * image.size
+        colour = tuple(int(level) for level in rng.integers(0, 256, 3))
+        dx, dy = rng.uniform(-0.12, 0.12, 2) * unit
+        if rng.integers(2):
+            draw.line((x, y, x + 2 * dx, y + 2 * dy), colour, width=int(rng.integers(1, 4)))
+        else:
+            radius = rng.uniform(0.015, 0.05) * unit
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+    return np.asarray(image, np.float32)
+
+
+def render(seed: int, split: int, index: int) -> tuple[bytes, int, tuple[float, ...]]:
+    """Picture `index` of a split -> (JPEG, label, bounding box x0, y0, x1, y1 as parts of the sides).
+
+    A pure function of its arguments; the label is `index` modulo ten.
+    """
+    rng = np.random.default_rng([seed, split, index])
+    label = index % len(NAMES)
+    shorter = rng.integers(*SHORTER_SIDE, endpoint=True)
+    longer = round(shorter * rng.uniform(*ASPECT))
+    height, width = (shorter, longer) if rng.integers(2) else (longer, shorter)
+    figure_colour, ground_colour = _colours(rng)
+    figure = _texture(rng, figure_colour, height, width)
+    ground = _texture(rng, ground_colour, height, width)
+    mask, box = _mask(rng, label, height, width)
+    picture = _clutter(rng, ground + mask * (figure - ground))
+    noise = rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(*NOISE))
+    picture = np.clip(picture + noise + 0.5, 0, 255).astype(np.uint8)
+    encoded = io.BytesIO()
+    quality = int(rng.integers(*QUALITY, endpoint=True))
+    Image.fromarray(picture).save(encoded, 'JPEG', quality=quality)
+    return encoded.getvalue(), label, tuple(np.array(box) / (width, height, width, height))

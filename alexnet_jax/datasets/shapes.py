@@ -1,0 +1,41 @@
+"""The embedded set as a TFDS builder, `alexnet_shapes`: rendered on this machine, nothing to download.
+
+Imported only where a TFDS set is opened, because it needs TFDS to define its class.
+"""
+
+import io
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from alexnet_jax.datasets import figures
+
+SEED = 2012
+SPLITS = {'train': (0, 4000), 'validation': (1, 1000)}  # name: (number of the split, pictures)
+
+
+class AlexnetShapes(tfds.core.GeneratorBasedBuilder):
+    """Ten classes of variable-size JPEG pictures: 4000 to train on, 1000 to validate."""
+
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=figures.__doc__,
+            features=tfds.features.FeaturesDict({
+                'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
+                'label': tfds.features.ClassLabel(names=figures.NAMES),
+                'box': tfds.features.Tensor(shape=(4,), dtype=np.float32),  # x0, y0, x1, y1 in 0..1
+            }),
+            supervised_keys=('image', 'label'),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing to download
+        return {name: self._generate_examples(*split) for name, split in SPLITS.items()}
+
+    def _generate_examples(self, split, count):
+        for index in range(count):
+            data, label, box = figures.render(SEED, split, index)
+            yield index, {'image': io.BytesIO(data), 'label': label, 'box': box}

@@ -1,0 +1,36 @@
+"""What every source of pictures offers: names, counts, and reading in a fixed order."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from alexnet_jax.errors import UserError
+
+
+class Example(NamedTuple):
+    """One picture as the source keeps it."""
+    name: str  # a file or an id, for error messages
+    data: bytes | np.ndarray  # an encoded picture, or u8[H,W,C]
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A labelled set of pictures with a 'train' and a 'val' split."""
+    name: str
+    class_names: list[str]  # by label
+    splits: dict[str, int]  # {'train': N, 'val': M}
+    read: Callable[[str, int], Iterator[Example]]  # (split, start): records start, start + 1, ...
+
+
+def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np.ndarray]:
+    """Divides records 0..count-1 at random -> {'train': i64[N], 'val': i64[M]}, each ascending."""
+    held_out = round(count * fraction)
+    if not 0 < held_out < count:
+        raise UserError(f'val_fraction {fraction} of the {count} pictures of {name} leaves '
+                        f'{count - held_out} to train and {held_out} to validate: give another '
+                        '--val_fraction, or a val/ split')
+    order = np.random.default_rng(seed).permutation(count)
+    return {'train': np.sort(order[held_out:]), 'val': np.sort(order[:held_out])}

@@ -1,0 +1,119 @@
+"""TFDS sets by name, among them ImageNet from its two tars and the embedded set."""
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+
+from alexnet_jax.datasets.source import Example, Source, split_off
+from alexnet_jax.errors import UserError
+
+EMBEDDED = 'alexnet_shapes'
+IMAGENET = 'imagenet2012'
+TARS = {'ILSVRC2012_img_train.tar': '138 GB', 'ILSVRC2012_img_val.tar': '6.3 GB'}
+
+
+def _root(name: str, data_dir: str | None) -> str:
+    """The folder where TFDS keeps a set; the embedded one stays beside the stores."""
+    if data_dir is None:
+        default = os.environ.get('TFDS_DATA_DIR', os.path.join('~', 'tensorflow_datasets'))
+        data_dir = os.path.join('data', 'tfds') if name == EMBEDDED else default
+    return os.path.abspath(os.path.expanduser(data_dir))
+
+
+def find_imagenet(data_dir: str | None) -> str:
+    """The folder with both ImageNet tars (any folder if TFDS has built the set already).
+
+    Raises:
+      UserError: which files go where, if there is neither. Needs no TensorFlow.
+    """
+    root = _root(IMAGENET, data_dir)
+    manual = os.path.join(root, 'downloads', 'manual')  # TFDS's own place for them
+    for folder in (root, manual):
+        if all(os.path.isfile(os.path.join(folder, tar)) for tar in TARS):
+            return folder
+    if os.path.isdir(os.path.join(root, IMAGENET)):
+        return manual
+    wanted = ' and '.join(f'{os.path.join(root, tar)} ({size})' for tar, size in TARS.items())
+    raise UserError(f'{IMAGENET} is not there: register at https://image-net.org, download the two '
+                    f'tars and put them at {wanted}, or say where they are (--dir; in a config '
+                    'data.dir); `make quickstart` trains on an embedded set without any download')
+
+
+def _build(builder, name: str, root: str) -> None:
+    import tensorflow_datasets as tfds
+
+    manual = None
+    if name == IMAGENET:
+        manual = find_imagenet(root)
+        needed = sum(os.path.getsize(os.path.join(manual, tar)) for tar in TARS)
+        os.makedirs(root, exist_ok=True)
+        free = shutil.disk_usage(root).free
+        if free < needed:
+            raise UserError(f'{root}: TFDS needs {needed / 1e9:.1f} GB to build {name}, only '
+                            f'{free / 1e9:.1f} GB are free: give another --dir')
+    try:
+        builder.download_and_prepare(
+            file_format='tfrecord', download_config=tfds.download.DownloadConfig(manual_dir=manual))
+    except (AssertionError, OSError, ValueError, KeyError) as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise UserError(f'{name}: TFDS could not build it in {root}: {reason}') from error
+
+
+def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
+    """Opens a TFDS classification set, building it first where needed.
+
+    Validates on the split 'validation' or else 'test'; where there is neither, on `val_fraction` of
+    'train' chosen by `seed`.
+    """
+    root = _root(name, data_dir)
+    if name == IMAGENET:
+        find_imagenet(data_dir)  # refuses in a moment, before TensorFlow is loaded
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    tf.config.set_visible_devices([], 'GPU')  # reading needs none, and JAX wants all its memory
+    if name == EMBEDDED:
+        from alexnet_jax.datasets import shapes  # noqa: F401  importing it registers the builder
+    try:
+        builder = tfds.builder(name, data_dir=root)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise UserError(f'{name}: neither a folder nor a TFDS set: write a folder with a "/", or a '
+                        'name from https://www.tensorflow.org/datasets/catalog') from error
+    if not builder.is_prepared():
+        _build(builder, name, root)
+    features, keys = builder.info.features, builder.info.supervised_keys
+    if (not keys or len(keys) != 2 or not isinstance(features[keys[0]], tfds.features.Image)
+            or not isinstance(features[keys[1]], tfds.features.ClassLabel)):
+        raise UserError(f'{name}: not a set of pictures with one class label each')
+    image, label = keys
+    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if 'train' not in counts:
+        raise UserError(f'{name}: has no train split, only {", ".join(counts)}')
+    held_out = next((split for split in ('validation', 'test') if split in counts), None)
+    if held_out:
+        origin = {'train': 'train', 'val': held_out}
+        chosen = {split: np.arange(counts[origin[split]]) for split in origin}
+    else:
+        origin = {'train': 'train', 'val': 'train'}
+        chosen = split_off(counts['train'], val_fraction, seed, name)
+
+    def read(split: str, start: int) -> Iterator[Example]:
+        wanted = chosen[split][start:]
+        if not len(wanted):
+            return
+        records = builder.as_dataset(
+            split=f'{origin[split]}[{wanted[0]}:]', shuffle_files=False,
+            decoders={image: tfds.decode.SkipDecoding()},
+            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False))
+        position = 0
+        for index, record in enumerate(records.as_numpy_iterator(), start=wanted[0]):
+            if position < len(wanted) and index == wanted[position]:
+                place = record.get('file_name', f'{origin[split]}[{index}]'.encode()).decode()
+                yield Example(f'{name}: {place}', record[image], int(record[label]))
+                position += 1
+
+    return Source(name, list(features[label].names),
+                  {split: len(indices) for split, indices in chosen.items()}, read)

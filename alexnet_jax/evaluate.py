@@ -1,0 +1,162 @@
+"""Evaluation as in the paper: centre crop, ten crops (§4.1), and ensembles, with exact counts.
+
+    python -m alexnet_jax.evaluate RUN [RUN ...]
+
+prints a table of the top-1 and top-5 errors of every run, and of all of them together.
+"""
+
+import argparse
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from alexnet_jax import checkpoint, data, metrics, model, prepare, rundir, steps, switches
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import UserError, run
+from alexnet_jax.store import Store
+
+log = logging.getLogger(__name__)
+Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
+
+
+def evaluate(
+    predicts: Sequence[Predict], mesh: Mesh, store: Store, *, split: str, batch: int, threads: int
+) -> dict[str, float]:
+    """Sums over a split, every picture once: {'count', 'loss', 'top1', 'top5'}, hits and nats.
+
+    predicts: one function for each member of the ensemble; their probabilities are averaged.
+    """
+    score = steps.make_score(mesh)
+    rows = meshes.rows(mesh, batch)
+    parts = []
+    for local in data.eval_batches(store, split, batch=batch, rows=rows, threads=threads):
+        arrays = meshes.global_batch(mesh, batch, local)
+        probabilities = sum(p(arrays['image']) for p in predicts) / len(predicts)
+        parts.append(score(probabilities, arrays['label'], arrays['mask']))
+    sums = {name: sum(float(part[name]) for part in jax.device_get(parts)) for name in parts[0]}
+    if sums['count'] != store.counts[split]:
+        raise AssertionError(f'{sums["count"]:g} pictures counted, {store.counts[split]} are there')
+    return sums
+
+
+class Run(NamedTuple):
+    """A trained network, read back from its run directory."""
+
+    path: pathlib.Path
+    config: dict
+    net: model.AlexNet
+    step: int
+    params: dict
+    facts: rundir.Facts
+
+
+def open_run(path: str | pathlib.Path, mesh: Mesh, step: str | int = 'best') -> Run:
+    """Reads a run's parameters onto a mesh. step: 'best', 'latest' or a number.
+
+    Raises UserError for what is not a run directory and for missing or damaged checkpoints.
+    """
+    path = pathlib.Path(path)
+    config, facts = rundir.read_config(path), rundir.read_facts(path)
+    net = switches.build(classes=len(facts.names), **config['model'])
+    shapes = jax.eval_shape(lambda: model.init(net, 0, config['augment']['crop']))
+    shardings = meshes.shardings(mesh, model.param_specs(shapes, mesh.shape['model']))
+    target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    checkpoints = checkpoint.Checkpoints(path / 'checkpoints')
+    wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
+    found, params, _ = checkpoints.restore_params(target, wanted)
+    return Run(path, config, net, found, params, facts)
+
+
+def predictor(trained: Run, mesh: Mesh, views: str) -> Predict:
+    """predict(images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views."""
+    crop = trained.config['augment']['crop']
+    predict = steps.make_predict(trained.net, mesh, mean=trained.facts.mean, views=views, crop=crop)
+    return lambda images: predict(trained.params, images)
+
+
+class Classifier:
+    """What `alexnet_jax.load` returns: pictures -> probabilities, with `names`, one per class."""
+
+    def __init__(self, run_dir: str | pathlib.Path, views: str, step: str | int):
+        self._mesh = meshes.make((1, 1), towers=1, batches={})
+        trained = open_run(run_dir, self._mesh, step)
+        self.names = trained.facts.names
+        self.step = trained.step
+        self._size = trained.facts.mean.shape[0]
+        self._predict = predictor(trained, self._mesh, views)
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K]."""
+        squares = [prepare.square(image, self._size) for image in images]
+        return np.asarray(self._predict(np.stack(squares)))
+
+
+def load(run_dir: str | pathlib.Path, views: str = 'ten', step: str | int = 'best') -> Classifier:
+    """A trained network as a function from uint8 pictures to probabilities, with class names.
+
+    views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number. Raises
+    UserError for what is not a run directory and for missing or damaged checkpoints.
+    """
+    return Classifier(run_dir, views, step)
+
+
+def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
+    """(name, sums) -> a table like the paper's tables 1 and 2."""
+    width = max(len('Model'), *(len(name) for name, _ in rows))
+    lines = [f'{"Model":{width}}  Top-1    Top-5    Pictures']
+    for name, sums in rows:
+        e = metrics.errors(sums)
+        lines.append(
+            f'{name:{width}}  {e["top1_error"]:5.2f} %  {e["top5_error"]:5.2f} %  '
+            f'{sums["count"]:8,.0f}'
+        )
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m alexnet_jax.evaluate')
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories')
+    parser.add_argument('--split', default='val', choices=('val', 'train'))
+    parser.add_argument('--views', default='both', choices=('both', 'centre', 'ten'))
+    parser.add_argument('--step', default='best', help="'best', 'latest' or a number")
+    parser.add_argument('--store', help='the prepared pictures, if not where the run had them')
+    parser.add_argument('--batch', type=int, default=100, help='images a step')
+    parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
+    parser.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    if args.cpu_devices:
+        meshes.virtual_cpus(args.cpu_devices)
+    config = rundir.read_config(args.runs[0])
+    towers = {rundir.read_config(path)['model']['towers'] for path in args.runs}
+    shape = (0, 0) if len(towers) == 1 else (0, 1)
+    mesh = meshes.make(shape, towers=min(towers), batches={'--batch': args.batch})
+    step = int(args.step) if args.step.isdigit() else args.step
+    runs = [open_run(path, mesh, step) for path in args.runs]
+    if any(r.facts.names != runs[0].facts.names for r in runs):
+        raise UserError('these runs were trained on different classes: no common table')
+    store = prepare.ensure(**{**config['data'], **({'store': args.store} if args.store else {})})
+
+    results = []
+    for views in ('centre', 'ten') if args.views == 'both' else (args.views,):
+        crops = {'centre': '1 crop', 'ten': '10 crops'}[views]
+        predicts = [predictor(r, mesh, views) for r in runs]
+        members = [[p] for p in predicts] + ([predicts] if len(predicts) > 1 else [])
+        names = [f'{r.path.name} (step {r.step})' for r in runs] + [f'{len(runs)} CNNs']
+        for name, ensemble in zip(names, members, strict=False):
+            sums = evaluate(
+                ensemble, mesh, store, split=args.split, batch=args.batch, threads=args.threads
+            )
+            results.append((f'{name}, {crops}', sums))
+    print(table(results))
+
+
+if __name__ == '__main__':
+    run(main)

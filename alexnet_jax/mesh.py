@@ -1,0 +1,88 @@
+"""Devices: the ('data', 'model') mesh, and how a process's rows become one global batch.
+
+The axis `model` divides the towers, the axis `data` the images of a batch.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax.errors import UserError
+
+
+def virtual_cpus(count: int) -> None:
+    """Makes `count` CPU devices; only before anything else has used JAX."""
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', count)
+
+
+def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mesh:
+    """The mesh of shape (data, model); a 0 is chosen: a device per tower, the rest for the data.
+
+    batches: images a step by config field; each must be divisible over `data`. Raises UserError for
+    a shape that the devices, the towers or a batch do not allow.
+    """
+    devices = jax.device_count()
+    data, model = shape
+    if model == 0:
+        usable = data or devices
+        model = towers if devices >= towers and (data == 0 or devices >= usable * towers) else 1
+        if data == 0 and devices % model:
+            model = 1
+    if model not in (1, towers):
+        raise UserError(
+            f'config.run.mesh: model={model}, but this network has {towers} tower'
+            f'{"s" if towers > 1 else ""}: choose model={" or ".join(map(str, {1, towers}))}'
+        )
+    if data == 0:
+        if devices % model:
+            raise UserError(
+                f'config.run.mesh: model={model} cannot divide {devices} devices; choose model=1, '
+                'name both numbers, or use another number of devices (--cpu_devices=N)'
+            )
+        data = devices // model
+    if data * model > devices:
+        raise UserError(
+            f'config.run.mesh: {data} x {model} needs {data * model} devices and there are '
+            f'{devices}; --cpu_devices=N makes N virtual ones'
+        )
+    for field, batch in batches.items():
+        if batch < 1 or batch % data:
+            raise UserError(
+                f'{field}={batch} cannot be divided over {data} devices along data; '
+                'choose a multiple, or another config.run.mesh'
+            )
+    return jax.make_mesh(
+        (data, model),
+        ('data', 'model'),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[: data * model],
+    )
+
+
+def describe(mesh: Mesh) -> str:
+    data, model = mesh.shape['data'], mesh.shape['model']
+    kind = mesh.devices.flat[0].device_kind
+    towers = 'each tower on its own device' if model > 1 else 'the whole network on each device'
+    return f'mesh: data={data} x model={model} on {data * model} x {kind}, {towers}'
+
+
+def rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """The rows of a global batch that this process feeds, ascending: i64[b]."""
+    indices = NamedSharding(mesh, P('data')).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
+
+
+def global_batch(mesh: Mesh, batch: int, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows -> arrays over all devices, divided over `data`."""
+    sharding = NamedSharding(mesh, P('data'))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (batch, *x.shape[1:]))
+        for name, x in local.items()
+    }
+
+
+def shardings(mesh: Mesh, specs):
+    """A tree of partition specs -> the same tree of shardings."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))

@@ -1,0 +1,189 @@
+"""Metrics: sums -> errors in percent; `metrics.jsonl`, one object a row; its TensorBoard mirror."""
+
+import io
+import json
+import math
+import os
+import pathlib
+import socket
+import time
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer import record_writer
+
+from alexnet_jax.errors import UserError
+
+FILE = 'metrics.jsonl'
+
+
+def errors(sums: dict[str, Any]) -> dict[str, float]:
+    """{'count', 'loss', 'top1', 'top5'}, sums over examples -> mean loss and errors.
+
+    `top1` and `top5` count the examples whose true class is among the first one or five. Returns
+    'loss' in nats, 'top1_error' and 'top5_error' in percent. Raises ValueError for a count of 0.
+    """
+    count = float(sums['count'])
+    if count <= 0:
+        raise ValueError(f'errors of {count:g} examples')
+    # Misses first, in 64 bits: 100 * (1 - hits / count) would round twice more.
+    return {
+        'loss': float(sums['loss']) / count,
+        'top1_error': 100 * (count - float(sums['top1'])) / count,
+        'top5_error': 100 * (count - float(sums['top5'])) / count,
+    }
+
+
+class Writer:
+    """Appends rows to `<workdir>/metrics.jsonl`, and mirrors them in `<workdir>/tensorboard/`.
+
+    A run that goes on from step `start` repeats what came after it. So opening removes, in one
+    atomic replacement, the train rows of steps >= start (row s is of the update from s to s + 1),
+    all other rows of steps > start, and a torn last line; a start of -1 removes every row. The
+    TensorBoard files are only a mirror: events of removed rows stay in them, and repeated steps are
+    there twice.
+
+    A float is written in the shortest form that reads back to the same bits. JSON has no NaN and no
+    infinities: they are null. A Writer that is not `active` (every process but the first) does
+    nothing. Raises UserError if a line of the file, other than the last, is not a row.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, start: int, active: bool = True):
+        self._active = active
+        if not active:
+            return
+        folder = pathlib.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_repeated(folder / FILE, start)
+        self._file = open(folder / FILE, 'a', encoding='utf-8')
+        self._events = _Events(folder / 'tensorboard')
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Writes the row {'kind': kind, 'step': step, **values}, and flushes it.
+
+        A value is a number (Python's, NumPy's or a scalar array), a string, or a list or dict of
+        them. TensorBoard gets the numbers, as '<kind>/<name>'.
+        """
+        if not self._active:
+            return
+        row = {'kind': kind, 'step': int(step), **_plain(values)}
+        self._file.write(json.dumps(row, allow_nan=False) + '\n')
+        self._file.flush()
+        scalars = [(name, math.nan if row[name] is None else row[name]) for name in values]
+        self._events.add(
+            row['step'],
+            [
+                summary_pb2.Summary.Value(tag=f'{kind}/{name}', simple_value=value)
+                for name, value in scalars
+                if isinstance(value, (int, float))
+            ],
+        )
+
+    def image(self, name: str, step: int, image: np.ndarray) -> None:
+        """Adds a picture, u8[H,W,3], to TensorBoard under `name`."""
+        if not self._active:
+            return
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f'{name} is {image.dtype}{list(image.shape)}, not uint8[H, W, 3]')
+        png = io.BytesIO()
+        Image.fromarray(np.asarray(image)).save(png, 'png')
+        height, width, _ = image.shape
+        picture = summary_pb2.Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=png.getvalue()
+        )
+        self._events.add(int(step), [summary_pb2.Summary.Value(tag=name, image=picture)])
+
+    def close(self) -> None:
+        """Closes both files; more calls do nothing."""
+        if self._active:
+            self._active = False
+            self._file.close()
+            self._events.close()
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of `<workdir>/metrics.jsonl` in order, null as None; [] where there is no file.
+
+    A torn last line (the run was killed while writing it, or is writing it now) is left out.
+    Raises UserError if another line is not a row.
+    """
+    return [row for _, row in _rows(pathlib.Path(workdir) / FILE)]
+
+
+def _rows(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """(line, row) of every whole line."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            whole = line.endswith(b'\n') and isinstance(row['kind'], str)
+            whole = whole and isinstance(row['step'], int)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            rows.append((line, row))
+        elif number < len(lines):
+            raise UserError(f'{path}: line {number} is not a row of metrics; remove or mend it')
+    return rows
+
+
+def _remove_repeated(path: pathlib.Path, start: int) -> None:
+    kept = [
+        line
+        for line, row in _rows(path)
+        if row['step'] < start or (row['step'] == start and row['kind'] != 'train')
+    ]
+    content = b''.join(kept)
+    if not path.exists() or content == path.read_bytes():
+        return
+    temporary = path.with_name(path.name + '.tmp')
+    with open(temporary, 'wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    """The same in JSON's types, None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, 'dtype'):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class _Events:
+    """A TensorBoard file, written without TensorFlow.
+
+    tensorboard's EventFileWriter imports TensorFlow (seconds) wherever it is installed, and
+    clu.metric_writers needs it; the records alone need neither, and are the same everywhere.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names: time first.
+        name = f'events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}'
+        self._file = open(folder / name, 'xb')
+        self._records = record_writer.RecordWriter(self._file)
+        self._write(event_pb2.Event(wall_time=time.time(), file_version='brain.Event:2'))
+
+    def add(self, step: int, values: list[Any]) -> None:
+        summary = summary_pb2.Summary(value=values)
+        self._write(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

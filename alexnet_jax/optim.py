@@ -1,0 +1,168 @@
+"""The paper's stochastic gradient descent, and every learning rate as one pure host function."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alexnet_jax.errors import UserError
+
+
+def sgd(*, momentum: float, decay: float, freeze: tuple[str, ...] = ()):
+    """The update of §5, as an optax transformation whose `update` takes `rates=`.
+
+        v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v
+
+    The rate is inside the velocity, so a new rate leaves the velocity as it is. Kernels decay,
+    biases do not (`original.md` §4). rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the
+    rate is 0 (and in the layers of `freeze`) neither parameter nor velocity changes.
+    """
+    chain = optax.chain(
+        optax.add_decayed_weights(decay, mask=_kernels),
+        _scale_by_rates(freeze),
+        optax.trace(momentum),
+    )
+    return _hold_where_rate_is_zero(chain, freeze)
+
+
+def _kernels(params):
+    return {layer: {name: name == 'kernel' for name in leaves} for layer, leaves in params.items()}
+
+
+def _rate_tree(params, rates, freeze):
+    """The learning rate of every parameter, in the shape of the parameters."""
+
+    def rate(layer, name):
+        if layer in freeze:
+            return jnp.zeros_like(rates['weights'])
+        if layer == 'conv1':  # frozen kernels freeze their biases too
+            biases = jnp.where(rates['conv1'] > 0, rates['biases'], 0.0)
+            return rates['conv1'] if name == 'kernel' else biases
+        return rates['weights'] if name == 'kernel' else rates['biases']
+
+    return {layer: {name: rate(layer, name) for name in leaves} for layer, leaves in params.items()}
+
+
+def _scale_by_rates(freeze):
+    def update(updates, state, params, *, rates, **_):
+        tree = _rate_tree(params, rates, freeze)
+        return jax.tree.map(lambda r, u: -r * u, tree, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _hold_where_rate_is_zero(inner, freeze):
+    """The source updates nothing at rate 0: no decay, and no momentum either."""
+
+    def update(updates, state, params, *, rates, **_):
+        tree = _rate_tree(params, rates, freeze)
+
+        def choose(new, old):
+            return jax.tree.map(lambda r, n, o: jnp.where(r > 0, n, o), tree, new, old)
+
+        new_updates, new_state = inner.update(updates, state, params, rates=rates)
+        new_updates = choose(new_updates, jax.tree.map(jnp.zeros_like, updates))
+        # Whatever in the state is shaped like the parameters is held: here the velocity.
+        new_state = jax.tree.map(
+            lambda new, old: choose(new, old) if _like(new, params) else new,
+            new_state,
+            state,
+            is_leaf=lambda x: _like(x, params),
+        )
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _like(x: Any, params) -> bool:
+    return jax.tree.structure(x) == jax.tree.structure(params)
+
+
+def velocity(opt_state) -> dict:
+    """The velocity in the state of `sgd`, in the shape of the parameters."""
+    return next(s.trace for s in opt_state if isinstance(s, optax.TraceState))
+
+
+def steps_per(epochs: float, examples: int, batch: int) -> int:
+    """After so many epochs is this step: ceil(epochs * examples / batch)."""
+    return math.ceil(epochs * examples / batch)
+
+
+def make_rates(
+    *,
+    examples: int,
+    batch: int,
+    momentum: float,
+    decay: float,
+    rate: float,
+    bias_factor: float,
+    bias_drops: bool,
+    bias_final: float,
+    schedule: str,
+    factor: float,
+    epochs: float,
+    drops: tuple[float, ...],
+    patience: float,
+    threshold: float,
+    max_drops: int,
+    warmup: float,
+    conv1: tuple[tuple[float, float], ...],
+    colour_off: float,
+) -> Callable[[int, Mapping[int, float]], dict[str, float]]:
+    """All of `config.optim` -> rates(step, history) -> {weights, biases, conv1, colour, stop}.
+
+    A pure function on the host. step counts the updates made; history: {step: top-1 error, %} of
+    the evaluations up to then; colour is 1 or 0; stop is True when the run is over. Raises
+    UserError for an unknown schedule.
+    """
+    del momentum, decay  # of the update, not of the rates
+
+    def at(e):
+        return steps_per(e, examples, batch)
+
+    total, warm = at(epochs), at(warmup)
+    boundaries = [at(e) for e in drops]
+
+    def drops_by_epoch(step, history):
+        return sum(step >= b for b in boundaries), False
+
+    def drops_by_plateau(step, history):
+        """The paper divides the rate when the validation error stops improving, then ends (§5)."""
+        count, best, since = 0, float('inf'), 0
+        for s in sorted(s for s in history if s <= step):
+            if best - history[s] > threshold - 1e-9:  # exactly the threshold counts
+                best, since = history[s], s
+            elif s >= since + at(patience):
+                count, since = count + 1, s
+        return min(count, max_drops), count > max_drops
+
+    schedules = {'steps': drops_by_epoch, 'plateau': drops_by_plateau}
+    if schedule not in schedules:
+        raise UserError(
+            f'config.optim.schedule={schedule!r}: choose one of {", ".join(schedules)}'
+        )
+    final = {'steps': len(boundaries), 'plateau': max_drops}[schedule]
+
+    def rates(step: int, history: Mapping[int, float]) -> dict[str, float]:
+        dropped, over = schedules[schedule](step, history)
+        ramp = min(1.0, (step + 1) / warm) if warm else 1.0
+        weights = rate * factor**dropped * ramp
+        biases = bias_factor * (weights if bias_drops else rate * ramp)
+        if bias_final and dropped == final:
+            biases = bias_final
+        first = weights
+        for epoch, value in conv1:
+            if step >= at(epoch):
+                first = value
+        return {
+            'weights': weights,
+            'biases': biases,
+            'conv1': first,
+            'colour': 0.0 if colour_off and step >= at(colour_off) else 1.0,
+            'stop': over or step >= total,
+        }
+
+    return rates

@@ -1,0 +1,103 @@
+"""A run directory: one config's run, with all that is needed to go on with it or to use it.
+
+    config.json     the config; a later start must have the same, `config.run` aside
+    run.json        one entry a start: time, command, commit, versions, devices
+    names.txt       the classes, and
+    stats.npz       the mean image and the colour PCA, from the store
+    metrics.jsonl   and TensorBoard files (`metrics.py`)
+    checkpoints/    (`checkpoint.py`)
+"""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from alexnet_jax.errors import UserError
+from alexnet_jax.store import Store
+
+
+class Facts(NamedTuple):
+    """What a network must be used with."""
+
+    names: list[str]  # of the classes, by label
+    mean: np.ndarray  # f32[S,S,3]
+
+
+def read_config(path: str | pathlib.Path) -> dict:
+    """The config of a run directory; UserError if it is none."""
+    file = pathlib.Path(path) / 'config.json'
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: not a run directory ({file} cannot be read: {error})') from error
+
+
+def read_facts(path: str | pathlib.Path) -> Facts:
+    """The class names and the mean image; UserError if they are missing."""
+    path = pathlib.Path(path)
+    try:
+        with np.load(path / 'stats.npz') as stats:
+            return Facts((path / 'names.txt').read_text().splitlines(), stats['mean'])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f'{path}: incomplete run directory: {error}') from error
+
+
+def _plain(config) -> dict:
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _flat(tree: dict, prefix: str = 'config') -> dict:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name in tree for k, v in _flat(tree[name], f'{prefix}.{name}').items()}
+
+
+def check(config, workdir: pathlib.Path) -> None:
+    """A work directory belongs to one config; only `config.run` may change between starts."""
+    if not (workdir / 'config.json').exists():
+        return
+    there, here = _flat(read_config(workdir)), _flat(_plain(config))
+    fields = [
+        f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name) and not name.startswith('config.run.')
+    ]
+    if fields:
+        raise UserError(
+            f'{workdir} holds a run of another config ({"; ".join(fields)}); '
+            'give another --workdir, or remove it'
+        )
+
+
+def write(config, workdir: pathlib.Path, store: Store) -> None:
+    """Writes everything but metrics and checkpoints; a later start adds itself to `run.json`."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / 'config.json').write_text(json.dumps(_plain(config), indent=2) + '\n')
+    (workdir / 'names.txt').write_text(''.join(f'{name}\n' for name in store.names))
+    shutil.copyfile(store.path / 'stats.npz', workdir / 'stats.npz')
+    commit = subprocess.run(
+        ['git', 'describe', '--always', '--dirty'],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    start = {
+        'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+        'command': sys.argv,
+        'commit': commit.stdout.strip() or 'unknown',
+        'versions': {name: version(name) for name in packages},
+        'devices': [str(device) for device in jax.devices()],
+    }
+    file = workdir / 'run.json'
+    starts = json.loads(file.read_text()) if file.exists() else []
+    file.write_text(json.dumps([*starts, start], indent=2) + '\n')

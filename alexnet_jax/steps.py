@@ -1,0 +1,208 @@
+"""The training step and the prediction step, each one program over the whole mesh."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax import mesh as meshes
+from alexnet_jax import model
+
+VIEWS = {  # windows as fractions of the room, and flips; in the source's order (`original.md` §5)
+    'centre': [(0.5, 0.5, False)],
+    'ten': [
+        (y, x, flip)
+        for flip in (False, True)
+        for y, x in ((0, 0), (0, 1), (0.5, 0.5), (1, 0), (1, 1))
+    ],
+}
+
+
+@struct.dataclass
+class TrainState:
+    """What training changes. step: i32[], updates made; params and opt_state: f32 trees."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def window_mean(mean: np.ndarray, crop: int) -> np.ndarray:
+    """The central window of the mean image f32[S,S,3], for every crop, wherever it comes from."""
+    start = (mean.shape[0] - crop) // 2
+    return mean[start : start + crop, start : start + crop]
+
+
+def normalize(images, mean, noise=None, rescale: float = 1.0) -> jax.Array:
+    """images u8[B,H,W,3] - mean f32[H,W,3] + noise f32[B,3], divided by rescale -> f32[B,H,W,3]."""
+    x = images.astype(jnp.float32) - mean[None]
+    if noise is None:
+        return x
+    return (x + noise[:, None, None, :]) / rescale
+
+
+def rank(scores, labels) -> jax.Array:
+    """How many other classes score at least as high as the true one: [B,K], i32[B] -> i32[B].
+
+    Ties and NaN count against the network.
+    """
+    true = jnp.take_along_axis(scores, labels[:, None], axis=1)
+    return jnp.sum(~(scores < true), axis=1) - 1
+
+
+def count(scores, losses, labels, mask) -> dict[str, jax.Array]:
+    """Sums over the images where the mask f32[B] is 1: count, loss (nats), top1 and top5 (hits)."""
+    ranks = rank(scores, labels)
+    return {
+        'count': jnp.sum(mask),
+        'loss': jnp.sum(jnp.where(mask > 0, losses, 0.0)),
+        'top1': jnp.sum((ranks < 1) * mask),
+        'top5': jnp.sum((ranks < 5) * mask),
+    }
+
+
+def abstract_state(net: model.AlexNet, optimizer, mesh: Mesh, crop: int) -> TrainState:
+    """The shapes and shardings of the state on a mesh: what `init_state` makes, checkpoints restore."""
+    shapes = jax.eval_shape(lambda: _init(net, optimizer, 0, crop))
+    shardings = meshes.shardings(mesh, state_specs(shapes, mesh))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _init(net, optimizer, seed, crop):
+    params = model.init(net, seed, crop)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def state_specs(state: TrainState, mesh: Mesh) -> TrainState:
+    """The partition spec of every leaf: whatever is shaped like the parameters is divided like them."""
+    specs = model.param_specs(state.params, mesh.shape['model'])
+    structure = jax.tree.structure(state.params)
+
+    def of(x):
+        return specs if jax.tree.structure(x) == structure else P()
+
+    opt_specs = jax.tree.map(
+        of, state.opt_state, is_leaf=lambda x: jax.tree.structure(x) == structure
+    )
+    return TrainState(P(), specs, opt_specs)
+
+
+def init_state(net: model.AlexNet, optimizer, mesh: Mesh, *, seed: int, crop: int) -> TrainState:
+    """A fresh state, the same on every mesh."""
+    target = abstract_state(net, optimizer, mesh, crop)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    return jax.jit(lambda: _init(net, optimizer, seed, crop), out_shardings=shardings)()
+
+
+def make_train_step(
+    net: model.AlexNet,
+    optimizer,
+    mesh: Mesh,
+    *,
+    seed: int,
+    mean: np.ndarray,
+    eigenvectors: np.ndarray,
+    sigma: np.ndarray,
+    std: float,
+    rescale: bool,
+) -> Callable:
+    """step(state, batch, rates) -> (state, sums): one update on a global batch.
+
+    batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`; rates: f32
+    scalars by name. mean f32[H,W,3], eigenvectors f32[3,3] (columns) and sigma f32[3] are the
+    store's; std and rescale are `config.colour`. sums: count, loss, top1, top5 over the batch, in
+    training mode. The state given is donated.
+    """
+    local = model.localize(net, mesh.shape['model'])
+    shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, mean.shape[0]))
+    specs = state_specs(shapes, mesh)
+    axes = np.asarray(eigenvectors * sigma[None] * std, np.float32)  # column k: the noise per z_k
+
+    def step(state, batch, rates):
+        images, labels = batch['image'], batch['label']
+        size = images.shape[0]
+        rows = lax.axis_index('data') * size + jnp.arange(size)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        noise = rates['colour'] * batch['z'] @ axes.T
+        divisor = jnp.where(rates['colour'] > 0, 1.1, 1.0) if rescale and std else 1.0
+        x = normalize(images, mean, noise if std else None, divisor)
+
+        def loss(params):
+            logits, _ = local.apply({'params': params}, x, key, rows)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            # Divided by the global batch: gradients of what is replicated then arrive summed.
+            return jnp.sum(losses) / (size * mesh.shape['data']), (logits, losses)
+
+        grads, (logits, losses) = jax.grad(loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rates=rates)
+        params = optax.apply_updates(state.params, updates)
+        sums = count(logits, losses, labels, jnp.ones_like(losses))
+        return TrainState(state.step + 1, params, opt_state), lax.psum(sums, 'data')
+
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, P('data'), P()), out_specs=(specs, P()), check_vma=True
+    )
+    out = meshes.shardings(mesh, specs), NamedSharding(mesh, P())
+    return jax.jit(mapped, donate_argnums=0, out_shardings=out)
+
+
+def make_predict(
+    net: model.AlexNet, mesh: Mesh, *, mean: np.ndarray, views: str, crop: int
+) -> Callable:
+    """predict(params, images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views.
+
+    views: 'centre' or 'ten' (§4.1). The windows of `crop` pixels and the flips are taken on the
+    device, one view at a time.
+    """
+    local = model.localize(net, mesh.shape['model'])
+    window = window_mean(mean, crop)
+
+    def predict(params, images):
+        room = images.shape[1] - crop
+        plan = VIEWS[views]
+
+        def probabilities(view):
+            y, x, flip = view
+            shape = (images.shape[0], crop, crop, 3)
+            crops = lax.dynamic_slice(images, (0, y, x, 0), shape)
+            crops = jnp.where(flip, crops[:, :, ::-1], crops)
+            logits, _ = local.apply({'params': params}, normalize(crops, window))
+            return jax.nn.softmax(logits.astype(jnp.float32))
+
+        ys, xs = (jnp.array([int(v[axis] * room) for v in plan]) for axis in (0, 1))
+        flips = jnp.array([v[2] for v in plan])
+        return jnp.mean(lax.map(probabilities, (ys, xs, flips)), axis=0)
+
+    shapes = jax.eval_shape(lambda: model.init(net, 0, crop))
+    specs = model.param_specs(shapes, mesh.shape['model'])
+    mapped = jax.shard_map(
+        predict, mesh=mesh, in_specs=(specs, P('data')), out_specs=P('data'), check_vma=True
+    )
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, P('data')))
+
+
+def make_score(mesh: Mesh) -> Callable:
+    """score(probabilities f32[B,K], labels i32[B], mask f32[B]) -> sums over the whole batch."""
+
+    def score(probabilities, labels, mask):
+        true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0]
+        return count(probabilities, -jnp.log(true), labels, mask)
+
+    return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
+
+
+def make_all_finite(mesh: Mesh) -> Callable:
+    """all_finite(tree of arrays) -> bool[]."""
+
+    def all_finite(tree):
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+    return jax.jit(all_finite, out_shardings=NamedSharding(mesh, P()))

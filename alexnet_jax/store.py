@@ -1,0 +1,211 @@
+"""Reads a store: a prepared data set, square pictures of one size in one file a split.
+
+    store.json              format, size, classes, counts, source, ..., complete (design §5)
+    {split}.jpg             JPEG records, one after another, with {split}.offsets.npy i64[N+1]
+    {split}.u8              or raw pictures u8[N,S,S,3]
+    {split}.crc.npy         u32[N], zlib.crc32 of each record
+    {split}.labels.npy      i32[N]
+    names.txt               the class names by label, one a line
+    stats.npz               mean f32[S,S,3], eigenvectors f32[3,3], sigma f32[3]
+
+`prepare` writes it; training and evaluation read nothing else.
+"""
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alexnet_jax.errors import UserError
+
+FORMATS = ('jpg', 'u8')
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Where a split's records are: record i is bytes offsets[i]:offsets[i+1] of `file`."""
+
+    file: Path
+    offsets: np.ndarray
+    crc: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """An open store; everything but the pictures is in memory.
+
+    `mean` f32[S,S,3] is the mean RGB image of the training pictures, column k of `eigenvectors`
+    f32[3,3] is the k-th principal axis of their RGB pixels, `sigma` f32[3] the standard deviations
+    along the axes, largest first; all in units of 0..255 (`original.md` §5).
+    """
+
+    path: Path
+    format: str
+    size: int
+    classes: int
+    names: list[str]
+    counts: dict[str, int]
+    source: str
+    mean: np.ndarray
+    eigenvectors: np.ndarray
+    sigma: np.ndarray
+    splits: dict[str, Split]
+
+    def labels(self, split: str) -> np.ndarray:
+        """The label of every record of a split, i32[N]."""
+        return self.splits[split].labels
+
+    def records(self, split: str, indices: Sequence[int]) -> list[bytes]:
+        """The bytes of some records, in the given order; safe to call from several threads.
+
+        Raises:
+          UserError: a record's bytes are not those that were written (CRC-32), or can't be read.
+        """
+        part = self.splits[split]
+        try:
+            with open(part.file, 'rb', buffering=0) as file:
+                records = [
+                    os.pread(file.fileno(), part.offsets[i + 1] - part.offsets[i], part.offsets[i])
+                    for i in indices
+                ]
+        except OSError as error:
+            raise UserError(f'cannot read {part.file}: {error.strerror}') from error
+        for i, record in zip(indices, records, strict=True):
+            if zlib.crc32(record) != part.crc[i]:
+                raise UserError(
+                    f'record {i} of split {split!r} in {part.file} is damaged (its CRC-32 is not '
+                    'the one stored); prepare the store again'
+                )
+        return records
+
+    def pixels(self, split: str) -> np.memmap:
+        """All pictures of a split of a raw store, u8[N,S,S,3], mapped from the file, unchecked."""
+        if self.format != 'u8':
+            raise ValueError(f'{self.path} holds {self.format!r} records, not raw pixels')
+        shape = (self.counts[split], self.size, self.size, 3)
+        return np.memmap(self.splits[split].file, np.uint8, 'r', shape=shape)
+
+
+def open_store(path: str | os.PathLike) -> Store:
+    """Opens the store in the folder `path`.
+
+    Raises:
+      UserError: there is none, it is incomplete or of an unknown format, a file is missing or of
+        the wrong size, or a label is outside the class count.
+    """
+    path = Path(path)
+    try:
+        info = json.loads((path / 'store.json').read_text())
+        if not info['complete']:
+            raise UserError(f'the store {path} is incomplete; run its prepare command again')
+        if info['format'] not in FORMATS:
+            raise UserError(
+                f'{path}/store.json: unknown format {info["format"]!r}, not one of '
+                f'{", ".join(FORMATS)}; prepare the store again with this version'
+            )
+        size, classes, counts = info['size'], info['classes'], info['counts']
+        names = (path / 'names.txt').read_text().splitlines()
+        _check(len(names) == classes, path / 'names.txt', f'{len(names)} names, not {classes}')
+        with np.load(path / 'stats.npz') as stats:
+            mean, vectors, sigma = (stats[name] for name in ('mean', 'eigenvectors', 'sigma'))
+        shapes = [mean.shape, vectors.shape, sigma.shape]
+        expected = [(size, size, 3), (3, 3), (3,)]
+        _check(shapes == expected, path / 'stats.npz', f'shapes {shapes}, not {expected}')
+        splits = {name: _open_split(path, name, info) for name in counts}
+    except FileNotFoundError as error:
+        raise UserError(
+            f'no complete store in {path} ({Path(error.filename).name} is missing); '
+            'write one with python -m alexnet_jax.prepare'
+        ) from error
+    except OSError as error:
+        raise UserError(f'cannot read the store {path}: {error}') from error
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f'the store {path} is damaged ({type(error).__name__}: {error}); prepare it again'
+        ) from error
+    return Store(
+        path=path,
+        format=info['format'],
+        size=size,
+        classes=classes,
+        names=names,
+        counts=counts,
+        source=info['source'],
+        mean=mean.astype(np.float32),
+        eigenvectors=vectors.astype(np.float32),
+        sigma=sigma.astype(np.float32),
+        splits=splits,
+    )
+
+
+def verify(store: Store) -> None:
+    """Reads every record of a store.
+
+    Raises:
+      UserError: some are damaged; the first are named.
+    """
+    step = 1024
+    jobs = [(s, i) for s, count in store.counts.items() for i in range(0, count, step)]
+
+    def damaged(job):
+        split, start = job
+        return [
+            f'{split} {i}'
+            for i in range(start, min(start + step, store.counts[split]))
+            if not _is_whole(store, split, i)
+        ]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bad = [name for names in pool.map(damaged, jobs) for name in names]
+    if bad:
+        shown = ', '.join(bad[:5]) + (', ...' if len(bad) > 5 else '')
+        raise UserError(
+            f'{len(bad)} damaged records in {store.path}: {shown}; prepare the store again'
+        )
+
+
+def _is_whole(store: Store, split: str, index: int) -> bool:
+    try:
+        store.records(split, [index])
+    except UserError:
+        return False
+    return True
+
+
+def _open_split(path: Path, name: str, info: dict) -> Split:
+    count, picture = info['counts'][name], info['size'] ** 2 * 3
+    file = path / f'{name}.{info["format"]}'
+    labels, crc = (np.load(path / f'{name}.{kind}.npy') for kind in ('labels', 'crc'))
+    if info['format'] == 'jpg':
+        offsets = np.load(path / f'{name}.offsets.npy')
+    else:
+        offsets = np.arange(count + 1, dtype=np.int64) * picture
+    _check(count > 0, path / 'store.json', f'split {name!r} has no pictures')
+    for kind, array, length in (('labels', labels, count), ('crc', crc, count)):
+        _check(len(array) == length, path / f'{name}.{kind}.npy', f'{len(array)}, not {length}')
+    _check(
+        len(offsets) == count + 1 and offsets[0] == 0 and (np.diff(offsets) > 0).all(),
+        path / f'{name}.offsets.npy',
+        f'not {count + 1} rising offsets from 0',
+    )
+    length = file.stat().st_size
+    _check(length == offsets[-1], file, f'{length} bytes, not {offsets[-1]}')
+    outside = np.flatnonzero((labels < 0) | (labels >= info['classes']))
+    if outside.size:
+        raise UserError(
+            f'{path}/{name}.labels.npy: record {outside[0]} has label {labels[outside[0]]}, '
+            f'outside 0..{info["classes"] - 1}; prepare the store again'
+        )
+    return Split(file, offsets.astype(np.int64), crc, labels.astype(np.int32))
+
+
+def _check(good: bool, file: Path, found: str) -> None:
+    if not good:
+        raise UserError(f'{file} does not fit the store: {found}; prepare the store again')

@@ -1,0 +1,139 @@
+"""From the switches of `config.model` to the network: checks them, and works out what they mean.
+
+`configs/base.py` says what each switch does, the other files in `configs/` set them. Nothing here
+knows a preset.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from alexnet_jax import model
+from alexnet_jax.errors import UserError
+
+
+def _uniform(fan_in: int):
+    """PyTorch's default for kernels and biases: uniform within ±1/sqrt(fan-in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def build(
+    *,
+    classes: int,
+    local_towers: int | None = None,
+    axis: str | None = None,
+    towers: int,
+    kernels: tuple[int, ...],
+    hidden: tuple[int, ...],
+    groups: int,
+    exchange: tuple[str, ...],
+    remove: str,
+    activation: str,
+    after: tuple[str, ...],
+    norms: str,
+    norm_alpha: float,
+    norm_alpha_per: str,
+    norm_k: float,
+    norm_n: int,
+    norm_beta: float,
+    norm_window: str,
+    pooling: str,
+    dropout: str,
+    dropout_at: str,
+    conv1_padding: tuple[int, int],
+    width: float,
+    init: str,
+    std: tuple[float, ...],
+    bias: tuple[float, ...],
+    dtype: str,
+) -> model.AlexNet:
+    """The network that the switches of `config.model` describe; see `configs/base.py` for each.
+
+    local_towers and axis: for a device that holds only some towers. Raises UserError where a switch
+    has a value that does not exist or that the others exclude.
+    """
+    convs = len(kernels)
+    names = tuple(f'conv{i + 1}' for i in range(convs))
+    layer_names = (*names, 'fc6', 'fc7', 'fc8')
+
+    def choose(name, value, choices):
+        if value not in choices:
+            raise UserError(f'config.model.{name}={value!r}: choose one of {", ".join(choices)}')
+
+    choose('activation', activation, tuple(model.ACTIVATIONS))
+    choose('pooling', pooling, tuple(model.POOLING))
+    choose('norms', norms, ('all', 'first', 'none'))
+    choose('norm_window', norm_window, ('tower', 'all'))
+    choose('norm_alpha_per', norm_alpha_per, ('element', 'window'))
+    choose('dropout', dropout, ('original', 'inverted', 'none'))
+    choose('dropout_at', dropout_at, ('outputs', 'inputs'))
+    choose('init', init, ('gaussian', 'torch'))
+    choose('dtype', dtype, ('float32', 'bfloat16', 'float64'))
+    choose('remove', remove, ('none', *names))
+    for name in exchange:
+        choose('exchange', name, (*names[1:], 'fc6', 'fc7'))
+    for ops in after:
+        for op in ops.split():
+            choose('after', op, ('act', 'norm', 'map_norm', 'pool'))
+    for name, values, length in (
+        ('after', after, convs),
+        ('std', std, len(layer_names)),
+        ('bias', bias, len(layer_names)),
+    ):
+        if len(values) != length:
+            raise UserError(
+                f'config.model.{name} has {len(values)} values, but {length} layers need one each'
+            )
+    if convs not in (5, 6) or len(hidden) != 2:
+        raise UserError('config.model: 5 or 6 numbers of kernels and 2 numbers of hidden units')
+    if norm_n % 2 == 0:
+        raise UserError(f'config.model.norm_n={norm_n}: a window of an odd number of channels')
+
+    def per_tower(count):
+        value = count * width / towers / groups
+        if value < 1 or value != int(value):
+            raise UserError(
+                f'config.model.width={width}: {count} channels would be {value:g} for each of '
+                f'{towers * groups} towers and groups, not an integer'
+            )
+        return int(value) * groups
+
+    kept = {'all': range(convs), 'first': range(1), 'none': ()}[norms]
+    after = tuple(
+        ' '.join(op for op in ops.split() if i in kept or 'norm' not in op)
+        for i, ops in enumerate(after)
+    )
+    # A narrow network is dead at the start if its layers do not compensate for their smaller fan-in.
+    scales = [s if i == 0 else s * width**-0.5 for i, s in enumerate(std)]
+    if init == 'torch':
+        kernel_inits = bias_inits = (_uniform,) * len(layer_names)
+    else:
+        kernel_inits = tuple(lambda fan_in, s=s: nn.initializers.normal(s) for s in scales)
+        bias_inits = tuple(lambda fan_in, b=b: nn.initializers.constant(b) for b in bias)
+    return model.AlexNet(
+        classes=classes,
+        kernels=tuple(per_tower(count) for count in kernels),
+        hidden=tuple(per_tower(count) for count in hidden),
+        groups=groups,
+        exchange=tuple(exchange),
+        remove=remove,
+        activation=activation,
+        after=after,
+        norm={
+            'alpha': norm_alpha / (norm_n if norm_alpha_per == 'window' else 1),
+            'k': norm_k,
+            'n': norm_n,
+            'beta': norm_beta,
+        },
+        norm_window=norm_window,
+        pooling=pooling,
+        dropout=dropout,
+        dropout_at=dropout_at,
+        conv1_padding=tuple(conv1_padding),
+        kernel_inits=kernel_inits,
+        bias_inits=bias_inits,
+        dtype=jnp.dtype(dtype),
+        local_towers=local_towers or towers,
+        axis=axis,
+    )

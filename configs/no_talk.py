@@ -1,0 +1,20 @@
+"""Two columns that never exchange anything before the softmax: run #150 of the source.
+
+    python -m alexnet_jax.main --config=configs/no_talk.py
+
+conv2 has 160 kernels in each column and fc6 4096 units, to make up for what they cannot read. The
+source's run: top-1/top-5 error 41.83/19.33 % on ILSVRC-2012 with ten crops, 1.16/1.12 points behind
+#145. Not yet run here.
+"""
+
+from configs import original
+
+
+def get_config():
+    config = original.get_config()
+    config.model.update({
+        'kernels': (96, 320, 384, 384, 256),
+        'hidden': (8192, 4096),
+        'exchange': (),
+    })
+    return config

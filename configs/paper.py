@@ -1,0 +1,17 @@
+"""The paper's text, literally; where it is silent, the source of 2012.
+
+    python -m alexnet_jax.main --config=configs/paper.py
+
+ILSVRC-2012, two towers, batch 128, learning rate 0.01, divided by 10 when the validation error
+stops improving, three times. In the paper: 90 epochs, five to six days on two GTX 580;
+top-1/top-5 error 40.7/18.2 % with ten crops. Not yet run in full here.
+Variants: `paper.py:tanh`.
+"""
+
+from configs import base
+
+VARIANTS = {'tanh': {'model.activation': 'tanh'}}
+
+
+def get_config(variant: str = ''):
+    return base.with_variant(base.get_config(), VARIANTS, variant)

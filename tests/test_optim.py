@@ -1,0 +1,319 @@
+"""`optim.py` against the update of the paper as a NumPy loop in float64, and its rates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import optim
+from alexnet_jax.errors import UserError
+from configs import base, original
+
+MOMENTUM, DECAY = 0.9, 5e-4
+SHAPES = {
+    'conv1': {'kernel': (2, 3, 3, 2, 4), 'bias': (2, 4)},
+    'conv2': {'kernel': (2, 3, 3, 4, 2), 'bias': (2, 2)},
+    'fc8': {'kernel': (2, 6, 5), 'bias': (5,)},
+}
+LEAVES = [(layer, name) for layer, leaves in SHAPES.items() for name in leaves]
+
+
+def random_tree(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        layer: {name: rng.normal(size=shape) for name, shape in leaves.items()}
+        for layer, leaves in SHAPES.items()
+    }
+
+
+def all_rates(rate, **changes):
+    return {'weights': rate, 'biases': rate, 'conv1': rate, **changes}
+
+
+def run(gradients, rates, dtype=np.float64, freeze=()):
+    """The parameters and velocities before and after every update, from `random_tree(0)`."""
+
+    @jax.jit
+    def step(params, state, gradient, rates):
+        changes, state = update.update(gradient, state, params, rates=rates)
+        return jax.tree.map(jnp.add, params, changes), state
+
+    with jax.enable_x64(dtype == np.float64):
+        update = optim.sgd(momentum=MOMENTUM, decay=DECAY, freeze=freeze)
+        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_tree(0))
+        state = update.init(params)
+        states = [(params, optim.velocity(state))]
+        for gradient, rate in zip(gradients, rates, strict=True):
+            gradient = jax.tree.map(lambda x: jnp.asarray(x, dtype), gradient)
+            rate = {name: jnp.asarray(value, dtype) for name, value in rate.items()}
+            params, state = step(params, state, gradient, rate)
+            states.append((params, optim.velocity(state)))
+        return jax.tree.map(np.asarray, states)
+
+
+def reference(gradients, rates):
+    """v <- 0.9 v - 0.0005 ε w - ε g; w <- w + v (§5): each leaf's (w, v) after 0, 1, ... steps."""
+    states = {}
+    for layer, name in LEAVES:
+        w = random_tree(0)[layer][name]
+        v = np.zeros(w.shape)
+        states[layer, name] = [(w, v)]
+        for gradient, rate in zip(gradients, rates, strict=True):
+            epsilon = rate['conv1' if layer == 'conv1' else 'weights']
+            decay = 0.0005
+            if name == 'bias':  # original.md §4: no decay; frozen with its kernels
+                epsilon = rate['biases'] if epsilon else 0
+                decay = 0
+            if epsilon:  # at rate 0 the source updates nothing
+                v = 0.9 * v - decay * epsilon * w - epsilon * gradient[layer][name]
+                w = w + v
+            states[layer, name].append((w, v))
+    return states
+
+
+def assert_same_bits(a, b):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+GRADIENTS = [random_tree(seed) for seed in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    'rates',
+    [
+        pytest.param([all_rates(0.01)] * 10, id='constant'),
+        pytest.param([all_rates(0.01)] * 4 + [all_rates(0.001)] * 6, id='drop'),
+        pytest.param(
+            [all_rates(0.01, biases=0.02)] * 4 + [all_rates(0.001, biases=0.02)] * 6,
+            id='drop of the weights only',
+        ),
+        pytest.param(
+            [all_rates(0.01)] * 3
+            + [all_rates(0.001, biases=0.02, conv1=1e-5)] * 3
+            + [all_rates(0.001, biases=0.02, conv1=0.0)] * 2
+            + [all_rates(0.001, biases=0.02)] * 2,
+            id='conv1 slowed, frozen and released',
+        ),
+    ],
+)
+def test_is_the_update_of_the_paper(rates):
+    states, expected = run(GRADIENTS, rates), reference(GRADIENTS, rates)
+    for layer, name in LEAVES:
+        for (params, velocity), (w, v) in zip(states, expected[layer, name], strict=True):
+            assert params[layer][name].dtype == np.float64
+            np.testing.assert_allclose(velocity[layer][name], v, rtol=1e-12, atol=1e-15)
+            np.testing.assert_allclose(params[layer][name], w, rtol=1e-12, atol=1e-15)
+
+
+def test_a_drop_leaves_the_velocity_as_it_is():
+    """Without a gradient, a step after a drop is the step without it: 0.9 of the one before.
+
+    Where the rate multiplies the velocity instead, as in PyTorch's form, it is 0.09 of it.
+    """
+    steady = run(GRADIENTS[:5], [all_rates(0.01)] * 5)
+    w = steady[5][0]
+    nothing = {  # a gradient that the weight decay cancels
+        layer: {name: -DECAY * w[layer][name] * (name == 'kernel') for name in leaves}
+        for layer, leaves in SHAPES.items()
+    }
+    gradients = [*GRADIENTS[:5], nothing]
+    kept = run(gradients, [all_rates(0.01)] * 6)
+    dropped = run(gradients, [all_rates(0.01)] * 5 + [all_rates(0.001)])
+    for layer, name in LEAVES:
+        before, after = dropped[5][1][layer][name], dropped[6][1][layer][name]
+        np.testing.assert_array_equal(before, kept[5][1][layer][name])
+        np.testing.assert_allclose(after, 0.9 * before, rtol=1e-12)
+        np.testing.assert_allclose(after, kept[6][1][layer][name], rtol=1e-12)
+        moved = dropped[6][0][layer][name] - dropped[5][0][layer][name]
+        np.testing.assert_allclose(moved, after, rtol=1e-9)
+
+
+def test_kernels_decay_and_biases_do_not():
+    nothing = jax.tree.map(np.zeros_like, GRADIENTS[0])
+    (before, _), (after, _) = run([nothing], [all_rates(0.01)])
+    for layer, name in LEAVES:
+        w = before[layer][name]
+        expected = w * (1 - 0.0005 * 0.01) if name == 'kernel' else w
+        np.testing.assert_allclose(after[layer][name], expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ('zero', 'held'),
+    [
+        (all_rates(0.0), LEAVES),
+        (all_rates(0.01, biases=0.0), [leaf for leaf in LEAVES if leaf[1] == 'bias']),
+        (all_rates(0.01, conv1=0.0), [leaf for leaf in LEAVES if leaf[0] == 'conv1']),
+        (
+            all_rates(0.01, weights=0.0),
+            [leaf for leaf in LEAVES if leaf[0] != 'conv1' and leaf[1] == 'kernel'],
+        ),
+    ],
+    ids=['all', 'biases', 'conv1 and its biases', 'weights'],
+)
+def test_nothing_moves_at_rate_zero(zero, held):
+    """Neither parameter nor velocity, bit for bit, though both have a gradient and a velocity."""
+    states = run(GRADIENTS[:4], [all_rates(0.01)] * 2 + [zero] * 2, dtype=np.float32)
+    for layer, name in LEAVES:
+        for kind in (0, 1):  # parameters, velocity
+            before, after = states[2][kind][layer][name], states[4][kind][layer][name]
+            if (layer, name) in held:
+                assert_same_bits(before, after)
+            else:
+                assert np.all(before != after)
+
+
+def test_frozen_layers_stay():
+    states = run(GRADIENTS[:3], [all_rates(0.01)] * 3, dtype=np.float32, freeze=('conv2',))
+    for layer, name in LEAVES:
+        before, after = states[0][0][layer][name], states[3][0][layer][name]
+        if layer == 'conv2':
+            assert_same_bits(before, after)
+            assert not states[3][1][layer][name].any()
+        else:
+            assert np.all(before != after)
+
+
+# --- rates -------------------------------------------------------------------------------------
+
+
+def make(examples=1000, batch=100, **changes):
+    """The rates of `configs/base.py` with these changes; by default an epoch has ten steps."""
+    fields = {**base.get_config().optim, **changes}
+    return optim.make_rates(examples=examples, batch=batch, **fields)
+
+
+@pytest.mark.parametrize(
+    ('variant', 'examples', 'phases', 'end'),
+    [
+        # Epoch; rates of weights, biases and conv1; colour noise: original.md §4.
+        pytest.param(
+            '', 1_281_167,
+            [
+                (0, 1e-2, 0.02, 1e-2, 1),
+                (25, 1e-3, 0.02, 1e-3, 1),
+                (51, 1e-4, 0.02, 1e-4, 1),
+                (67, 1e-4, 0.02, 1e-5, 0),
+                (72, 1e-4, 0.02, 0, 0),
+                (79, 1e-5, 0.02, 0, 0),
+            ],
+            91, id='2012',
+        ),
+        pytest.param(
+            '2010', 1_261_406,
+            [
+                (0, 1e-2, 0.02, 1e-2, 1),
+                (23, 1e-3, 0.02, 1e-3, 1),
+                (51, 1e-4, 0.02, 1e-4, 1),
+                (68, 1e-4, 0.02, 1e-5, 0),
+                (72, 1e-4, 0.02, 0, 0),
+                (78, 1e-5, 0.002, 0, 0),
+            ],
+            93, id='2010',
+        ),
+    ],
+)  # fmt: skip
+def test_rates_of_net_145(variant, examples, phases, end):
+    rates = optim.make_rates(examples=examples, batch=128, **original.get_config(variant).optim)
+
+    def first_step(epoch):
+        return -(-epoch * examples // 128)
+
+    for (epoch, *expected), following in zip(phases, [*phases[1:], (end,)], strict=True):
+        for step in (first_step(epoch), first_step(following[0]) - 1):
+            actual = rates(step, {})
+            values = [actual[name] for name in ('weights', 'biases', 'conv1', 'colour')]
+            np.testing.assert_allclose(values, expected, rtol=1e-12, err_msg=f'step {step}')
+            assert not actual['stop']
+    assert rates(first_step(end), {})['stop']
+
+
+def drops(errors, examples=1000, batch=100, **changes):
+    """The epochs at which the plateau rule divides the rate, and the epoch at which it stops.
+
+    errors: top-1 error after epoch 1, 2, ..., in percent; seen one after the other, as in training.
+    """
+    rates = make(examples, batch, schedule='plateau', epochs=1000.0, **changes)
+    history, dropped, before = {}, [], rates(0, {})['weights']
+    for epoch, error in enumerate(errors, start=1):
+        step = -(-epoch * examples // batch)
+        waiting = rates(step - 1, history)
+        assert (waiting['weights'], waiting['stop']) == (before, False)
+        history[step] = error
+        now = rates(step, history)
+        if now['stop']:
+            return dropped, epoch
+        if now['weights'] != before:
+            np.testing.assert_allclose(now['weights'], before / 10, rtol=1e-12)
+            dropped.append(epoch)
+        before = now['weights']
+    return dropped, None
+
+
+@pytest.mark.parametrize('examples', [1000, 1040, 1001, 999])  # of batch 100: also parts of a step
+def test_plateau_drops_three_times_and_stops(examples):
+    improving = [60.0, 50.0, 45.0, 44.0]
+    flat = [44.0] * 20
+    assert drops(improving + flat, examples, patience=3.0) == ([7, 10, 13], 16)
+    assert drops(improving + flat, examples, patience=5.0) == ([9, 14, 19], 24)
+    # An improvement after the first drop postpones the second.
+    again = [44.0, 44.0, 44.0, 43.0, 42.0, *[42.0] * 20]
+    assert drops(improving + again, examples, patience=3.0) == ([7, 12, 15], 18)
+    assert drops(improving + flat, examples, patience=3.0, max_drops=1) == ([7], 10)
+
+
+def test_plateau_counts_an_improvement_of_exactly_the_threshold():
+    stay = [50.0] * 2
+    assert drops([40.3, 40.2, *stay], patience=2.0) == ([4], None)  # 0.09999999999999432
+    assert drops([40.3, 40.21, *stay], patience=2.0) == ([3], None)
+    for tenths in range(1, 999):  # the last two improve by 0.1, in whatever way it is rounded
+        errors = [(tenths + 1) / 10, tenths / 10, tenths / 10]
+        assert drops(errors, patience=2.0) == ([], None)
+
+
+def test_plateau_adds_small_improvements_up():
+    """0.05 an epoch is 0.1 in two: it has improved over three epochs."""
+    assert drops([50 - 0.05 * epoch for epoch in range(40)], patience=3.0) == ([], None)
+    assert drops([50 - 0.03 * epoch for epoch in range(4)], patience=3.0) == ([4], None)
+
+
+def test_plateau_compares_with_the_best():
+    """An error that rises and falls back to what it was has not improved."""
+    assert drops([44.0, 46.0, 45.0, 44.0, 44.0], patience=3.0) == ([4], None)
+
+
+def test_rates_depend_on_nothing_later():
+    rates = make(schedule='plateau', patience=1.0)
+    history = {10: 50.0, 20: 50.0, 30: 50.0, 40: 50.0}
+    for step, drop in ((10, 0), (19, 0), (20, 1), (29, 1), (30, 2)):
+        np.testing.assert_allclose(rates(step, history)['weights'], 0.01 * 0.1**drop, rtol=1e-12)
+    assert history == {10: 50.0, 20: 50.0, 30: 50.0, 40: 50.0}
+
+
+def test_the_run_ends_after_its_epochs():
+    for schedule in ('plateau', 'steps'):
+        rates = make(schedule=schedule, epochs=2.5)
+        assert not rates(24, {10: 9.0})['stop'] and rates(25, {10: 9.0})['stop']
+
+
+def test_step_down_lowers_every_rate():
+    rates = make(examples=1001, schedule='steps', drops=(1.0, 2.5), bias_factor=2.0)
+    for step, drop in ((0, 0), (10, 0), (11, 1), (25, 1), (26, 2)):  # ceil(10.01), ceil(25.025)
+        actual = rates(step, {})
+        expected = {'weights': 0.01, 'biases': 0.02, 'conv1': 0.01}
+        for name, value in expected.items():
+            np.testing.assert_allclose(actual[name], value * 0.1**drop, rtol=1e-12)
+        assert actual['colour'] == 1
+
+
+def test_warm_up_grows_linearly():
+    rates = make(schedule='steps', warmup=2.0, bias_factor=2.0)
+    for step in range(40):
+        actual, part = rates(step, {}), min(step + 1, 20) / 20
+        values = [actual[name] for name in ('weights', 'biases', 'conv1')]
+        np.testing.assert_allclose(values, np.array([0.01, 0.02, 0.01]) * part, rtol=1e-12)
+
+
+def test_unknown_schedule():
+    with pytest.raises(UserError, match="'cosine'.*steps.*plateau"):
+        make(schedule='cosine')
