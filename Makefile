@@ -13,7 +13,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 .PHONY: quickstart test test-fast lint clean
 
 quickstart: $(VENV)/.installed
-	$(VENV)/bin/python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2 --workdir=$(RUN)
+	$(VENV)/bin/python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2
 	$(VENV)/bin/python -m alexnet_jax.evaluate $(RUN)
 	@echo
 	@echo 'The run is in $(RUN): metrics.jsonl (one row per interval), config.json, run.json, checkpoints/.'

@@ -15,7 +15,6 @@ the CRC, by orbax, or by the fingerprints, and never used.
 import json
 import logging
 import pathlib
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from alexnet_jax import fingerprint
 from alexnet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -73,10 +73,10 @@ class Checkpoints:
         can never take the place of a good one among the latest. Raises UserError if this save or
         the one before it cannot be written.
         """
-        content = {'meta': meta, 'leaves': _describe(state)}
+        content = {'meta': meta, 'leaves': fingerprint.describe(state)}
         # Through JSON and back: a copy, and the same object that a restore will return.
         content = json.loads(json.dumps(content, allow_nan=False))
-        record = {**content, 'crc32': _crc32(content)}
+        record = {**content, 'crc32': fingerprint.crc32(content)}
         self.wait()
         if self._intact == (step, record) and step in self.steps():
             return  # the very same is there already; replacing it would only risk it
@@ -89,7 +89,7 @@ class Checkpoints:
             manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_named_leaves(state)),
+                    state=ocp.args.StandardSave(fingerprint.named_leaves(state)),
                     meta=ocp.args.JsonSave(record),
                 ),
                 force=True,  # the caller decides when to save; orbax's own rules do not apply
@@ -155,7 +155,8 @@ class Checkpoints:
     def _restore(self, target: Any, step: int | None, *, whole: bool) -> tuple[int, Any, dict]:
         def load(step: int) -> tuple[Any, dict]:
             record = self._record(step)
-            self._check_same_model(step, record, target, whole=whole)
+            leaves = record['leaves']
+            fingerprint.check_same_model(self._at(step), leaves, target, whole=whole)
             return self._load(step, record, target), record
 
         step, (state, record) = self._first_good(step, load)
@@ -191,11 +192,11 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict:
         """The checked JSON object of a step; _Damaged if it is not as it was written."""
-        path = self.directory / str(step) / 'meta' / 'metadata'
+        path = self._at(step) / 'meta' / 'metadata'
         try:
             record = json.loads(path.read_bytes())
             content = {'meta': record['meta'], 'leaves': record['leaves']}
-            intact = record['crc32'] == _crc32(content)
+            intact = record['crc32'] == fingerprint.crc32(content)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _Damaged(f'meta/metadata cannot be read ({_line(error)})') from error
         if not intact:
@@ -208,27 +209,12 @@ class Checkpoints:
         except _Damaged:
             return None  # restore() is where damage is reported
 
-    def _check_same_model(self, step: int, record: dict, target: Any, *, whole: bool) -> None:
-        where = f'{self.directory}/{step}'
-        stored = record['leaves']
-        wanted = _named_leaves(target)
-        for name, leaf in wanted.items():
-            if name not in stored:
-                raise UserError(f"{where}: no {name} in it; it is another model's")
-            there = (tuple(stored[name]['shape']), stored[name]['dtype'])
-            here = (tuple(leaf.shape), str(leaf.dtype))
-            if there != here:
-                raise UserError(
-                    f'{where}: {name} is {there[1]}{list(there[0])} there and '
-                    f"{here[1]}{list(here[0])} here; it is another model's"
-                )
-        left_over = [name for name in stored if name not in wanted]
-        if whole and left_over:
-            raise UserError(f"{where}: {left_over[0]} in it is not here; it is another model's")
+    def _at(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
 
     def _load(self, step: int, record: dict, target: Any) -> Any:
         state = []
-        for name, leaf in _named_leaves(target).items():
+        for name, leaf in fingerprint.named_leaves(target).items():
             value, problem = None, None
             try:
                 value = self._read(step, name, leaf)
@@ -240,7 +226,7 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(target), state)
         changed = [
             name
-            for name, value in fingerprints(state).items()
+            for name, value in fingerprint.fingerprints(state).items()
             if value != record['leaves'][name]['fingerprint']
         ]
         if changed:
@@ -253,7 +239,7 @@ class Checkpoints:
         # barrier, where the others would hang if only one process met the damage; and of several
         # reads under way, the first to fail leaves the others to print tracebacks.
         value = ocp.PyTreeCheckpointHandler().restore(
-            self.directory / str(step) / 'state',
+            self._at(step) / 'state',
             args=ocp.args.PyTreeRestore(
                 item={name: leaf},
                 restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
@@ -266,36 +252,6 @@ class Checkpoints:
         if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(f'it has become {value.dtype}{list(value.shape)}')
         return value
-
-
-def fingerprints(tree: Any) -> dict[str, int]:
-    """A 32-bit fingerprint of every leaf of a pytree of jax.Arrays, by its name.
-
-    The sum of the leaf's 32-bit patterns mod 2^32, each times an odd number made from its place:
-    so any single changed bit changes it, and values in the wrong place do too. Integer sums do not
-    depend on their order, so it is the same on every mesh.
-    """
-    leaves = _named_leaves(tree)
-    values = jax.device_get(_fingerprints(list(leaves.values())))
-    return {name: int(value) for name, value in zip(leaves, values, strict=True)}
-
-
-@jax.jit
-def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
-    def fingerprint(x: jax.Array) -> jax.Array:
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-        words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        # The flat index, axis by axis: flattening a sharded array would move it.
-        place = jnp.zeros(words.shape, jnp.uint32)
-        for axis, size in enumerate(words.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
-                jnp.uint32, words.shape, axis
-            )
-        return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
-
-    return [fingerprint(x) for x in leaves]
 
 
 class _Damaged(Exception):
@@ -323,29 +279,6 @@ def _best(errors: dict[int, float | None]) -> int | None:
 
 def _own_error(step: int, record: dict) -> float | None:
     return record['meta'].get('history', {}).get(str(step))
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _describe(state: Any) -> dict[str, dict]:
-    leaves = _named_leaves(state)
-    for name, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array):  # orbax would restore others unsharded and unchecked
-            raise TypeError(f'{name} is a {type(leaf).__name__}, not a jax.Array')
-    values = fingerprints(state)
-    return {
-        name: {'shape': leaf.shape, 'dtype': str(leaf.dtype), 'fingerprint': values[name]}
-        for name, leaf in leaves.items()
-    }
-
-
-def _crc32(content: dict) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _all_processes(good: bool) -> bool:

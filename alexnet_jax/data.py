@@ -4,11 +4,12 @@ A batch is a pure function of (store, seed, step, rows): there is no iterator st
 starting at any step costs the same. Pictures leave here as uint8; arithmetic is the device's.
 """
 
+import atexit
 import importlib.util
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ def train_batches(
 
     Args:
       rows: the indices, in the global batch of `batch` rows, of the rows that are wanted.
-      threads: how many threads read and decode.
+      threads: how many threads read and decode; 0: one per core.
       reader: 'tf' (tf.data), 'threads' (without TensorFlow; raw stores only) or 'auto' (tf.data
         where TensorFlow is installed). They give equal bytes.
     Raises:
@@ -136,17 +137,22 @@ def _batches(
     """The batches of some steps, through one of the readers."""
     if reader not in ('auto', 'tf', 'threads'):
         raise UserError(f'unknown reader {reader!r}, not one of auto, tf, threads')
+    threads = threads or os.cpu_count()
     if reader == 'auto':
         reader = 'tf' if importlib.util.find_spec('tensorflow') else 'threads'
-    if reader == 'tf':
-        return _read_with_tensorflow(store, split, plan, steps, crop, threads)
-    if store.format != 'u8':
+    if reader == 'threads' and store.format != 'u8':
         raise UserError(
             f'{store.path} holds JPEG records, which need TensorFlow to be read; '
             'install tensorflow-cpu or prepare a raw store (--format=u8)'
         )
-    pixels = store.pixels(split)
-    return _read_with_threads(lambda step: _cut(pixels, plan(step), crop), steps, threads)
+    if not steps:
+        return iter(())
+    if reader == 'tf':
+        batches = _read_with_tensorflow(store, split, plan, steps, crop, threads)
+    else:
+        pixels = store.pixels(split)
+        batches = _read_with_threads(lambda step: _cut(pixels, plan(step), crop), steps, threads)
+    return _closed_at_exit(batches)
 
 
 def _cut(pixels: np.ndarray, plan: Plan, crop: int) -> Batch:
@@ -164,7 +170,9 @@ def _cut(pixels: np.ndarray, plan: Plan, crop: int) -> Batch:
     return {'image': image, **plan.rest}
 
 
-def _read_with_threads(make: Callable[[int], Batch], steps: range, threads: int) -> Iterator[Batch]:
+def _read_with_threads(
+    make: Callable[[int], Batch], steps: range, threads: int
+) -> Generator[Batch]:
     """make(step) for every step, in order, `threads` at a time."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix='batches')
     waiting = deque()
@@ -191,7 +199,7 @@ def _import_tensorflow():
 
 def _read_with_tensorflow(
     store: Store, split: str, plan: Callable[[int], Plan], steps: range, crop: int, threads: int
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches of some steps through tf.data: read a step, decode pictures, batch, prefetch."""
     tf = _import_tensorflow()
     raw = store.format == 'u8'
@@ -229,9 +237,7 @@ def _read_with_tensorflow(
         image = tf.ensure_shape(tf.cond(data == b'', nothing, picture), [crop, crop, 3])
         return image, *rest
 
-    example = plan(steps[0]) if steps else None
-    if example is None:
-        return iter(())
+    example = plan(steps[0])
     b, names = len(example.records), ('image', *example.rest)
     rest = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in example.rest.values()]
     if raw:
@@ -259,28 +265,28 @@ def _read_with_tensorflow(
     return _iterate(dataset.with_options(options), failures, tf.errors.OpError)
 
 
-def _iterate(dataset, failures: list[Exception], op_error: type[Exception]) -> Iterator[Batch]:
+def _iterate(dataset, failures: list[Exception], op_error: type[Exception]) -> Generator[Batch]:
     """A dataset's elements; an exception raised inside its functions is raised as it was."""
-    # TensorFlow's threads call back into Python, and hang or crash if they do so while the
-    # interpreter ends. So its iterator is dropped, which stops them, when the generator is closed
-    # or collected, and at exit at the latest: finalize sees to that.
-    held = {'iterator': dataset.as_numpy_iterator()}
+    try:
+        yield from dataset.as_numpy_iterator()
+    except op_error:
+        if failures:
+            raise failures[0] from None
+        raise
 
-    def batches():
-        try:
-            while True:
-                try:
-                    batch = next(held['iterator'])
-                except StopIteration:
-                    return
-                except op_error:
-                    if failures:
-                        raise failures[0] from None
-                    raise
-                yield batch
-        finally:
-            held.clear()
 
-    generator = batches()
-    weakref.finalize(generator, held.clear)
-    return generator
+def _closed_at_exit(batches: Generator) -> Generator:
+    """A reader that is closed, and its threads with it, before the interpreter ends.
+
+    TensorFlow's threads call into Python: if they do so while the interpreter ends, it hangs or
+    aborts, and nothing else closes a generator that is then still referenced.
+    """
+    # A weak reference, so that a reader that nobody holds any more is closed at once.
+    atexit.register(_close, weakref.ref(batches))
+    return batches
+
+
+def _close(reference: weakref.ref) -> None:
+    batches = reference()
+    if batches is not None:
+        batches.close()

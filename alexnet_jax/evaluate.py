@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from alexnet_jax import checkpoint, data, metrics, model, prepare, rundir, steps, switches
 from alexnet_jax import mesh as meshes
+from alexnet_jax.datasets import pictures
 from alexnet_jax.errors import UserError, run
 from alexnet_jax.store import Store
 
@@ -94,7 +95,7 @@ class Classifier:
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Pictures u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K]."""
-        squares = [prepare.square(image, self._size) for image in images]
+        squares = [pictures.square(image, self._size) for image in images]
         return np.asarray(self._predict(np.stack(squares)))
 
 
@@ -132,8 +133,7 @@ def main() -> None:
     parser.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    if args.cpu_devices:
-        meshes.virtual_cpus(args.cpu_devices)
+    meshes.configure(args.cpu_devices)
     config = rundir.read_config(args.runs[0])
     towers = {rundir.read_config(path)['model']['towers'] for path in args.runs}
     shape = (0, 0) if len(towers) == 1 else (0, 1)

@@ -3,7 +3,10 @@
 The axis `model` divides the towers, the axis `data` the images of a batch.
 """
 
+import os
+
 import jax
+import jaxlib
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -11,10 +14,16 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.errors import UserError
 
 
-def virtual_cpus(count: int) -> None:
-    """Makes `count` CPU devices; only before anything else has used JAX."""
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', count)
+def configure(cpu_devices: int = 0) -> None:
+    """Sets JAX up; only before anything else has used it. cpu_devices: make so many virtual ones."""
+    if cpu_devices:
+        jax.config.update('jax_platforms', 'cpu')
+        jax.config.update('jax_num_cpu_devices', cpu_devices)
+    # jaxlib 0.10 sends convolutions on CPUs to a library that is slower for this network than
+    # Eigen's; an XLA that does not know a flag aborts, so only where it exists.
+    if jaxlib.__version__.startswith('0.10.'):
+        flag = '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
+        os.environ['XLA_FLAGS'] = f'{flag} {os.environ.get("XLA_FLAGS", "")}'.strip()
 
 
 def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mesh:

@@ -88,7 +88,7 @@ def velocity(opt_state) -> dict:
 
 def steps_per(epochs: float, examples: int, batch: int) -> int:
     """After so many epochs is this step: ceil(epochs * examples / batch)."""
-    return math.ceil(epochs * examples / batch)
+    return math.ceil(epochs * examples / batch - 1e-9)  # less than any real fraction of a step
 
 
 def make_rates(
@@ -135,7 +135,7 @@ def make_rates(
         for s in sorted(s for s in history if s <= step):
             if best - history[s] > threshold - 1e-9:  # exactly the threshold counts
                 best, since = history[s], s
-            elif s >= since + at(patience):
+            elif s - since > patience * examples / batch - 1:  # steps are whole, epochs are not
                 count, since = count + 1, s
         return min(count, max_drops), count > max_drops
 

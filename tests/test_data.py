@@ -229,6 +229,15 @@ def test_an_error_while_reading_reaches_the_consumer_as_it_was(stores, reader, m
         next(batches)
 
 
+@pytest.mark.parametrize('format, reader', READERS)
+@pytest.mark.parametrize('threads', [0, 1, 5])
+def test_the_number_of_threads_changes_nothing(stores, format, reader, threads):
+    store, _ = stores[format]
+    ours = (train(store, stop=10, reader=reader, threads=t) for t in (2, threads))
+    for a, b in zip(*ours, strict=True):
+        assert_equal(a, b)
+
+
 def test_errors_come_before_the_first_batch(stores, monkeypatch):
     raw, jpg = stores['u8'][0], stores['jpg'][0]
     with pytest.raises(UserError, match='a crop of 41 pixels does not fit the 40-pixel'):
@@ -280,14 +289,17 @@ def test_an_abandoned_iterator_stops_reading(stores, format, reader, ending):
 @pytest.mark.slow
 @pytest.mark.parametrize('format, reader', READERS)
 def test_a_process_ends_quietly_while_reading(stores, format, reader):
+    # Kept alive by another module, and in the middle of a long step: the interpreter would
+    # otherwise hang, or abort, as TensorFlow's threads call into it while it ends.
     code = f"""
+        import os
         import numpy as np
         from alexnet_jax import data, store
-        batches = data.train_batches(
-            store.open_store({str(stores[format][0].path)!r}), seed=0, batch=64, start=0,
-            stop=1_000_000, rows=np.arange(64), crop=32, chunk=1, random=True, threads=2,
+        os.kept = data.train_batches(
+            store.open_store({str(stores[format][0].path)!r}), seed=0, batch=20_000, start=0,
+            stop=1_000_000, rows=np.arange(20_000), crop=32, chunk=1, random=True, threads=2,
             reader={reader!r})
-        next(batches)
+        next(os.kept)
     """
     ended = subprocess.run(
         [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=60

@@ -17,11 +17,12 @@ PACKAGE = 'alexnet_jax'
 MAX_LINES = 300
 
 LEVELS = {
-    'errors': -1,
+    'errors': -2,
+    'fingerprint': -1,
     'layers': 0, 'mesh': 0, 'optim': 0, 'sampler': 0, 'checkpoint': 0, 'metrics': 0, 'store': 0,
-    'datasets': 0,
-    'model': 1, 'prepare': 1, 'data': 1,
-    'steps': 2,
+    'datasets': 0, 'progress': 0,
+    'model': 1, 'prepare': 1, 'data': 1, 'rundir': 1,
+    'steps': 2, 'switches': 2,
     'evaluate': 3,
     'train': 4,
     'main': 5,
@@ -33,7 +34,7 @@ OUTSIDE = {
     'tensorflow_datasets': ({'data', 'datasets', 'prepare'}, True),
     'optax': ({'optim', 'steps'}, False),
     'orbax': ({'checkpoint'}, False),
-    'flax': ({'model', 'steps'}, False),
+    'flax': ({'model', 'switches', 'steps'}, False),
     'clu': (set(), False),
     'clu.parameter_overview': (set(LEVELS), False),
     'clu.metric_writers': ({'metrics'}, True),  # needs TensorFlow
@@ -45,7 +46,7 @@ OUTSIDE = {
     'experiments': (set(), False),
     'tests': (set(), False),
 }
-# Its class is made from one of TFDS, so it imports TFDS at the top, and is itself imported on demand.
+# Its class is made from one of TFDS: it imports TFDS at the top, and is itself imported on demand.
 ON_DEMAND = 'alexnet_jax.datasets.shapes'
 
 

@@ -280,6 +280,7 @@ def test_plateau_adds_small_improvements_up():
 def test_plateau_compares_with_the_best():
     """An error that rises and falls back to what it was has not improved."""
     assert drops([44.0, 46.0, 45.0, 44.0, 44.0], patience=3.0) == ([4], None)
+    assert drops([44.0, 46.0, 46.0, 46.0, 45.0, 44.0, 44.0], patience=3.0) == ([4, 7], None)
 
 
 def test_rates_depend_on_nothing_later():

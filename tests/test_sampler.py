@@ -68,7 +68,8 @@ def test_offsets_are_uniform_over_0_to_32(many):
 def test_flips_are_even_and_independent_of_the_offsets(many):
     sigma = 0.5 / math.sqrt(DRAWS)
     assert abs(many.flip.mean() - 0.5) < 4 * sigma
-    assert is_uniform(np.bincount(many.flip * 33 + many.y))
+    for offset in (many.y, many.x):
+        assert is_uniform(np.bincount(many.flip * 33 + offset))
     assert is_uniform(np.bincount(many.flip[1:] * 2 + many.flip[:-1]))
 
 

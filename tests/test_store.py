@@ -105,6 +105,12 @@ def label(value):
     return change
 
 
+def swap_offsets(path):
+    offsets = np.load(path / 'train.offsets.npy')
+    offsets[[3, 4]] = offsets[[4, 3]]
+    np.save(path / 'train.offsets.npy', offsets)
+
+
 def shrink(name):
     return lambda path: np.save(path / name, np.load(path / name)[:-1])
 
@@ -129,6 +135,7 @@ BROKEN = {
     'crc short': (shrink('train.crc.npy'), 'train.crc.npy does not fit the store: 19, not 20'),
     'labels short': (shrink('val.labels.npy'), 'val.labels.npy does not fit the store: 6, not 7'),
     'offsets short': (shrink('val.offsets.npy'), 'val.offsets.npy .*: not 8 rising offsets'),
+    'offsets swapped': (swap_offsets, 'train.offsets.npy .*: not 21 rising offsets'),
     'count': (lambda p: edit(p, counts={'train': 20, 'val': 0}), "'val' has no pictures"),
 }
 

@@ -1,9 +1,9 @@
 """Renders the embedded set's pictures: one of ten figures, anywhere, in any colours, among clutter.
 
-What could give the class away without looking at the shape is drawn before the class is used, from
-one distribution for all: the size of the picture, the bounding box of the figure, colours, textures,
-clutter, noise and JPEG quality (so also the size of the file). Every figure has a mirror axis, and
-tilts are symmetric, so a flip does not change the class.
+What could give the class away without looking at the shape is drawn without regard to the class:
+the size of the picture, the bounding box of the figure, colours, textures, clutter, noise and JPEG
+quality (so also the size of the file). Every figure has a mirror axis, and tilts are symmetric, so a
+flip does not change the class.
 """
 
 import io
@@ -11,16 +11,19 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
+SEED = 2012
+SPLITS = {'train': (0, 4000), 'validation': (1, 1000)}  # name: (number of the split, pictures)
+
 SHORTER_SIDE = (96, 200)  # pixels, inclusive
 ASPECT = (1.0, 1.4)  # longer side / shorter side
-FIGURE_SIDE = (0.40, 0.75)  # side of the figure's bounding box / shorter side of the picture
+FIGURE_SIDE = (0.55, 0.80)  # side of the figure's bounding box / shorter side of the picture
 FIGURE_STRETCH = 1.2  # largest ratio of the bounding box's sides
-TILT = 25.0  # degrees, either way
-CONTRAST = 120.0  # least distance between the colours of figure and ground, in RGB levels
-TEXTURE = (0.0, 30.0)  # amplitude of the textures, in levels
-NOISE = (2.0, 16.0)  # standard deviation of the pixel noise, in levels
+TILT = 15.0  # degrees, either way
+CONTRAST = 150.0  # least distance between the colours of figure and ground, in RGB levels
+TEXTURE = (0.0, 20.0)  # amplitude of the textures, in levels
+NOISE = (2.0, 14.0)  # standard deviation of the pixel noise, in levels
 QUALITY = (70, 96)  # JPEG quality, inclusive
-CLUTTER = (4, 12)  # small things lying about, inclusive
+CLUTTER = (3, 8)  # small things lying about, inclusive
 
 
 def _circle(radius: float = 1.0, start: float = 0.0, stop: float = 360.0) -> np.ndarray:

@@ -10,9 +10,6 @@ import tensorflow_datasets as tfds
 
 from alexnet_jax.datasets import figures
 
-SEED = 2012
-SPLITS = {'train': (0, 4000), 'validation': (1, 1000)}  # name: (number of the split, pictures)
-
 
 class AlexnetShapes(tfds.core.GeneratorBasedBuilder):
     """Ten classes of variable-size JPEG pictures: 4000 to train on, 1000 to validate."""
@@ -33,9 +30,9 @@ class AlexnetShapes(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download
-        return {name: self._generate_examples(*split) for name, split in SPLITS.items()}
+        return {name: self._generate_examples(*split) for name, split in figures.SPLITS.items()}
 
     def _generate_examples(self, split, count):
         for index in range(count):
-            data, label, box = figures.render(SEED, split, index)
+            data, label, box = figures.render(figures.SEED, split, index)
             yield index, {'image': io.BytesIO(data), 'label': label, 'box': box}

@@ -16,7 +16,7 @@ TARS = {'ILSVRC2012_img_train.tar': '138 GB', 'ILSVRC2012_img_val.tar': '6.3 GB'
 
 def _root(name: str, data_dir: str | None) -> str:
     """The folder where TFDS keeps a set; the embedded one stays beside the stores."""
-    if data_dir is None:
+    if not data_dir:
         default = os.environ.get('TFDS_DATA_DIR', os.path.join('~', 'tensorflow_datasets'))
         data_dir = os.path.join('data', 'tfds') if name == EMBEDDED else default
     return os.path.abspath(os.path.expanduser(data_dir))

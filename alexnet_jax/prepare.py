@@ -1,0 +1,173 @@
+"""Makes the store that training reads: one sequential pass over a source of pictures.
+
+    python -m alexnet_jax.prepare --source=alexnet_shapes --size=128
+    python -m alexnet_jax.prepare --source=imagenet2012 --dir=/data/imagenet
+    python -m alexnet_jax.prepare --source=/data/flowers
+    python -m alexnet_jax.prepare --source=/data/flowers --verify
+
+Pictures are resized to a shorter side of `size` and cut to the central square, as in the paper (§2).
+The same command again goes on where it was stopped, and ends with the same bytes.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import PIL
+
+from alexnet_jax import datasets, errors
+from alexnet_jax import store as stores
+from alexnet_jax.datasets import writer
+from alexnet_jax.datasets.pictures import FILTER
+from alexnet_jax.errors import UserError
+
+LARGE = 200_000  # pictures: from here on `ensure` does not prepare by itself
+
+
+def default_store(source: str, size: int, format: str) -> str:
+    """Where a store goes if nothing else is said: data/SOURCE-SIZE-FORMAT."""
+    return os.path.join('data', f'{_short(source)}-{size}-{format}')
+
+
+def prepare(source: str, *, dir: str | None = None, store: str | None = None, format: str = 'jpg',
+            size: int = 256, val_fraction: float = 0.1, limit: float = np.inf) -> stores.Store:
+    """Makes a store, goes on with an interrupted one, or opens one that is complete.
+
+    Args: as the command's; `limit`: refuse a source of this many pictures or more.
+
+    Raises:
+      UserError: the source is unusable, a picture does not decode, the disk is too small, or the
+        folder holds something else. A pass that fails before its first flush leaves nothing; after
+        that it stays, to go on once the picture is repaired.
+    """
+    if format not in stores.FORMATS or size < 1:
+        raise UserError(f'format {format!r}, size {size}: the format is one of '
+                        f'{", ".join(stores.FORMATS)}, the size a positive number of pixels')
+    path = store or default_store(source, size, format)
+    there = _description(path)
+    wanted = {'format': format, 'size': size, 'source': _short(source)}
+    if there:
+        _check_same(path, there, wanted)
+        if there['complete']:
+            writer.clean(path)
+            return stores.open_store(path)
+    opened = datasets.open_source(source, data_dir=dir, val_fraction=val_fraction)
+    if sum(opened.splits.values()) >= limit:
+        raise UserError(_advice(source, dir, store, format, size, val_fraction))
+    wanted |= {'filter': FILTER, 'classes': len(opened.class_names), 'counts': opened.splits,
+               'versions': {'pillow': PIL.__version__, 'numpy': np.__version__}}
+    if there:
+        _check_same(path, there, wanted)
+    progress = writer.read_progress(path, size)
+    _check_disk(path, sum(opened.splits.values()) - progress['written'][:, 0].sum(), size, format)
+    new = _first_missing(path)
+    try:
+        os.makedirs(path, exist_ok=True)
+        writer.write_description(path, {**wanted, 'complete': False})
+        for split in writer.SPLITS:
+            writer.write_split(path, opened, split, size=size, format=format, progress=progress)
+        writer.finish(path, opened, format=format, progress=progress,
+                      description={**wanted, 'complete': True})
+    except (OSError, UserError) as error:
+        if not os.path.exists(os.path.join(path, writer.PROGRESS)):
+            shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+        raise
+    return stores.open_store(path)
+
+
+def ensure(*, source: str, dir: str | None = None, store: str | None = None, format: str = 'jpg',
+           size: int = 256, val_fraction: float = 0.1) -> stores.Store:
+    """Opens the store of a source for training; a small set (< 200,000) is prepared first.
+
+    Raises:
+      UserError: as `prepare`; with the command to run where a large set has no store yet.
+    """
+    there = _description(store or default_store(source, size, format))
+    if source == datasets.IMAGENET and not (there and there['complete']):
+        datasets.find_imagenet(dir)  # its size is known: TFDS need not build it for the count
+        raise UserError(_advice(source, dir, store, format, size, val_fraction))
+    return prepare(source, dir=dir, store=store, format=format, size=size,
+                   val_fraction=val_fraction, limit=LARGE)
+
+
+def _short(source: str) -> str:
+    return os.path.basename(os.path.abspath(source)) if datasets.is_folder(source) else source
+
+
+def _description(path: str) -> dict | None:
+    """The store.json of a folder; None where a store can be begun."""
+    try:
+        with open(os.path.join(path, 'store.json'), encoding='utf-8') as file:
+            return {'complete': False, **json.load(file)}
+    except FileNotFoundError as error:
+        if os.path.exists(path) and any(not name.endswith('.tmp') for name in os.listdir(path)):
+            raise UserError(f'{path}: there are other things: give another --store') from error
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f'{path}: not a store, or damaged: remove it or give another --store'
+                        ) from error
+
+
+def _check_same(path: str, there: dict, wanted: dict) -> None:
+    different = [f'{key} {there.get(key)}, not {value}'
+                 for key, value in wanted.items() if there.get(key) != value]
+    if different:
+        raise UserError(f'{path} is another store ({"; ".join(different)}): remove it or give '
+                        'another --store')
+
+
+def _first_missing(path: str) -> str:
+    """The highest folder on the way to `path` that is not there yet; `path` if all are."""
+    parent = os.path.dirname(os.path.abspath(path))
+    return path if os.path.exists(parent) else _first_missing(parent)
+
+
+def _check_disk(path: str, pictures: int, size: int, format: str) -> None:
+    # A JPEG record of a photograph takes 0.45 bytes a pixel, of noisy pictures more.
+    needed = pictures * (size * size * (3 if format == 'u8' else 0.55) + 1000) / 1e9
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(_first_missing(path)))).free / 1e9
+    text = f'about {needed:.2f} GB for {pictures:,} pictures, and {free:.2f} GB are free'
+    if free < needed:
+        raise UserError(f'{path}: the disk is too small: it needs {text}: give another --store')
+    print(f'{path}: needs {text}', flush=True)
+
+
+def _advice(source, dir, store, format, size, val_fraction) -> str:
+    options = {'source': source, 'dir': dir, 'store': store, 'format': format, 'size': size,
+               'val_fraction': val_fraction}
+    given = ' '.join(f'--{key}={value}' for key, value in options.items() if value)
+    return (f'{source} has no store yet, and is too large to make one on first use: run '
+            f'python -m alexnet_jax.prepare {given}')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m alexnet_jax.prepare', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--source', required=True, help='a folder of class folders, or a TFDS name')
+    parser.add_argument('--dir', help="TFDS's folder of data sets; for imagenet2012, of the tars")
+    parser.add_argument('--store', help='folder to make (default: data/SOURCE-SIZE-FORMAT)')
+    parser.add_argument('--format', choices=stores.FORMATS, default='jpg', help='JPEG, or raw pixels')
+    parser.add_argument('--size', type=int, default=256, help='pixels a side')
+    parser.add_argument('--val_fraction', type=float, default=0.1,
+                        help='part to hold out where the source has no validation split')
+    parser.add_argument('--verify', action='store_true', help='check all records of the store')
+    options = vars(parser.parse_args())
+    if options.pop('verify'):
+        path = options['store'] or default_store(*(options[k] for k in ('source', 'size', 'format')))
+        stores.verify(stores.open_store(path))
+        print(f'{path}: every record is as it was written')
+        return
+    began = time.monotonic()
+    store = prepare(**options)
+    print(f'{store.path}: {store.counts["train"]} + {store.counts["val"]} pictures of '
+          f'{store.classes} classes, {time.monotonic() - began:.1f} s')
+    print(f'mean colour {store.mean.mean((0, 1)).round(2)}, standard deviations {store.sigma.round(2)}')
+
+
+if __name__ == '__main__':
+    errors.run(main)

@@ -1,0 +1,114 @@
+"""Draws what the network sees of one picture: 16 training views and the ten test crops (§4.1).
+
+    python -m experiments.show_views --store=DIR [--index=0 --out=views.png]
+
+A training view is exactly what the picture becomes in one epoch of training: cropped and mirrored
+by the data pipeline at its position in that epoch, with that position's colour noise. The mean
+image is subtracted and added again, and values outside 0..255 are clipped.
+"""
+
+import argparse
+
+import numpy as np
+
+from alexnet_jax import data, sampler, steps
+from alexnet_jax.errors import UserError, run
+from alexnet_jax.store import Store, open_store
+
+View = tuple[str, np.ndarray]  # a label, and u8[crop,crop,3]
+
+
+def training_views(
+    store: Store, index: int, *, crop: int, epochs: int, seed: int, chunk: int, std: float
+) -> list[View]:
+    """The views of training picture `index` in the first epochs of the run with this seed.
+
+    seed, chunk and std are `config.seed`, `config.data.chunk` and `config.colour.std`.
+    """
+    mean = steps.window_mean(store.mean, crop)
+    total, room = store.counts['train'], store.size - crop
+    views = []
+    for epoch in range(epochs):
+        order = sampler.records(seed, epoch * total + np.arange(total), total)
+        position = epoch * total + int(np.flatnonzero(order == index)[0])
+        # In batches of one, steps are positions.
+        batches = data.train_batches(
+            store, seed=seed, batch=1, start=position, stop=position + 1, rows=np.arange(1),
+            crop=crop, chunk=chunk, random=True, threads=1,
+        )  # fmt: skip
+        batch = next(batches)
+        noise = batch['z'] @ (store.eigenvectors * store.sigma * std).T
+        seen = np.asarray(steps.normalize(batch['image'], mean, noise))[0] + mean
+        draw = sampler.draws(seed, position, 1, room=room, chunk=chunk)
+        mirrored = ', mirrored' if draw.flip[0] else ''
+        levels = ' '.join(f'{level:+.0f}' for level in noise[0])
+        label = f'({draw.y[0]}, {draw.x[0]}){mirrored}\nRGB {levels}'
+        views.append((label, np.clip(np.round(seen), 0, 255).astype(np.uint8)))
+    return views
+
+
+def ten_crops(store: Store, index: int, *, crop: int) -> list[View]:
+    """The ten views that are averaged at test time, in the order of `steps.VIEWS`."""
+    total, room = store.counts['train'], store.size - crop
+    batches = data.eval_batches(store, 'train', batch=total, rows=np.array([index]), threads=1)
+    picture = next(batches)['image'][0]
+    names = ['top left', 'top right', 'centre', 'bottom left', 'bottom right']
+    views = []
+    for name, (y, x, flip) in zip(names * 2, steps.VIEWS['ten'], strict=True):
+        y, x = int(y * room), int(x * room)
+        view = picture[y : y + crop, x : x + crop]
+        views.append((name + ', mirrored' * flip, view[:, ::-1] if flip else view))
+    return views
+
+
+def draw(training: list[View], testing: list[View], title: str, out: str) -> None:
+    """Writes both sets of views into one picture file."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(14, 10), layout='constrained')
+    figure.suptitle(title)
+    for part, views, name in zip(
+        figure.subfigures(2, 1), (training, testing), ('training', 'test'), strict=True
+    ):
+        part.suptitle(f'{len(views)} {name} views')
+        for axes, (label, picture) in zip(
+            part.subplots(2, len(views) // 2).flat, views, strict=True
+        ):
+            axes.imshow(picture, interpolation='nearest')
+            axes.set_title(label, fontsize=8)
+            axes.axis('off')
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m experiments.show_views')
+    parser.add_argument('--store', required=True, help='the folder that prepare wrote')
+    parser.add_argument('--index', type=int, default=0, help='which training picture')
+    parser.add_argument('--out', default='views.png', help='the picture file to write')
+    parser.add_argument(
+        '--crop', type=int, default=0, help='pixels; 0: 7/8 of the size (224 of 256)'
+    )
+    parser.add_argument('--seed', type=int, default=0, help="the run's seed")
+    parser.add_argument('--chunk', type=int, default=1, help='pictures that share a crop and flip')
+    parser.add_argument('--std', type=float, default=0.1, help='of the colour noise')
+    args = parser.parse_args()
+    store = open_store(args.store)
+    crop = args.crop or store.size * 7 // 8
+    count = store.counts['train']
+    if not 0 <= args.index < count:
+        raise UserError(f'--index={args.index}: {store.path} has training pictures 0..{count - 1}')
+    training = training_views(
+        store, args.index, crop=crop, epochs=16, seed=args.seed, chunk=args.chunk, std=args.std
+    )
+    name = store.names[store.labels('train')[args.index]]
+    title = f'{store.source}, training picture {args.index}: {name}'
+    draw(training, ten_crops(store, args.index, crop=crop), title, args.out)
+    print(f'wrote {args.out}')
+
+
+if __name__ == '__main__':
+    run(main)

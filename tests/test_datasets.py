@@ -1,0 +1,201 @@
+"""Sources: folders, TFDS sets, the embedded set, ImageNet from its tars."""
+
+import collections
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import datasets
+from alexnet_jax.datasets import figures, tfds_sets
+from alexnet_jax.errors import UserError
+from tests import fixtures
+
+
+def read(source, split, start=0):
+    return list(source.read(split, start))
+
+
+# Folders
+
+
+def test_folder_with_val_gives_sorted_files_and_labels_by_sorted_names(tmp_path):
+    fixtures.write_tree(tmp_path / 'train', {'b': 2, 'a': 3})
+    fixtures.write_tree(tmp_path / 'val', {'b': 1, 'a': 1})
+    (tmp_path / 'train' / 'a' / '.hidden').write_text('not a picture')
+    (tmp_path / 'train' / 'a' / 'deeper').mkdir()
+    (tmp_path / 'train' / 'a' / 'deeper' / 'no_suffix').write_bytes(b'data')
+    source = datasets.open_source(str(tmp_path))
+    assert source.class_names == ['a', 'b']
+    assert source.splits == {'train': 6, 'val': 2}
+    files = [f'{tmp_path}/train/{name}' for name in
+             ('a/000.jpg', 'a/001.jpg', 'a/002.jpg', 'a/deeper/no_suffix', 'b/000.jpg', 'b/001.jpg')]
+    examples = read(source, 'train')
+    assert [example.name for example in examples] == files
+    assert [example.label for example in examples] == [0, 0, 0, 0, 1, 1]
+    assert examples[3].data == b'data'
+    assert read(source, 'train', 4) == examples[4:]
+
+
+@pytest.mark.parametrize('tree', ['.', 'train'])
+def test_folder_without_val_holds_out_a_seeded_fraction(tmp_path, tree):
+    fixtures.write_tree(tmp_path / tree, {'a': 12, 'b': 8})
+
+    def names(split, seed):
+        source = datasets.open_source(str(tmp_path), val_fraction=0.25, seed=seed)
+        assert source.splits == {'train': 15, 'val': 5}
+        return [example.name for example in source.read(split, 0)]
+
+    train, val = names('train', 0), names('val', 0)
+    assert sorted(train + val) == sorted(str(file) for file in tmp_path.rglob('*.jpg'))
+    assert names('val', 0) == val
+    assert names('val', 1) != val
+
+
+def empty_class(root):
+    fixtures.write_tree(root / 'train', {'a': 2, 'b': 2, 'nothing': 0})
+
+
+def empty_val_class(root):
+    fixtures.write_tree(root / 'train', {'a': 2, 'b': 2})
+    fixtures.write_tree(root / 'val', {'a': 2, 'nothing': 0})
+
+
+def unknown_val_class(root):
+    fixtures.write_tree(root / 'train', {'a': 2, 'b': 2})
+    fixtures.write_tree(root / 'val', {'a': 2, 'stranger': 2})
+
+
+def one_class(root):
+    fixtures.write_tree(root, {'a': 2})
+
+
+def val_alone(root):
+    fixtures.write_tree(root / 'val', {'a': 2, 'b': 2})
+
+
+def too_few(root):
+    fixtures.write_tree(root, {'a': 2, 'b': 2})
+
+
+def nothing(root):
+    root.rmdir()
+
+
+@pytest.mark.parametrize('make, message', [
+    (empty_class, 'train/nothing: the class folder is empty'),
+    (empty_val_class, 'val/nothing: this class has no folder in train/'),
+    (unknown_val_class, 'val/stranger: this class has no folder in train/'),
+    (one_class, 'at least two class folders, found 1'),
+    (val_alone, 'there is a val/ but no train/'),
+    (too_few, 'val_fraction 0.1 of the 4 pictures'),
+    (nothing, 'there is no such folder'),
+])
+def test_folder_errors(tmp_path, make, message):
+    root = tmp_path / 'root'
+    root.mkdir()
+    make(root)
+    with pytest.raises(UserError, match=message):
+        datasets.open_source(str(root))
+
+
+# The embedded set
+
+
+def test_figures_are_a_function_of_their_place_and_balanced():
+    pictures = [figures.render(1, 0, index) for index in range(40)]
+    assert figures.render(1, 0, 17) == pictures[17]
+    assert figures.render(2, 0, 17)[0] != pictures[17][0]
+    assert figures.render(1, 1, 17)[0] != pictures[17][0]
+    assert set(collections.Counter(label for _, label, _ in pictures).values()) == {4}
+    sizes = {Image.open(io.BytesIO(data)).size for data, _, _ in pictures}
+    assert len(sizes) == 40
+    assert all(figures.SHORTER_SIDE[0] <= min(size) <= figures.SHORTER_SIDE[1] for size in sizes)
+
+
+@pytest.mark.parametrize('label', range(10))
+def test_figure_fills_the_same_box_whatever_its_class(label):
+    mask, box = figures._mask(np.random.default_rng(5), label, 120, 150)
+    _, first = figures._mask(np.random.default_rng(5), 0, 120, 150)
+    assert box == first
+    y, x = np.nonzero(mask[:, :, 0] > 0.1)
+    assert np.abs(np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) - box).max() < 2.5
+    assert 15 <= box[0] and box[2] <= 135  # inside the central square
+
+
+@pytest.fixture
+def small_embedded(monkeypatch):
+    def make(**splits):
+        monkeypatch.setattr(figures, 'SPLITS', splits)
+    return make
+
+
+def test_embedded_set_goes_through_tfds(tmp_path, small_embedded):
+    small_embedded(train=(0, 30), validation=(1, 20))
+    source = datasets.open_source('alexnet_shapes', data_dir=str(tmp_path))
+    assert source.class_names == figures.NAMES
+    assert source.splits == {'train': 30, 'val': 20}
+    for split, number in (('train', 0), ('val', 1)):
+        examples = read(source, split)
+        rendered = [figures.render(figures.SEED, number, i) for i in range(source.splits[split])]
+        assert ({(example.data, example.label) for example in examples}
+                == {(data, label) for data, label, _ in rendered})
+        assert read(source, split, 13) == examples[13:]
+
+
+def test_tfds_set_without_validation_holds_out_a_fraction(tmp_path, small_embedded):
+    small_embedded(train=(0, 20))
+    source = datasets.open_source('alexnet_shapes', data_dir=str(tmp_path), val_fraction=0.3)
+    assert source.splits == {'train': 14, 'val': 6}
+    train, val = read(source, 'train'), read(source, 'val')
+    assert len({example.data for example in train + val}) == 20
+    assert read(source, 'train', 9) == train[9:]
+    assert read(source, 'val', 6) == []
+
+
+def test_unknown_tfds_name(tmp_path):
+    with pytest.raises(UserError, match='neither a folder nor a TFDS set'):
+        datasets.open_source('no_such_set', data_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+# ImageNet
+
+
+def test_missing_imagenet_says_which_files_go_where(tmp_path):
+    with pytest.raises(UserError) as caught:
+        datasets.open_source('imagenet2012', data_dir=str(tmp_path))
+    for part in (f'{tmp_path}/ILSVRC2012_img_train.tar (138 GB)',
+                 f'{tmp_path}/ILSVRC2012_img_val.tar (6.3 GB)', 'make quickstart'):
+        assert part in str(caught.value)
+    assert '\n' not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('place', ['.', 'downloads/manual'])
+def test_imagenet_goes_through_its_tfds_builder(tmp_path, place):
+    made = fixtures.write_imagenet_tars(tmp_path / place, per_class=3, val=5)
+    source = datasets.open_source('imagenet2012', data_dir=str(tmp_path))
+    assert source.splits == {'train': 9, 'val': 5}
+    assert len(source.class_names) == 1000 and source.class_names[0] == 'n01440764'
+    train = {example.name.split()[-1]: example for example in source.read('train', 0)}
+    assert ({name: source.class_names[example.label] for name, example in train.items()}
+            == made['train'])
+    for name in (fixtures.CMYK, fixtures.PNG):  # mended by the builder
+        image = Image.open(io.BytesIO(train[name].data))
+        assert (image.format, image.mode) == ('JPEG', 'RGB')
+    from tensorflow_datasets.core import tfds_path
+    labels = (tfds_path('datasets/imagenet2012/validation_labels.txt')).read_text().split()
+    val = {example.name.split()[-1]: source.class_names[example.label]
+           for example in source.read('val', 0)}
+    assert val == dict(zip(made['val'], labels, strict=False))
+
+
+def test_imagenet_build_needs_disk(tmp_path, monkeypatch):
+    fixtures.write_imagenet_tars(tmp_path)
+    usage = collections.namedtuple('usage', 'free')
+    monkeypatch.setattr(tfds_sets.shutil, 'disk_usage', lambda path: usage(1000))
+    with pytest.raises(UserError, match='only 0.0 GB are free'):
+        datasets.open_source('imagenet2012', data_dir=str(tmp_path))

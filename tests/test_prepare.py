@@ -1,0 +1,366 @@
+"""Preparing: geometry, decoding, statistics, going on after a kill, refusals."""
+
+import collections
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import datasets, prepare, store
+from alexnet_jax.datasets import pictures, writer
+from alexnet_jax.errors import UserError
+from tests import fixtures
+
+COMMAND = [sys.executable, '-m', 'alexnet_jax.prepare']
+
+
+@pytest.fixture
+def tree(tmp_path):
+    fixtures.write_tree(tmp_path / 'tree' / 'train', {'ape': 7, 'bee': 6})
+    fixtures.write_tree(tmp_path / 'tree' / 'val', {'ape': 2, 'bee': 3}, seed=1000)
+    return str(tmp_path / 'tree')
+
+
+def files(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+# Pictures
+
+
+@pytest.mark.parametrize('width, height', [(75, 50), (50, 75), (101, 67), (33, 90), (40, 40), (32, 45),
+                                           (20, 27), (500, 375)])
+def test_square_is_the_centre_of_the_resized_picture(width, height):
+    image = fixtures.picture(0, width, height)
+    short = min(width, height)
+    new = int(width * 32 / short + 0.5), int(height * 32 / short + 0.5)
+    assert min(new) == 32
+    method = Image.Resampling.BILINEAR if short > 32 else Image.Resampling.BICUBIC
+    left, top = (new[0] - 32) // 2, (new[1] - 32) // 2
+    expected = np.asarray(image.resize(new, method))[top:top + 32, left:left + 32]
+    got = pictures.square(np.asarray(image), 32)
+    assert got.shape == (32, 32, 3) and got.dtype == np.uint8
+    # The two passes of a resize, rows and columns, may come in the other order: rounding.
+    assert np.abs(got.astype(int) - expected).max() <= 2
+
+
+def test_down_is_antialiased():
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(pictures.square(stripes, 64)[:, 2:-2] - 127.5).max() < 3
+
+
+def as_16_bit(image):
+    return Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize('format, convert, tolerance', [
+    ('JPEG', lambda image: image, 30),
+    ('JPEG', lambda image: image.convert('CMYK'), 12),
+    ('JPEG', lambda image: image.convert('L'), 12),
+    ('PNG', lambda image: image, 0),
+    ('PNG', lambda image: image.convert('RGBA'), 0),
+    ('PNG', lambda image: image.convert('LA'), 0),
+    ('PNG', lambda image: image.convert('P', palette=Image.Palette.ADAPTIVE), 60),
+    ('PNG', lambda image: image.convert('1'), 255),
+    ('PNG', as_16_bit, 0),
+    ('TIFF', as_16_bit, 0),
+    ('BMP', lambda image: image, 0),
+])
+def test_decodes_by_content(format, convert, tolerance):
+    image = fixtures.picture(3)
+    stored = convert(image)
+    grey = stored.mode in ('L', 'LA', '1') or stored.mode.startswith('I')
+    expected = np.asarray(image.convert('L').convert('RGB') if grey else image).astype(int)
+    decoded = pictures.decode(fixtures.encode(stored, format))
+    assert decoded.mode == 'RGB'
+    assert np.abs(np.asarray(decoded) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_decodes_arrays(channels):
+    array = np.random.default_rng(0).integers(0, 256, (9, 8, channels), np.uint8)
+    assert (np.asarray(pictures.decode(array)) == array[:, :, :3]).all()
+
+
+def test_exif_orientation_is_ignored():
+    image, exif = fixtures.picture(4), Image.Exif()
+    exif[0x0112] = 6
+    data = io.BytesIO()
+    image.save(data, 'JPEG', exif=exif)
+    assert pictures.decode(data.getvalue()).size == image.size
+
+
+# The store
+
+
+@pytest.mark.parametrize('format', ['jpg', 'u8'])
+def test_store_holds_the_source(tree, tmp_path, format):
+    path = tmp_path / 'new' / 'store'
+    made = prepare.prepare(tree, store=str(path), format=format, size=24)
+    assert (made.size, made.classes, made.names) == (24, 2, ['ape', 'bee'])
+    assert made.counts == {'train': 13, 'val': 5}
+    store.verify(made)
+    source = datasets.open_source(tree)
+    for split in ('train', 'val'):
+        examples = list(source.read(split, 0))
+        assert list(made.labels(split)) == [example.label for example in examples]
+        squares = [pictures.square(example.data, 24) for example in examples]
+        if format == 'u8':
+            assert (made.pixels(split) == squares).all()
+        else:
+            for record, pixels in zip(made.records(split, range(len(squares))), squares, strict=True):
+                image = Image.open(io.BytesIO(record))
+                assert (image.format, image.size) == ('JPEG', (24, 24))
+                assert np.abs(np.asarray(image).astype(int) - pixels).mean() < 8
+    assert json.loads((path / 'store.json').read_text())['filter'] == pictures.FILTER
+    kinds = {f'{split}.{kind}' for split in ('train', 'val') for kind in (format, 'crc.npy', 'labels.npy')}
+    kinds |= {'train.offsets.npy', 'val.offsets.npy'} if format == 'jpg' else set()
+    assert set(os.listdir(path)) == kinds | {'store.json', 'names.txt', 'stats.npz'}
+
+
+def test_statistics_are_those_of_the_training_pixels(tree, tmp_path):
+    made = prepare.prepare(tree, store=str(tmp_path / 'store'), format='u8', size=24)
+    x = np.asarray(made.pixels('train'), np.float64)
+    np.testing.assert_allclose(made.mean, x.mean(0), rtol=1e-6)
+    covariance = np.cov(x.reshape(-1, 3).T, bias=True)
+    vectors, sigma = made.eigenvectors.astype(np.float64), made.sigma
+    np.testing.assert_allclose(vectors @ np.diag(sigma ** 2.0) @ vectors.T, covariance, rtol=1e-4)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-6)
+    assert (np.diff(sigma) <= 0).all() and (vectors.sum(0) >= 0).all()
+
+
+def test_statistics_stay_exact_for_a_million_pictures():
+    count, side = 1_281_167, 256
+    image = np.full((side, side, 3), 255 * count, np.int64)
+    products = np.full((3, 3), 255 ** 2 * count * side ** 2, np.int64)
+    facts = pictures.statistics(image, products, count)
+    assert (facts['mean'] == 255).all() and facts['sigma'].max() < 1e-2
+
+
+# Going on after a kill
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the library may catch it."""
+
+
+@pytest.mark.parametrize('format', ['jpg', 'u8'])
+@pytest.mark.parametrize('flush', [0.0, 3600.0])
+def test_interrupted_equals_uninterrupted(tree, tmp_path, monkeypatch, format, flush):
+    options = {'format': format, 'size': 24}
+    prepare.prepare(tree, store=str(tmp_path / 'whole'), **options)
+    monkeypatch.setattr(writer, 'FLUSH_SECONDS', flush)
+    monkeypatch.setattr(writer.os, 'cpu_count', lambda: 1)
+    real, starts, budget = datasets.open_source, [], 0
+
+    def killing(*args, **kwargs):
+        source = real(*args, **kwargs)
+
+        def read(split, start):
+            starts.append((split, start))
+            for number, example in enumerate(source.read(split, start)):
+                if number == budget:
+                    raise Killed
+                yield example
+        return datasets.Source(source.name, source.class_names, source.splits, read)
+
+    monkeypatch.setattr(datasets, 'open_source', killing)
+    path = tmp_path / 'broken'
+    for budget in (2, 5, 6, 100):  # noqa: B007  read by `killing`
+        try:
+            prepare.prepare(tree, store=str(path), **options)
+        except Killed:
+            for name in ('train.index', f'train.{format}', 'progress.npz.tmp'):
+                with open(path / name, 'ab') as file:  # written after the last flush
+                    file.write(b'torn')
+    assert files(path) == files(tmp_path / 'whole')
+    if flush == 0:
+        assert max(start for split, start in starts if split == 'train') > 0  # it did go on
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(tmp_path):
+    tree = str(fixtures.write_tree(tmp_path / 'tree', {'ape': 100, 'bee': 100}))
+    program = ('import sys; from alexnet_jax import prepare; from alexnet_jax.datasets import writer;'
+               'writer.FLUSH_SECONDS = 0; prepare.prepare(*sys.argv[1:2], store=sys.argv[2], size=200)')
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    prepare.prepare(tree, store=str(whole), size=200)
+    kills = 0
+    for delay in (0.0, 0.01, 0.1, 0.3):
+        process = subprocess.Popen([sys.executable, '-c', program, tree, str(broken)],
+                                   stdout=subprocess.DEVNULL, start_new_session=True)
+        before = _stamp(broken)
+        while process.poll() is None and _stamp(broken) == before:
+            time.sleep(0.001)
+        time.sleep(delay)
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.wait()
+    assert kills
+    subprocess.run([sys.executable, '-c', program, tree, str(broken)], check=True, timeout=120)
+    assert files(broken) == files(whole)
+
+
+def _stamp(path):
+    try:
+        return os.stat(path / 'progress.npz').st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def test_complete_store_is_opened_without_its_source(tree, tmp_path, monkeypatch):
+    path = tmp_path / 'store'
+    prepare.prepare(tree, store=str(path), size=24)
+    (path / 'train.index').write_bytes(b'left by a kill at the very end')
+    monkeypatch.setattr(datasets, 'open_source', None)
+    made = prepare.ensure(source=tree, store=str(path), size=24)
+    assert made.counts['train'] == 13
+    assert not (path / 'train.index').exists()
+
+
+# Refusals
+
+
+def test_truncated_picture_is_named_and_nothing_is_left(tree, tmp_path):
+    bad = os.path.join(tree, 'train', 'bee', '002.jpg')
+    data = open(bad, 'rb').read()
+    open(bad, 'wb').write(data[:len(data) // 2])
+    result = subprocess.run([*COMMAND, f'--source={tree}', '--size=24', f'--store={tmp_path}/a/b/c'],
+                            capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f'error: {bad}: does not decode')
+    assert result.stderr.count('\n') == 1
+    assert sorted(os.listdir(tmp_path)) == ['tree']
+
+
+def test_a_long_pass_is_kept_until_the_picture_is_repaired(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, 'FLUSH_SECONDS', 0)
+    prepare.prepare(tree, store=str(tmp_path / 'whole'), size=24)
+    bad = os.path.join(tree, 'val', 'bee', '001.jpg')
+    data = open(bad, 'rb').read()
+    open(bad, 'wb').write(b'')
+    with pytest.raises(UserError, match='val/bee/001.jpg: does not decode'):
+        prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+    with pytest.raises(UserError, match='incomplete'):
+        store.open_store(tmp_path / 'store')
+    open(bad, 'wb').write(data)
+    prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+    assert files(tmp_path / 'store') == files(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('label', [-1, 2])
+def test_label_outside_the_class_count(tmp_path, monkeypatch, label):
+    pixels = np.zeros((9, 9, 3), np.uint8)
+    source = datasets.Source('made', ['a', 'b'], {'train': 2, 'val': 1}, lambda split, start: iter(
+        [datasets.Example('the first', pixels, 0), datasets.Example('the second', pixels, label)]))
+    monkeypatch.setattr(datasets, 'open_source', lambda *args, **kwargs: source)
+    with pytest.raises(UserError, match=f'the second: label {label} is outside the 2 classes'):
+        prepare.prepare('made', store=str(tmp_path / 'data' / 'store'), size=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_source_that_gives_too_few(tree, tmp_path, monkeypatch):
+    real = datasets.open_source
+
+    def counting_more(*args, **kwargs):
+        source = real(*args, **kwargs)
+        return datasets.Source('made', source.class_names, {'train': 13, 'val': 6}, source.read)
+    monkeypatch.setattr(datasets, 'open_source', counting_more)
+    with pytest.raises(UserError, match='made: val gave 5 pictures, not 6'):
+        prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+
+
+def test_says_how_much_disk_and_refuses_too_little(tree, tmp_path, monkeypatch, capsys):
+    prepare.prepare(tree, store=str(tmp_path / 'store'), format='u8', size=24)
+    assert 'needs about 0.00 GB for 18 pictures' in capsys.readouterr().out
+    needed = 18 * (24 * 24 * 3)
+    usage = collections.namedtuple('usage', 'free')
+    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: usage(needed))
+    with pytest.raises(UserError, match='the disk is too small: it needs about'):
+        prepare.prepare(tree, store=str(tmp_path / 'other' / 'store'), format='u8', size=24)
+    assert sorted(os.listdir(tmp_path)) == ['store', 'tree']
+
+
+def test_full_disk_is_one_line(tree, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(writer, '_record', full)
+    with pytest.raises(UserError, match='cannot be written: No space left on device'):
+        prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+    assert sorted(os.listdir(tmp_path)) == ['tree']
+
+
+def test_other_stores_and_other_things_are_not_overwritten(tree, tmp_path):
+    path = str(tmp_path / 'store')
+    prepare.prepare(tree, store=path, size=24)
+    before = files(tmp_path / 'store')
+    with pytest.raises(UserError, match='is another store .size 24, not 20.'):
+        prepare.prepare(tree, store=path, size=20)
+    with pytest.raises(UserError, match='is another store .format jpg, not u8.'):
+        prepare.ensure(source=tree, store=path, size=24, format='u8')
+    assert files(tmp_path / 'store') == before
+    with pytest.raises(UserError, match='there are other things'):
+        prepare.prepare(tree, store=tree, size=24)
+    with pytest.raises(UserError, match='not a store, or damaged'):
+        (tmp_path / 'store' / 'store.json').write_text('{"format": ')
+        prepare.prepare(tree, store=path, size=24)
+
+
+def test_an_interrupted_store_of_other_counts_is_not_continued(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, 'finish', lambda *args, **kwargs: exit())
+    with pytest.raises(SystemExit):
+        prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+    os.remove(os.path.join(tree, 'train', 'ape', '000.jpg'))
+    with pytest.raises(UserError, match="counts .*13.*, not .*12.*: remove it"):
+        prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+
+
+def test_ensure_prepares_small_sets_only(tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare.ensure(source=tree, size=24).counts == {'train': 13, 'val': 5}
+    assert os.path.exists('data/tree-24-jpg/store.json')
+    monkeypatch.setattr(prepare, 'LARGE', 18)
+    with pytest.raises(UserError, match=f'python -m alexnet_jax.prepare --source={tree} .*--size=20'):
+        prepare.ensure(source=tree, size=20, dir='', store='')
+    assert os.listdir('data') == ['tree-24-jpg']
+
+
+def test_ensure_never_builds_imagenet(tmp_path):
+    with pytest.raises(UserError, match='138 GB'):
+        prepare.ensure(source='imagenet2012', dir=str(tmp_path), store=str(tmp_path / 'store'))
+    fixtures.write_imagenet_tars(tmp_path)
+    with pytest.raises(UserError, match='run python -m alexnet_jax.prepare --source=imagenet2012 --dir='):
+        prepare.ensure(source='imagenet2012', dir=str(tmp_path), store=str(tmp_path / 'store'))
+
+
+def test_verify_finds_a_flipped_bit(tree, tmp_path):
+    path = tmp_path / 'store'
+    command = [*COMMAND, f'--source={tree}', '--size=24', f'--store={path}', '--verify']
+    prepare.prepare(tree, store=str(path), size=24)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, '')
+    data = bytearray((path / 'val.jpg').read_bytes())
+    data[-1] ^= 1
+    (path / 'val.jpg').write_bytes(data)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert 'damaged' in result.stderr and 'val 4' in result.stderr
+
+
+@pytest.mark.slow
+def test_imagenet_from_tars_to_store(tmp_path):
+    made = fixtures.write_imagenet_tars(tmp_path / 'tars')
+    built = prepare.prepare('imagenet2012', dir=str(tmp_path / 'tars'), store=str(tmp_path / 'store'),
+                            size=64)
+    assert built.counts == {'train': len(made['train']), 'val': len(made['val'])}
+    assert built.classes == 1000
+    assert sorted(built.names[label] for label in built.labels('train')) == sorted(made['train'].values())
+    store.verify(built)
