@@ -170,9 +170,7 @@ def _cut(pixels: np.ndarray, plan: Plan, crop: int) -> Batch:
     return {'image': image, **plan.rest}
 
 
-def _read_with_threads(
-    make: Callable[[int], Batch], steps: range, threads: int
-) -> Generator[Batch]:
+def _read_with_threads(make: Callable[[int], Batch], steps: range, threads: int) -> Iterator[Batch]:
     """make(step) for every step, in order, `threads` at a time."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix='batches')
     waiting = deque()
@@ -199,7 +197,7 @@ def _import_tensorflow():
 
 def _read_with_tensorflow(
     store: Store, split: str, plan: Callable[[int], Plan], steps: range, crop: int, threads: int
-) -> Generator[Batch]:
+) -> Iterator[Batch]:
     """The batches of some steps through tf.data: read a step, decode pictures, batch, prefetch."""
     tf = _import_tensorflow()
     raw = store.format == 'u8'
@@ -265,7 +263,7 @@ def _read_with_tensorflow(
     return _iterate(dataset.with_options(options), failures, tf.errors.OpError)
 
 
-def _iterate(dataset, failures: list[Exception], op_error: type[Exception]) -> Generator[Batch]:
+def _iterate(dataset, failures: list[Exception], op_error: type[Exception]) -> Iterator[Batch]:
     """A dataset's elements; an exception raised inside its functions is raised as it was."""
     try:
         yield from dataset.as_numpy_iterator()

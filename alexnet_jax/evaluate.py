@@ -6,7 +6,6 @@ prints a table of the top-1 and top-5 errors of every run, and of all of them to
 """
 
 import argparse
-import logging
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,7 +20,6 @@ from alexnet_jax.datasets import pictures
 from alexnet_jax.errors import UserError, run
 from alexnet_jax.store import Store
 
-log = logging.getLogger(__name__)
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
 
 
@@ -108,53 +106,83 @@ def load(run_dir: str | pathlib.Path, views: str = 'ten', step: str | int = 'bes
     return Classifier(run_dir, views, step)
 
 
-def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
-    """(name, sums) -> a table like the paper's tables 1 and 2."""
-    width = max(len('Model'), *(len(name) for name, _ in rows))
-    lines = [f'{"Model":{width}}  Top-1    Top-5    Pictures']
-    for name, sums in rows:
+def compare(
+    paths: Sequence[str | pathlib.Path],
+    *,
+    views: Sequence[str] = ('centre', 'ten'),
+    split: str = 'val',
+    step: str | int = 'best',
+    store: str = '',
+    batch: int = 100,
+    threads: int = 0,
+) -> dict[tuple[str, str], dict[str, float]]:
+    """Sums by (name, view) for each run, and for all together where there are several ('N CNNs').
+
+    store: where the prepared pictures are, if not where the first run had them. Raises UserError
+    for what is not a run directory, for damaged checkpoints, and for runs on different classes.
+    """
+    configs = [rundir.read_config(path) for path in paths]
+    towers = {config['model']['towers'] for config in configs}
+    shape = (0, 0) if len(towers) == 1 else (0, 1)
+    mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
+    runs = [open_run(path, mesh, step) for path in paths]
+    if any(r.facts.names != runs[0].facts.names for r in runs):
+        raise UserError('these runs were trained on different classes: no common table')
+    data_config = configs[0]['data']
+    opened = prepare.ensure(**{**data_config, 'store': store or data_config['store']})
+    for r in runs:
+        if r.facts.mean.shape[0] != opened.size:
+            raise UserError(f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, and '
+                            f'{opened.path} has {opened.size}')
+    results = {}
+    for view in views:
+        predicts = [predictor(r, mesh, view) for r in runs]
+        members = [(f'{r.path.name} (step {r.step:,})', [p]) for r, p in zip(runs, predicts)]
+        if len(runs) > 1:
+            members.append((f'{len(runs)} CNNs', predicts))
+        for name, ensemble in members:
+            results[name, view] = evaluate(
+                ensemble, mesh, opened, split=split, batch=batch, threads=threads
+            )
+    return results
+
+
+def table(results: dict[tuple[str, str], dict[str, float]]) -> str:
+    """What `compare` returns, like the paper's tables 1 and 2."""
+    width = max(len('Model'), *(len(name) for name, _ in results))
+    lines = [f'{"Model":{width}}  Crops   Top-1    Top-5  Pictures']
+    for (name, view), sums in results.items():
         e = metrics.errors(sums)
+        crops = {'centre': 1, 'ten': 10}[view]
         lines.append(
-            f'{name:{width}}  {e["top1_error"]:5.2f} %  {e["top5_error"]:5.2f} %  '
+            f'{name:{width}}  {crops:5}  {e["top1_error"]:5.2f} %  {e["top5_error"]:5.2f} %  '
             f'{sums["count"]:8,.0f}'
         )
     return '\n'.join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m alexnet_jax.evaluate')
+    parser = argparse.ArgumentParser(prog='python -m alexnet_jax.evaluate', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories')
     parser.add_argument('--split', default='val', choices=('val', 'train'))
-    parser.add_argument('--views', default='both', choices=('both', 'centre', 'ten'))
+    parser.add_argument('--views', default='both', choices=('both', *steps.VIEWS))
     parser.add_argument('--step', default='best', help="'best', 'latest' or a number")
-    parser.add_argument('--store', help='the prepared pictures, if not where the run had them')
+    parser.add_argument('--store', default='', help='the prepared pictures, if not where they were')
     parser.add_argument('--batch', type=int, default=100, help='images a step')
     parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
     parser.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format='%(message)s')
     meshes.configure(args.cpu_devices)
-    config = rundir.read_config(args.runs[0])
-    towers = {rundir.read_config(path)['model']['towers'] for path in args.runs}
-    shape = (0, 0) if len(towers) == 1 else (0, 1)
-    mesh = meshes.make(shape, towers=min(towers), batches={'--batch': args.batch})
-    step = int(args.step) if args.step.isdigit() else args.step
-    runs = [open_run(path, mesh, step) for path in args.runs]
-    if any(r.facts.names != runs[0].facts.names for r in runs):
-        raise UserError('these runs were trained on different classes: no common table')
-    store = prepare.ensure(**{**config['data'], **({'store': args.store} if args.store else {})})
-
-    results = []
-    for views in ('centre', 'ten') if args.views == 'both' else (args.views,):
-        crops = {'centre': '1 crop', 'ten': '10 crops'}[views]
-        predicts = [predictor(r, mesh, views) for r in runs]
-        members = [[p] for p in predicts] + ([predicts] if len(predicts) > 1 else [])
-        names = [f'{r.path.name} (step {r.step})' for r in runs] + [f'{len(runs)} CNNs']
-        for name, ensemble in zip(names, members, strict=False):
-            sums = evaluate(
-                ensemble, mesh, store, split=args.split, batch=args.batch, threads=args.threads
-            )
-            results.append((f'{name}, {crops}', sums))
+    results = compare(
+        args.runs,
+        views=tuple(steps.VIEWS) if args.views == 'both' else (args.views,),
+        split=args.split,
+        step=int(args.step) if args.step.isdigit() else args.step,
+        store=args.store,
+        batch=args.batch,
+        threads=args.threads,
+    )
     print(table(results))
 
 

@@ -35,7 +35,9 @@ def parse(argv: list[str]) -> None:
 
 def main() -> None:
     parse(sys.argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout, force=True)
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
+    logging.getLogger('alexnet_jax').setLevel(logging.INFO)
+    logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS tells of every file
 
     from alexnet_jax import mesh, train  # after the flags: an error in those answers at once
 

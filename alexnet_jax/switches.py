@@ -56,6 +56,8 @@ def build(
     convs = len(kernels)
     names = tuple(f'conv{i + 1}' for i in range(convs))
     layer_names = (*names, 'fc6', 'fc7', 'fc8')
+    if convs not in (5, 6) or len(hidden) != 2:
+        raise UserError('config.model: 5 or 6 numbers of kernels and 2 numbers of hidden units')
 
     def choose(name, value, choices):
         if value not in choices:
@@ -85,8 +87,6 @@ def build(
             raise UserError(
                 f'config.model.{name} has {len(values)} values, but {length} layers need one each'
             )
-    if convs not in (5, 6) or len(hidden) != 2:
-        raise UserError('config.model: 5 or 6 numbers of kernels and 2 numbers of hidden units')
     if norm_n % 2 == 0:
         raise UserError(f'config.model.norm_n={norm_n}: a window of an odd number of channels')
 

@@ -77,6 +77,8 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
     tf.config.set_visible_devices([], 'GPU')  # reading needs none, and JAX wants all its memory
     if name == EMBEDDED:
         from alexnet_jax.datasets import shapes  # noqa: F401  importing it registers the builder
+
+        tfds.disable_progress_bar()  # it takes half a minute
     try:
         builder = tfds.builder(name, data_dir=root)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:

@@ -1,0 +1,152 @@
+"""Every preset and every ablation has its number of parameters in this table, layer by layer."""
+
+import importlib
+import pathlib
+
+import jax
+import pytest
+
+from alexnet_jax import model, optim, switches
+from alexnet_jax.errors import UserError
+from configs import base
+
+CONFIGS = pathlib.Path(base.__file__).parent
+# conv1, conv2, ..., fc8: the paper's are those of `original.md` §1.
+PAPER = (34_944, 307_456, 885_120, 663_936, 442_624, 37_752_832, 16_781_312, 4_097_000)
+NOT_2012 = (23_296, 307_392, 663_936, 884_992, 590_080, 37_752_832, 16_781_312, 4_097_000)
+
+
+def changed(**layers):
+    names = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
+    return tuple(n for n in (layers.get(k, v) for k, v in zip(names, PAPER, strict=True)) if n)
+
+
+# (preset, overrides of config.model): (parameters of each layer, in all)
+TABLE = {
+    ('paper', ()): (PAPER, 60_965_224),
+    ('original', ()): (PAPER, 60_965_224),
+    ('caffe', ()): (PAPER, 60_965_224),
+    ('caffenet', ()): (PAPER, 60_965_224),
+    ('one_gpu', ()): (
+        changed(conv1=17_472, conv2=153_728, conv3=221_376, conv4=331_968, conv5=442_624),
+        59_798_312,
+    ),
+    ('cnn_star', ()): ((*PAPER[:5], 590_080, *PAPER[5:]), 61_555_304),
+    ('owt', ()): (NOT_2012, 61_100_840),
+    ('no_talk', ()): (
+        changed(conv2=384_320, conv3=553_344, fc6=37_756_928, fc7=16_781_312),
+        60_714_408,
+    ),
+    ('caffe', (('groups', 1),)): (
+        changed(conv2=614_656, conv4=1_327_488, conv5=884_992),
+        62_378_344,
+    ),
+    ('paper', (('activation', 'tanh'),)): (PAPER, 60_965_224),
+    ('paper', (('norms', 'first'),)): (PAPER, 60_965_224),
+    ('paper', (('norms', 'none'),)): (PAPER, 60_965_224),
+    ('paper', (('norm_alpha_per', 'window'),)): (PAPER, 60_965_224),
+    ('paper', (('norm_window', 'all'),)): (PAPER, 60_965_224),
+    ('paper', (('pooling', 'disjoint'),)): (PAPER, 60_965_224),
+    ('paper', (('dropout', 'none'),)): (PAPER, 60_965_224),
+    ('paper', (('dropout', 'inverted'),)): (PAPER, 60_965_224),
+    ('paper', (('dropout_at', 'inputs'),)): (PAPER, 60_965_224),
+    ('paper', (('dtype', 'bfloat16'),)): (PAPER, 60_965_224),
+    ('paper', (('init', 'torch'),)): (PAPER, 60_965_224),
+    ('paper', (('remove', 'conv1'),)): (changed(conv1=0, conv2=19_456), 60_642_280),
+    ('paper', (('remove', 'conv2'),)): (changed(conv2=0, conv3=332_160), 60_104_808),
+    ('paper', (('remove', 'conv3'),)): (changed(conv3=0, conv4=885_120), 60_301_288),
+    ('paper', (('remove', 'conv4'),)): (changed(conv4=0), 60_301_288),
+    ('paper', (('remove', 'conv5'),)): (changed(conv5=0, fc6=56_627_200), 79_396_968),
+    ('paper', (('width', 0.5),)): (
+        (17_472, 76_928, 221_376, 166_080, 110_720, 9_439_232, 4_196_352, 2_049_000),
+        16_277_160,
+    ),
+}
+
+
+def presets():
+    return sorted(path.stem for path in CONFIGS.glob('*.py') if path.stem not in ('base', '__init__'))
+
+
+def load(preset, *variant):
+    return importlib.import_module(f'configs.{preset}').get_config(*variant)
+
+
+def shapes(config, classes=1000):
+    net = switches.build(classes=classes, **config.model)
+    return net, jax.eval_shape(lambda: model.init(net, 0, config.augment.crop))
+
+
+@pytest.mark.parametrize(('preset', 'overrides'), TABLE, ids=str)
+def test_parameter_counts(preset, overrides):
+    config = load(preset)
+    config.model.update(dict(overrides))
+    _, params = shapes(config)
+    counts = tuple(sum(x.size for x in jax.tree.leaves(params[name])) for name in sorted(params))
+    assert (counts, sum(counts)) == TABLE[preset, overrides]
+
+
+def test_every_preset_is_in_the_table():
+    assert {preset for preset, _ in TABLE} == {*presets()} - {'quickstart'}
+
+
+def test_every_switch_of_the_model_is_in_the_table():
+    """Each value that a switch can take, but those which only scale numbers."""
+    tried = {name: {value} for name, value in base.get_config().model.items()}
+    for _, overrides in TABLE:
+        for name, value in overrides:
+            tried[name].add(value)
+    assert tried['remove'] == {'none', 'conv1', 'conv2', 'conv3', 'conv4', 'conv5'}
+    assert tried['norms'] == {'all', 'first', 'none'}
+    for name in ('activation', 'norm_alpha_per', 'norm_window', 'pooling', 'dropout_at', 'init'):
+        assert len(tried[name]) == 2, name
+
+
+@pytest.mark.parametrize(
+    ('preset', 'variant'),
+    [(p, '') for p in presets()]
+    + [(p, v) for p in presets() for v in getattr(importlib.import_module(f'configs.{p}'), 'VARIANTS', ())],
+)
+def test_every_preset_and_variant_can_be_used(preset, variant):
+    config = load(preset, variant) if variant else load(preset)
+    shapes(config)
+    rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)
+    assert rates(0, {})['weights'] > 0
+    assert set(config.keys()) == set(base.get_config().keys())
+    assert f'configs/{preset}.py' in importlib.import_module(f'configs.{preset}').__doc__
+
+
+def test_an_unknown_variant_is_named():
+    with pytest.raises(ValueError, match="no variant 'relu'"):
+        load('paper', 'relu')
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'activation': 'gelu'}, "activation='gelu': choose one of relu, tanh"),
+        ({'remove': 'conv6'}, 'remove'),
+        ({'norms': 'some'}, 'norms'),
+        ({'dropout': 'yes'}, 'dropout'),
+        ({'dtype': 'int8'}, 'dtype'),
+        ({'norm_n': 4}, 'odd'),
+        ({'width': 0.3}, 'not an integer'),
+        ({'after': ('act',)}, '1 values, but 5 layers'),
+        ({'std': (0.01,)}, '1 values, but 8 layers'),
+        ({'exchange': ('conv9',)}, 'exchange'),
+        ({'after': ('act pool2', 'act', 'act', 'act', 'act')}, 'after'),
+        ({'kernels': (96, 256)}, '5 or 6'),
+    ],
+)
+def test_impossible_switches_are_one_line(change, message):
+    config = base.get_config()
+    with config.unlocked():
+        config.model.update(change)
+    with pytest.raises(UserError, match=message) as error:
+        shapes(config)
+    assert '\n' not in str(error.value)
+
+
+def test_an_unknown_field_is_a_type_error():
+    with pytest.raises(TypeError):
+        switches.build(classes=10, **base.get_config().model, colour=1)
