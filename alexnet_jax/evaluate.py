@@ -137,7 +137,7 @@ def compare(
     results = {}
     for view in views:
         predicts = [predictor(r, mesh, view) for r in runs]
-        members = [(f'{r.path.name} (step {r.step:,})', [p]) for r, p in zip(runs, predicts)]
+        members = [(f'{r.path.name} (step {r.step:,})', [p]) for r, p in zip(runs, predicts, strict=True)]
         if len(runs) > 1:
             members.append((f'{len(runs)} CNNs', predicts))
         for name, ensemble in members:

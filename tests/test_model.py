@@ -38,8 +38,7 @@ def test_activation_shapes_of_the_paper():
         assert found[name] == [(size, size, kernels[name[-1]])] * 2, name
     assert found['fc6'] == found['fc7'] == [(2048,)] * 2
     assert found['logits'] == (2, 1000)
-    units = sum(np.prod(found[n]).astype(int) if 0 else sum(np.prod(s) for s in found[n])
-                for n in ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7'))
+    units = sum(np.prod(s) for n in ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7') for s in found[n])
     assert units + 1000 == 659_272  # the paper's 650,000
 
 
@@ -122,7 +121,7 @@ def test_fc6_reads_height_width_and_channels_over_both_towers_in_this_order():
     (_, out), variables = net.init_with_output(jax.random.key(0), images())
     params = variables['params']['fc6']
     x = np.concatenate(out['pool5'], axis=-1).reshape(2, -1)
-    expected = np.maximum(x @ params['kernel'][1] + params['bias'][1], 0)
+    expected = np.maximum(x @ params['kernel'][1] + params['bias'][1][None], 0)
     np.testing.assert_allclose(out['fc6'][1], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -135,10 +134,10 @@ def test_dropout_forms():
     net = build(width=0.25)
     variables = net.init(jax.random.key(1), x)
     _, out = net.apply(variables, x)
-    kernel, bias = (variables['params']['fc8'][k] for k in ('kernel', 'bias'))
+    kernel, bias = (np.asarray(variables['params']['fc8'][k]) for k in ('kernel', 'bias'))
 
     def read_by_fc8(masks):
-        parts = [(h * m) @ k for h, m, k in zip(out['fc7'], masks, kernel, strict=True)]
+        parts = [np.asarray(h * m) @ k for h, m, k in zip(out['fc7'], masks, kernel, strict=True)]
         return sum(parts) + bias
 
     np.testing.assert_allclose(logits(net, variables), read_by_fc8((0.5, 0.5)), rtol=1e-4, atol=1e-5)

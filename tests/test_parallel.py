@@ -1,0 +1,194 @@
+"""The same training on every mesh: masks, noise and gradients do not know the devices."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from PIL import Image
+
+from alexnet_jax import layers, model, optim, steps, switches
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import UserError
+from configs import caffe, original
+
+MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]
+BATCH, CLASSES = 16, 1000
+
+
+def photographs(size):
+    """Sixteen windows of a real photograph (matplotlib's sample): u8[16,size,size,3]."""
+    folder = pathlib.Path(matplotlib.get_data_path()) / 'sample_data'
+    with Image.open(folder / 'grace_hopper.jpg') as image:
+        pixels = np.asarray(image.convert('RGB'))
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, np.array(pixels.shape[:2]) - size + 1, (BATCH, 2))
+    return np.stack([pixels[y : y + size, x : x + size] for y, x in corners])
+
+
+def train(shape, config, wrap=lambda optimizer: optimizer, count=5):
+    """Five steps on a mesh -> losses, changes of the parameters, velocities."""
+    crop = config.augment.crop
+    mesh = meshes.make(shape, towers=config.model.towers, batches={'batch': BATCH})
+    net = switches.build(classes=CLASSES, **config.model)
+    optimizer = wrap(optim.sgd(momentum=0.9, decay=5e-4))
+    images = photographs(crop)
+    step = steps.make_train_step(
+        net,
+        optimizer,
+        mesh,
+        seed=0,
+        mean=images.astype(np.float32).mean(axis=0),
+        eigenvectors=np.eye(3, dtype=np.float32),
+        sigma=np.array([121.8, 37.1, 19.7], np.float32),
+        **config.colour,
+    )
+    state = steps.init_state(net, optimizer, mesh, seed=0, crop=crop)
+    start = jax.tree.map(np.asarray, state.params)
+    # The rates of 128 images: at a batch of 16 they would make the training chaotic, and the last
+    # bit that the order of a sum leaves open would grow to percents within five steps.
+    scale = BATCH / 128
+    rates = {'weights': 0.01 * scale, 'biases': 0.02 * scale, 'conv1': 0.01 * scale, 'colour': 1.0}
+    rates = {name: np.float32(value) for name, value in rates.items()}
+    losses = []
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        batch = {
+            'image': images,
+            'z': rng.normal(size=(BATCH, 3)).astype(np.float32),
+            'label': rng.integers(0, CLASSES, BATCH).astype(np.int32),
+        }
+        state, sums = step(state, meshes.global_batch(mesh, BATCH, batch), rates)
+        losses.append(float(sums['loss']) / BATCH)
+    moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, start)
+    return losses, moved, jax.tree.map(np.asarray, optim.velocity(state.opt_state))
+
+
+def differences(one, other):
+    """(greatest difference of the losses, greatest relative L2 distance of changes and velocities)."""
+    losses = np.abs(np.subtract(one[0], other[0])).max()
+    distances = [
+        np.linalg.norm(a - b) / np.linalg.norm(a)
+        for tree_a, tree_b in zip(one[1:], other[1:], strict=True)
+        for a, b in zip(jax.tree.leaves(tree_a), jax.tree.leaves(tree_b), strict=True)
+    ]
+    return losses, max(distances)
+
+
+def agree(one, other):
+    losses, distance = differences(one, other)
+    return losses < 1e-5 and distance < 1e-3
+
+
+@pytest.fixture(scope='module')
+def narrow():
+    config = original.get_config()
+    config.augment.crop = 64
+    config.model.width = 0.25
+    return config
+
+
+@pytest.fixture(scope='module')
+def narrow_alone(narrow):
+    return train((1, 1), narrow)
+
+
+@pytest.mark.parametrize('shape', [(1, 2), (2, 1), (4, 2)], ids=str)
+def test_narrow_net_trains_the_same_on_every_mesh(narrow, narrow_alone, shape):
+    losses, distance = differences(narrow_alone, train(shape, narrow))
+    assert losses < 1e-5 and distance < 1e-3, (losses, distance)
+
+
+@pytest.mark.slow
+def test_full_width_original_trains_the_same_on_every_mesh():
+    one = train((1, 1), original.get_config())
+    for shape in MESHES[1:]:
+        losses, distance = differences(one, train(shape, original.get_config()))
+        assert losses < 1e-5 and distance < 1e-3, (shape, losses, distance)
+
+
+@pytest.mark.parametrize('change', [{'norm_window': 'all'}, {'exchange': ()}, {'remove': 'conv3'},
+                                    {'dropout_at': 'inputs'}], ids=str)
+def test_switches_that_touch_the_towers(narrow, change):
+    config = narrow.copy_and_resolve_references()
+    config.model.update(change)
+    assert agree(train((1, 1), config, count=2), train((2, 2), config, count=2))
+
+
+def scale_gradient_of_tower_1(optimizer):
+    def update(grads, state, params, **rates):
+        scale = jnp.where(lax.axis_index('model') == 1, 1.01, 1.0)
+        kernels = {layer: leaves | {'kernel': leaves['kernel'] * scale} for layer, leaves in grads.items()}
+        return optimizer.update(kernels, state, params, **rates)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def test_the_comparison_sees_a_scaled_gradient(narrow, narrow_alone):
+    broken = train((1, 2), narrow, wrap=scale_gradient_of_tower_1)
+    assert not agree(narrow_alone, broken)
+
+
+def test_the_comparison_sees_one_changed_mask(narrow, narrow_alone, monkeypatch):
+    real = layers.dropout_mask
+    monkeypatch.setattr(layers, 'dropout_mask', lambda key, rows, tower, units: real(
+        key, jnp.where(rows == 3, 99, rows), tower, units))
+    assert not agree(narrow_alone, train((1, 2), narrow))
+
+
+def test_the_comparison_sees_a_lost_term_of_the_sum_over_towers(narrow, narrow_alone, monkeypatch):
+    real = lax.psum
+    monkeypatch.setattr(model.lax, 'psum', lambda x, axis: real(
+        jnp.where(lax.axis_index(axis) == 0, x, 0 * x), axis) if axis == 'model' else real(x, axis))
+    assert not agree(narrow_alone, train((1, 2), narrow))
+
+
+@pytest.mark.parametrize('axis', ['model', 'data'])
+def test_a_dropped_psum_is_refused(narrow, monkeypatch, axis):
+    real = lax.psum
+    monkeypatch.setattr(lax, 'psum', lambda x, a: x if a == axis else real(x, a))
+    with pytest.raises(ValueError, match='varying'):
+        train((2, 2), narrow, count=1)
+
+
+def test_rows_and_batches_do_not_depend_on_the_mesh():
+    rows = np.arange(8, dtype=np.int32)
+    for shape in MESHES + [(8, 1), (4, 2)]:
+        mesh = meshes.make(shape, towers=2, batches={'batch': 8})
+        np.testing.assert_array_equal(meshes.rows(mesh, 8), rows)
+        batch = meshes.global_batch(mesh, 8, {'label': rows})['label']
+        np.testing.assert_array_equal(batch, rows)
+        assert batch.sharding.spec == jax.sharding.PartitionSpec('data')
+
+
+def test_the_chosen_mesh_gives_each_tower_a_device():
+    assert dict(meshes.make((0, 0), towers=2, batches={}).shape) == {'data': 4, 'model': 2}
+    assert dict(meshes.make((0, 0), towers=1, batches={}).shape) == {'data': 8, 'model': 1}
+    assert dict(meshes.make((2, 0), towers=2, batches={}).shape) == {'data': 2, 'model': 2}
+    assert dict(meshes.make((8, 0), towers=2, batches={}).shape) == {'data': 8, 'model': 1}
+    assert dict(meshes.make((0, 1), towers=2, batches={}).shape) == {'data': 8, 'model': 1}
+
+
+@pytest.mark.parametrize(
+    ('shape', 'towers', 'batch', 'message'),
+    [
+        ((1, 2), 1, 8, 'model=2, but this network has 1 tower: choose model=1'),
+        ((1, 3), 2, 8, 'model=3, but this network has 2 towers'),
+        ((5, 2), 2, 10, 'needs 10 devices and there are 8'),
+        ((3, 1), 2, 8, 'batch=8 cannot be divided over 3 devices'),
+    ],
+)
+def test_meshes_that_cannot_be(shape, towers, batch, message):
+    with pytest.raises(UserError, match=message):
+        meshes.make(shape, towers=towers, batches={'batch': batch})
+
+
+def test_a_net_without_towers_trains_on_several_devices():
+    config = caffe.get_config()
+    config.augment.crop = 67
+    config.model.update({'width': 0.25, 'kernels': (96, 256, 384, 384, 256)})
+    assert agree(train((1, 1), config, count=2), train((4, 1), config, count=2))

@@ -1,0 +1,167 @@
+"""The training and prediction steps on one device: what the network is given, and what is counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import mesh as meshes
+from alexnet_jax import model, optim, steps, switches
+from configs import base
+
+SIZE, CROP, CLASSES = 72, 64, 10
+
+
+@pytest.fixture(scope='module')
+def mesh():
+    return meshes.make((1, 1), towers=2, batches={})
+
+
+@pytest.fixture(scope='module')
+def net():
+    config = base.get_config()
+    config.model.width = 0.25
+    return switches.build(classes=CLASSES, **config.model)
+
+
+def test_rank_counts_ties_and_nan_against_the_network():
+    scores = jnp.array([[3.0, 1, 2], [1, 1, 1], [1, 3, 2], [jnp.nan] * 3, [jnp.nan, 2, 1], [2, jnp.nan, 1]])
+    labels = jnp.zeros(6, jnp.int32)
+    np.testing.assert_array_equal(steps.rank(scores, labels), [0, 2, 2, 2, 2, 1])
+
+
+@pytest.mark.parametrize('value', [0.0, 1.5, np.nan])
+def test_equal_or_nan_scores_are_all_wrong(value):
+    scores = jnp.full((4, CLASSES), value)
+    sums = steps.count(scores, jnp.zeros(4), jnp.arange(4), jnp.ones(4))
+    assert (sums['count'], sums['top1'], sums['top5']) == (4, 0, 0)
+
+
+def test_masked_rows_count_nothing():
+    scores = jnp.eye(4, CLASSES)
+    losses = jnp.array([1.0, 2, jnp.nan, 4])
+    sums = steps.count(scores, losses, jnp.arange(4), jnp.array([1.0, 1, 0, 0]))
+    assert {k: float(v) for k, v in sums.items()} == {'count': 2, 'loss': 3, 'top1': 2, 'top5': 2}
+
+
+def test_ten_crops_are_the_corners_the_centre_and_their_mirror_images():
+    """`original.md` §11, in the source's order."""
+    windows = [(int(y * 32), int(x * 32)) for y, x, _ in steps.VIEWS['ten']]
+    assert windows == 2 * [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
+    assert [flip for *_, flip in steps.VIEWS['ten']] == [False] * 5 + [True] * 5
+    assert [(int(y * 32), int(x * 32), f) for y, x, f in steps.VIEWS['centre']] == [(16, 16, False)]
+
+
+@pytest.mark.parametrize('views', ['centre', 'ten'])
+def test_predict_averages_the_probabilities_of_the_views(net, mesh, views):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    mean = rng.uniform(0, 255, (SIZE, SIZE, 3)).astype(np.float32)
+    params = model.init(net, 0, CROP)
+    predict = steps.make_predict(net, mesh, mean=mean, views=views, crop=CROP)
+    room = SIZE - CROP
+    window = mean[room // 2 : room // 2 + CROP, room // 2 : room // 2 + CROP]  # for every view
+    expected = []
+    for y, x, flip in steps.VIEWS[views]:
+        y, x = int(y * room), int(x * room)
+        crops = images[:, y : y + CROP, x : x + CROP]
+        crops = crops[:, :, ::-1] if flip else crops
+        logits = np.float64(net.apply({'params': params}, np.float32(crops) - window)[0])
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        expected.append(powers / powers.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(predict(params, images), np.mean(expected, axis=0), atol=1e-6)
+
+
+def make_step(net, mesh, **changes):
+    rng = np.random.default_rng(1)
+    axes, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    settings = {
+        'seed': 0,
+        'mean': rng.uniform(0, 255, (CROP, CROP, 3)).astype(np.float32),
+        'eigenvectors': axes.astype(np.float32),
+        'sigma': np.array([120.0, 37, 20], np.float32),
+        'std': 0.1,
+        'rescale': True,
+    }
+    settings.update(changes)
+    optimizer = optim.sgd(momentum=0.9, decay=5e-4)
+    state = steps.init_state(net, optimizer, mesh, seed=0, crop=CROP)
+    return steps.make_train_step(net, optimizer, mesh, **settings), state, settings
+
+
+def make_batch(count=4):
+    rng = np.random.default_rng(2)
+    return {
+        'image': rng.integers(0, 256, (count, CROP, CROP, 3), dtype=np.uint8),
+        'z': rng.normal(size=(count, 3)).astype(np.float32),
+        'label': rng.integers(0, CLASSES, count).astype(np.int32),
+    }
+
+
+RATES = {name: np.float32(value) for name, value in
+         {'weights': 0.01, 'biases': 0.02, 'conv1': 0.01, 'colour': 1}.items()}
+
+
+@pytest.mark.parametrize('colour', [1.0, 0.0])
+@pytest.mark.parametrize('rescale', [True, False])
+def test_loss_is_that_of_the_normalized_noisy_pictures(net, mesh, colour, rescale):
+    """noise = 0.1 * sum of z_k sigma_k v_k after the mean; / 1.1 only with noise (`original.md` §5)."""
+    step, state, settings = make_step(net, mesh, rescale=rescale)
+    batch = make_batch()
+    z_sigma = batch['z'] * settings['sigma']
+    noise = 0.1 * sum(np.outer(z_sigma[:, k], settings['eigenvectors'][:, k]) for k in range(3))
+    x = np.float32(batch['image']) - settings['mean'] + colour * noise[:, None, None, :]
+    x = x / 1.1 if rescale and colour else x
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    logits, _ = net.apply({'params': state.params}, np.float32(x), key, jnp.arange(4))
+    logits = np.float64(logits)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(4), batch['label']]
+    _, sums = step(state, batch, {**RATES, 'colour': np.float32(colour)})
+    np.testing.assert_allclose(sums['loss'], losses.sum(), rtol=1e-5)
+    assert sums['count'] == 4
+
+
+def test_gradient_is_the_mean_over_the_batch(net, mesh):
+    """One step without momentum's past moves by rate * (mean gradient + decay * kernel)."""
+    step, state, settings = make_step(net, mesh, std=0.0, rescale=False)
+    batch, before = make_batch(), jax.tree.map(np.asarray, state.params)
+    x = jnp.float32(batch['image']) - settings['mean'][None]
+    key = jax.random.fold_in(jax.random.key(0), 0)
+
+    def loss(params):
+        logits, _ = net.apply({'params': params}, x, key, jnp.arange(4))
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), batch['label']])
+
+    grads = jax.grad(loss)(before)
+    after, _ = step(state, batch, RATES)
+    assert after.step == 1
+    for layer, leaves in grads.items():
+        for name, g in leaves.items():
+            rate, decay = (0.01, 5e-4) if name == 'kernel' else (0.02, 0)
+            expected = -rate * (g + decay * before[layer][name])
+            moved = optim.velocity(after.opt_state)[layer][name]
+            scale = float(jnp.abs(expected).max()) + 1e-12
+            np.testing.assert_allclose(moved / scale, expected / scale, atol=2e-4)
+            np.testing.assert_array_equal(after.params[layer][name], before[layer][name] + moved)
+
+
+def test_each_step_draws_other_masks(net, mesh):
+    step, state, _ = make_step(net, mesh)
+    batch, still = make_batch(), {name: np.float32(0) for name in RATES}
+    state, first = step(state, batch, still)
+    state, second = step(state, batch, still)
+    assert first['loss'] != second['loss']
+
+
+def test_the_step_is_compiled_once(net, mesh):
+    step, state, _ = make_step(net, mesh)
+    for rate in (0.01, 0.001, 0.0):
+        state, _ = step(state, make_batch(), {**RATES, 'weights': np.float32(rate)})
+    assert step._cache_size() == 1
+
+
+def test_all_finite(mesh):
+    all_finite = steps.make_all_finite(mesh)
+    assert all_finite([jnp.ones(3), jnp.zeros((2, 2))])
+    assert not all_finite([jnp.ones(3), jnp.array([1.0, jnp.inf])])
+    assert not all_finite([jnp.array([jnp.nan])])
