@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax import sampler
+from alexnet_jax.datasets import import_tensorflow
 from alexnet_jax.errors import UserError
 from alexnet_jax.store import Store
 
@@ -185,21 +186,11 @@ def _read_with_threads(make: Callable[[int], Batch], steps: range, threads: int)
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _import_tensorflow():
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no word about CPU features or missing GPUs
-    try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise UserError(f'reading with tf.data needs TensorFlow ({error}); install it') from error
-    tf.config.set_visible_devices([], 'GPU')  # all of their memory is JAX's
-    return tf
-
-
 def _read_with_tensorflow(
     store: Store, split: str, plan: Callable[[int], Plan], steps: range, crop: int, threads: int
 ) -> Iterator[Batch]:
     """The batches of some steps through tf.data: read a step, decode pictures, batch, prefetch."""
-    tf = _import_tensorflow()
+    tf = import_tensorflow()
     raw = store.format == 'u8'
     pixels = store.pixels(split) if raw else None
     failures = []

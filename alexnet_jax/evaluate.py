@@ -54,7 +54,7 @@ class Run(NamedTuple):
     facts: rundir.Facts
 
 
-def open_run(path: str | pathlib.Path, mesh: Mesh, step: str | int = 'best') -> Run:
+def open_run(path: str | pathlib.Path, mesh: Mesh, step: str | int = 'latest') -> Run:
     """Reads a run's parameters onto a mesh. step: 'best', 'latest' or a number.
 
     Raises UserError for what is not a run directory and for missing or damaged checkpoints.
@@ -97,7 +97,7 @@ class Classifier:
         return np.asarray(self._predict(np.stack(squares)))
 
 
-def load(run_dir: str | pathlib.Path, views: str = 'ten', step: str | int = 'best') -> Classifier:
+def load(run_dir: str | pathlib.Path, views: str = 'ten', step: str | int = 'latest') -> Classifier:
     """A trained network as a function from uint8 pictures to probabilities, with class names.
 
     views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number. Raises
@@ -111,7 +111,7 @@ def compare(
     *,
     views: Sequence[str] = ('centre', 'ten'),
     split: str = 'val',
-    step: str | int = 'best',
+    step: str | int = 'latest',
     store: str = '',
     batch: int = 100,
     threads: int = 0,
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories')
     parser.add_argument('--split', default='val', choices=('val', 'train'))
     parser.add_argument('--views', default='both', choices=('both', *steps.VIEWS))
-    parser.add_argument('--step', default='best', help="'best', 'latest' or a number")
+    parser.add_argument('--step', default='latest', help="'best', 'latest' or a number")
     parser.add_argument('--store', default='', help='the prepared pictures, if not where they were')
     parser.add_argument('--batch', type=int, default=100, help='images a step')
     parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')

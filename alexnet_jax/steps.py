@@ -1,5 +1,6 @@
 """The training step and the prediction step, each one program over the whole mesh."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -37,6 +38,11 @@ def window_mean(mean: np.ndarray, crop: int) -> np.ndarray:
     """The central window of the mean image f32[S,S,3], for every crop, wherever it comes from."""
     start = (mean.shape[0] - crop) // 2
     return mean[start : start + crop, start : start + crop]
+
+
+def noise_axes(eigenvectors: np.ndarray, sigma: np.ndarray, std: float) -> np.ndarray:
+    """f32[3,3] whose column k is the colour noise for z_k = 1 (§4.1): std * sigma_k * v_k."""
+    return np.asarray(std * sigma[None] * eigenvectors, np.float32)
 
 
 def normalize(images, mean, noise=None, rescale: float = 1.0) -> jax.Array:
@@ -124,7 +130,7 @@ def make_train_step(
     local = model.localize(net, mesh.shape['model'])
     shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, mean.shape[0]))
     specs = state_specs(shapes, mesh)
-    axes = np.asarray(eigenvectors * sigma[None] * std, np.float32)  # column k: the noise per z_k
+    axes = noise_axes(eigenvectors, sigma, std)
 
     def step(state, batch, rates):
         images, labels = batch['image'], batch['label']
@@ -189,6 +195,7 @@ def make_predict(
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, P('data')))
 
 
+@functools.cache
 def make_score(mesh: Mesh) -> Callable:
     """score(probabilities f32[B,K], labels i32[B], mask f32[B]) -> sums over the whole batch."""
 

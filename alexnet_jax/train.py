@@ -3,13 +3,13 @@
 import dataclasses
 import logging
 import math
-import os
 import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 
 from alexnet_jax import (
     checkpoint,
@@ -31,7 +31,7 @@ from alexnet_jax.store import Store
 log = logging.getLogger(__name__)
 
 
-def train(config, workdir: str | os.PathLike) -> None:
+def train(config, workdir: str | pathlib.Path) -> None:
     """Trains, from the last checkpoint in `workdir` if there is one, until the schedule ends.
 
     config: the ConfigDict of `configs/base.py`. Raises UserError, before anything is written, for
@@ -154,7 +154,7 @@ class Job:
             start=start,
             stop=self.total,
             rows=meshes.rows(self.mesh, self.config.train.batch),
-            threads=self.config.run.threads or os.cpu_count(),
+            threads=self.config.run.threads,
             **self.config.augment,
         )
 
@@ -166,7 +166,7 @@ class Job:
             self.store,
             split='val',
             batch=self.config.run.eval_batch,
-            threads=self.config.run.threads or os.cpu_count(),
+            threads=self.config.run.threads,
         )
         return metrics.errors(sums)
 
@@ -222,23 +222,25 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir) -> No
 
     while True:
         rates = job.rates(step, history)
-        last = step == job.total or rates['stop'] or step == stop_at
-        over = last and step != stop_at
-        if (over or job.evaluation_due(step)) and step not in history:
+        over = step == job.total or rates['stop']
+        due = (over or job.evaluation_due(step)) and step not in history
+        if due:
             account()
             with clock.paused():
                 errors = job.evaluate(state)
             history[step] = errors['top1_error']
             writer.write('eval', step, errors)
             if 'conv1' in state.params:
-                writer.image('conv1', step, progress.kernel_picture(_conv1(job, state)))
+                kernels = state.params['conv1']['kernel']
+                conv1 = multihost_utils.process_allgather(kernels, tiled=True)
+                writer.image('conv1', step, progress.kernel_picture(conv1))
             log.info(
                 'step %s: validation loss %.4f, top-1 error %.2f %%, top-5 error %.2f %%',
                 f'{step:,}', errors['loss'], errors['top1_error'], errors['top5_error'],
             )
             rates = job.rates(step, history)
-            last = last or rates['stop']
-        if step > first and (last or step in history or step % run.checkpoint_every == 0):
+        last = over or rates['stop'] or step == stop_at
+        if due or (step > first and (last or step % run.checkpoint_every == 0)):
             account()
             if not job.all_finite((state.params, state.opt_state)):
                 raise UserError(f'{workdir}: step {step:,} has parameters that are not finite')
@@ -258,9 +260,3 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir) -> No
             account()
             jax.profiler.stop_trace()
     log.info('stopped at step %s; to evaluate: python -m alexnet_jax.evaluate %s', f'{step:,}', workdir)
-
-
-def _conv1(job: Job, state) -> np.ndarray:
-    """The kernels of conv1, of all towers, on the host: f32[T,11,11,3,C]."""
-    everywhere = jax.sharding.NamedSharding(job.mesh, jax.sharding.PartitionSpec())
-    return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(state.params['conv1']['kernel']))

@@ -2,7 +2,7 @@
 
     python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2
 
-NOT the paper's recipe: the embedded set `alexnet_shapes` (4,000 training pictures, 10 classes),
+NOT the paper's recipe: the embedded set `alexnet_shapes` (2,000 training pictures, 10 classes),
 128-pixel pictures, 112-pixel crops, and rates that fit a run of a few minutes.
 """
 
@@ -18,11 +18,11 @@ def get_config():
         'rate': 0.02,
         'bias_factor': 1.0,
         'bias_drops': True,
-        'drops': (14.0, 17.0),
+        'drops': (28.0, 34.0),
         'conv1': (),
         'colour_off': 0.0,
-        'epochs': 18.0,
+        'epochs': 36.0,
     })
     config.train.batch = 96
-    config.run.update({'eval_every': 2.0, 'eval_batch': 100, 'checkpoint_every': 200})
+    config.run.update({'eval_every': 4.0, 'eval_batch': 100, 'checkpoint_every': 200})
     return config

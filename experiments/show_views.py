@@ -37,7 +37,7 @@ def training_views(
             crop=crop, chunk=chunk, random=True, threads=1,
         )  # fmt: skip
         batch = next(batches)
-        noise = batch['z'] @ (store.eigenvectors * store.sigma * std).T
+        noise = batch['z'] @ steps.noise_axes(store.eigenvectors, store.sigma, std).T
         seen = np.asarray(steps.normalize(batch['image'], mean, noise))[0] + mean
         draw = sampler.draws(seed, position, 1, room=room, chunk=chunk)
         mirrored = ', mirrored' if draw.flip[0] else ''

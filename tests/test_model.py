@@ -38,7 +38,8 @@ def test_activation_shapes_of_the_paper():
         assert found[name] == [(size, size, kernels[name[-1]])] * 2, name
     assert found['fc6'] == found['fc7'] == [(2048,)] * 2
     assert found['logits'] == (2, 1000)
-    units = sum(np.prod(s) for n in ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7') for s in found[n])
+    convs = [f'conv{i}' for i in range(1, 6)]
+    units = sum(np.prod(shape) for name in (*convs, 'fc6', 'fc7') for shape in found[name])
     assert units + 1000 == 659_272  # the paper's 650,000
 
 

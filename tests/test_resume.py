@@ -24,6 +24,8 @@ from alexnet_jax import checkpoint, data, evaluate, main, metrics
 from alexnet_jax.errors import run
 
 event, number = sys.argv[1], int(sys.argv[2])
+if event == 'no TensorFlow':
+    sys.modules['tensorflow'] = None  # importing it fails
 sys.argv = ['alexnet_jax.main', *sys.argv[3:]]
 count = 0
 
@@ -83,7 +85,7 @@ def start(workdir, store, event='never', number=1, stop_after=0):
         command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, timeout=300,
         check=False,
     )
-    if event == 'never':
+    if event in ('never', 'no TensorFlow'):
         assert done.returncode == 0, done.stderr[-2000:]
     else:
         assert done.returncode == -signal.SIGKILL, (event, done.stdout[-500:], done.stderr[-2000:])
@@ -155,4 +157,12 @@ def test_stopped_on_purpose_and_resumed_is_the_same(store, alone, tmp_path):
     start(workdir, store, stop_after=7)  # neither a checkpoint's nor an evaluation's step
     assert outcome(workdir)[0] == 7
     start(workdir, store)
+    assert_same(outcome(workdir), alone)
+
+
+@pytest.mark.slow
+def test_a_machine_without_tensorflow_trains_the_same(store, alone, tmp_path):
+    """From a raw store."""
+    workdir = tmp_path / 'run'
+    start(workdir, store, 'no TensorFlow')
     assert_same(outcome(workdir), alone)

@@ -3,10 +3,11 @@
 import os
 
 from alexnet_jax.datasets import folder, tfds_sets
-from alexnet_jax.datasets.source import Example, Source
+from alexnet_jax.datasets.source import Example, Source, import_tensorflow
 from alexnet_jax.datasets.tfds_sets import EMBEDDED, IMAGENET, find_imagenet
 
-__all__ = ['EMBEDDED', 'IMAGENET', 'Example', 'Source', 'find_imagenet', 'is_folder', 'open_source']
+__all__ = ['EMBEDDED', 'IMAGENET', 'Example', 'Source', 'find_imagenet', 'import_tensorflow',
+           'is_folder', 'open_source']
 
 
 def is_folder(name: str) -> bool:

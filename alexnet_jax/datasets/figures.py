@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SEED = 2012
-SPLITS = {'train': (0, 4000), 'validation': (1, 1000)}  # name: (number of the split, pictures)
+SPLITS = {'train': (0, 2000), 'validation': (1, 1000)}  # name: (number of the split, pictures)
 
 SHORTER_SIDE = (96, 200)  # pixels, inclusive
 ASPECT = (1.0, 1.4)  # longer side / shorter side

@@ -12,7 +12,7 @@ from alexnet_jax.datasets import figures
 
 
 class AlexnetShapes(tfds.core.GeneratorBasedBuilder):
-    """Ten classes of variable-size JPEG pictures: 4000 to train on, 1000 to validate."""
+    """Ten classes of variable-size JPEG pictures: 2000 to train on, 1000 to validate."""
 
     VERSION = tfds.core.Version('1.0.0')
 

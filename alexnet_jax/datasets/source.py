@@ -1,6 +1,7 @@
 """What every source of pictures offers: names, counts, and reading in a fixed order."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -34,3 +35,14 @@ def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np
                         '--val_fraction, or a val/ split')
     order = np.random.default_rng(seed).permutation(count)
     return {'train': np.sort(order[held_out:]), 'val': np.sort(order[:held_out])}
+
+
+def import_tensorflow():
+    """TensorFlow, quiet and without accelerators; UserError where it is not installed."""
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no word about CPU features or missing GPUs
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise UserError(f'this needs TensorFlow, which cannot be imported ({error})') from error
+    tf.config.set_visible_devices([], 'GPU')  # reading needs none, and JAX wants all its memory
+    return tf

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from alexnet_jax.datasets.source import Example, Source, split_off
+from alexnet_jax.datasets.source import Example, Source, import_tensorflow, split_off
 from alexnet_jax.errors import UserError
 
 EMBEDDED = 'alexnet_shapes'
@@ -70,11 +70,9 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
     root = _root(name, data_dir)
     if name == IMAGENET:
         find_imagenet(data_dir)  # refuses in a moment, before TensorFlow is loaded
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    import tensorflow as tf
+    import_tensorflow()
     import tensorflow_datasets as tfds
 
-    tf.config.set_visible_devices([], 'GPU')  # reading needs none, and JAX wants all its memory
     if name == EMBEDDED:
         from alexnet_jax.datasets import shapes  # noqa: F401  importing it registers the builder
 
