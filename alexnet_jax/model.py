@@ -104,8 +104,8 @@ class Logits(nn.Module):
 class AlexNet(nn.Module):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every intermediate by name).
 
-    `towers` counts those of the whole network, `local_towers` those of this device; where they
-    differ, `axis` is the mesh axis that holds the rest. Channel counts are those of one tower.
+    `local_towers` counts the towers of this device, `axis` is the mesh axis over which the others
+    lie, None if there are none. Channel counts are those of one tower.
     """
 
     classes: int

@@ -1,5 +1,6 @@
 """TFDS sets by name, among them ImageNet from its two tars and the embedded set."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -76,13 +77,17 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
     if name == EMBEDDED:
         from alexnet_jax.datasets import shapes  # noqa: F401  importing it registers the builder
 
-        tfds.disable_progress_bar()  # it takes half a minute
+        tfds.disable_progress_bar()  # it takes seconds
     try:
         builder = tfds.builder(name, data_dir=root)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise UserError(f'{name}: neither a folder nor a TFDS set: write a folder with a "/", or a '
                         'name from https://www.tensorflow.org/datasets/catalog') from error
-    if not builder.is_prepared():
+    if not builder.is_prepared() and name == EMBEDDED:
+        print('rendering the embedded pictures', flush=True)
+        with contextlib.redirect_stdout(None):  # TFDS would say that it downloads something
+            _build(builder, name, root)
+    elif not builder.is_prepared():
         _build(builder, name, root)
     features, keys = builder.info.features, builder.info.supervised_keys
     if (not keys or len(keys) != 2 or not isinstance(features[keys[0]], tfds.features.Image)

@@ -1,0 +1,55 @@
+"""How far prepared pictures are from what the source of 2012 resized with: OpenCV's INTER_AREA.
+
+    pip install opencv-python-headless
+    python -m experiments.resize_difference FOLDER [--size=256]
+
+FOLDER is searched for pictures. Both paths make the shorter side `size` pixels and cut the central
+square; the source enlarged with INTER_CUBIC (`original.md` §5). Prints the mean absolute difference
+in levels (0-255), for the pictures that shrink and for those that grow.
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+
+from alexnet_jax.datasets import pictures
+from alexnet_jax.errors import UserError, run
+
+
+def opencv_square(image: np.ndarray, size: int) -> np.ndarray:
+    """u8[H,W,3] -> u8[size,size,3], resized and cut as the source did."""
+    import cv2
+
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    sides = int(width * scale + 0.5), int(height * scale + 0.5)
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    resized = cv2.resize(image, sides, interpolation=method)
+    x, y = ((side - size) // 2 for side in sides)
+    return resized[y : y + size, x : x + size]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m experiments.resize_difference')
+    parser.add_argument('folder', type=pathlib.Path)
+    parser.add_argument('--size', type=int, default=256, help='pixels a side')
+    args = parser.parse_args()
+    suffixes = {'.jpg', '.jpeg', '.png'}
+    files = sorted(p for p in args.folder.rglob('*') if p.suffix.lower() in suffixes)
+    if not files:
+        raise UserError(f'{args.folder}: no pictures here ({", ".join(sorted(suffixes))})')
+    differences = {'shrunk': [], 'enlarged': []}
+    for file in files:
+        image = np.asarray(pictures.decode(file.read_bytes()))
+        ours = pictures.square(image, args.size).astype(np.int16)
+        kind = 'shrunk' if min(image.shape[:2]) > args.size else 'enlarged'
+        differences[kind].append(np.abs(ours - opencv_square(image, args.size)).mean())
+    for kind, values in differences.items():
+        if values:
+            print(f'{kind}: mean absolute difference {np.mean(values):.2f} levels '
+                  f'({len(values)} pictures)')
+
+
+if __name__ == '__main__':
+    run(main)
