@@ -6,7 +6,9 @@ prints a table of the top-1 and top-5 errors of every run, and of all of them to
 """
 
 import argparse
+import logging
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from jax.sharding import Mesh
 from alexnet_jax import checkpoint, data, metrics, model, prepare, rundir, steps, switches
 from alexnet_jax import mesh as meshes
 from alexnet_jax.datasets import pictures
-from alexnet_jax.errors import UserError, run
+from alexnet_jax.errors import ArgumentParser, UserError, run
 from alexnet_jax.store import Store
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
@@ -35,9 +37,12 @@ def evaluate(
     parts = []
     for local in data.eval_batches(store, split, batch=batch, rows=rows, threads=threads):
         arrays = meshes.global_batch(mesh, batch, local)
-        probabilities = sum(p(arrays['image']) for p in predicts) / len(predicts)
-        parts.append(score(probabilities, arrays['label'], arrays['mask']))
-    sums = {name: sum(float(part[name]) for part in jax.device_get(parts)) for name in parts[0]}
+        # One program at a time: virtual CPU devices that each begin another one of several programs
+        # with collectives wait for each other for ever.
+        members = [jax.block_until_ready(p(arrays['image'])) for p in predicts]
+        probabilities = jax.block_until_ready(sum(members) / len(members))
+        parts.append(jax.device_get(score(probabilities, arrays['label'], arrays['mask'])))
+    sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
     if sums['count'] != store.counts[split]:
         raise AssertionError(f'{sums["count"]:g} pictures counted, {store.counts[split]} are there')
     return sums
@@ -162,8 +167,8 @@ def table(results: dict[tuple[str, str], dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m alexnet_jax.evaluate', description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog='python -m alexnet_jax.evaluate', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories')
     parser.add_argument('--split', default='val', choices=('val', 'train'))
     parser.add_argument('--views', default='both', choices=('both', *steps.VIEWS))
@@ -173,6 +178,7 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
     parser.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
     args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
     meshes.configure(args.cpu_devices)
     results = compare(
         args.runs,

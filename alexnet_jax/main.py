@@ -6,31 +6,50 @@ The same command again goes on from the last checkpoint. Any field of the config
 
 import logging
 import pathlib
+import re
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
+from alexnet_jax import configfile
 from alexnet_jax.errors import UserError, run
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file in configs/, e.g. configs/paper.py')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory; default: runs/<config>[-variant]')
-CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Make so many virtual CPU devices')
+CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Make N virtual CPU devices', lower_bound=0)
 
 
 def parse(argv: list[str]) -> None:
-    """Reads the flags; whatever is wrong with them is a UserError."""
+    """Reads the flags; whatever is wrong with them, or with the config file, is a UserError."""
+    if '--help' in argv:
+        print(f'{__doc__}{FLAGS.main_module_help()}')
+        sys.exit()
+    early = flags.FlagValues()  # only --config: what a preset has, before any field is set
+    flags.DEFINE_string('config', None, '', flag_values=early)
+    fields = {}
     try:
-        rest = FLAGS(argv)
-    except FileNotFoundError as error:
-        raise UserError(f'there is no config file {error.filename}; ls configs/') from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(' '.join(str(error).split())) from error
-    if rest[1:]:
-        raise UserError(f'arguments that are no flags: {" ".join(rest[1:])}')
-    if CONFIG.value is None:
-        raise UserError('--config is missing, for example --config=configs/paper.py')
+        early(argv, known_only=True)
+        if not early.config:
+            raise UserError('--config is missing, for example --config=configs/paper.py')
+        fields = configfile.fields(configfile.load(early.config))
+        for override in (re.match(r'--?(no)?(config\.[^=]*)', argument) for argument in argv):
+            if override:
+                configfile.check_name(override[2], fields)
+        rest = FLAGS(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f'{error}; fields are set like --config.train.batch=64') from error
+    except flags.Error as error:
+        flag, _, reason = ' '.join(str(error).split()).removeprefix('flag ').partition(': ')
+        field = fields.get(flag.lstrip('-').split('=')[0])
+        if field is not None:
+            reason = f'not of the type {type(field).__name__}, as {field!r} is'
+        raise UserError(f'{flag}: {reason}' if reason else flag) from error
+    if rest:
+        raise UserError(f'{" ".join(rest)}: no flag; flags begin with --, as in --workdir=runs/a')
+    for name, value in configfile.fields(CONFIG.value).items():
+        configfile.check_value(name, value, fields[name])
 
 
 def main() -> None:

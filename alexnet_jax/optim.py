@@ -124,7 +124,14 @@ def make_rates(
         return steps_per(e, examples, batch)
 
     total, warm = at(epochs), at(warmup)
-    boundaries = [at(e) for e in drops]
+    try:
+        boundaries = [at(e) for e in drops]
+        conv1 = [(at(epoch), float(value)) for epoch, value in conv1]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f'config.optim.drops={drops} must be epochs, as (25.0, 51.0), and '
+            f'config.optim.conv1={conv1} pairs of an epoch and a rate, as ((67.0, 1e-5), (72.0, 0.0))'
+        ) from error
 
     def drops_by_epoch(step, history):
         return sum(step >= b for b in boundaries), False
@@ -154,8 +161,8 @@ def make_rates(
         if bias_final and dropped == final:
             biases = bias_final
         first = weights
-        for epoch, value in conv1:
-            if step >= at(epoch):
+        for since, value in conv1:
+            if step >= since:
                 first = value
         return {
             'weights': weights,

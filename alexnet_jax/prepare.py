@@ -146,8 +146,8 @@ def _advice(source, dir, store, format, size, val_fraction) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m alexnet_jax.prepare', description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.ArgumentParser(prog='python -m alexnet_jax.prepare', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--source', required=True, help='a folder of class folders, or a TFDS name')
     parser.add_argument('--dir', help="TFDS's folder of data sets; for imagenet2012, of the tars")
     parser.add_argument('--store', help='folder to make (default: data/SOURCE-SIZE-FORMAT)')

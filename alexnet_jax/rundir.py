@@ -37,7 +37,11 @@ def read_config(path: str | pathlib.Path) -> dict:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f'{path}: not a run directory ({file} cannot be read: {error})') from error
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(
+            f'{path}: not a run directory ({file} cannot be read: {reason}); give one that '
+            'alexnet_jax.main made, such as runs/paper'
+        ) from error
 
 
 def read_facts(path: str | pathlib.Path) -> Facts:

@@ -87,6 +87,9 @@ def build(
             raise UserError(
                 f'config.model.{name} has {len(values)} values, but {length} layers need one each'
             )
+    for name, value in (('towers', towers), ('groups', groups), ('width', width)):
+        if value <= 0:
+            raise UserError(f'config.model.{name}={value}: must be above 0')
     if norm_n % 2 == 0:
         raise UserError(f'config.model.norm_n={norm_n}: a window of an odd number of channels')
 

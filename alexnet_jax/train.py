@@ -40,6 +40,8 @@ def train(config, workdir: str | pathlib.Path) -> None:
     workdir = pathlib.Path(workdir)
     rundir.check(config, workdir)
     mesh = _check(config)
+    if config.train.init_from and not (workdir / 'checkpoints').exists():
+        rundir.read_config(config.train.init_from)
     store = prepare.ensure(**config.data)
     job = Job.make(config, mesh, store)
     checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
@@ -66,16 +68,31 @@ def train(config, workdir: str | pathlib.Path) -> None:
 
 def _check(config) -> jax.sharding.Mesh:
     """Everything that can be wrong without looking at the data; returns the mesh."""
-    switches.build(classes=1, **config.model)
+    net = switches.build(classes=1, **config.model)
     optim.make_rates(examples=1, batch=1, **config.optim)
     for field in ('eval_every', 'checkpoint_every', 'log_every'):
         if config.run[field] <= 0:
             raise UserError(f'config.run.{field}={config.run[field]}: must be above 0')
+    for field in ('mesh', 'profile'):
+        if len(config.run[field]) != 2:
+            raise UserError(f'config.run.{field}={config.run[field]}: must be two numbers')
+    if config.augment.chunk < 1:
+        raise UserError(f'config.augment.chunk={config.augment.chunk}: must be at least 1')
     if not 0 < config.augment.crop <= config.data.size:
         raise UserError(
             f'config.augment.crop={config.augment.crop} does not fit pictures of '
             f'config.data.size={config.data.size} pixels'
         )
+    try:
+        layers = jax.eval_shape(lambda: model.init(net, 0, config.augment.crop))
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about some shape
+        raise UserError(
+            f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels: '
+            'after its strides and pools nothing is left, or conv1_padding is not two numbers'
+        ) from error
+    for name in config.train.freeze:
+        if name not in layers:
+            raise UserError(f'config.train.freeze={name!r}: choose from {", ".join(layers)}')
     return meshes.make(
         config.run.mesh,
         towers=config.model.towers,

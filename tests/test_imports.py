@@ -18,7 +18,7 @@ MAX_LINES = 300
 
 LEVELS = {
     'errors': -2,
-    'fingerprint': -1,
+    'fingerprint': -1, 'configfile': -1,
     'layers': 0, 'mesh': 0, 'optim': 0, 'sampler': 0, 'checkpoint': 0, 'metrics': 0, 'store': 0,
     'datasets': 0, 'progress': 0,
     'model': 1, 'prepare': 1, 'data': 1, 'rundir': 1,

@@ -1,6 +1,7 @@
 """TFDS sets by name, among them ImageNet from its two tars and the embedded set."""
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
     import_tensorflow()
     import tensorflow_datasets as tfds
 
+    logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns of sets it is about to build
     if name == EMBEDDED:
         from alexnet_jax.datasets import shapes  # noqa: F401  importing it registers the builder
 
