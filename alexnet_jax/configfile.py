@@ -19,7 +19,9 @@ def load(argument: str) -> ConfigDict:
     """FILE[:variant] -> its config; UserError if there is none, whatever the file does."""
     file, colon, variant = argument.partition(':')
     if not pathlib.Path(file).is_file():
-        raise UserError(f'--config={argument}: there is no file {file}; the presets are configs/*.py')
+        raise UserError(
+            f'--config={argument}: there is no file {file}; the presets are configs/*.py'
+        )
     try:
         make = runpy.run_path(file).get('get_config')
         config = make(*([variant] if colon else [])) if make else None
@@ -33,8 +35,10 @@ def load(argument: str) -> ConfigDict:
         at = lines[-1] if lines else ''
         raise UserError(f'--config={argument}: {at}{kind}{text}') from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f'--config={argument}: has no get_config() that returns a ConfigDict, as '
-                        'configs/base.py has')
+        raise UserError(
+            f'--config={argument}: has no get_config() that returns a ConfigDict, as '
+            'configs/base.py has'
+        )
     return config
 
 
@@ -69,8 +73,10 @@ def check_value(name: str, value: Any, default: Any) -> None:
     """
     if isinstance(value, tuple):
         if default and not all(_like(element, default[0]) for element in value):
-            raise UserError(f'{name}={value!r}: every element must be of the type '
-                            f'{type(default[0]).__name__}, as in {default!r}')
+            raise UserError(
+                f'{name}={value!r}: every element must be of the type '
+                f'{type(default[0]).__name__}, as in {default!r}'
+            )
         for element in value:
             if isinstance(element, float) and not math.isfinite(element):
                 raise UserError(f'{name}={value!r}: the numbers must be finite')

@@ -16,7 +16,9 @@ from alexnet_jax import configfile
 from alexnet_jax.errors import UserError, run
 
 FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file('config', None, 'A file in configs/, e.g. configs/paper.py')
+CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'A file in configs/, e.g. configs/paper.py'
+)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory; default: runs/<config>[-variant]')
 CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Make N virtual CPU devices', lower_bound=0)
 

@@ -71,7 +71,8 @@ def build(
     choose('dropout', dropout, ('original', 'inverted', 'none'))
     choose('dropout_at', dropout_at, ('outputs', 'inputs'))
     choose('init', init, ('gaussian', 'torch'))
-    choose('dtype', dtype, ('float32', 'bfloat16', 'float64'))
+    wide = ('float64',) if jax.config.jax_enable_x64 else ()  # for tests: JAX has it off by default
+    choose('dtype', dtype, ('float32', 'bfloat16', *wide))
     choose('remove', remove, ('none', *names))
     for name in exchange:
         choose('exchange', name, (*names[1:], 'fc6', 'fc7'))

@@ -277,9 +277,17 @@ def test_training_refuses_the_same_pictures(place):
 @pytest.mark.slow
 def test_labels_outside_the_class_count(place):
     labels = {'train': np.arange(16) % 4, 'val': np.arange(8) % 3}
-    write_store(place.folder / 'store', format='u8', size=72, classes=3,
-                counts={'train': 16, 'val': 8}, labels=labels)
-    place.refuses(('main', *small('store')), 'store/train.labels.npy', 'record 3', 'label 3', '0..2')
+    write_store(
+        place.folder / 'store',
+        format='u8',
+        size=72,
+        classes=3,
+        counts={'train': 16, 'val': 8},
+        labels=labels,
+    )
+    place.refuses(
+        ('main', *small('store')), 'store/train.labels.npy', 'record 3', 'label 3', '0..2'
+    )
 
 
 # One small run
@@ -290,7 +298,9 @@ def world(tmp_path_factory, cache):
     """A place with a store, and in it a finished run, `run`."""
     place = Place(tmp_path_factory.mktemp('world'), cache)
     counts = {'train': 16, 'val': 11}
-    place.pictures = write_store(place.folder / 'tiny', format='u8', size=72, classes=3, counts=counts)
+    place.pictures = write_store(
+        place.folder / 'tiny', format='u8', size=72, classes=3, counts=counts
+    )
     place.said = place.succeeds(('main', *small('tiny'), '--workdir=run'))
     return place
 
@@ -367,8 +377,7 @@ def second(world):
     """Another run, `again`: from `run`'s parameters, on four classes, at a rate of 0."""
     counts = {'train': 16, 'val': 8}
     write_store(world.folder / 'four', format='u8', size=72, classes=4, counts=counts, seed=1)
-    command = ('main', *small('four', train__init_from='run', optim__rate=0.0),
-               '--workdir=again')
+    command = ('main', *small('four', train__init_from='run', optim__rate=0.0), '--workdir=again')
     return world.succeeds(command)
 
 
@@ -377,14 +386,16 @@ SIDES = [(100, 80), (72, 72), (40, 90)]  # width and height
 
 def table(text):
     """Rows of the printed table, {(name, crops): (top-1 error, top-5 error, pictures)}."""
-    head, *rows = text.splitlines()[-len(re.findall(r'%  +\d', text)) // 2 - 1:]
-    assert head.split() == ['Model', 'Crops', 'Top-1', 'Top-5', 'Pictures'], text
+    lines = text.splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith('Model ')]
+    assert lines[heads[0]].split() == ['Model', 'Crops', 'Top-1', 'Top-5', 'Pictures'], text
+    rows = lines[heads[0] + 1 :]
     matches = [re.fullmatch(r'(.*?) +(1|10) +([\d.]+) % +([\d.]+) % +(\d+)', r) for r in rows]
     return {(m[1], int(m[2])): (float(m[3]), float(m[4]), int(m[5])) for m in matches}
 
 
 @pytest.mark.slow
-def test_evaluating_and_loading_agree(world, monkeypatch):
+def test_evaluating_and_loading_agree(world):
     """On 11 pictures in batches of 4: an odd number, so that counting twice would show."""
     shutil.copytree(world.folder / 'run', world.folder / 'twin', dirs_exist_ok=True)
     try:
@@ -407,13 +418,18 @@ def test_evaluating_and_loading_agree(world, monkeypatch):
             assert rows[name, crops] == (round(top1, 2), 0.0, 11)  # three classes: all in the top 5
         if crops == 1:
             assert evaluated['top1_error'] == pytest.approx(top1)
+            loss = -np.log(probabilities[np.arange(11), labels]).mean()
+            assert evaluated['loss'] == pytest.approx(loss, rel=1e-4)
+            centre = probabilities
+    assert np.abs(probabilities - centre).max() > 1e-4  # ten crops are not the centre one
     several = [np.asarray(fixtures.picture(i, *side)) for i, side in enumerate(SIDES)]
     mixed = classify([*several, *world.pictures['val'][:8]])
     np.testing.assert_allclose(mixed.sum(axis=1), 1.0, rtol=1e-5)
     np.testing.assert_allclose(mixed[3:], probabilities[:8], atol=1e-6)
     squares = [square(picture, 72) for picture in several]
-    np.testing.assert_allclose(classify([*squares, *squares, *world.pictures['val'][:5]])[:3],
-                               mixed[:3], atol=1e-6)
+    np.testing.assert_allclose(
+        classify([*squares, *squares, *world.pictures['val'][:5]])[:3], mixed[:3], atol=1e-6
+    )
 
 
 @pytest.mark.slow
