@@ -74,6 +74,8 @@ def open_run(path: str | pathlib.Path, mesh: Mesh, step: str | int = 'latest') -
     )
     checkpoints = checkpoint.Checkpoints(path / 'checkpoints')
     wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
+    if step == 'best' and wanted is None:
+        raise UserError(f'{path}: no evaluated checkpoint here to be the best; use latest')
     found, params, _ = checkpoints.restore_params(target, wanted)
     return Run(path, config, net, found, params, facts)
 
@@ -142,7 +144,7 @@ def compare(
     results = {}
     for view in views:
         predicts = [predictor(r, mesh, view) for r in runs]
-        members = [(f'{r.path.name} (step {r.step:,})', [p]) for r, p in zip(runs, predicts, strict=True)]
+        members = [(f'{r.path} (step {r.step:,})', [p]) for r, p in zip(runs, predicts, strict=True)]
         if len(runs) > 1:
             members.append((f'{len(runs)} CNNs', predicts))
         for name, ensemble in members:

@@ -34,30 +34,32 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
     """
     devices = jax.device_count()
     data, model = shape
-    if model == 0:
-        usable = data or devices
-        model = towers if devices >= towers and (data == 0 or devices >= usable * towers) else 1
-        if data == 0 and devices % model:
-            model = 1
+    for field, batch in batches.items():
+        if batch < 1:
+            raise UserError(f'{field}={batch}: must be at least 1')
+    chosen = model == 0
+    if chosen:
+        model = towers if devices >= towers * max(data, 1) else 1
     if model not in (1, towers):
         raise UserError(
             f'config.run.mesh: model={model}, but this network has {towers} tower'
             f'{"s" if towers > 1 else ""}: choose model={" or ".join(map(str, {1, towers}))}'
         )
     if data == 0:
-        if devices % model:
+        if devices % model and not chosen:
             raise UserError(
                 f'config.run.mesh: model={model} cannot divide {devices} devices; choose model=1, '
                 'name both numbers, or use another number of devices (--cpu_devices=N)'
             )
-        data = devices // model
+        fits = (n for n in range(devices // model, 0, -1) if not any(b % n for b in batches.values()))
+        data = next(fits)
     if data * model > devices:
         raise UserError(
             f'config.run.mesh: {data} x {model} needs {data * model} devices and there are '
             f'{devices}; --cpu_devices=N makes N virtual ones'
         )
     for field, batch in batches.items():
-        if batch < 1 or batch % data:
+        if batch % data:
             raise UserError(
                 f'{field}={batch} cannot be divided over {data} devices along data; '
                 'choose a multiple, or another config.run.mesh'

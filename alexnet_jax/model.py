@@ -96,7 +96,8 @@ class Logits(nn.Module):
     def __call__(self, xs):
         shape = (len(xs), xs[0].shape[-1], self.classes)
         kernels, bias = _params(self, shape, bias_shape=(self.classes,))
-        parts = [layers.dense(x, kernels[t]).astype(jnp.float32) for t, x in enumerate(xs)]
+        wide = jnp.promote_types(jnp.float32, self.dtype)
+        parts = [layers.dense(x, kernels[t]).astype(wide) for t, x in enumerate(xs)]
         total = lax.psum(sum(parts), self.axis) if self.axis else sum(parts)
         return total + bias.astype(total.dtype).reshape(1, -1)
 

@@ -48,7 +48,8 @@ def prepare(source: str, *, dir: str | None = None, store: str | None = None, fo
                         f'{", ".join(stores.FORMATS)}, the size a positive number of pixels')
     path = store or default_store(source, size, format)
     there = _description(path)
-    wanted = {'format': format, 'size': size, 'source': _short(source)}
+    origin = os.path.abspath(source) if datasets.is_folder(source) else source
+    wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
     if there:
         _check_same(path, there, wanted)
         if there['complete']:
@@ -115,7 +116,7 @@ def _description(path: str) -> dict | None:
 
 def _check_same(path: str, there: dict, wanted: dict) -> None:
     different = [f'{key} {there.get(key)}, not {value}'
-                 for key, value in wanted.items() if there.get(key) != value]
+                 for key, value in wanted.items() if there.get(key, value) != value]
     if different:
         raise UserError(f'{path} is another store ({"; ".join(different)}): remove it or give '
                         'another --store')

@@ -9,8 +9,8 @@
 """
 
 import json
+import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +64,13 @@ def _flat(tree: dict, prefix: str = 'config') -> dict:
     return {k: v for name in tree for k, v in _flat(tree[name], f'{prefix}.{name}').items()}
 
 
+def _free(field: str, config) -> bool:
+    """Whether a field may change between two starts of a run."""
+    # Under the plateau rule the evaluations decide the rates.
+    decides = field == 'config.run.eval_every' and config.optim.schedule == 'plateau'
+    return field.startswith('config.run.') and not decides
+
+
 def check(config, workdir: pathlib.Path) -> None:
     """A work directory belongs to one config; only `config.run` may change between starts."""
     if not (workdir / 'config.json').exists():
@@ -72,7 +79,7 @@ def check(config, workdir: pathlib.Path) -> None:
     fields = [
         f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
         for name in sorted({*there, *here})
-        if there.get(name) != here.get(name) and not name.startswith('config.run.')
+        if there.get(name) != here.get(name) and not _free(name, config)
     ]
     if fields:
         raise UserError(
@@ -84,9 +91,9 @@ def check(config, workdir: pathlib.Path) -> None:
 def write(config, workdir: pathlib.Path, store: Store) -> None:
     """Writes everything but metrics and checkpoints; a later start adds itself to `run.json`."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.json').write_text(json.dumps(_plain(config), indent=2) + '\n')
-    (workdir / 'names.txt').write_text(''.join(f'{name}\n' for name in store.names))
-    shutil.copyfile(store.path / 'stats.npz', workdir / 'stats.npz')
+    _replace(workdir / 'names.txt', ''.join(f'{name}\n' for name in store.names).encode())
+    _replace(workdir / 'stats.npz', (store.path / 'stats.npz').read_bytes())
+    _replace(workdir / 'config.json', _json(_plain(config)))
     commit = subprocess.run(
         ['git', 'describe', '--always', '--dirty'],
         cwd=pathlib.Path(__file__).parent,
@@ -104,4 +111,27 @@ def write(config, workdir: pathlib.Path, store: Store) -> None:
     }
     file = workdir / 'run.json'
     starts = json.loads(file.read_text()) if file.exists() else []
-    file.write_text(json.dumps([*starts, start], indent=2) + '\n')
+    _replace(file, _json([*starts, start]))
+
+
+def _json(value) -> bytes:
+    return (json.dumps(value, indent=2) + '\n').encode()
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file whole or not at all: a kill in between leaves the one before."""
+    temporary = path.with_name(f'{path.name}.tmp')
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def check_store(workdir: pathlib.Path, store: Store) -> None:
+    """UserError if the run in `workdir` began with other pictures than those of `store`."""
+    if not (workdir / 'stats.npz').exists():
+        return
+    facts = read_facts(workdir)
+    if facts.names != store.names or not np.array_equal(facts.mean, store.mean):
+        raise UserError(
+            f'{workdir} began with other pictures than {store.path} now has; '
+            'restore them, or give another --workdir'
+        )

@@ -56,10 +56,11 @@ def normalize(images, mean, noise=None, rescale: float = 1.0) -> jax.Array:
 def rank(scores, labels) -> jax.Array:
     """How many other classes score at least as high as the true one: [B,K], i32[B] -> i32[B].
 
-    Ties and NaN count against the network.
+    Ties count against the network, and NaN is never among the first five.
     """
     true = jnp.take_along_axis(scores, labels[:, None], axis=1)
-    return jnp.sum(~(scores < true), axis=1) - 1
+    ranks = jnp.sum(~(scores < true), axis=1) - 1
+    return jnp.where(jnp.isnan(true[:, 0]), jnp.maximum(ranks, 5), ranks)
 
 
 def count(scores, losses, labels, mask) -> dict[str, jax.Array]:
@@ -138,7 +139,7 @@ def make_train_step(
         rows = lax.axis_index('data') * size + jnp.arange(size)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         noise = rates['colour'] * batch['z'] @ axes.T
-        divisor = jnp.where(rates['colour'] > 0, 1.1, 1.0) if rescale and std else 1.0
+        divisor = jnp.where(rates['colour'] > 0, 1 + std, 1.0) if rescale and std else 1.0
         x = normalize(images, mean, noise if std else None, divisor)
 
         def loss(params):
@@ -199,9 +200,11 @@ def make_predict(
 def make_score(mesh: Mesh) -> Callable:
     """score(probabilities f32[B,K], labels i32[B], mask f32[B]) -> sums over the whole batch."""
 
+    tiny = jnp.finfo(jnp.float32).tiny  # a probability that is 0 has a logarithm all the same
+
     def score(probabilities, labels, mask):
         true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0]
-        return count(probabilities, -jnp.log(true), labels, mask)
+        return count(probabilities, -jnp.log(jnp.maximum(true, tiny)), labels, mask)
 
     return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 

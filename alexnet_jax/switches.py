@@ -73,7 +73,7 @@ def build(
     choose('init', init, ('gaussian', 'torch'))
     wide = ('float64',) if jax.config.jax_enable_x64 else ()  # for tests: JAX has it off by default
     choose('dtype', dtype, ('float32', 'bfloat16', *wide))
-    choose('remove', remove, ('none', *names))
+    choose('remove', remove, ('none', *names[:5]))
     for name in exchange:
         choose('exchange', name, (*names[1:], 'fc6', 'fc7'))
     for ops in after:

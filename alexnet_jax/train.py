@@ -43,6 +43,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
     if config.train.init_from and not (workdir / 'checkpoints').exists():
         rundir.read_config(config.train.init_from)
     store = prepare.ensure(**config.data)
+    rundir.check_store(workdir, store)
     job = Job.make(config, mesh, store)
     checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
     state, history, running = job.start(checkpoints, config.train.init_from)
@@ -60,6 +61,8 @@ def train(config, workdir: str | pathlib.Path) -> None:
         rundir.write(config, workdir, store)
     writer = metrics.Writer(workdir, start=step, active=main_process)
     try:
+        if config.train.init_from and not checkpoints.steps():  # the other run may change
+            checkpoints.save(step, state, {'history': history, 'running': running})
         _loop(job, state, history, running, checkpoints, writer, workdir)
     finally:
         writer.close()
@@ -213,6 +216,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir) -> No
     batches = job.batches(step)
     pending = None  # the sums of the step before, still on the device: it never waits for us
     clock, images = progress.Clock(), 0
+    tracing = False
     stop_at = step + run.stop_after if run.stop_after else None
 
     def account():
@@ -264,8 +268,9 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir) -> No
             checkpoints.save(step, state, {'history': history, 'running': running})
         if last:
             break
-        if step == run.profile[0] != run.profile[1]:
+        if not tracing and run.profile[0] <= step < run.profile[1]:
             jax.profiler.start_trace(workdir / 'profile')
+            tracing = True
         with clock.waiting():
             batch = meshes.global_batch(job.mesh, job.config.train.batch, next(batches))
         scalars = {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
@@ -273,7 +278,10 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir) -> No
         account()
         pending = step, rates, sums
         step += 1
-        if step == run.profile[1] != run.profile[0]:
+        if tracing and step >= run.profile[1]:
             account()
             jax.profiler.stop_trace()
+            tracing = False
+    if tracing:
+        jax.profiler.stop_trace()
     log.info('stopped at step %s; to evaluate: python -m alexnet_jax.evaluate %s', f'{step:,}', workdir)

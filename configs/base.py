@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     })
     config.colour = ConfigDict({
         'std': 0.1,  # of the draws along the PCA axes, in standard deviations (§4.1); 0: no noise
-        'rescale': False,  # divide noisy images by 1.1, as the source did
+        'rescale': False,  # divide noisy images by 1 + std, as the source did
     })
     config.model = ConfigDict({
         'towers': 2,
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         'hidden': (4096, 4096),  # units of fc6 and fc7, over all towers
         'groups': 1,  # Caffe's: parts of conv2, conv4 and conv5 inside one tower
         'exchange': ('conv3', 'fc6', 'fc7'),  # the layers that read all towers (§3.2)
-        'remove': 'none',  # a convolutional layer to leave out: it passes its input on (§7)
+        'remove': 'none',  # conv1 to conv5: that layer, its activation and norm are left out (§7)
         'activation': 'relu',  # or 'tanh', of all hidden layers (§3.1)
         'after': ('act norm pool', 'act norm pool', 'act', 'act', 'act pool'),  # each convolution
         'norms': 'all',  # or 'first' (only layer 1's), or 'none' (§3.3)

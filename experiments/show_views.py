@@ -23,7 +23,7 @@ def training_views(
 ) -> list[View]:
     """The views of training picture `index` in the first epochs of the run with this seed.
 
-    seed, chunk and std are `config.seed`, `config.data.chunk` and `config.colour.std`.
+    seed, chunk and std are `config.seed`, `config.augment.chunk` and `config.colour.std`.
     """
     mean = steps.window_mean(store.mean, crop)
     total, room = store.counts['train'], store.size - crop

