@@ -291,7 +291,7 @@ def _all_processes(good: bool) -> bool:
 
 def _line(error: BaseException) -> str:
     text = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {text[:300]}'
+    return f'{type(error).__name__}: {text[:500]}'
 
 
 def _without_orbax_chatter(record: logging.LogRecord) -> bool:

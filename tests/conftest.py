@@ -1,7 +1,8 @@
-"""Every test sees eight CPU devices and a JAX that refuses silent rank promotion."""
+"""Every test sees eight CPU devices, set up as the commands do, and no silent rank promotion."""
 
 import jax
 
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 8)
+from alexnet_jax import mesh
+
+mesh.configure(cpu_devices=8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')

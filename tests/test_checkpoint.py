@@ -446,7 +446,7 @@ WORKER = """
 import json, logging, pathlib, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from alexnet_jax import checkpoint, errors
+from alexnet_jax import checkpoint, errors, fingerprint
 
 folder, port, process = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.config.update('jax_platforms', 'cpu')
@@ -483,7 +483,7 @@ def read_in_one_process(step, name, leaf):  # the other one cannot see that step
 checkpoints._read = read_in_one_process
 step, restored, meta = checkpoints.restore(target)
 assert (step, meta) == (1, {'history': {'1': 10.0}}), step
-assert fingerprint.fingerprints(restored) == checkpoint.fingerprints(state(1))
+assert fingerprint.fingerprints(restored) == fingerprint.fingerprints(state(1))
 checkpoints.save(2, restored, meta)
 checkpoints.close()
 assert checkpoints.steps() == [1, 2]

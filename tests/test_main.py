@@ -21,7 +21,7 @@ from tests.tiny_store import write_store
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {
-    'data.source': 'tiny', 'data.size': 72, 'augment.crop': 64, 'train.batch': 8,
+    'data.source': 'made_up', 'data.size': 72, 'augment.crop': 64, 'train.batch': 8,
     'run.eval_batch': 8, 'optim.epochs': 1.0,
 }  # fmt: skip
 
@@ -210,7 +210,7 @@ VALUES = {
     'words for epochs': ({'optim.drops': 'abc'}, ["config.optim.drops=('abc',)", 'float', '(28.0']),
     'words for a rate': ({'optim.conv1': 'abc'}, ["config.optim.conv1=('abc',)", 'an epoch and a rate']),
     'unknown layer': ({'train.freeze': 'conv9'}, ["config.train.freeze='conv9'", 'conv1']),
-    'batch 0': ({'train.batch': 0}, ['config.train.batch=0', 'multiple']),
+    'batch 0': ({'train.batch': 0}, ['config.train.batch=0', 'at least 1']),
     'batch over the mesh': (
         {'train.batch': 7, 'run.mesh': '(2,1)'}, ['config.train.batch=7', '2 devices', 'config.run.mesh'],
     ),

@@ -69,7 +69,7 @@ def start(workdir, store, event='never', number=1, stop_after=0):
     command = [
         sys.executable, '-c', DRIVER, event, str(number),
         f'--config={ROOT}/configs/quickstart.py', '--cpu_devices=2', f'--workdir={workdir}',
-        '--config.data.source=tiny', f'--config.data.store={store}', '--config.data.size=72',
+        '--config.data.source=made_up', f'--config.data.store={store}', '--config.data.size=72',
         '--config.augment.crop=64', '--config.augment.chunk=4', '--config.optim.epochs=4.0',
         '--config.optim.drops=(2.0,3.0)', f'--config.train.batch={BATCH}',
         '--config.run.eval_every=1.0', f'--config.run.eval_batch={BATCH}',

@@ -27,7 +27,7 @@ def test_reads_what_was_written(tmp_path, format):
     pictures = write_store(tmp_path, format=format, size=24, classes=3)
     store = open_store(tmp_path)
     verify(store)
-    assert (store.format, store.size, store.classes, store.source) == (format, 24, 3, 'tiny')
+    assert (store.format, store.size, store.classes, store.source) == (format, 24, 3, 'made_up')
     assert store.names == ['class 0', 'class 1', 'class 2']
     assert store.counts == {'train': 20, 'val': 7}
     np.testing.assert_array_equal(store.labels('val'), np.arange(7) % 3)

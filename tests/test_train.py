@@ -21,7 +21,7 @@ def store(tmp_path_factory):
 def make_config(store, **changes):
     config = quickstart.get_config()
     config.update_from_flattened_dict({
-        'data.source': 'tiny', 'data.store': str(store), 'data.size': 72, 'augment.crop': 64,
+        'data.source': 'made_up', 'data.store': str(store), 'data.size': 72, 'augment.crop': 64,
         'train.batch': BATCH, 'run.eval_batch': BATCH, 'run.mesh': (1, 2), 'run.log_every': 1,
         'optim.epochs': 4.0, 'optim.drops': (), **changes,
     })  # fmt: skip

@@ -69,6 +69,6 @@ def write_store(
     )
     (path / 'names.txt').write_text(''.join(f'class {k}\n' for k in range(classes)))
     info = dict(format=format, size=size, filter='none', classes=classes, counts=counts)
-    info |= dict(source='tiny', versions={}, complete=True)
+    info |= dict(source='made_up', versions={}, complete=True)
     (path / 'store.json').write_text(json.dumps(info))
     return result
