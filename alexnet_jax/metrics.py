@@ -61,7 +61,7 @@ class Writer:
         self._events = _Events(folder / 'tensorboard')
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Writes the row {'kind': kind, 'step': step, **values}, and flushes it.
+        """Writes the row {'kind': kind, 'step': step, **values}; on return it is on the disk.
 
         A value is a number (Python's, NumPy's or a scalar array), a string, or a list or dict of
         them. TensorBoard gets the numbers, as '<kind>/<name>'.
@@ -71,6 +71,7 @@ class Writer:
         row = {'kind': kind, 'step': int(step), **_plain(values)}
         self._file.write(json.dumps(row, allow_nan=False) + '\n')
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint must not outlive the rows before it
         scalars = [(name, math.nan if row[name] is None else row[name]) for name in values]
         self._events.add(
             row['step'],

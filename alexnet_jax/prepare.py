@@ -36,49 +36,30 @@ def prepare(source: str, *, dir: str | None = None, store: str | None = None, fo
             size: int = 256, val_fraction: float = 0.1, limit: float = np.inf) -> stores.Store:
     """Makes a store, goes on with an interrupted one, or opens one that is complete.
 
+    Waits for another process that is making the same store.
+
     Args: as the command's; `limit`: refuse a source of this many pictures or more.
 
     Raises:
       UserError: the source is unusable, a picture does not decode, the disk is too small, or the
-        folder holds something else. A pass that fails before its first flush leaves nothing; after
-        that it stays, to go on once the picture is repaired.
+        folder holds something else. A pass that fails within seconds (writer.FLUSH_SECONDS) leaves
+        nothing; what a longer one has done stays, to go on from once the picture is repaired.
     """
     if format not in stores.FORMATS or size < 1:
         raise UserError(f'format {format!r}, size {size}: the format is one of '
                         f'{", ".join(stores.FORMATS)}, the size a positive number of pixels')
     path = store or default_store(source, size, format)
-    there = _description(path)
     origin = os.path.abspath(source) if datasets.is_folder(source) else source
     wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
-    if there:
-        _check_same(path, there, wanted)
-        if there['complete']:
-            writer.clean(path)
-            return stores.open_store(path)
-    opened = datasets.open_source(source, data_dir=dir, val_fraction=val_fraction)
-    if sum(opened.splits.values()) >= limit:
-        raise UserError(_advice(source, dir, store, format, size, val_fraction))
-    wanted |= {'filter': FILTER, 'classes': len(opened.class_names), 'counts': opened.splits,
-               'versions': {'pillow': PIL.__version__, 'numpy': np.__version__}}
-    if there:
-        _check_same(path, there, wanted)
-    progress = writer.read_progress(path, size)
-    _check_disk(path, sum(opened.splits.values()) - progress['written'][:, 0].sum(), size, format)
-    new = _first_missing(path)
+    finished = _finished(path, wanted)
+    if finished:
+        return finished
+    advice = _advice(source, dir, store, format, size, val_fraction)
     try:
-        os.makedirs(path, exist_ok=True)
-        writer.write_description(path, {**wanted, 'complete': False})
-        for split in writer.SPLITS:
-            writer.write_split(path, opened, split, size=size, format=format, progress=progress)
-        writer.finish(path, opened, format=format, progress=progress,
-                      description={**wanted, 'complete': True})
-    except (OSError, UserError) as error:
-        if not os.path.exists(os.path.join(path, writer.PROGRESS)):
-            shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f'{path}: cannot be written: {error.strerror}') from error
-        raise
-    return stores.open_store(path)
+        with writer.locked(path):  # the process that we wait for may have finished the store
+            return _finished(path, wanted) or _make(path, wanted, source, dir, limit, advice)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
 
 
 def ensure(*, source: str, dir: str | None = None, store: str | None = None, format: str = 'jpg',
@@ -86,11 +67,12 @@ def ensure(*, source: str, dir: str | None = None, store: str | None = None, for
     """Opens the store of a source for training; a small set (< 200,000) is prepared first.
 
     Raises:
-      UserError: as `prepare`; with the command to run where a large set has no store yet.
+      UserError: as `prepare`; with the command to run where a large set has no store yet. Where its
+        size can be known before TFDS builds it, it is not built.
     """
     there = _description(store or default_store(source, size, format))
-    if source == datasets.IMAGENET and not (there and there['complete']):
-        datasets.find_imagenet(dir)  # its size is known: TFDS need not build it for the count
+    complete = there and there['complete']
+    if not complete and datasets.is_large(source, data_dir=dir, pictures=LARGE):
         raise UserError(_advice(source, dir, store, format, size, val_fraction))
     return prepare(source, dir=dir, store=store, format=format, size=size,
                    val_fraction=val_fraction, limit=LARGE)
@@ -98,6 +80,52 @@ def ensure(*, source: str, dir: str | None = None, store: str | None = None, for
 
 def _short(source: str) -> str:
     return os.path.basename(os.path.abspath(source)) if datasets.is_folder(source) else source
+
+
+def _finished(path: str, wanted: dict) -> stores.Store | None:
+    """The store, if it is complete; UserError if there is another one, or something else."""
+    there = _description(path)
+    if not there:
+        return None
+    _check_same(path, there, wanted)
+    if not there['complete']:
+        return None
+    writer.clean(path)
+    return stores.open_store(path)
+
+
+def _make(path: str, wanted: dict, source: str, dir: str | None, limit: float,
+          advice: str) -> stores.Store:
+    size, format = wanted['size'], wanted['format']
+    begun = _description(path)
+    try:
+        opened = _open(source, dir, wanted['val_fraction'])
+        pictures = sum(opened.splits.values())
+        if pictures >= limit:
+            raise UserError(advice)
+        wanted = {**wanted, 'filter': FILTER, 'classes': len(opened.class_names),
+                  'counts': opened.splits,
+                  'versions': {'pillow': PIL.__version__, 'numpy': np.__version__}}
+        _check_same(path, begun or {}, wanted)
+        begun = None  # from here on what is there is ours
+        progress = writer.read_progress(path, size)
+        _check_disk(path, pictures - progress['written'][:, 0].sum(), size, format)
+        writer.write_description(path, {**wanted, 'complete': False})
+        writer.write_records(path, opened, size=size, format=format, progress=progress)
+        writer.finish(path, opened, format=format, progress=progress,
+                      description={**wanted, 'complete': True})
+    except (OSError, UserError):
+        if not begun and not os.path.exists(os.path.join(path, writer.PROGRESS)):
+            writer.empty(path)
+        raise
+    return stores.open_store(path)
+
+
+def _open(source: str, dir: str | None, val_fraction: float) -> datasets.Source:
+    try:
+        return datasets.open_source(source, data_dir=dir, val_fraction=val_fraction)
+    except OSError as error:
+        raise UserError(f'{source}: cannot be read: {error.strerror or error}') from error
 
 
 def _description(path: str) -> dict | None:
@@ -122,16 +150,10 @@ def _check_same(path: str, there: dict, wanted: dict) -> None:
                         'another --store')
 
 
-def _first_missing(path: str) -> str:
-    """The highest folder on the way to `path` that is not there yet; `path` if all are."""
-    parent = os.path.dirname(os.path.abspath(path))
-    return path if os.path.exists(parent) else _first_missing(parent)
-
-
 def _check_disk(path: str, pictures: int, size: int, format: str) -> None:
     # A JPEG record of a photograph takes 0.45 bytes a pixel, of noisy pictures more.
     needed = pictures * (size * size * (3 if format == 'u8' else 0.55) + 1000) / 1e9
-    free = shutil.disk_usage(os.path.dirname(os.path.abspath(_first_missing(path)))).free / 1e9
+    free = shutil.disk_usage(path).free / 1e9
     text = f'about {needed:.2f} GB for {pictures:,} pictures, and {free:.2f} GB are free'
     if free < needed:
         raise UserError(f'{path}: the disk is too small: it needs {text}: give another --store')

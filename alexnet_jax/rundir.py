@@ -2,8 +2,9 @@
 
     config.json     the config; a later start must have the same, `config.run` aside
     run.json        one entry a start: time, command, commit, versions, devices
-    names.txt       the classes, and
-    stats.npz       the mean image and the colour PCA, from the store
+    store.json      the store's description,
+    names.txt       its classes, and
+    stats.npz       its mean image and colour PCA
     metrics.jsonl   and TensorBoard files (`metrics.py`)
     checkpoints/    (`checkpoint.py`)
 """
@@ -91,6 +92,8 @@ def check(config, workdir: pathlib.Path) -> None:
 def write(config, workdir: pathlib.Path, store: Store) -> None:
     """Writes everything but metrics and checkpoints; a later start adds itself to `run.json`."""
     workdir.mkdir(parents=True, exist_ok=True)
+    # stats.npz last of the three: `check_store` takes it for the sign that they are there.
+    _replace(workdir / 'store.json', (store.path / 'store.json').read_bytes())
     _replace(workdir / 'names.txt', ''.join(f'{name}\n' for name in store.names).encode())
     _replace(workdir / 'stats.npz', (store.path / 'stats.npz').read_bytes())
     _replace(workdir / 'config.json', _json(_plain(config)))
@@ -129,9 +132,20 @@ def check_store(workdir: pathlib.Path, store: Store) -> None:
     """UserError if the run in `workdir` began with other pictures than those of `store`."""
     if not (workdir / 'stats.npz').exists():
         return
-    facts = read_facts(workdir)
-    if facts.names != store.names or not np.array_equal(facts.mean, store.mean):
+    facts, counts = read_facts(workdir), _read_counts(workdir)
+    same = facts.names == store.names and np.array_equal(facts.mean, store.mean)
+    if not same or counts not in (None, store.counts):
         raise UserError(
             f'{workdir} began with other pictures than {store.path} now has; '
             'restore them, or give another --workdir'
         )
+
+
+def _read_counts(workdir: pathlib.Path) -> dict[str, int] | None:
+    """The pictures of each split as the run began; None in a run directory without store.json."""
+    try:
+        return json.loads((workdir / 'store.json').read_text())['counts']
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{workdir}: store.json cannot be read: {error}') from error

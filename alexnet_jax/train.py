@@ -79,6 +79,8 @@ def _check(config) -> jax.sharding.Mesh:
     for field in ('mesh', 'profile'):
         if len(config.run[field]) != 2:
             raise UserError(f'config.run.{field}={config.run[field]}: must be two numbers')
+    if config.seed >= 2**32:  # JAX's keys would repeat those of smaller seeds
+        raise UserError(f'config.seed={config.seed}: must be below 2^32')
     if config.augment.chunk < 1:
         raise UserError(f'config.augment.chunk={config.augment.chunk}: must be at least 1')
     if not 0 < config.augment.crop <= config.data.size:

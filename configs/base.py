@@ -53,7 +53,9 @@ def get_config() -> ConfigDict:
         'init': 'gaussian',  # with std and bias below; 'torch': PyTorch's uniform default
         'std': (0.01,) * 8,  # of the initial kernels, conv1 to fc8 (§5)
         'bias': (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0),  # initial biases, conv1 to fc8 (§5)
-        'dtype': 'float32',  # of the arithmetic, or 'bfloat16'; parameters are always float32
+        # Of the arithmetic, or 'bfloat16'; parameters are always float32. GPUs and TPUs round the
+        # factors of float32 products (to TF32, bfloat16), unless JAX_DEFAULT_MATMUL_PRECISION=highest.
+        'dtype': 'float32',
     })
     config.optim = ConfigDict({
         'momentum': 0.9,

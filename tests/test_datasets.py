@@ -2,6 +2,7 @@
 
 import collections
 import io
+import types
 
 import numpy as np
 import pytest
@@ -158,6 +159,31 @@ def test_unknown_tfds_name(tmp_path):
     with pytest.raises(UserError, match='neither a folder nor a TFDS set'):
         datasets.open_source('no_such_set', data_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name, pictures, large', [
+    ('places365_small', 200_000, True),  # a download of 31 GB
+    ('food101', 200_000, False),  # 5 GB
+    ('alexnet_shapes', 10, False),  # nothing to download
+])
+def test_large_tfds_sets_are_known_by_their_download(tmp_path, name, pictures, large):
+    assert datasets.is_large(name, data_dir=str(tmp_path), pictures=pictures) == large
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('prepared, counts, large', [
+    (False, {'train': 60, 'validation': 39, 'test': 50}, False),  # 99 are read
+    (False, {'train': 60, 'test': 40, 'extra': 500}, True),
+    (False, {'train': 99, 'extra': 500}, False),
+    (False, {'train': 100}, True),
+    (True, {'train': 100}, False),  # nothing to build: it is counted on opening
+])
+def test_known_counts_decide_before_the_download(monkeypatch, prepared, counts, large):
+    splits = {name: types.SimpleNamespace(num_examples=count) for name, count in counts.items()}
+    builder = types.SimpleNamespace(
+        is_prepared=lambda: prepared, info=types.SimpleNamespace(splits=splits), url_infos=None)
+    monkeypatch.setattr(tfds_sets, '_builder', lambda name, root: builder)
+    assert datasets.is_large('made_up', pictures=100) == large
 
 
 # ImageNet

@@ -60,6 +60,22 @@ def test_rows_come_back_bit_for_bit(tmp_path):
     writer.close()
 
 
+def test_every_row_is_on_the_disk_when_write_returns(tmp_path, monkeypatch):
+    writer = metrics.Writer(tmp_path, start=-1)
+    file, synced = tmp_path / metrics.FILE, []
+
+    def fsync(descriptor):
+        assert os.path.samestat(os.fstat(descriptor), os.stat(file))
+        synced.append(file.read_bytes())
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    writer.write('train', 1, {})
+    assert synced == [line('train', 1)]
+    writer.write('eval', 2, {})
+    assert synced[1:] == [line('train', 1) + line('eval', 2)]
+    writer.close()
+
+
 def test_not_a_number_is_null(tmp_path):
     writer = metrics.Writer(tmp_path, start=-1)
     values = {'a': float('nan'), 'b': np.float32('inf'), 'c': [jnp.array([-np.inf, 1])], 'd': None}

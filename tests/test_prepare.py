@@ -1,12 +1,15 @@
 """Preparing: geometry, decoding, statistics, going on after a kill, refusals."""
 
 import collections
+import concurrent.futures
+import fcntl
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import datasets, prepare, store
-from alexnet_jax.datasets import pictures, writer
+from alexnet_jax.datasets import pictures, tfds_sets, writer
 from alexnet_jax.errors import UserError
 from tests import fixtures
 
@@ -219,18 +222,112 @@ def _stamp(path):
 def test_complete_store_is_opened_without_its_source(tree, tmp_path, monkeypatch):
     path = tmp_path / 'store'
     prepare.prepare(tree, store=str(path), size=24)
-    (path / 'train.index').write_bytes(b'left by a kill at the very end')
+    for name in ('train.index', writer.LOCK):
+        (path / name).write_bytes(b'left by a kill at the very end')
     monkeypatch.setattr(datasets, 'open_source', None)
     made = prepare.ensure(source=tree, store=str(path), size=24)
     assert made.counts['train'] == 13
-    assert not (path / 'train.index').exists()
+    assert not (path / 'train.index').exists() and not (path / writer.LOCK).exists()
+
+
+# Two at once
+
+
+def heard(capsys, text):
+    """Waits until `text` is printed."""
+    said = ''
+    for _ in range(6000):
+        said += capsys.readouterr().out
+        if text in said:
+            return
+        time.sleep(0.01)
+    raise AssertionError(said)
+
+
+class Stopping:
+    """`datasets.open_source` that stops the first time, until `go`; that one may then fail."""
+
+    def __init__(self, fails=False, later=lambda: None):
+        self.real, self.fails, self.later = datasets.open_source, fails, later
+        self.count, self.reached, self.go = 0, threading.Event(), threading.Event()
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        if self.count > 1:
+            self.later()
+            return self.real(*args, **kwargs)
+        self.reached.set()
+        assert self.go.wait(60)
+        if self.fails:
+            raise UserError('the first one fails')
+        return self.real(*args, **kwargs)
+
+
+def two_at_once(stopping, tree, path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, 'open_source', stopping)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(prepare.prepare, tree, store=str(path), size=24)
+        try:
+            assert stopping.reached.wait(60)
+            second = pool.submit(prepare.ensure, source=tree, store=str(path), size=24)
+            heard(capsys, f'{path}: waiting for another process that is preparing it\n')
+        finally:
+            stopping.go.set()
+    return first, second
+
+
+def test_a_second_start_waits_and_opens_what_the_first_made(tree, tmp_path, monkeypatch, capsys):
+    prepare.prepare(tree, store=str(tmp_path / 'alone'), size=24)
+    path, stopping = tmp_path / 'data' / 'store', Stopping()
+    first, second = two_at_once(stopping, tree, path, monkeypatch, capsys)
+    assert first.result().counts == second.result().counts == {'train': 13, 'val': 5}
+    assert stopping.count == 1
+    assert files(path) == files(tmp_path / 'alone')
+
+
+def test_a_waiting_start_takes_over_from_one_that_fails(tree, tmp_path, monkeypatch, capsys):
+    path = tmp_path / 'data' / 'store'
+
+    def is_held():  # the lock of the first was removed with it
+        with open(path / writer.LOCK, 'ab') as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    stopping = Stopping(fails=True, later=is_held)
+    first, second = two_at_once(stopping, tree, path, monkeypatch, capsys)
+    assert str(first.exception()) == 'the first one fails'
+    store.verify(second.result())
+    assert writer.LOCK not in os.listdir(path)
+
+
+def test_a_killed_process_holds_nothing(tree, tmp_path, capsys):
+    path = tmp_path / 'store'
+    program = ('import sys, time; from alexnet_jax.datasets import writer\n'
+               'with writer.locked(sys.argv[1]): print("held", flush=True); time.sleep(600)')
+    holder = subprocess.Popen([sys.executable, '-c', program, str(path)], stdout=subprocess.PIPE)
+    with holder, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            assert holder.stdout.readline() == b'held\n'
+            made = pool.submit(prepare.prepare, tree, store=str(path), size=24)
+            heard(capsys, f'{path}: waiting for another process')
+        finally:
+            holder.kill()
+        store.verify(made.result(60))
+    assert writer.LOCK not in os.listdir(path)
+
+
+def test_a_file_system_without_locks(tree, tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(37, 'No locks available')
+    monkeypatch.setattr(writer.fcntl, 'flock', flock)
+    store.verify(prepare.prepare(tree, store=str(tmp_path / 'store'), size=24))
 
 
 # Refusals
 
 
-def test_truncated_picture_is_named_and_nothing_is_left(tree, tmp_path):
-    bad = os.path.join(tree, 'train', 'bee', '002.jpg')
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_truncated_picture_is_named_and_nothing_is_left(tree, tmp_path, split):
+    bad = os.path.join(tree, split, 'bee', '002.jpg')
     data = open(bad, 'rb').read()
     open(bad, 'wb').write(data[:len(data) // 2])
     result = subprocess.run([*COMMAND, f'--source={tree}', '--size=24', f'--store={tmp_path}/a/b/c'],
@@ -265,6 +362,16 @@ def test_label_outside_the_class_count(tmp_path, monkeypatch, label):
     with pytest.raises(UserError, match=f'the second: label {label} is outside the 2 classes'):
         prepare.prepare('made', store=str(tmp_path / 'data' / 'store'), size=8)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_short_pass_that_fails_leaves_the_folders_as_they_were(tree, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'tree' / 'val' / 'bee' / '000.jpg').write_bytes(b'')
+    for path in ('empty', 'new/store'):
+        with pytest.raises(UserError, match='does not decode'):
+            prepare.prepare(tree, store=str(tmp_path / path), size=24)
+    assert sorted(os.listdir(tmp_path)) == ['empty', 'tree']
+    assert os.listdir(tmp_path / 'empty') == []
 
 
 def test_source_that_gives_too_few(tree, tmp_path, monkeypatch):
@@ -318,9 +425,12 @@ def test_an_interrupted_store_of_other_counts_is_not_continued(tree, tmp_path, m
     monkeypatch.setattr(writer, 'finish', lambda *args, **kwargs: exit())
     with pytest.raises(SystemExit):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+    before = files(tmp_path / 'store')
+    assert 'store.json' in before and writer.LOCK not in before
     os.remove(os.path.join(tree, 'train', 'ape', '000.jpg'))
     with pytest.raises(UserError, match="counts .*13.*, not .*12.*: remove it"):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+    assert files(tmp_path / 'store') == before
 
 
 def test_ensure_prepares_small_sets_only(tree, tmp_path, monkeypatch):
@@ -339,6 +449,13 @@ def test_ensure_never_builds_imagenet(tmp_path):
     fixtures.write_imagenet_tars(tmp_path)
     with pytest.raises(UserError, match='run python -m alexnet_jax.prepare --source=imagenet2012 --dir='):
         prepare.ensure(source='imagenet2012', dir=str(tmp_path), store=str(tmp_path / 'store'))
+
+
+def test_ensure_refuses_a_large_set_before_tfds_builds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_sets, '_build', None)
+    with pytest.raises(UserError, match='python -m alexnet_jax.prepare --source=places365_small'):
+        prepare.ensure(source='places365_small', dir=str(tmp_path), store=str(tmp_path / 'store'))
+    assert not list(tmp_path.iterdir())
 
 
 def test_verify_finds_a_flipped_bit(tree, tmp_path):

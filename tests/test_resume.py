@@ -1,5 +1,6 @@
 """Killed at any moment and started again, a run ends with the same bits as one left alone."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,11 +8,14 @@ import signal
 import subprocess
 import sys
 
+import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from alexnet_jax import metrics, progress
+from alexnet_jax import metrics, progress, rundir
+from alexnet_jax.errors import UserError
+from alexnet_jax.store import open_store
 from tests.tiny_store import write_store
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -19,7 +23,7 @@ EXAMPLES, BATCH = 40, 8  # five steps an epoch, twenty steps in all
 
 # The program as users start it, but for one event at which it kills itself.
 DRIVER = """
-import os, signal, sys
+import os, signal, sys, time
 from alexnet_jax import checkpoint, data, evaluate, main, metrics
 from alexnet_jax.errors import run
 
@@ -43,10 +47,25 @@ def train_batches(*args, **kwargs):
         yield batch
 data.train_batches = train_batches
 
+saves, unfinished = 0, None
+rename = os.rename
+def rename_but_one(source, target, *args, **kwargs):
+    if os.path.basename(target) == unfinished:
+        time.sleep(600)  # orbax's last act: it must not come before the kill
+    rename(source, target, *args, **kwargs)
+os.rename = rename_but_one
+
 save = checkpoint.Checkpoints.save
-def save_and_kill(self, *args):
-    save(self, *args)  # returns while orbax still writes
-    kill_at('save')
+def save_and_kill(self, step, *args):
+    global saves, unfinished
+    saves += 1
+    if (event, number) == ('save', saves):
+        unfinished = str(step)
+    save(self, step, *args)  # returns while orbax still writes
+    if unfinished:
+        while not list(self.directory.glob(unfinished + '.*')):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Checkpoints.save = save_and_kill
 
 real = evaluate.evaluate
@@ -147,6 +166,10 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(store, alone, tmp_path, kill
     workdir = tmp_path / 'run'
     for event, number in kills:
         start(workdir, store, event, number)
+        if event == 'save':  # the second, of step 5, after that of step 3
+            names = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
+            assert names[0] == '3' and '5' not in names
+            assert any(name.startswith('5.') for name in names)  # orbax had begun
     start(workdir, store)
     assert_same(outcome(workdir), alone)
 
@@ -166,3 +189,34 @@ def test_a_machine_without_tensorflow_trains_the_same(store, alone, tmp_path):
     workdir = tmp_path / 'run'
     start(workdir, store, 'no TensorFlow')
     assert_same(outcome(workdir), alone)
+
+
+@pytest.mark.parametrize(
+    'changed',
+    [
+        {'names': ['a', 'b', 'c']},
+        {'mean': np.zeros((72, 72, 3))},
+        {'counts': {'train': EXAMPLES, 'val': 11}},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_run_goes_on_with_the_pictures_it_began_with(store, tmp_path, changed):
+    opened = open_store(store)
+    other = dataclasses.replace(opened, **changed)
+    run = tmp_path / 'run'
+    rundir.check_store(run, other)  # it has not begun
+    rundir.write(ml_collections.ConfigDict({'seed': 0}), run, opened)
+    rundir.check_store(run, opened)
+    with pytest.raises(UserError, match='began with other pictures'):
+        rundir.check_store(run, other)
+
+
+def test_a_run_directory_without_store_json_goes_on(store, tmp_path):
+    """As those had none that were made before counts were compared."""
+    opened = open_store(store)
+    rundir.write(ml_collections.ConfigDict({'seed': 0}), tmp_path, opened)
+    (tmp_path / 'store.json').unlink()
+    rundir.check_store(tmp_path, opened)
+    (tmp_path / 'store.json').write_text('{')
+    with pytest.raises(UserError, match='store.json cannot be read'):
+        rundir.check_store(tmp_path, opened)

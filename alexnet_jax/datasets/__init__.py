@@ -4,15 +4,22 @@ import os
 
 from alexnet_jax.datasets import folder, tfds_sets
 from alexnet_jax.datasets.source import Example, Source, import_tensorflow
-from alexnet_jax.datasets.tfds_sets import EMBEDDED, IMAGENET, find_imagenet
 
-__all__ = ['EMBEDDED', 'IMAGENET', 'Example', 'Source', 'find_imagenet', 'import_tensorflow',
-           'is_folder', 'open_source']
+__all__ = ['Example', 'Source', 'import_tensorflow', 'is_folder', 'is_large', 'open_source']
 
 
 def is_folder(name: str) -> bool:
     """Whether a source's name means a folder: it is one, or is written like one."""
     return os.path.isdir(name) or '/' in name
+
+
+def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:
+    """Whether opening a source would first build a set of so many pictures or more, for hours.
+
+    Raises:
+      UserError: there is no TFDS set of this name, or its files are missing.
+    """
+    return not is_folder(name) and tfds_sets.is_large(name, data_dir, pictures)
 
 
 def open_source(name: str, *, data_dir: str | None = None, val_fraction: float = 0.1,

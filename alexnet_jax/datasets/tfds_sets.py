@@ -13,6 +13,7 @@ from alexnet_jax.errors import UserError
 
 EMBEDDED = 'alexnet_shapes'
 IMAGENET = 'imagenet2012'
+PICTURE_BYTES = 100_000  # of a photograph to download, roughly; ImageNet's have 110 kB
 TARS = {'ILSVRC2012_img_train.tar': '138 GB', 'ILSVRC2012_img_val.tar': '6.3 GB'}
 
 
@@ -41,6 +42,50 @@ def find_imagenet(data_dir: str | None) -> str:
     raise UserError(f'{IMAGENET} is not there: register at https://image-net.org, download the two '
                     f'tars and put them at {wanted}, or say where they are (--dir; in a config '
                     'data.dir); `make quickstart` trains on an embedded set without any download')
+
+
+def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
+    """Whether a set that TFDS has yet to build is known to have so many pictures, or more.
+
+    Where TFDS does not know (version 4.9.10 never does), the size of the download decides. Raises
+    UserError for a name that TFDS does not know, and for ImageNet without its tars.
+    """
+    if name == IMAGENET:
+        find_imagenet(data_dir)
+        return True
+    builder = _builder(name, _root(name, data_dir))
+    if builder.is_prepared():
+        return False  # opening it will count them, in a moment
+    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if counts:
+        return sum(counts[split] for split in {*_origin(counts, name).values()}) >= pictures
+    download = sum(info.size or 0 for info in (builder.url_infos or {}).values())
+    return download >= pictures * PICTURE_BYTES
+
+
+def _builder(name: str, root: str):
+    """TFDS's builder of a set; UserError if there is none of this name."""
+    import_tensorflow()
+    import tensorflow_datasets as tfds
+
+    logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns of sets it is about to build
+    if name == EMBEDDED:
+        from alexnet_jax.datasets import shapes  # noqa: F401  importing it registers the builder
+
+        tfds.disable_progress_bar()  # it takes seconds
+    try:
+        return tfds.builder(name, data_dir=root)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise UserError(f'{name}: neither a folder nor a TFDS set: write a folder with a "/", or a '
+                        'name from https://www.tensorflow.org/datasets/catalog') from error
+
+
+def _origin(counts: dict[str, int], name: str) -> dict[str, str]:
+    """The splits of TFDS that 'train' and 'val' are taken from."""
+    if 'train' not in counts:
+        raise UserError(f'{name}: has no train split, only {", ".join(counts)}')
+    held_out = next((split for split in ('validation', 'test') if split in counts), 'train')
+    return {'train': 'train', 'val': held_out}
 
 
 def _build(builder, name: str, root: str) -> None:
@@ -72,19 +117,9 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
     root = _root(name, data_dir)
     if name == IMAGENET:
         find_imagenet(data_dir)  # refuses in a moment, before TensorFlow is loaded
-    import_tensorflow()
+    builder = _builder(name, root)
     import tensorflow_datasets as tfds
 
-    logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns of sets it is about to build
-    if name == EMBEDDED:
-        from alexnet_jax.datasets import shapes  # noqa: F401  importing it registers the builder
-
-        tfds.disable_progress_bar()  # it takes seconds
-    try:
-        builder = tfds.builder(name, data_dir=root)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise UserError(f'{name}: neither a folder nor a TFDS set: write a folder with a "/", or a '
-                        'name from https://www.tensorflow.org/datasets/catalog') from error
     if not builder.is_prepared() and name == EMBEDDED:
         print('rendering the embedded pictures', flush=True)
         with contextlib.redirect_stdout(None):  # TFDS would say that it downloads something
@@ -97,15 +132,11 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
         raise UserError(f'{name}: not a set of pictures with one class label each')
     image, label = keys
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    if 'train' not in counts:
-        raise UserError(f'{name}: has no train split, only {", ".join(counts)}')
-    held_out = next((split for split in ('validation', 'test') if split in counts), None)
-    if held_out:
-        origin = {'train': 'train', 'val': held_out}
-        chosen = {split: np.arange(counts[origin[split]]) for split in origin}
-    else:
-        origin = {'train': 'train', 'val': 'train'}
+    origin = _origin(counts, name)
+    if origin['val'] == 'train':
         chosen = split_off(counts['train'], val_fraction, seed, name)
+    else:
+        chosen = {split: np.arange(counts[origin[split]]) for split in origin}
 
     def read(split: str, start: int) -> Iterator[Example]:
         wanted = chosen[split][start:]

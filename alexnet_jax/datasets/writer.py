@@ -7,11 +7,14 @@ does not matter.
 
 import collections
 import concurrent.futures
+import contextlib
+import fcntl
 import io
 import json
 import os
 import time
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -22,8 +25,41 @@ from alexnet_jax.errors import UserError
 
 FLUSH_SECONDS = 5.0  # between the points from which an interrupted pass goes on
 INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one row a record
+LOCK = 'lock.tmp'  # like everything .tmp: no part of a store
 PROGRESS = 'progress.npz'
 SPLITS = ('train', 'val')
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Makes the folder of a store and holds it, after waiting for another process that holds it.
+
+    In the end, of the folders that it made those that are empty go again. The kernel ends the hold
+    with the process, however that ends. Best effort: some network file systems have no locks.
+    """
+    name, made = os.path.join(path, LOCK), []
+    while True:
+        made = made or _missing(path)
+        os.makedirs(path, exist_ok=True)
+        with open(name, 'ab') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f'{path}: waiting for another process that is preparing it', flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                pass  # there are no locks here
+            if not _is_open(name, file):
+                continue  # its holder has removed it, and others may hold a new one
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    os.remove(name)
+                with contextlib.suppress(OSError):
+                    for folder in made:
+                        os.rmdir(folder)
+            return
 
 
 def read_progress(path: str, size: int) -> dict[str, np.ndarray]:
@@ -48,13 +84,19 @@ def write_description(path: str, description: dict) -> None:
              lambda file: file.write(json.dumps(description, indent=2).encode() + b'\n'))
 
 
-def write_split(path: str, source: Source, split: str, *, size: int, format: str,
-                progress: dict[str, np.ndarray]) -> None:
-    """Appends the records of a split that `progress` lacks, bringing it and its file up to date.
+def write_records(path: str, source: Source, *, size: int, format: str,
+                  progress: dict[str, np.ndarray]) -> None:
+    """Appends the records that `progress` lacks; updates it and, in a long pass, its file.
 
     Raises:
       UserError: a picture does not decode, or its label is outside the class count.
     """
+    began = time.monotonic()
+    for split in SPLITS:
+        _write_split(path, source, split, size=size, format=format, progress=progress, began=began)
+
+
+def _write_split(path, source, split, *, size, format, progress, began):
     from tqdm import tqdm
 
     written = progress['written'][SPLITS.index(split)]
@@ -66,12 +108,13 @@ def write_split(path: str, source: Source, split: str, *, size: int, format: str
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-        _replace(os.path.join(path, PROGRESS), lambda file: np.savez(file, **progress))
+        if time.monotonic() - began > FLUSH_SECONDS:  # a shorter pass is begun again
+            _replace(os.path.join(path, PROGRESS), lambda file: np.savez(file, **progress))
 
     total, start = source.splits[split], int(written[0])
     records = _in_order(lambda example: _record(example, size, format, len(source.class_names)),
                         source.read(split, start), os.cpu_count())
-    flushed = time.monotonic()
+    flushed = began
     try:
         for data, row, pixels, products in tqdm(
                 records, split, total, initial=start, unit=' pictures', disable=None):
@@ -96,17 +139,20 @@ def write_split(path: str, source: Source, split: str, *, size: int, format: str
 def finish(path: str, source: Source, *, format: str, progress: dict[str, np.ndarray],
            description: dict) -> None:
     """Turns the indices and sums of a fully written store into its other files."""
+    def save(name, write):
+        _replace(os.path.join(path, name), write)
+
     for split in SPLITS:
         index = np.fromfile(os.path.join(path, f'{split}.index'), INDEX)
-        np.save(os.path.join(path, f'{split}.crc.npy'), index['crc'])
-        np.save(os.path.join(path, f'{split}.labels.npy'), index['label'])
+        arrays = {'crc': index['crc'], 'labels': index['label']}
         if format == 'jpg':
-            np.save(os.path.join(path, f'{split}.offsets.npy'),
-                    np.concatenate([[0], index['bytes'].cumsum()]).astype(np.int64))
-    with open(os.path.join(path, 'names.txt'), 'w', encoding='utf-8') as file:
-        file.writelines(f'{name}\n' for name in source.class_names)
-    np.savez(os.path.join(path, 'stats.npz'),
-             **statistics(progress['image'], progress['products'], source.splits['train']))
+            arrays['offsets'] = np.concatenate([[0], index['bytes'].cumsum()]).astype(np.int64)
+        for kind, array in arrays.items():
+            save(f'{split}.{kind}.npy', lambda file, array=array: np.save(file, array))
+    names = ''.join(f'{name}\n' for name in source.class_names)
+    save('names.txt', lambda file: file.write(names.encode()))
+    stats = statistics(progress['image'], progress['products'], source.splits['train'])
+    save('stats.npz', lambda file: np.savez(file, **stats))
     write_description(path, description)
     clean(path)
 
@@ -115,7 +161,30 @@ def clean(path: str) -> None:
     """Removes what only an unfinished store needs."""
     for name in os.listdir(path):
         if name.endswith(('.index', '.tmp')) or name == PROGRESS:
+            with contextlib.suppress(OSError):  # another process does the same, or none may
+                os.remove(os.path.join(path, name))
+
+
+def empty(path: str) -> None:
+    """Removes the files of a store."""
+    # Backwards: to a process that looks now, records without a store.json are other things.
+    for name in sorted(os.listdir(path), reverse=True):
+        with contextlib.suppress(OSError):
             os.remove(os.path.join(path, name))
+
+
+def _missing(path: str) -> list[str]:
+    """The folders on the way to `path` that are not there yet, the deepest first."""
+    path = os.path.abspath(path)
+    return [] if os.path.exists(path) else [path, *_missing(os.path.dirname(path))]
+
+
+def _is_open(name: str, file) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.stat(name), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 def _record(example: Example, size: int, format: str, classes: int):

@@ -1,0 +1,250 @@
+"""Measures how fast the network trains and predicts here, against ceilings, other forms and PyTorch.
+
+    python -m experiments.benchmark                                     # training and prediction
+    python -m experiments.benchmark --layers --plain --two_devices      # what each form gains
+    python -m experiments.benchmark --peer=torch --peer_python=~/torch/bin/python
+    python -m experiments.benchmark --tasks=input,both --store=data/flowers-256-u8
+
+Everything that is compared stays ready in a process of its own and takes its turn, in rotating
+order, `--repeats` times: the ratios are taken within a round, so that a machine whose speed drifts
+does not decide them. Printed are medians, with the least and the largest; FLOP/s and bytes/s as
+shares of what large matrix products and copies reach in the same rounds. Bytes are the compiler's
+estimate. The results go to `--out`: benchmark.json and benchmark.png.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+
+from alexnet_jax import configfile
+from alexnet_jax.errors import ArgumentParser, UserError, run
+from alexnet_jax.store import open_store
+from experiments.benchmark import report
+from experiments.benchmark.protocol import ROOT, Worker, WorkerError
+
+OURS, PEER = 'experiments.benchmark.ours', 'experiments.benchmark.peer'
+TASKS = ('train', 'infer', 'input', 'both')
+# How far a peer's logits and gradients may lie from ours, relative L2: ReLUs that switch by the
+# last bit change gradients by some thousandths.
+TOLERANCE = {'float32': 0.02, 'bfloat16': 0.2}
+
+
+def main() -> None:
+    args = _arguments()
+    out = pathlib.Path(args.out)
+    spec = {
+        'config': args.config, 'dtype': args.dtype, 'batch': args.batch, 'classes': args.classes,
+        'devices': 1, 'form': 'ours', 'cpu': _on_cpu(),
+    }  # fmt: skip
+    record = {'command': ['python', '-m', 'experiments.benchmark', *sys.argv[1:]], **spec,
+              'machine': _machine(), 'tasks': {}}  # fmt: skip
+    print(f'{args.config}, batch {args.batch}, {args.dtype}, {record["machine"]}', flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        reference = {}
+        if args.plain or args.peer:
+            file = str(pathlib.Path(folder) / 'reference.npz')
+            asked = {**spec, 'task': 'reference', 'file': file, 'plain': args.plain}
+            reference = {'file': file, **_facts(asked)}
+        for task in args.tasks:
+            contestants = _contestants(args, {**spec, 'task': task}, reference)
+            rows, layers = _measure(contestants, args)
+            record['tasks'][task] = rows
+            print(f'\n{task}', *report.lines(rows), sep='\n', flush=True)
+            if layers:
+                record['layers'] = layers
+                ceiling = next(row['flops_rate'] for row in rows if row['name'] == 'ceiling: products')
+                own = next(row for row in rows if row['ratio'] is None)['seconds']['median']
+                print('', *report.layer_lines(layers, args.batch, ceiling, own), sep='\n', flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'benchmark.json').write_text(json.dumps(record, indent=1) + '\n')
+    title = f'{args.config}, batch {args.batch}, {args.dtype}: {record["machine"]["device"]}'
+    report.draw(record['tasks'], title, out / 'benchmark.png')
+    print(f'\nwrote {out}/benchmark.json and benchmark.png')
+
+
+def _arguments():
+    parser = ArgumentParser(prog='python -m experiments.benchmark', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default='configs/paper.py', help='a preset')
+    parser.add_argument('--tasks', default='train,infer', help=f'some of {",".join(TASKS)}')
+    parser.add_argument('--batch', type=int, default=128, help='images')
+    parser.add_argument('--dtype', default='float32', choices=TOLERANCE, help='of the arithmetic')
+    parser.add_argument('--classes', type=int, default=1000)
+    parser.add_argument('--repeats', type=int, default=10, help='rounds')
+    parser.add_argument('--seconds', type=float, default=2.0, help='of a turn, at least')
+    parser.add_argument('--layers', action='store_true', help='time every operation alone as well')
+    parser.add_argument('--plain', action='store_true', help='against the form one writes first')
+    parser.add_argument('--two_devices', action='store_true', help='against a tower on each of two')
+    parser.add_argument('--store', default='', help='folders that prepare wrote, for input and both')
+    parser.add_argument('--reader', default='auto', choices=('auto', 'tf', 'threads'))
+    parser.add_argument('--peer', choices=('torch',), help='against the same network in PyTorch')
+    parser.add_argument('--peer_python', default=sys.executable, help='a Python that has it')
+    parser.add_argument('--out', default='runs/benchmark', help='folder for the results')
+    args = parser.parse_args()
+    args.tasks, args.store = args.tasks.split(','), [s for s in args.store.split(',') if s]
+    for task in args.tasks:
+        if task not in TASKS:
+            raise UserError(f'--tasks={task}: choose some of {",".join(TASKS)}')
+    if {'input', 'both'} & {*args.tasks} and not args.store:
+        raise UserError('--tasks=input and both need --store=DIR, which alexnet_jax.prepare writes')
+    configfile.load(args.config)
+    for store in args.store:
+        open_store(store)
+    args.store = [os.path.abspath(store) for store in args.store]
+    for name in ('batch', 'repeats', 'classes'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name}={getattr(args, name)}: must be at least 1')
+    args.peer_python = os.path.expanduser(args.peer_python)
+    return args
+
+
+def _on_cpu() -> bool:
+    """Asked in a process of its own: this one must not hold the device."""
+    script = 'import jax; print(jax.default_backend())'
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
+    return done.stdout.split()[-1] == 'cpu'
+
+
+def _machine() -> dict:
+    script = 'import jax; print(jax.devices()[0].device_kind)'
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
+    commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True,
+                            text=True, check=False)  # fmt: skip
+    return {
+        'device': done.stdout.strip(), 'cores': os.cpu_count(), 'processor': _processor(),
+        'python': platform.python_version(), 'jax': version('jax'), 'jaxlib': version('jaxlib'),
+        'commit': commit.stdout.strip(), 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(': ')[1] for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor()
+
+
+def _facts(spec: dict) -> dict:
+    worker = _start(OURS, sys.executable, spec)
+    worker.close()
+    return worker.facts
+
+
+def _start(module: str, python: str, spec: dict) -> Worker:
+    try:
+        return Worker(python, module, spec)
+    except (WorkerError, OSError) as error:
+        raise UserError(f'{spec["task"]} on {python}: {error}') from error
+
+
+def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str, dict]]:
+    """Name -> (module, Python, spec); the first is what the others are compared with."""
+    ours = sys.executable
+    if spec['task'] in ('input', 'both'):
+        return {
+            os.path.basename(store): (OURS, ours, {**spec, 'store': store, 'reader': args.reader})
+            for store in args.store
+        }
+    chosen = {'alexnet_jax': (OURS, ours, spec)}
+    if args.two_devices:
+        chosen['alexnet_jax, two devices'] = (OURS, ours, {**spec, 'devices': 2})
+    if args.plain:
+        chosen['the plain form'] = (OURS, ours, {**spec, 'form': 'plain'})
+    if args.peer:
+        chosen |= _peers(args, {**spec, **reference})
+    return chosen
+
+
+def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
+    """PyTorch's stock form, and its fastest eager and compiled forms, found by trying them all."""
+    seconds = {}
+    tried = itertools.product(('eager', 'compile'), ('contiguous', 'channels_last'), ('builtin', 'slices'))
+    for mode, layout, lrn in tried:
+        form = {**spec, 'mode': mode, 'layout': layout, 'lrn': lrn, 'threads': os.cpu_count()}
+        worker = _start(PEER, args.peer_python, form)
+        facts = worker.facts
+        for name in ('logits_difference', 'gradients_difference'):
+            if not facts[name] < TOLERANCE[args.dtype]:
+                raise UserError(f'torch {mode} {layout} {lrn} LRN: {name} {facts[name]:.2g} from ours')
+        worker.ask(1)
+        seconds[mode, layout, lrn] = min(worker.ask(1)['seconds'] for _ in range(3))
+        worker.close()
+        print(f'torch, {mode}, {layout}, {lrn} LRN: {args.batch / seconds[mode, layout, lrn]:.1f} images/s '
+              f'(logits within {facts["logits_difference"]:.0e} of ours, gradients '
+              f'{facts["gradients_difference"]:.0e})', flush=True)  # fmt: skip
+    stock = ('eager', 'contiguous', 'builtin')
+    best = [min((f for f in seconds if f[0] == mode), key=seconds.get) for mode in ('compile', 'eager')]
+    forms = {'torch eager, stock': stock} | {f'torch {", ".join(f)} LRN': f for f in best if f != stock}
+    return {
+        name: (PEER, args.peer_python,
+               {**spec, 'mode': mode, 'layout': layout, 'lrn': lrn, 'threads': os.cpu_count()})
+        for name, (mode, layout, lrn) in forms.items()
+    }  # fmt: skip
+
+
+def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
+    """Rows of results, the ceilings last; and the table of operations, if it is wanted."""
+    spec = next(iter(contestants.values()))[2]
+    ceilings = {'ceiling: products': 'matmul', 'ceiling: copies': 'copy'}
+    entries = dict(contestants)
+    if spec['task'] != 'input':
+        entries |= {name: (OURS, sys.executable, {**spec, 'task': task}) for name, task in ceilings.items()}
+    workers, answers, counts = {}, {name: [] for name in entries}, {}
+    try:
+        for name, (module, python, one) in entries.items():
+            workers[name] = _start(module, python, one)
+            workers[name].ask(1)
+            first = workers[name].ask(1)['seconds']
+            counts[name] = max(1, round(args.seconds / first))
+            if one['task'] == 'input':
+                counts[name] = max(50, counts[name])  # more than what lies ready
+        names = list(entries)
+        for round_ in range(args.repeats):
+            shift = round_ % len(names)
+            for name in names[shift:] + names[:shift]:
+                answers[name].append(workers[name].ask(counts[name]))
+        layers = []
+        if args.layers and spec['task'] == 'train':
+            layers = workers[names[0]].ask('layers')['rows']
+        peaks = {name: workers[name].ask('peak') for name in contestants}
+        facts = {name: worker.facts for name, worker in workers.items()}
+    except WorkerError as error:
+        raise UserError(f'{spec["task"]}: a worker ended: {error}') from error
+    finally:
+        for worker in workers.values():
+            worker.close()
+    rows = []
+    for name in names:
+        seconds = [answer['seconds'] / counts[name] for answer in answers[name]]
+        rates = [args.batch / s for s in seconds]
+        rows.append({'name': name, **facts[name], **peaks.get(name, {}), 'ratio': None,
+                     'seconds': report.spread(seconds), 'rate': report.spread(rates), 'rates': rates,
+                     'unit': 'images' if name in contestants else ''})  # fmt: skip
+        if name in contestants and name != names[0]:
+            pairs = zip(rows[0]['rates'], rows[-1]['rates'], strict=True)
+            rows[-1]['ratio'] = report.spread([ours / other for ours, other in pairs])
+        if 'waiting_s' in answers[name][0]:
+            waited = sum(answer['waiting_s'] for answer in answers[name])
+            rows[-1]['waiting'] = waited / sum(answer['seconds'] for answer in answers[name])
+        for kind in ('flops', 'bytes'):
+            if rows[-1].get(kind):
+                rows[-1][f'{kind}_rate'] = rows[-1][kind] / rows[-1]['seconds']['median']
+    for kind, ceiling in (('flops', 'ceiling: products'), ('bytes', 'ceiling: copies')):
+        top = next((row[f'{kind}_rate'] for row in rows if row['name'] == ceiling), None)
+        for row in rows:
+            if row['unit'] and row.get(f'{kind}_rate') and top:
+                row[f'{kind}_share'] = row[f'{kind}_rate'] / top
+    return rows, layers
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,156 @@
+"""The operations of a network, one by one: how much arithmetic each is, and how long it takes."""
+
+import math
+import statistics
+import time
+from typing import Any, NamedTuple
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import layers, model
+
+NAMES = ('conv', 'lrn', 'map_norm', 'max_pool', 'dropout_mask', 'dense')
+
+
+class Operation(NamedTuple):
+    """A call of a function of `layers`."""
+
+    name: str  # layer and function, 'conv1 lrn'
+    function: Any
+    args: tuple  # abstract arrays, or other values
+    kwargs: dict
+
+
+def operations(net: model.AlexNet, batch: int, crop: int) -> list[Operation]:
+    """All calls of `layers` in one training pass, in order; a layer has one for each tower."""
+    calls, layer = [], ['']
+
+    def abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
+
+    def recorded(name):
+        function = getattr(layers, name)
+
+        def call(*args, **kwargs):
+            calls.append(Operation(f'{layer[0]} {name}', function, tuple(map(abstract, args)), kwargs))
+            return function(*args, **kwargs)
+
+        return mock.patch.object(layers, name, call)
+
+    def follow(call, args, kwargs, context):
+        layer[0] = context.module.name or layer[0]
+        return call(*args, **kwargs)
+
+    params = jax.eval_shape(lambda: model.init(net, 0, crop))
+    images = jax.ShapeDtypeStruct((batch, crop, crop, 3), jnp.float32)
+    patches = [recorded(name) for name in NAMES]
+    for patch in patches:
+        patch.start()
+    try:
+        with nn.intercept_methods(follow):
+            jax.eval_shape(
+                lambda p, x: net.apply({'params': p}, x, jax.random.key(0), jnp.arange(batch))[0],
+                params,
+                images,
+            )
+    finally:
+        for patch in patches:
+            patch.stop()
+    return calls
+
+
+def flops(operation: Operation) -> int:
+    """Multiplications and additions of one call forward; 0 for all but products."""
+    name = operation.name.split()[1]
+    if name == 'dense':
+        (batch, inputs), (_, outputs) = (x.shape for x in operation.args[:2])
+        return 2 * batch * inputs * outputs
+    if name == 'conv':
+        out = jax.eval_shape(lambda *args: operation.function(*args, **operation.kwargs), *operation.args)
+        return 2 * math.prod(out.shape) * math.prod(operation.args[1].shape[:3])
+    return 0
+
+
+def totals(net: model.AlexNet, batch: int, crop: int) -> dict[str, int]:
+    """FLOP of a batch, by task: the first layer needs no gradient of its input."""
+    counts = [(op.name, flops(op)) for op in operations(net, batch, crop)]
+    forward = sum(count for _, count in counts)
+    return {
+        'infer': forward,
+        'train': 3 * forward - sum(count for name, count in counts if name == 'conv1 conv'),
+    }
+
+
+def table(net: model.AlexNet, batch: int, crop: int, repeats: int = 5) -> list[dict]:
+    """Times every operation alone: rows of name, calls, flops, forward and backward in seconds.
+
+    `backward` is forward and backward together minus forward. Medians over rounds in which every
+    operation has its turn.
+    """
+    kinds = {}
+    for op in operations(net, batch, crop):
+        kinds.setdefault(op.name, []).append(op)
+    rows, programs = [], {}
+    for name, ops in kinds.items():
+        rows.append({'name': name, 'calls': len(ops), 'flops': sum(map(flops, ops))})
+        programs[name] = _programs(ops[0], first=name.startswith('conv1 '))
+    times = {(name, kind): [] for name in programs for kind in ('forward', 'both')}
+    for _ in range(repeats):
+        for name, kind in times:
+            if kind in programs[name]:
+                times[name, kind].append(_time(*programs[name][kind]))
+    for row in rows:
+        forward, both = (times[row['name'], kind] for kind in ('forward', 'both'))
+        row['forward_s'] = statistics.median(forward) * row['calls']
+        row['backward_s'] = statistics.median(both) * row['calls'] - row['forward_s'] if both else 0.0
+    return rows
+
+
+def _programs(op: Operation, first: bool):
+    """{'forward': (compiled, arguments), 'both': ...} of a call, on random numbers."""
+    rng = np.random.default_rng(0)
+    dynamic = [i for i, x in enumerate(op.args) if isinstance(x, jax.ShapeDtypeStruct)]
+
+    def make(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.arange(math.prod(x.shape), dtype=x.dtype).reshape(x.shape)
+        return jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype)
+
+    arrays = [make(op.args[i]) for i in dynamic]
+
+    def forward(*arrays):
+        args = list(op.args)
+        for i, x in zip(dynamic, arrays, strict=True):
+            args[i] = x
+        return op.function(*args, **op.kwargs)
+
+    programs = {'forward': (jax.jit(forward), arrays)}
+    if op.name.endswith('dropout_mask'):
+        return programs
+    gradient = jnp.ones_like(jax.eval_shape(forward, *arrays))
+
+    def both(x, rest, gradient):
+        if first and rest:  # no gradient of the images
+            out, pullback = jax.vjp(lambda *rest: forward(x, *rest), *rest)
+        else:
+            out, pullback = jax.vjp(forward, x, *rest)
+        return out, pullback(gradient)
+
+    programs['both'] = (jax.jit(both), (arrays[0], arrays[1:], gradient))
+    return programs
+
+
+def _time(function, args) -> float:
+    """Seconds of a call, the mean over at least a tenth of a second."""
+    jax.block_until_ready(function(*args))
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.1:
+        jax.block_until_ready(function(*args))
+        count += 1
+    return (time.perf_counter() - began) / count

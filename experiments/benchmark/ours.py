@@ -1,0 +1,224 @@
+"""The benchmark's worker for JAX: makes one task ready, with the library's own steps, and repeats it.
+
+`__main__` starts it as a process of its own for every task; `protocol` says how they talk.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from alexnet_jax import configfile, data, model, optim, steps, switches
+from alexnet_jax import mesh as meshes
+from alexnet_jax.store import open_store
+from experiments.benchmark import operations, plain, protocol
+
+MEAN = 120.0  # of every pixel, where there is no store
+CHECKED = 16  # pictures that a peer must give the same logits and gradients for
+
+
+def prepare(spec: dict):
+    """What `protocol.serve` wants, of the task that spec['task'] names."""
+    if spec['task'] == 'input':
+        return _input(spec)
+    meshes.configure(spec['devices'] if spec['devices'] > 1 and spec['cpu'] else 0)
+    if spec['task'] in ('matmul', 'copy'):
+        return {'matmul': _matmul, 'copy': _copy}[spec['task']](spec)
+    config = configfile.load(spec['config'])
+    config.model.dtype = spec['dtype']
+    net = switches.build(classes=spec['classes'], **config.model)
+    tasks = {'train': _train, 'infer': _infer, 'both': _both, 'reference': _reference}
+    return tasks[spec['task']](spec, config, net)
+
+
+def _mesh(spec, config):
+    shape = (1, config.model.towers if spec['devices'] > 1 else 1)
+    return meshes.make(shape, towers=config.model.towers, batches={'--batch': spec['batch']})
+
+
+def _batch(spec, config):
+    rows, crop = np.arange(spec['batch']), config.augment.crop
+    return next(data.fake_batches(batch=len(rows), rows=rows, crop=crop, classes=spec['classes'], seed=0))
+
+
+def _mean(config):
+    return np.full((config.augment.crop, config.augment.crop, 3), MEAN, np.float32)
+
+
+def _training(spec, config, net, mesh):
+    """(compiled step, state, rates, facts)."""
+    crop = config.augment.crop
+    optimizer = optim.sgd(momentum=config.optim.momentum, decay=config.optim.decay, freeze=())
+    state = steps.init_state(net, optimizer, mesh, seed=0, crop=crop)
+    if spec['form'] == 'plain':
+        step = plain.make_train_step(net, optimizer, _mean(config))
+    else:
+        step = steps.make_train_step(
+            net, optimizer, mesh, seed=0, mean=_mean(config),
+            eigenvectors=np.eye(3), sigma=np.array([120.0, 37.0, 20.0]), **config.colour,
+        )  # fmt: skip
+    rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)(0, {})
+    rates = {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
+    batch = meshes.global_batch(mesh, spec['batch'], _batch(spec, config))
+    compiled, facts = _compile(step, state, batch, rates)
+    facts['flops'] = operations.totals(net, spec['batch'], crop)['train']
+    return compiled, state, batch, rates, facts
+
+
+def _train(spec, config, net):
+    """The training step, on a batch that stays on the device."""
+    compiled, state, batch, rates, facts = _training(spec, config, net, _mesh(spec, config))
+
+    def repeat(count):
+        nonlocal state
+        for _ in range(count):
+            state, sums = compiled(state, batch, rates)
+        jax.block_until_ready((state, sums))
+
+    def layers():
+        return {'rows': operations.table(net, spec['batch'], config.augment.crop)}
+
+    return repeat, facts, {'layers': layers, 'peak': _peak}
+
+
+def _both(spec, config, net):
+    """The training step fed by the real pipeline, as the training loop does it."""
+    mesh = _mesh(spec, config)
+    compiled, state, _, rates, facts = _training(spec, config, net, mesh)
+    batches = _pipeline(spec, crop=config.augment.crop, chunk=config.augment.chunk)
+
+    def repeat(count):
+        nonlocal state
+        waiting, before = 0.0, None
+        for _ in range(count):
+            began = time.perf_counter()
+            batch = next(batches)
+            batch['label'] = batch['label'] % spec['classes']
+            batch = meshes.global_batch(mesh, spec['batch'], batch)
+            waiting += time.perf_counter() - began
+            state, sums = compiled(state, batch, rates)
+            jax.block_until_ready(before)  # the step before: never more than two in flight
+            before = sums
+        jax.block_until_ready((state, sums))
+        return {'waiting_s': waiting}
+
+    return repeat, facts, {'peak': _peak}
+
+
+def _pipeline(spec, *, crop, chunk):
+    store = open_store(spec['store'])
+    return data.train_batches(
+        store, seed=0, batch=spec['batch'], start=0, stop=2**40, rows=np.arange(spec['batch']),
+        crop=crop, chunk=chunk, random=True, threads=0, reader=spec['reader'],
+    )  # fmt: skip
+
+
+def _input(spec):
+    """Augmented batches u8 in host memory, from a store."""
+    config = configfile.load(spec['config'])
+    batches = _pipeline(spec, crop=config.augment.crop, chunk=config.augment.chunk)
+
+    def repeat(count):
+        for _ in range(count):
+            next(batches)
+
+    return repeat, {}, {'peak': protocol.peak_memory}
+
+
+def _infer(spec, config, net):
+    """Probabilities of the centre crop, of pictures that stay on the device."""
+    mesh, crop = _mesh(spec, config), config.augment.crop
+    params = model.init(net, 0, crop)
+    specs = model.param_specs(params, mesh.shape['model'])
+    params = jax.device_put(params, meshes.shardings(mesh, specs))
+    images = meshes.global_batch(mesh, spec['batch'], {'image': _batch(spec, config)['image']})['image']
+    if spec['form'] == 'plain':
+        predict = plain.make_predict(net, _mean(config))
+    else:
+        predict = steps.make_predict(net, mesh, mean=_mean(config), views='centre', crop=crop)
+    compiled, facts = _compile(predict, params, images)
+    facts['flops'] = operations.totals(net, spec['batch'], crop)['infer']
+
+    def repeat(count):
+        for _ in range(count):
+            out = compiled(params, images)
+        out.block_until_ready()
+
+    return repeat, facts, {'peak': _peak}
+
+
+def _reference(spec, config, net):
+    """Writes spec['file'], npz: parameters, pictures, and our logits and gradients for a peer.
+
+    Without dropout's masks: units are halved as at test time. Gradients of the mean cross-entropy.
+    """
+    params = model.init(net, 0, config.augment.crop)
+    batch = _batch(spec, config)
+    images, labels = batch['image'][:CHECKED], batch['label'][:CHECKED]
+
+    def loss(params):
+        out = net.apply({'params': params}, images.astype(np.float32) - MEAN)[0]
+        return optax.softmax_cross_entropy_with_integer_labels(out, labels).mean(), out
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    if spec['plain']:
+        plain_logits = plain.logits(net, params, images.astype(np.float32) - MEAN)
+        np.testing.assert_allclose(plain_logits, logits, rtol=1e-3, atol=1e-4)
+    flat = {
+        f'{kind}/{layer}/{name}': np.asarray(value)
+        for kind, tree in (('params', params), ('gradients', gradients))
+        for layer, leaves in tree.items()
+        for name, value in leaves.items()
+    }
+    np.savez(spec['file'], images=batch['image'], labels=batch['label'], logits=logits, **flat)
+    names = ('groups', 'exchange', 'remove', 'activation', 'after', 'norm', 'norm_window', 'pooling',
+             'dropout', 'dropout_at', 'conv1_padding')  # fmt: skip
+    facts = {name: getattr(net, name) for name in names}
+    return lambda count: None, {'net': {**facts, 'towers': net.local_towers, 'mean': MEAN}}, {}
+
+
+def _compile(function, *args):
+    """The compiled program, and what its compiler says of it."""
+    began = time.monotonic()
+    compiled = function.lower(*args).compile()
+    cost = compiled.cost_analysis() or {}
+    return compiled, {
+        'compile_s': time.monotonic() - began,
+        'bytes': cost.get('bytes accessed', 0.0),
+        'device': jax.devices()[0].device_kind,
+    }
+
+
+def _matmul(spec):
+    """The ceiling of arithmetic: products of large matrices in the compute dtype."""
+    size = 3072 if spec['cpu'] else 8192
+    x = jnp.ones((size, size), jnp.dtype(spec['dtype'])) / size
+    return _repeated(jax.jit(lambda x: x @ x), x), {'flops': 2 * size**3}, {}
+
+
+def _copy(spec):
+    """The ceiling of memory traffic: an array too large for caches, read and written."""
+    x = jnp.zeros(2**26 if spec['cpu'] else 2**28, jnp.float32)
+    return _repeated(jax.jit(lambda x: x + 1, donate_argnums=0), x), {'bytes': 2 * x.nbytes}, {}
+
+
+def _repeated(function, x):
+    def repeat(count):
+        nonlocal x
+        for _ in range(count):
+            x = function(x)
+        x.block_until_ready()
+
+    return repeat
+
+
+def _peak():
+    """The device's peak where it reports one, else the process's; bytes."""
+    stats = jax.devices()[0].memory_stats()
+    return {'peak_bytes': stats['peak_bytes_in_use']} if stats else protocol.peak_memory()
+
+
+if __name__ == '__main__':
+    protocol.serve(prepare)

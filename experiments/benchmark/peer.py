@@ -1,0 +1,189 @@
+"""The benchmark's worker for PyTorch: the same network, from our parameters, in its own best forms.
+
+It runs in a Python that has PyTorch and NumPy, and imports nothing of the library. Activations are
+[B,C,H,W] with the channels of all towers, tower by tower; parameters come in the library's layout.
+"""
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from experiments.benchmark import protocol
+
+GROUPED = ('conv2', 'conv4', 'conv5')
+
+
+def weights(layer: str, name: str, x: np.ndarray, side: int) -> np.ndarray:
+    """The library's array of a parameter, in PyTorch's layout; side: of the maps that fc6 reads."""
+    if name == 'bias':
+        return x.reshape(-1)
+    if layer.startswith('conv'):  # [T,k,k,I,O] -> [T*O,I,k,k]
+        return np.concatenate([kernel.transpose(3, 2, 0, 1) for kernel in x])
+    if layer == 'fc8':  # [T,I,K] -> [K,T*I]
+        return x.reshape(-1, x.shape[-1]).T
+    if layer == 'fc6':  # inputs (h, w, c) -> (c, h, w)
+        x = x.reshape(len(x), side, side, -1, x.shape[-1]).transpose(0, 3, 1, 2, 4)
+        x = x.reshape(len(x), -1, x.shape[-1])
+    return np.concatenate([kernel.T for kernel in x])
+
+
+class Net(torch.nn.Module):
+    """The network that `net` describes, with the fields of `alexnet_jax.model.AlexNet`."""
+
+    def __init__(self, net: dict, params: dict[str, np.ndarray], lrn: str):
+        super().__init__()
+        self.net, self.lrn = net, lrn
+        self.convs = sum(name.endswith('kernel') and 'conv' in name for name in params)
+        inputs, channels = params['fc6/kernel'].shape[1], params[f'conv{self.convs}/bias'].size
+        channels = channels if 'fc6' in net['exchange'] else channels // net['towers']
+        self.side = round((inputs / channels) ** 0.5)
+        for name, x in params.items():
+            x = torch.from_numpy(weights(*name.split('/'), x, self.side).copy())
+            self.register_parameter(name.replace('/', '_'), torch.nn.Parameter(x))
+
+    def forward(self, images, training: bool):
+        net = self.net
+        x = images.permute(0, 3, 1, 2) - net['mean']
+        before, after = net['conv1_padding']
+        x = F.pad(x, (before, after, before, after))
+        for i in range(self.convs):
+            name = f'conv{i + 1}'
+            groups = 1 if i == 0 or name in net['exchange'] else net['towers']
+            groups *= net['groups'] if name in GROUPED else 1
+            x = F.conv2d(
+                x, self.get(name, 'kernel'), self.get(name, 'bias'), groups=groups,
+                stride=4 if i == 0 else 1, padding=(0, 2, 1, 1, 1, 1)[i],
+            )  # fmt: skip
+            for op in net['after'][i].split():
+                x = self.after(op, x)
+        x = x.flatten(1)
+        for name in ('fc6', 'fc7'):
+            x = self.dropout(x, training) if net['dropout_at'] == 'inputs' else x
+            x = self.act(self.dense(name, x))
+            x = self.dropout(x, training) if net['dropout_at'] == 'outputs' else x
+        return F.linear(x, self.get('fc8', 'kernel'), self.get('fc8', 'bias')).float()
+
+    def get(self, layer, name):
+        return getattr(self, f'{layer}_{name}')
+
+    def act(self, x):
+        return F.relu(x) if self.net['activation'] == 'relu' else torch.tanh(x)
+
+    def dense(self, name, x):
+        kernel, bias, towers = self.get(name, 'kernel'), self.get(name, 'bias'), self.net['towers']
+        if name in self.net['exchange'] or towers == 1:
+            return F.linear(x, kernel, bias)
+        parts = zip(x.chunk(towers, 1), kernel.chunk(towers), bias.chunk(towers), strict=True)
+        return torch.cat([F.linear(*part) for part in parts], 1)
+
+    def after(self, op, x):
+        net = self.net
+        if op == 'act':
+            return self.act(x)
+        if op == 'pool':
+            return F.max_pool2d(x, *((3, 2) if net['pooling'] == 'overlapping' else (2, 2)), ceil_mode=True)
+        if op == 'map_norm':
+            return x / (1 + 0.001 * F.avg_pool2d(x * x, 5, 1, 2)) ** 0.75
+        towers = net['towers'] if net['norm_window'] == 'tower' else 1
+        return torch.cat([self.norm(part) for part in x.chunk(towers, 1)], 1) if towers > 1 else self.norm(x)
+
+    def norm(self, x):
+        alpha, k, n, beta = (self.net['norm'][name] for name in ('alpha', 'k', 'n', 'beta'))
+        if self.lrn == 'builtin':
+            return F.local_response_norm(x, n, alpha * n, beta, k)
+        squares = F.pad(x * x, (0, 0, 0, 0, n // 2, n // 2))
+        sums = sum(squares[:, i : i + x.shape[1]] for i in range(n))
+        r = torch.rsqrt(k + alpha * sums)
+        return x * (r * torch.sqrt(r) if beta == 0.75 else r ** (2 * beta))
+
+    def dropout(self, x, training):
+        kind = self.net['dropout']
+        if kind == 'none':
+            return x
+        if kind == 'inverted':
+            return F.dropout(x, 0.5, training)
+        return 0.5 * (F.dropout(x, 0.5) if training else x)  # PyTorch's doubles in training
+
+
+def prepare(spec: dict):
+    """What `protocol.serve` wants: a training step, or prediction."""
+    torch.set_num_threads(spec['threads'])
+    torch.manual_seed(0)
+    device = 'cpu' if spec['cpu'] else 'cuda'
+    tf32 = not spec['cpu'] and spec['dtype'] == 'float32'
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True
+    if spec['net']['remove'] != 'none' or spec['net']['pooling'] != 'overlapping':
+        raise SystemExit('the peer has no networks with a layer removed or disjoint pooling')
+    with np.load(spec['file']) as file:
+        arrays = dict(file)
+    params = {k.removeprefix('params/'): v for k, v in arrays.items() if k.startswith('params/')}
+    net = Net(spec['net'], params, spec['lrn']).to(device)
+    layout = torch.channels_last if spec['layout'] == 'channels_last' else torch.contiguous_format
+    net = net.to(memory_format=layout)
+    call = torch.compile(net) if spec['mode'] == 'compile' else net
+    images = torch.from_numpy(arrays['images']).to(device)
+    labels = torch.from_numpy(arrays['labels'].astype(np.int64)).to(device)
+
+    def run(images, training):
+        with torch.autocast(device, torch.bfloat16, enabled=spec['dtype'] == 'bfloat16'):
+            return call(images, training)
+
+    differences = _check(run, net, arrays, images, labels)
+    began = time.monotonic()
+    if spec['task'] == 'train':
+        kernels, biases = ([p for n, p in net.named_parameters() if kind in n] for kind in ('kernel', 'bias'))
+        groups = [{'params': kernels, 'weight_decay': 5e-4}, {'params': biases, 'weight_decay': 0}]
+        stock = spec['mode'] == 'eager' and spec['lrn'] == 'builtin'
+        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=not stock or None)
+
+        def once():
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(run(images, True), labels).backward()
+            optimizer.step()
+    else:
+
+        @torch.inference_mode()
+        def once():
+            run(images, False).softmax(1)
+
+    once()
+
+    def repeat(count):
+        for _ in range(count):
+            once()
+        if device == 'cuda':
+            torch.cuda.synchronize()
+
+    def peak():
+        on_cpu = device == 'cpu'
+        return protocol.peak_memory() if on_cpu else {'peak_bytes': torch.cuda.max_memory_allocated()}
+
+    facts = {'compile_s': time.monotonic() - began, 'torch': torch.__version__, **differences}
+    return repeat, facts, {'peak': peak}
+
+
+def _check(run, net, arrays, images, labels) -> dict:
+    """Relative L2 distances of our logits and gradients from the library's."""
+    count = len(arrays['logits'])
+    logits = run(images[:count], False)
+    F.cross_entropy(logits, labels[:count]).backward()
+    worst = 0.0
+    for name, x in arrays.items():
+        if name.startswith('gradients/'):
+            layer, kind = name.split('/')[1:]
+            mine = net.get(layer, kind).grad.float().cpu().numpy()
+            theirs = weights(layer, kind, x, net.side)
+            worst = max(worst, float(np.linalg.norm(mine - theirs) / np.linalg.norm(theirs)))
+    net.zero_grad(set_to_none=True)
+    mine, theirs = logits.detach().float().cpu().numpy(), arrays['logits']
+    return {
+        'logits_difference': float(np.linalg.norm(mine - theirs) / np.linalg.norm(theirs)),
+        'gradients_difference': worst,
+    }
+
+
+if __name__ == '__main__':
+    protocol.serve(prepare)

@@ -1,0 +1,94 @@
+"""The network as one writes it first in JAX: the yardstick for the forms that the library uses.
+
+Both towers in one array with grouped convolutions, pooling by `reduce_window` with the compiler's
+gradient, normalization by a window sum and a power, and a random number for every unit of dropout.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from alexnet_jax import model
+from alexnet_jax.errors import UserError
+
+
+def logits(net: model.AlexNet, params: dict, images, key=None):
+    """What `net.apply` gives, from the same parameters; with a key as in training."""
+    same = net.exchange == ('conv3', 'fc6', 'fc7') and net.remove == 'none' and net.groups == 1
+    if not same or net.norm_window != 'tower' or net.dropout_at != 'outputs':
+        raise UserError('--plain knows only the networks of configs/paper.py and original.py')
+    x = images.astype(net.dtype)
+    for i, after in enumerate(net.after):
+        kernel, bias = (params[f'conv{i + 1}'][name].astype(x.dtype) for name in ('kernel', 'bias'))
+        padding = net.conv1_padding if i == 0 else (model.PADDINGS[i],) * 2
+        x = lax.conv_general_dilated(
+            x,
+            jnp.concatenate(list(kernel), axis=-1),
+            (4, 4) if i == 0 else (1, 1),
+            (padding, padding),
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            feature_group_count=1 if i in (0, 2) else net.local_towers,
+        )
+        x = x + bias.reshape(-1)
+        for op in after.split():
+            x = _after(net, op, x)
+    x = x.reshape(x.shape[0], -1)
+    for i in range(2):
+        layer = params[f'fc{6 + i}']
+        x = x @ jnp.concatenate(list(layer['kernel'].astype(x.dtype)), axis=-1)
+        x = model.ACTIVATIONS[net.activation](x + layer['bias'].astype(x.dtype).reshape(-1))
+        if key is not None:
+            x = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), 0.5, x.shape), x, 0)
+        factor = {'original': 0.5 if key is None else 1.0, 'inverted': 1.0 if key is None else 2.0}
+        x = x * factor.get(net.dropout, 1.0)
+    kernel = params['fc8']['kernel'].astype(x.dtype)
+    out = x @ kernel.reshape(-1, kernel.shape[-1])
+    return out.astype(jnp.promote_types(jnp.float32, x.dtype)) + params['fc8']['bias']
+
+
+def _after(net, op, x):
+    if op == 'act':
+        return model.ACTIVATIONS[net.activation](x)
+    if op == 'pool':
+        window, stride = model.POOLING[net.pooling]
+        ends = [(0, -(n - window) % stride) for n in x.shape[1:3]]
+        return lax.reduce_window(
+            x, np.array(-np.inf, x.dtype), lax.max, (1, window, window, 1), (1, stride, stride, 1),
+            ((0, 0), *ends, (0, 0)),
+        )  # fmt: skip
+    norm = net.norm if op == 'norm' else model.MAP_NORM
+    n, towers = norm['n'], net.local_towers if op == 'norm' else 1
+    window = (1, 1, 1, 1, n) if op == 'norm' else (1, n, n, 1, 1)
+    split = x.reshape(*x.shape[:3], towers, -1)
+    sums = lax.reduce_window(split**2, np.zeros((), x.dtype), lax.add, window, (1,) * 5, 'SAME')
+    return (split / (norm['k'] + norm['alpha'] * sums) ** norm['beta']).reshape(x.shape)
+
+
+def make_train_step(net: model.AlexNet, optimizer, mean):
+    """As `steps.make_train_step`, on one device and without colour noise."""
+
+    def step(state, batch, rates):
+        x = batch['image'].astype(jnp.float32) - mean
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+
+        def loss(params):
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits(net, params, x, key), batch['label']
+            )
+            return losses.mean(), losses
+
+        grads, losses = jax.grad(loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rates=rates)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), losses
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_predict(net: model.AlexNet, mean):
+    """As `steps.make_predict` of the centre crop, on one device."""
+    return jax.jit(lambda params, images: jax.nn.softmax(
+        logits(net, params, images.astype(jnp.float32) - mean)
+    ))  # fmt: skip

@@ -1,0 +1,95 @@
+"""Workers: processes that each hold one thing ready and repeat it when they are told to.
+
+Only the standard library, since a worker may run in another Python. A line of standard input is a
+JSON number, how often to repeat, or a string, the name of another command; a line of output is a
+JSON object. Whatever else a worker prints goes to its standard error.
+"""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+class WorkerError(Exception):
+    """A worker ended instead of answering; the text is the error that it printed."""
+
+
+class Worker:
+    """One worker, from the side of who asks; `facts` is what it says once it is ready."""
+
+    def __init__(self, python: str, module: str, spec: dict):
+        self._errors = tempfile.TemporaryFile('w+')
+        self._process = subprocess.Popen(
+            [python, '-m', module, json.dumps(spec)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT,
+        )  # fmt: skip
+        try:
+            self.facts = self._answer()
+        except WorkerError:
+            self.close()
+            raise
+
+    def ask(self, command: int | str) -> dict:
+        self._process.stdin.write(json.dumps(command) + '\n')
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            text = self._errors.read()
+            lines = re.findall(r'^[\w.]*(?:Error|Exception): .*', text, re.MULTILINE) or text.splitlines()
+            raise WorkerError(lines[-1] if lines else f'exit code {self._process.returncode}')
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+
+def serve(prepare) -> None:
+    """A worker's whole life: prepare(spec) -> (repeat(count), facts, commands), then answer.
+
+    repeat may return an object to be added to its answer; commands: {name: function without
+    arguments that returns an object}.
+    """
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+
+    def answer(value):
+        answers.write(json.dumps(value) + '\n')
+        answers.flush()
+
+    repeat, facts, commands = prepare(json.loads(sys.argv[1]))
+    repeat(1)  # warm
+    answer(facts)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if isinstance(command, str):
+            answer(commands[command]())
+            continue
+        began = time.perf_counter()
+        more = repeat(command) or {}
+        answer({'seconds': time.perf_counter() - began, **more})
+
+
+def peak_memory() -> dict:
+    """The largest resident set of this process so far, bytes."""
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return {'peak_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

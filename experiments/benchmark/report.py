@@ -1,0 +1,85 @@
+"""What the benchmark prints, and its picture."""
+
+import pathlib
+import statistics
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
+
+
+def lines(results: list[dict]) -> list[str]:
+    """The results of one task as a table."""
+    out = [f'{"":<34}{"images/s":>10}{"min-max":>18}{"ratio":>8}{"min-max":>14}'
+           f'{"ms":>9}{"compile":>9}{"peak":>9}{"FLOP/s":>9}{"bytes/s":>9}{"waiting":>9}']  # fmt: skip
+    for row in results:
+        rate, ratio = row['rate'], row['ratio']
+        cells = [
+            f'{row["name"]:<34}',
+            f'{rate["median"]:>10,.4g}' if row['unit'] else f'{"":>10}',
+            f'{rate["min"]:>9,.4g}-{rate["max"]:<8,.4g}' if row['unit'] else f'{"":>18}',
+            f'{ratio["median"]:>8.2f}{ratio["min"]:>8.2f}-{ratio["max"]:<5.2f}' if ratio else f'{"":>22}',
+            f'{1000 * row["seconds"]["median"]:>9,.1f}',
+            f'{row["compile_s"]:>7.1f} s' if row.get('compile_s') else f'{"":>9}',
+            f'{row["peak_bytes"] / 2**30:>5.1f} GiB' if row.get('peak_bytes') else f'{"":>9}',
+            _share(row, 'flops'),
+            _share(row, 'bytes'),
+            f'{row["waiting"]:>8.1%} ' if row.get('waiting') is not None else '',
+        ]
+        out.append(''.join(cells).rstrip())
+    return out
+
+
+def _share(row, kind):
+    """The share of a measured ceiling; for the ceiling itself, what it is, in units of 1e9 a second."""
+    if not row.get(f'{kind}_rate'):
+        return f'{"":>9}'
+    if row.get(f'{kind}_share') is None:
+        return f'{row[f"{kind}_rate"] / 1e9:>8,.0f}G'
+    return f'{row[f"{kind}_share"]:>9.0%}'
+
+
+def layer_lines(rows: list[dict], batch: int, ceiling: float, step_s: float) -> list[str]:
+    """The table of operations, each timed alone, beside the whole step."""
+    out = [f'{"each alone, batch " + str(batch):<24}{"calls":>6}{"GFLOP":>9}{"forward ms":>12}'
+           f'{"backward ms":>13}{"share of the ceiling":>22}']  # fmt: skip
+    for row in rows:
+        seconds = row['forward_s'] + row['backward_s']
+        passes = 2 if row['name'] == 'conv1 conv' else 3
+        share = f'{passes * row["flops"] / seconds / ceiling:>22.0%}' if row['flops'] else ''
+        gflop = f'{row["flops"] / 1e9:>9.2f}' if row['flops'] else f'{"":>9}'
+        out.append(f'{row["name"]:<24}{row["calls"]:>6}{gflop}{1000 * row["forward_s"]:>12.1f}'
+                   f'{1000 * row["backward_s"]:>13.1f}{share}')  # fmt: skip
+    total = [sum(row[kind] for row in rows) for kind in ('forward_s', 'backward_s')]
+    out.append(f'{"sum":<39}{1000 * total[0]:>12.1f}{1000 * total[1]:>13.1f}')
+    out.append(f'{"the whole step":<39}{1000 * step_s:>25.1f}')
+    return out
+
+
+def draw(tasks: dict[str, list[dict]], title: str, out: pathlib.Path) -> None:
+    """One panel a task: every repetition a dot, the median a bar."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    tasks = {task: [row for row in rows if row['unit']] for task, rows in tasks.items()}
+    heights = [len(rows) + 1 for rows in tasks.values()]
+    figure, panels = plt.subplots(
+        len(tasks), 1, figsize=(9, 0.42 * sum(heights) + 1), layout='constrained',
+        gridspec_kw={'height_ratios': heights}, squeeze=False,
+    )  # fmt: skip
+    figure.suptitle(title, fontsize=10)
+    for axes, (task, rows) in zip(panels[:, 0], tasks.items(), strict=True):
+        for i, row in enumerate(rows):
+            ours = row['ratio'] is None
+            axes.barh(i, row['rate']['median'], color='#0072b2' if ours else '#bbbbbb', height=0.7)
+            axes.plot(row['rates'], [i] * len(row['rates']), 'k|', markersize=7, alpha=0.6)
+            axes.text(0, i, f' {row["rate"]["median"]:,.4g}', va='center', fontsize=8,
+                      color='white' if ours else 'black')  # fmt: skip
+        axes.set_yticks(range(len(rows)), [row['name'] for row in rows], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(task, fontsize=9, loc='left')
+        axes.set_xlabel('images/s', fontsize=8)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)

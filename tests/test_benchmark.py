@@ -1,0 +1,131 @@
+"""The benchmark: what it counts, that its forms compute one function, and the command itself."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import model, switches
+from configs import original, paper
+from experiments.benchmark import operations, plain, report
+from experiments.benchmark.protocol import ROOT, Worker, WorkerError
+
+
+def build(preset, **changes):
+    config = preset.get_config()
+    config.model.update(changes)
+    return switches.build(classes=1000, **config.model)
+
+
+def test_arithmetic_of_the_paper_s_network():
+    """`performance.md`, ceilings: 1.449 GFLOP an image forward, 4.136 in training."""
+    totals = operations.totals(build(paper), batch=2, crop=224)
+    assert totals['infer'] / 2e9 == pytest.approx(1.449, abs=5e-4)
+    assert totals['train'] / 2e9 == pytest.approx(4.136, abs=5e-4)
+
+
+def test_operations_are_named_and_complete():
+    names = [op.name for op in operations.operations(build(original), batch=2, crop=224)]
+    assert names.count('conv1 conv') == names.count('fc8 dense') == 2  # one a tower
+    assert names.count('conv2 lrn') == names.count('conv2 map_norm') == 2
+    assert [names.count(f'conv{i} max_pool') for i in (1, 2, 3, 4, 5)] == [2, 2, 0, 0, 2]
+    assert names.count('fc6 dropout_mask') == 2
+
+
+def test_table_times_every_operation():
+    rows = operations.table(build(paper, width=0.125), batch=1, crop=96, repeats=1)
+    assert [row['name'] for row in rows][:3] == ['conv1 conv', 'conv1 lrn', 'conv1 max_pool']
+    assert all(row['forward_s'] > 0 for row in rows)
+
+
+@pytest.mark.parametrize('preset', [paper, original])
+def test_plain_form_is_the_same_function(preset):
+    """Logits and gradients in float64; the loss depends on all of them."""
+    crop = 96
+    net = build(preset, width=0.125)
+    params = model.init(net, 0, crop)
+    with jax.enable_x64(True):
+        net = build(preset, width=0.125, dtype='float64')
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+        images = jnp.asarray(np.random.default_rng(0).normal(0, 60, (3, crop, crop, 3)))
+
+        def loss(function):
+            return lambda params: jnp.sum(jnp.sin(100 * function(params)))
+
+        with jax.numpy_rank_promotion('allow'):  # the plain form is written as one writes
+            ours, theirs = (
+                jax.jit(jax.value_and_grad(loss(function)))(params)
+                for function in (
+                    lambda p: net.apply({'params': p}, images)[0],
+                    lambda p: plain.logits(net, p, images),
+                )
+            )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+
+
+def test_spread():
+    assert report.spread([3.0, 1.0, 2.0]) == {'median': 2.0, 'min': 1.0, 'max': 3.0}
+
+
+def test_worker_that_ends_says_why():
+    with pytest.raises(WorkerError, match='KeyError'):
+        Worker(sys.executable, 'experiments.benchmark.ours', {})
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, '-m', 'experiments.benchmark', *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--tasks=fly'], 'choose some of train,infer,input,both'),
+        (['--tasks=input'], '--store'),
+        (['--tasks=input', '--store=/nowhere'], '/nowhere'),
+        (['--batch=0'], 'at least 1'),
+        (['--config=configs/nothing.py'], 'configs/nothing.py'),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    done = command(*arguments, f'--out={tmp_path / "out"}')
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    config = tmp_path / 'small.py'
+    config.write_text(textwrap.dedent("""
+        from configs import paper
+        def get_config():
+            config = paper.get_config()
+            config.model.width = 0.125
+            config.augment.crop = 96
+            return config
+    """))
+    done = command(
+        f'--config={config}', '--batch=2', '--repeats=2', '--seconds=0.01', '--classes=10', '--plain',
+        '--two_devices', '--layers', f'--out={tmp_path / "out"}',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
+    names = ['alexnet_jax', 'alexnet_jax, two devices', 'the plain form']
+    names += ['ceiling: products', 'ceiling: copies']
+    for task in ('train', 'infer'):
+        assert [row['name'] for row in record['tasks'][task]] == names
+        ours, *others = record['tasks'][task][:3]
+        assert ours['ratio'] is None and 0 < ours['flops_share'] < 2
+        assert all(row['ratio']['min'] > 0 and len(row['rates']) == 2 for row in others)
+    assert record['layers'][0]['name'] == 'conv1 conv'
+    assert 'the whole step' in done.stdout
+    assert (tmp_path / 'out' / 'benchmark.png').stat().st_size > 10_000
