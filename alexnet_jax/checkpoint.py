@@ -43,7 +43,6 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()  # orbax refuses relative ones
         self._policy = _LatestAndBest(keep)
         self._manager: ocp.CheckpointManager | None = None
-        self._intact: tuple[int, dict] | None = None  # the step last saved or restored, its record
         logging.getLogger('absl').addFilter(_without_orbax_chatter)
 
     def steps(self) -> list[int]:
@@ -78,8 +77,6 @@ class Checkpoints:
         content = json.loads(json.dumps(content, allow_nan=False))
         record = {**content, 'crc32': fingerprint.crc32(content)}
         self.wait()
-        if self._intact == (step, record) and step in self.steps():
-            return  # the very same is there already; replacing it would only risk it
         try:
             manager = self._open()
             for later in [s for s in manager.all_steps() if s >= step]:
@@ -96,7 +93,6 @@ class Checkpoints:
             )
         except OSError as error:
             raise UserError(f'{self.directory}: cannot save step {step}: {_line(error)}') from error
-        self._intact = (step, record)
 
     def restore(self, target: Any, step: int | None = None) -> tuple[int, Any, dict]:
         """Restores a whole state -> (step, state, meta); `target` has its structure.
@@ -108,7 +104,6 @@ class Checkpoints:
         are not those of `target`, which means another model.
         """
         step, state, record = self._restore(target, step, whole=True)
-        self._intact = (step, record)
         return step, state, record['meta']
 
     def restore_params(self, target: Any, step: int | None = None) -> tuple[int, Any, dict]:
@@ -127,7 +122,6 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # a full disk comes as one of several types
-            self._intact = None
             raise UserError(f'{self.directory}: saving failed: {_line(error)}') from error
 
     def close(self) -> None:
@@ -218,6 +212,8 @@ class Checkpoints:
             value, problem = None, None
             try:
                 value = self._read(step, name, leaf)
+            except MemoryError:
+                raise
             except Exception as error:  # whatever orbax, tensorstore, zstd make of damaged bytes
                 problem = _line(error)
             if not _all_processes(problem is None):

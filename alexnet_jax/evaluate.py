@@ -110,6 +110,8 @@ def load(run_dir: str | pathlib.Path, views: str = 'ten', step: str | int = 'lat
     views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number. Raises
     UserError for what is not a run directory and for missing or damaged checkpoints.
     """
+    if views not in steps.VIEWS:
+        raise UserError(f'views={views!r}: choose one of {", ".join(steps.VIEWS)}')
     return Classifier(run_dir, views, step)
 
 
@@ -137,10 +139,15 @@ def compare(
         raise UserError('these runs were trained on different classes: no common table')
     data_config = configs[0]['data']
     opened = prepare.ensure(**{**data_config, 'store': store or data_config['store']})
+    if opened.names != runs[0].facts.names:
+        raise UserError(f'{opened.path} has other classes than {runs[0].path} was trained on; '
+                        'give the store of its classes, --store=DIR')
     for r in runs:
         if r.facts.mean.shape[0] != opened.size:
             raise UserError(f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, and '
                             f'{opened.path} has {opened.size}')
+    if not store:  # others, of the same classes, only where they are asked for
+        rundir.check_store(runs[0].path, opened)
     results = {}
     for view in views:
         predicts = [predictor(r, mesh, view) for r in runs]
@@ -181,6 +188,8 @@ def main() -> None:
     parser.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
+    if args.threads < 0 or args.cpu_devices < 0:
+        raise UserError('--threads and --cpu_devices must not be below 0')
     meshes.configure(args.cpu_devices)
     results = compare(
         args.runs,

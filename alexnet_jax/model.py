@@ -24,6 +24,7 @@ POOLING = {'overlapping': (3, 2), 'disjoint': (2, 2)}  # window and stride (§3.
 ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
 MAP_NORM = {'alpha': 0.001 / 25, 'k': 1.0, 'n': 5, 'beta': 0.75}  # the source's `cnorm2`, #145
 GROUPED = ('conv2', 'conv4', 'conv5')  # what sees only half of the maps in the paper's network
+UNGROUPED = (('conv1', 'conv2'), ('conv3', 'conv4'))  # without the first, the second sees them all
 
 
 def _params(module, kernel_shape, bias_shape=None):
@@ -145,12 +146,15 @@ class AlexNet(nn.Module):
                     xs = tuple(self._centres(x) for x in xs)
             else:
                 padding = self.conv1_padding if i == 0 else (paddings[i],) * 2
+                # After conv1 or conv3, which read everything, conv2 and conv4 read halves of it.
+                # Without them they read everything themselves.
+                halves = name in GROUPED and (self.remove, name) not in UNGROUPED
                 xs = Conv(
                     features,
                     SIZES[i],
                     stride=4 if i == 0 else 1,
                     padding=(padding, padding),
-                    groups=self.groups if name in GROUPED else 1,
+                    groups=self.groups if halves else 1,
                     kernel_init=self.kernel_inits[i],
                     bias_init=self.bias_inits[i],
                     dtype=self.dtype,

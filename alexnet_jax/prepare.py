@@ -28,15 +28,21 @@ LARGE = 200_000  # pictures: from here on `ensure` does not prepare by itself
 
 
 def default_store(source: str, size: int, format: str) -> str:
-    """Where a store goes if nothing else is said: data/SOURCE-SIZE-FORMAT."""
-    return os.path.join('data', f'{_short(source)}-{size}-{format}')
+    """Where a store goes if nothing else is said: data/SOURCE-SIZE-FORMAT.
+
+    SOURCE is the last part of a folder's path, or a TFDS name with '-' for '/'.
+    """
+    folder, other = (os.path.join('data', f'{name}-{size}-{format}')
+                     for name in (os.path.basename(_whole(source)), source.replace('/', '-')))
+    return folder if _is_folder(source, folder) else other
 
 
 def prepare(source: str, *, dir: str | None = None, store: str | None = None, format: str = 'jpg',
             size: int = 256, val_fraction: float = 0.1, limit: float = np.inf) -> stores.Store:
     """Makes a store, goes on with an interrupted one, or opens one that is complete.
 
-    Waits for another process that is making the same store.
+    Waits for another process that is making the same store. A complete one that `store` names is
+    opened whatever it was made from, if format and size are as wanted: the pictures may have moved.
 
     Args: as the command's; `limit`: refuse a source of this many pictures or more.
 
@@ -45,19 +51,18 @@ def prepare(source: str, *, dir: str | None = None, store: str | None = None, fo
         folder holds something else. A pass that fails within seconds (writer.FLUSH_SECONDS) leaves
         nothing; what a longer one has done stays, to go on from once the picture is repaired.
     """
-    if format not in stores.FORMATS or size < 1:
-        raise UserError(f'format {format!r}, size {size}: the format is one of '
-                        f'{", ".join(stores.FORMATS)}, the size a positive number of pixels')
-    path = store or default_store(source, size, format)
-    origin = os.path.abspath(source) if datasets.is_folder(source) else source
+    _check_options(format, size, val_fraction)
+    path, named = store or default_store(source, size, format), bool(store)
+    origin = _whole(source) if _is_folder(source, path) else source
     wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
-    finished = _finished(path, wanted)
+    finished = _finished(path, wanted, named)
     if finished:
         return finished
     advice = _advice(source, dir, store, format, size, val_fraction)
     try:
         with writer.locked(path):  # the process that we wait for may have finished the store
-            return _finished(path, wanted) or _make(path, wanted, source, dir, limit, advice)
+            return (_finished(path, wanted, named)
+                    or _make(path, wanted, source, dir, limit, advice))
     except OSError as error:
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error
 
@@ -70,6 +75,7 @@ def ensure(*, source: str, dir: str | None = None, store: str | None = None, for
       UserError: as `prepare`; with the command to run where a large set has no store yet. Where its
         size can be known before TFDS builds it, it is not built.
     """
+    _check_options(format, size, val_fraction)
     there = _description(store or default_store(source, size, format))
     complete = there and there['complete']
     if not complete and datasets.is_large(source, data_dir=dir, pictures=LARGE):
@@ -78,16 +84,42 @@ def ensure(*, source: str, dir: str | None = None, store: str | None = None, for
                    val_fraction=val_fraction, limit=LARGE)
 
 
-def _short(source: str) -> str:
-    return os.path.basename(os.path.abspath(source)) if datasets.is_folder(source) else source
+def _check_options(format: str, size: int, val_fraction: float) -> None:
+    if format not in stores.FORMATS or size < 1:
+        raise UserError(f'format {format!r}, size {size}: the format is one of '
+                        f'{", ".join(stores.FORMATS)}, the size a positive number of pixels')
+    if not 0 < val_fraction < 1:
+        raise UserError(f'val_fraction {val_fraction}: give a part between 0 and 1, as '
+                        '--val_fraction=0.1')
 
 
-def _finished(path: str, wanted: dict) -> stores.Store | None:
+def _whole(folder: str) -> str:
+    return os.path.abspath(os.path.expanduser(folder))
+
+
+def _is_folder(source: str, path: str) -> bool:
+    """Whether a source is a folder, or was one when the store in `path` was made from it."""
+    if datasets.is_folder(source):
+        return True
+    try:
+        with open(os.path.join(path, 'store.json'), encoding='utf-8') as file:
+            return json.load(file)['source'] == _whole(source)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _finished(path: str, wanted: dict, named: bool) -> stores.Store | None:
     """The store, if it is complete; UserError if there is another one, or something else."""
     there = _description(path)
     if not there:
         return None
-    _check_same(path, there, wanted)
+    if named and there['complete']:
+        _check_same(path, there, {key: wanted[key] for key in ('format', 'size')})
+        different = _differences(there, wanted)
+        if different:
+            print(f'{path}: is complete, and used as it is ({different})', flush=True)
+    else:
+        _check_same(path, there, wanted)
     if not there['complete']:
         return None
     writer.clean(path)
@@ -134,20 +166,30 @@ def _description(path: str) -> dict | None:
         with open(os.path.join(path, 'store.json'), encoding='utf-8') as file:
             return {'complete': False, **json.load(file)}
     except FileNotFoundError as error:
-        if os.path.exists(path) and any(not name.endswith('.tmp') for name in os.listdir(path)):
+        others = {*os.listdir(path)} - {*writer.TEMPORARY} if os.path.exists(path) else {}
+        if others and 'store.json' not in others:  # another process may have begun just now
             raise UserError(f'{path}: there are other things: give another --store') from error
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f'{path}: not a store, or damaged: remove it or give another --store'
-                        ) from error
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read as a store: {error.strerror}: give another '
+                        '--store') from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{path}: not a store, or damaged ({error}): give another --store, or '
+                        f'remove {path} and run prepare again') from error
 
 
 def _check_same(path: str, there: dict, wanted: dict) -> None:
-    different = [f'{key} {there.get(key)}, not {value}'
-                 for key, value in wanted.items() if there.get(key, value) != value]
+    different = _differences(there, wanted)
     if different:
-        raise UserError(f'{path} is another store ({"; ".join(different)}): remove it or give '
-                        'another --store')
+        as_it_is = there['complete'] and 'source' in wanted  # else it was named already
+        raise UserError(f'{path} is another store ({different}): give another --store'
+                        f'{f" (--store={path} takes it as it is)" if as_it_is else ""}, or '
+                        f'remove {path} and run prepare again')
+
+
+def _differences(there: dict, wanted: dict) -> str:
+    return '; '.join(f'{key} {there.get(key)}, not {value}'
+                     for key, value in wanted.items() if there.get(key, value) != value)
 
 
 def _check_disk(path: str, pictures: int, size: int, format: str) -> None:

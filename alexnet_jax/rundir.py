@@ -9,6 +9,8 @@
     checkpoints/    (`checkpoint.py`)
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -74,6 +76,11 @@ def _free(field: str, config) -> bool:
 
 def check(config, workdir: pathlib.Path) -> None:
     """A work directory belongs to one config; only `config.run` may change between starts."""
+    there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f'--workdir={workdir}: {there} is not a folder that can be written to; give another'
+        )
     if not (workdir / 'config.json').exists():
         return
     there, here = _flat(read_config(workdir)), _flat(_plain(config))
@@ -92,29 +99,66 @@ def check(config, workdir: pathlib.Path) -> None:
 def write(config, workdir: pathlib.Path, store: Store) -> None:
     """Writes everything but metrics and checkpoints; a later start adds itself to `run.json`."""
     workdir.mkdir(parents=True, exist_ok=True)
+    file = workdir / 'run.json'
+    try:
+        starts = json.loads(file.read_text()) if file.exists() else []
+    except ValueError as error:
+        raise UserError(f'{file}: not JSON ({error}); mend or remove it') from error
     # stats.npz last of the three: `check_store` takes it for the sign that they are there.
     _replace(workdir / 'store.json', (store.path / 'store.json').read_bytes())
     _replace(workdir / 'names.txt', ''.join(f'{name}\n' for name in store.names).encode())
     _replace(workdir / 'stats.npz', (store.path / 'stats.npz').read_bytes())
     _replace(workdir / 'config.json', _json(_plain(config)))
-    commit = subprocess.run(
-        ['git', 'describe', '--always', '--dirty'],
-        cwd=pathlib.Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     start = {
         'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
         'command': sys.argv,
-        'commit': commit.stdout.strip() or 'unknown',
+        'commit': _commit(),
         'versions': {name: version(name) for name in packages},
         'devices': [str(device) for device in jax.devices()],
     }
-    file = workdir / 'run.json'
-    starts = json.loads(file.read_text()) if file.exists() else []
     _replace(file, _json([*starts, start]))
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ['git', 'describe', '--always', '--dirty'],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git here
+        return 'unknown'
+    return done.stdout.strip() or 'unknown'
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path):
+    """Makes the directory, and keeps other starts out of it; UserError if one is under way.
+
+    The kernel releases the lock of a process that ends, however it ends. A file system without
+    locks does not keep anyone out.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        directory = os.open(workdir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f'--workdir={workdir}: {error.strerror}') from error
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(directory)
+        raise UserError(
+            f'{workdir}: another process is training here; wait, or give another --workdir'
+        ) from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(directory)
 
 
 def _json(value) -> bytes:

@@ -81,7 +81,7 @@ class Store:
             if zlib.crc32(record) != part.crc[i]:
                 raise UserError(
                     f'record {i} of split {split!r} in {part.file} is damaged (its CRC-32 is not '
-                    'the one stored); prepare the store again'
+                    f'the one stored): {_again(self.path)}'
                 )
         return records
 
@@ -108,7 +108,7 @@ def open_store(path: str | os.PathLike) -> Store:
         if info['format'] not in FORMATS:
             raise UserError(
                 f'{path}/store.json: unknown format {info["format"]!r}, not one of '
-                f'{", ".join(FORMATS)}; prepare the store again with this version'
+                f'{", ".join(FORMATS)}: {_again(path)}'
             )
         size, classes, counts = info['size'], info['classes'], info['counts']
         names = (path / 'names.txt').read_text().splitlines()
@@ -120,15 +120,15 @@ def open_store(path: str | os.PathLike) -> Store:
         _check(shapes == expected, path / 'stats.npz', f'shapes {shapes}, not {expected}')
         splits = {name: _open_split(path, name, info) for name in counts}
     except FileNotFoundError as error:
-        raise UserError(
-            f'no complete store in {path} ({Path(error.filename).name} is missing); '
-            'write one with python -m alexnet_jax.prepare'
-        ) from error
+        begun = (path / 'store.json').exists()
+        advice = _again(path) if begun else 'write one with python -m alexnet_jax.prepare'
+        missing = Path(error.filename).name
+        raise UserError(f'no complete store in {path} ({missing} is missing): {advice}') from error
     except OSError as error:
         raise UserError(f'cannot read the store {path}: {error}') from error
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f'the store {path} is damaged ({type(error).__name__}: {error}); prepare it again'
+            f'the store {path} is damaged ({type(error).__name__}: {error}): {_again(path)}'
         ) from error
     return Store(
         path=path,
@@ -167,7 +167,7 @@ def verify(store: Store) -> None:
     if bad:
         shown = ', '.join(bad[:5]) + (', ...' if len(bad) > 5 else '')
         raise UserError(
-            f'{len(bad)} damaged records in {store.path}: {shown}; prepare the store again'
+            f'{len(bad)} damaged records in {store.path} ({shown}): {_again(store.path)}'
         )
 
 
@@ -201,11 +201,16 @@ def _open_split(path: Path, name: str, info: dict) -> Split:
     if outside.size:
         raise UserError(
             f'{path}/{name}.labels.npy: record {outside[0]} has label {labels[outside[0]]}, '
-            f'outside 0..{info["classes"] - 1}; prepare the store again'
+            f'outside 0..{info["classes"] - 1}: {_again(path)}'
         )
     return Split(file, offsets.astype(np.int64), crc, labels.astype(np.int32))
 
 
 def _check(good: bool, file: Path, found: str) -> None:
     if not good:
-        raise UserError(f'{file} does not fit the store: {found}; prepare the store again')
+        raise UserError(f'{file} does not fit the store: {found}: {_again(file.parent)}')
+
+
+def _again(path: Path) -> str:
+    # `prepare` alone would find the store complete, and do nothing.
+    return f'remove {path} and run prepare again'

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -13,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax import (
     checkpoint,
+    checks,
     data,
     evaluate,
     metrics,
@@ -38,10 +40,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
     what the config, the data or the work directory do not allow.
     """
     workdir = pathlib.Path(workdir)
-    rundir.check(config, workdir)
-    mesh = _check(config)
-    if config.train.init_from and not (workdir / 'checkpoints').exists():
-        rundir.read_config(config.train.init_from)
+    mesh = checks.check(config, workdir)
     store = prepare.ensure(**config.data)
     rundir.check_store(workdir, store)
     job = Job.make(config, mesh, store)
@@ -57,55 +56,17 @@ def train(config, workdir: str | pathlib.Path) -> None:
     if checkpoints.steps():
         log.info('resuming at step %s', f'{step:,}')
     main_process = jax.process_index() == 0
-    if main_process:
-        rundir.write(config, workdir, store)
-    writer = metrics.Writer(workdir, start=step, active=main_process)
-    try:
-        if config.train.init_from and not checkpoints.steps():  # the other run may change
-            checkpoints.save(step, state, {'history': history, 'running': running})
-        _loop(job, state, history, running, checkpoints, writer, workdir)
-    finally:
-        writer.close()
-        checkpoints.close()
-
-
-def _check(config) -> jax.sharding.Mesh:
-    """Everything that can be wrong without looking at the data; returns the mesh."""
-    net = switches.build(classes=1, **config.model)
-    optim.make_rates(examples=1, batch=1, **config.optim)
-    for field in ('eval_every', 'checkpoint_every', 'log_every'):
-        if config.run[field] <= 0:
-            raise UserError(f'config.run.{field}={config.run[field]}: must be above 0')
-    for field in ('mesh', 'profile'):
-        if len(config.run[field]) != 2:
-            raise UserError(f'config.run.{field}={config.run[field]}: must be two numbers')
-    if config.seed >= 2**32:  # JAX's keys would repeat those of smaller seeds
-        raise UserError(f'config.seed={config.seed}: must be below 2^32')
-    if config.augment.chunk < 1:
-        raise UserError(f'config.augment.chunk={config.augment.chunk}: must be at least 1')
-    if not 0 < config.augment.crop <= config.data.size:
-        raise UserError(
-            f'config.augment.crop={config.augment.crop} does not fit pictures of '
-            f'config.data.size={config.data.size} pixels'
-        )
-    try:
-        layers = jax.eval_shape(lambda: model.init(net, 0, config.augment.crop))
-    except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about some shape
-        raise UserError(
-            f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels: '
-            'after its strides and pools nothing is left, or conv1_padding is not two numbers'
-        ) from error
-    for name in config.train.freeze:
-        if name not in layers:
-            raise UserError(f'config.train.freeze={name!r}: choose from {", ".join(layers)}')
-    return meshes.make(
-        config.run.mesh,
-        towers=config.model.towers,
-        batches={
-            'config.train.batch': config.train.batch,
-            'config.run.eval_batch': config.run.eval_batch,
-        },
-    )
+    with rundir.locked(workdir) if main_process else contextlib.nullcontext():
+        writer = metrics.Writer(workdir, start=step, active=main_process)
+        try:
+            if main_process:
+                rundir.write(config, workdir, store)
+            if config.train.init_from and not checkpoints.steps():  # the other run may change
+                checkpoints.save(step, state, {'history': history, 'running': running})
+            _loop(job, state, history, running, checkpoints, writer, workdir)
+        finally:
+            writer.close()
+            checkpoints.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -346,13 +346,9 @@ def test_the_steps_after_a_fallback_replace_damaged_ones(two_steps, keep):
     assert_same_bits(state, again)
 
 
-def test_saving_what_is_there_writes_nothing(two_steps):
-    before = contents(two_steps)
+def test_saving_a_step_again_replaces_it(two_steps):
     checkpoints = Checkpoints(two_steps)
     step, state, meta = checkpoints.restore(target_of(make_state()))
-    checkpoints.save(step, state, meta)
-    checkpoints.wait()
-    assert contents(two_steps) == before
     meta['history']['2'] = 20.0
     checkpoints.save(step, state, meta)
     checkpoints.close()

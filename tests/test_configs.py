@@ -57,6 +57,9 @@ TABLE = {
     ('paper', (('remove', 'conv3'),)): (changed(conv3=0, conv4=885_120), 60_301_288),
     ('paper', (('remove', 'conv4'),)): (changed(conv4=0), 60_301_288),
     ('paper', (('remove', 'conv5'),)): (changed(conv5=0, fc6=56_627_200), 79_396_968),
+    # Groups see what the layer before them saw, if that is removed: as towers do.
+    ('caffe', (('remove', 'conv1'),)): (changed(conv1=0, conv2=19_456), 60_642_280),
+    ('caffe', (('remove', 'conv3'),)): (changed(conv3=0, conv4=885_120), 60_301_288),
     ('paper', (('width', 0.5),)): (
         (17_472, 76_928, 221_376, 166_080, 110_720, 9_439_232, 4_196_352, 2_049_000),
         16_277_160,

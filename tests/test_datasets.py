@@ -2,6 +2,7 @@
 
 import collections
 import io
+import sys
 import types
 
 import numpy as np
@@ -101,6 +102,28 @@ def test_folder_errors(tmp_path, make, message):
         datasets.open_source(str(root))
 
 
+@pytest.mark.parametrize('name, folder', [
+    ('here', True), ('sub/here', True), ('.', True), ('/not/there', True), ('./gone', True),
+    ('../gone', True), ('~/gone', True), ('imagenet_resized/32x32', False), ('sub/gone', False),
+    ('gone', False),
+])
+def test_what_is_a_folder(tmp_path, monkeypatch, name, folder):
+    monkeypatch.chdir(tmp_path)
+    for made in ('here', 'sub/here'):
+        (tmp_path / made).mkdir(parents=True)
+    assert datasets.is_folder(name) == folder
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    fixtures.write_tree(tmp_path / 'flowers', {'a': 5, 'b': 5})
+    source = datasets.open_source('~/flowers')
+    assert source.class_names == ['a', 'b']
+    assert read(source, 'val')[0].name.startswith(f'{tmp_path}/flowers/')
+    with pytest.raises(UserError, match=f'^{tmp_path}/gone: there is no such folder$'):
+        datasets.open_source('~/gone')
+
+
 # The embedded set
 
 
@@ -155,10 +178,72 @@ def test_tfds_set_without_validation_holds_out_a_fraction(tmp_path, small_embedd
     assert read(source, 'val', 6) == []
 
 
-def test_unknown_tfds_name(tmp_path):
-    with pytest.raises(UserError, match='neither a folder nor a TFDS set'):
-        datasets.open_source('no_such_set', data_dir=str(tmp_path))
+def refused(name, root):
+    with pytest.raises(UserError) as caught:
+        list(datasets.open_source(name, data_dir=str(root)).read('train', 0))
+    message = str(caught.value)
+    assert message.startswith(f'{name}: ') and '\n' not in message
+    return message
+
+
+@pytest.mark.parametrize('name', ['no_such_set', 'sub/gone', 'sub/deep/gone', 'gone/', 'a b/c'])
+def test_neither_a_folder_nor_a_tfds_name(tmp_path, name):
+    message = refused(name, tmp_path)
+    assert 'neither a folder nor a TFDS set: give a folder that exists, or a name' in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name, cause', [
+    ('imagenet_resized/33x33', 'BuilderConfig 33x33 not found'),
+    ('mnist:9.9.9', 'only: 3.0.1'),
+    ('huggingface:foo', 'ModuleNotFoundError: '),
+])
+def test_tfds_sets_that_do_not_open(tmp_path, name, cause):
+    assert cause in refused(name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['no_such_set', 'sub/gone'])
+def test_names_on_a_machine_without_tensorflow(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, 'tensorflow', None)
+    message = refused(name, tmp_path)
+    assert 'not a folder' in message and 'needs TensorFlow' in message
+
+
+def test_a_tfds_name_with_a_config():
+    builder = tfds_sets._builder('imagenet_resized/32x32', '/not/there')
+    assert builder.info.full_name.startswith('imagenet_resized/32x32/')
+
+
+def failures():
+    from tensorflow_datasets.core.download import download_manager, extractor, util
+    kinds = (download_manager.NonMatchingChecksumError, util.DownloadError, extractor.ExtractError,
+             ImportError)
+    return [kind('two\nlines') for kind in kinds]
+
+
+@pytest.mark.parametrize('number', range(4))
+def test_tfds_sets_that_cannot_be_built(tmp_path, monkeypatch, number):
+    from tensorflow_datasets.core import dataset_builder
+    failure = failures()[number]
+
+    def fail(*args, **kwargs):
+        raise failure
+    monkeypatch.setattr(dataset_builder.DatasetBuilder, 'download_and_prepare', fail)
+    message = refused('mnist', tmp_path)
+    assert f'could not build it in {tmp_path} ({type(failure).__name__}: two lines): ' in message
+
+
+def test_damaged_tfds_records(tmp_path, small_embedded):
+    small_embedded(train=(0, 30), validation=(1, 20))
+    datasets.open_source('alexnet_shapes', data_dir=str(tmp_path))
+    for file in tmp_path.rglob('*train.tfrecord*'):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    message = refused('alexnet_shapes', tmp_path)
+    assert f'cannot be read from {tmp_path}/alexnet_shapes' in message
+    assert 'DataLossError: ' in message and 'remove this folder' in message
 
 
 @pytest.mark.parametrize('name, pictures, large', [

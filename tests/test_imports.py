@@ -23,7 +23,7 @@ LEVELS = {
     'datasets': 0, 'progress': 0,
     'model': 1, 'prepare': 1, 'data': 1, 'rundir': 1,
     'steps': 2, 'switches': 2,
-    'evaluate': 3,
+    'evaluate': 3, 'checks': 3,
     'train': 4,
     'main': 5,
     '__init__': 6,  # the package's own short list of names; nobody imports it

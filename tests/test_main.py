@@ -16,6 +16,7 @@ import alexnet_jax
 from alexnet_jax import evaluate, metrics
 from alexnet_jax import mesh as meshes
 from alexnet_jax.datasets.pictures import square
+from alexnet_jax.errors import UserError
 from tests import fixtures
 from tests.tiny_store import write_store
 
@@ -373,6 +374,18 @@ def test_missing_and_damaged_checkpoints(copied):
     copied.refuses(init, 'run/checkpoints: there is no checkpoint here')
 
 
+@pytest.mark.slow
+def test_init_from_another_network(world):
+    init = small('tiny', train__init_from='run', model__width=0.25)
+    world.refuses(('main', *init, '--workdir=other'), 'init_from=run', 'another network', 'conv1/')
+
+
+@pytest.mark.slow
+def test_a_work_directory_that_cannot_be(world):
+    world.refuses(('main', *small('tiny'), '--workdir=run/run.json'), 'run/run.json', 'not a folder')
+    world.refuses(('main', *small('tiny'), '--workdir=run/run.json/a'), 'run/run.json', 'not a folder')
+
+
 @pytest.fixture(scope='module')
 def second(world):
     """Another run, `again`: from `run`'s parameters, on four classes, at a rate of 0."""
@@ -411,6 +424,8 @@ def test_evaluating_and_loading_agree(world):
     for views, crops in (('centre', 1), ('ten', 10)):
         classify = alexnet_jax.load(world.folder / 'run', views=views)
         assert classify.names == ['class 0', 'class 1', 'class 2']
+        with pytest.raises(UserError, match='views'):
+            alexnet_jax.load(world.folder / 'run', views='eleven')
         probabilities = classify(world.pictures['val'])
         assert probabilities.shape == (11, 3)
         np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
@@ -437,6 +452,7 @@ def test_evaluating_and_loading_agree(world):
 def test_starting_from_another_run_with_other_classes(world, second):
     assert 'starting from run, step 2, with a new last layer' in second
     world.refuses(('evaluate', 'run', 'again'), 'different classes')
+    world.refuses(('evaluate', 'run', '--store=four'), 'four has other classes', '--store=DIR')
     mesh = meshes.make((1, 1), towers=2, batches={})
     runs = [evaluate.open_run(world.folder / name, mesh) for name in ('run', 'again')]
     first, again = (jax.tree.map(np.asarray, r.params) for r in runs)

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import datasets, prepare, store
-from alexnet_jax.datasets import pictures, tfds_sets, writer
+from alexnet_jax.datasets import figures, pictures, tfds_sets, writer
 from alexnet_jax.errors import UserError
 from tests import fixtures
 
@@ -230,6 +231,97 @@ def test_complete_store_is_opened_without_its_source(tree, tmp_path, monkeypatch
     assert not (path / 'train.index').exists() and not (path / writer.LOCK).exists()
 
 
+@pytest.fixture
+def flowers(tmp_path, monkeypatch):
+    """The working directory is a new one, with pictures in flowers and in sub/flowers."""
+    (tmp_path / 'work').mkdir()
+    monkeypatch.chdir(tmp_path / 'work')
+    for tree in ('flowers', 'sub/flowers'):
+        fixtures.write_tree(tmp_path / 'work' / tree, {'ape': 6, 'bee': 5})
+
+
+@pytest.mark.parametrize('source', ['flowers', 'sub/flowers', './flowers', '~/flowers'])
+def test_the_default_store_of_a_folder_that_is_gone(flowers, monkeypatch, source):
+    monkeypatch.setenv('HOME', os.getcwd())
+    made = prepare.prepare(source, size=24)
+    assert made.source == os.path.abspath(source.replace('~', '.'))
+    assert os.listdir('data') == ['flowers-24-jpg']
+    shutil.rmtree('flowers')
+    shutil.rmtree('sub')
+    assert prepare.ensure(source=source, size=24).counts == {'train': 10, 'val': 1}
+
+
+@pytest.mark.parametrize('source', ['elsewhere/flowers', '/elsewhere/flowers', 'flowers', 'mnist'])
+def test_a_store_that_is_named_opens_wherever_its_pictures_are(flowers, tmp_path, monkeypatch,
+                                                               capsys, source):
+    path = tmp_path / 'store'
+    prepare.prepare('sub/flowers', store=str(path), size=24)
+    before = files(path)
+    (tmp_path / 'other').mkdir()
+    monkeypatch.chdir(tmp_path / 'other')
+    monkeypatch.setattr(datasets, 'open_source', None)
+    capsys.readouterr()
+    assert prepare.ensure(source=source, store=str(path), size=24).counts == {'train': 10, 'val': 1}
+    origin = f'source {tmp_path}/work/sub/flowers'
+    assert f'{path}: is complete, and used as it is ({origin}, not' in capsys.readouterr().out
+    for other in ({'size': 20}, {'size': 24, 'format': 'u8'}):
+        with pytest.raises(UserError, match='is another store .* give another --store, or remove'):
+            prepare.ensure(source=source, store=str(path), **other)
+    assert files(path) == before
+
+
+def test_a_store_that_is_not_named_must_be_of_the_source(flowers):
+    path = 'data/flowers-24-jpg'
+    made = prepare.prepare('sub/flowers', size=24)
+    with pytest.raises(UserError, match='is another store .source .*/work/sub/flowers, not .*/work/'
+                       f'flowers.: give another --store .--store={path} takes it as it is.'):
+        prepare.ensure(source='flowers', size=24)
+    with pytest.raises(UserError, match='is another store .val_fraction 0.1, not 0.2.'):
+        prepare.ensure(source='sub/flowers', size=24, val_fraction=0.2)
+    assert prepare.ensure(source='flowers', store=path, size=24).source == made.source
+
+
+def test_an_interrupted_store_that_is_named_goes_on_with_its_source_only(flowers, monkeypatch,
+                                                                         capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, 'finish', lambda *args, **kwargs: exit())
+        with pytest.raises(SystemExit):
+            prepare.prepare('flowers', store='store', size=24)
+    with pytest.raises(UserError, match='is another store .source '):
+        prepare.prepare('sub/flowers', store='store', size=24)
+    assert 'is complete' not in capsys.readouterr().out
+    assert prepare.prepare('flowers', store='store', size=24).counts == {'train': 10, 'val': 1}
+
+
+def test_the_store_of_a_tfds_name_with_a_config(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    from alexnet_jax.datasets import shapes
+
+    class TwoConfigs(shapes.AlexnetShapes):
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ('large', 'small')]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, 'SPLITS', {'train': (0, 20), 'validation': (1, 10)})
+    made = prepare.ensure(source='two_configs/small', dir='sets', size=24)
+    assert (made.source, made.counts) == ('two_configs/small', {'train': 20, 'val': 10})
+    assert os.listdir('data') == ['two_configs-small-24-jpg']
+    assert os.path.isdir('sets/two_configs/small')
+
+
+def test_the_way_out_of_a_damaged_store(tree, tmp_path):
+    path = tmp_path / 'store'
+    prepare.prepare(tree, store=str(path), size=24)
+    before = files(path)
+    (path / 'val.jpg').write_bytes(b'')
+    for _ in range(2):
+        with pytest.raises(UserError, match=f': remove {path} and run prepare again$'):
+            prepare.prepare(tree, store=str(path), size=24)
+    shutil.rmtree(path)
+    prepare.prepare(tree, store=str(path), size=24)
+    assert files(path) == before
+
+
 # Two at once
 
 
@@ -313,6 +405,47 @@ def test_a_killed_process_holds_nothing(tree, tmp_path, capsys):
             holder.kill()
         store.verify(made.result(60))
     assert writer.LOCK not in os.listdir(path)
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_a_holder_removes_the_folder_while_another_starts(tree, tmp_path, monkeypatch, when):
+    real, path = os.makedirs, tmp_path / 'data' / 'store'
+    races = [when]
+
+    def makedirs(*args, **kwargs):
+        if races == ['before']:
+            races.clear()
+            raise FileExistsError(17, 'File exists')  # it went between mkdir and isdir
+        real(*args, **kwargs)  # calls this function for the folders on the way
+        if races and path.exists():
+            races.clear()
+            path.rmdir()
+            path.parent.rmdir()
+
+    monkeypatch.setattr(writer.os, 'makedirs', makedirs)
+    with writer.locked(str(path)):
+        assert os.listdir(path) == [writer.LOCK]
+    assert sorted(os.listdir(tmp_path)) == ['tree']  # what it made has gone again
+
+
+def test_folders_that_a_first_try_made_go_too(tmp_path, monkeypatch):
+    is_open = iter([False, True])
+    monkeypatch.setattr(writer, '_is_open', lambda *args: next(is_open))
+    with writer.locked(str(tmp_path / 'data' / 'store')):
+        assert os.listdir(tmp_path / 'data') == ['store']
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_no_endless_loop(tmp_path):
+    (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='link: cannot be written: '):
+        prepare.prepare('mnist', store=str(tmp_path / 'link'))
+
+
+def test_the_lock_of_the_next_process_is_not_removed(tmp_path):
+    with writer.locked(str(tmp_path)):
+        writer.empty(str(tmp_path))
+        assert os.listdir(tmp_path) == [writer.LOCK]
 
 
 def test_a_file_system_without_locks(tree, tmp_path, monkeypatch):
@@ -421,6 +554,65 @@ def test_other_stores_and_other_things_are_not_overwritten(tree, tmp_path):
         prepare.prepare(tree, store=path, size=24)
 
 
+def test_a_store_that_is_a_file(tree, tmp_path):
+    (tmp_path / 'file').write_bytes(b'mine')
+    with pytest.raises(UserError, match='file: cannot be read as a store: Not a directory: give'):
+        prepare.prepare(tree, store=str(tmp_path / 'file'), size=24)
+    assert (tmp_path / 'file').read_bytes() == b'mine'
+
+
+def test_a_store_that_another_process_has_just_begun_is_no_other_thing(tmp_path, monkeypatch):
+    # It wrote them between the look for store.json and the look at all files.
+    monkeypatch.setattr(prepare.os, 'listdir', lambda path: ['lock.tmp', 'store.json', 'train.jpg'])
+    assert prepare._description(str(tmp_path)) is None
+
+
+def test_files_of_the_user_are_no_temporary_files(tree, tmp_path):
+    for path in (tmp_path / 'mine', tmp_path / 'store'):
+        path.mkdir()
+    (tmp_path / 'mine' / 'a.tmp').write_bytes(b'mine')
+    with pytest.raises(UserError, match='mine: there are other things: give another --store'):
+        prepare.prepare(tree, store=str(tmp_path / 'mine'), size=24)
+    assert files(tmp_path / 'mine') == {'a.tmp': b'mine'}
+    (tmp_path / 'store' / 'stats.npz.tmp').write_bytes(b'left by a kill')
+    prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+    for name in ('a.tmp', 'a.index'):
+        (tmp_path / 'store' / name).write_bytes(b'mine')
+    before = files(tmp_path / 'store')
+    assert 'stats.npz.tmp' not in before
+    prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+    assert files(tmp_path / 'store') == before
+    writer.empty(str(tmp_path / 'store'))
+    assert files(tmp_path / 'store') == {'a.tmp': b'mine', 'a.index': b'mine'}
+
+
+def test_all_names_that_are_written_are_known(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, 'FLUSH_SECONDS', 0)
+    monkeypatch.setattr(writer, 'clean', lambda path: None)
+    for format in store.FORMATS:
+        prepare.prepare(tree, store=str(tmp_path / format), size=24, format=format)
+        assert {writer.PROGRESS, 'val.index'} < {*os.listdir(tmp_path / format)} <= {*writer.FILES}
+        writer.empty(str(tmp_path / format))
+        assert os.listdir(tmp_path / format) == []
+
+
+@pytest.mark.parametrize('fraction', [float('nan'), float('inf'), -float('inf'), 0.0, 1.0, -0.1])
+def test_a_val_fraction_that_is_none(tree, tmp_path, fraction):
+    for function in (prepare.prepare, prepare.ensure):
+        with pytest.raises(UserError, match=f'^val_fraction {fraction}: give a part between'):
+            function(source=tree, store=str(tmp_path / 'store'), size=24, val_fraction=fraction)
+    assert os.listdir(tmp_path) == ['tree']
+
+
+def test_the_command_refuses_a_val_fraction_that_is_none(tree, tmp_path):
+    result = subprocess.run([*COMMAND, f'--source={tree}', '--val_fraction=nan'], cwd=tmp_path,
+                            env={**os.environ, 'PYTHONPATH': os.getcwd()},
+                            capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.count('\n')) == (2, 1)
+    assert result.stderr.startswith('error: val_fraction nan: ')
+    assert os.listdir(tmp_path) == ['tree']
+
+
 def test_an_interrupted_store_of_other_counts_is_not_continued(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, 'finish', lambda *args, **kwargs: exit())
     with pytest.raises(SystemExit):
@@ -428,7 +620,7 @@ def test_an_interrupted_store_of_other_counts_is_not_continued(tree, tmp_path, m
     before = files(tmp_path / 'store')
     assert 'store.json' in before and writer.LOCK not in before
     os.remove(os.path.join(tree, 'train', 'ape', '000.jpg'))
-    with pytest.raises(UserError, match="counts .*13.*, not .*12.*: remove it"):
+    with pytest.raises(UserError, match="counts .*13.*, not .*12.*, or remove .*/store and"):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
     assert files(tmp_path / 'store') == before
 

@@ -1,6 +1,7 @@
 """The store: what is written is read, and whatever is wrong with it is one clear line."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,10 @@ def damage(path, position):
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
+
+
+def again(path):
+    return f'remove {path} and run prepare again$'
 
 
 def edit(path, **values):
@@ -61,9 +66,10 @@ def test_a_damaged_record_is_named(tmp_path, format):
     store = open_store(tmp_path)
     damage(store.splits['val'].file, int(store.splits['val'].offsets[3]) + 100)
     store.records('val', [0, 1, 2, 4, 5, 6])
-    with pytest.raises(UserError, match=rf"record 3 of split 'val' in .*val\.{format}"):
+    named = rf"record 3 of split 'val' in .*val\.{format}.*: {again(tmp_path)}"
+    with pytest.raises(UserError, match=named):
         store.records('val', [2, 3])
-    with pytest.raises(UserError, match=r'1 damaged records in .*: val 3;'):
+    with pytest.raises(UserError, match=rf'1 damaged records .* \(val 3\): {again(tmp_path)}'):
         verify(store)
 
 
@@ -72,7 +78,7 @@ def test_verify_names_the_first_of_many(tmp_path):
     store = open_store(tmp_path)
     for i in range(8):
         damage(store.splits['train'].file, int(store.splits['train'].offsets[i + 1]) - 5)
-    with pytest.raises(UserError, match='8 damaged records.* train 0, .* train 4, ...; '):
+    with pytest.raises(UserError, match=r'8 damaged records.*\(train 0, .* train 4, \.\.\.\): '):
         verify(store)
 
 
@@ -148,3 +154,5 @@ def test_a_broken_store_is_one_line(tmp_path, case):
     with pytest.raises(UserError, match=message) as caught:
         open_store(tmp_path / 'store')
     assert '\n' not in str(caught.value) and str(tmp_path / 'store') in str(caught.value)
+    if case not in ('no folder', 'incomplete'):  # prepare alone would find it complete
+        assert re.search(again(tmp_path / 'store'), str(caught.value))

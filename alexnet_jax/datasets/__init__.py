@@ -9,8 +9,11 @@ __all__ = ['Example', 'Source', 'import_tensorflow', 'is_folder', 'is_large', 'o
 
 
 def is_folder(name: str) -> bool:
-    """Whether a source's name means a folder: it is one, or is written like one."""
-    return os.path.isdir(name) or '/' in name
+    """Whether a source's name means a folder: it is one, or begins as only a folder does.
+
+    A '/' alone does not tell: TFDS names may have one, as imagenet_resized/32x32.
+    """
+    return os.path.isdir(name) or name.startswith(('/', './', '../', '~'))
 
 
 def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:
@@ -30,7 +33,7 @@ def open_source(name: str, *, data_dir: str | None = None, val_fraction: float =
     takes hours; `alexnet_shapes`, the embedded set: half a minute, nothing to download).
 
     Args:
-      name: a folder (it exists, or the name has a '/'), or the name of a TFDS set.
+      name: a folder (`is_folder`; ~ is the home folder), or the name of a TFDS set.
       data_dir: where TFDS keeps its sets; for `imagenet2012` also where the tars may lie.
       val_fraction: part of the pictures to hold out where the source has no validation split.
       seed: chooses which.
@@ -39,5 +42,5 @@ def open_source(name: str, *, data_dir: str | None = None, val_fraction: float =
       UserError: if there is no such source, it is not of this form, or its files are missing.
     """
     if is_folder(name):
-        return folder.open_folder(name, val_fraction=val_fraction, seed=seed)
+        return folder.open_folder(os.path.expanduser(name), val_fraction=val_fraction, seed=seed)
     return tfds_sets.open_tfds(name, data_dir=data_dir, val_fraction=val_fraction, seed=seed)

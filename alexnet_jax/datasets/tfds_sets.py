@@ -65,8 +65,12 @@ def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
 
 def _builder(name: str, root: str):
     """TFDS's builder of a set; UserError if there is none of this name."""
-    import_tensorflow()
-    import tensorflow_datasets as tfds
+    try:
+        import_tensorflow()
+        import tensorflow_datasets as tfds
+    except (UserError, ImportError) as error:
+        raise UserError(f'{name}: not a folder, and as a TFDS set it cannot be opened: {error}'
+                        ) from error
 
     logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns of sets it is about to build
     if name == EMBEDDED:
@@ -75,9 +79,14 @@ def _builder(name: str, root: str):
         tfds.disable_progress_bar()  # it takes seconds
     try:
         return tfds.builder(name, data_dir=root)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise UserError(f'{name}: neither a folder nor a TFDS set: write a folder with a "/", or a '
-                        'name from https://www.tensorflow.org/datasets/catalog') from error
+    except Exception as error:  # of any kind: it runs the set's own code, and reads its files
+        catalog = 'a name from https://www.tensorflow.org/datasets/catalog'
+        if (isinstance(error, tfds.core.DatasetNotFoundError)
+                or str(error).startswith('Parsing builder name')):
+            raise UserError(f'{name}: neither a folder nor a TFDS set: give a folder that exists, '
+                            f'or {catalog}') from error
+        raise UserError(f'{name}: TFDS cannot open it ({_cause(error)}): mend that, or give '
+                        f'{catalog}') from error
 
 
 def _origin(counts: dict[str, int], name: str) -> dict[str, str]:
@@ -103,9 +112,13 @@ def _build(builder, name: str, root: str) -> None:
     try:
         builder.download_and_prepare(
             file_format='tfrecord', download_config=tfds.download.DownloadConfig(manual_dir=manual))
-    except (AssertionError, OSError, ValueError, KeyError) as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise UserError(f'{name}: TFDS could not build it in {root}: {reason}') from error
+    except Exception as error:  # of any kind: it downloads, unpacks and runs the set's own code
+        raise UserError(f'{name}: TFDS could not build it in {root} ({_cause(error)}): mend that '
+                        'and run the same command again') from error
+
+
+def _cause(error: Exception) -> str:
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
 
 
 def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
@@ -139,6 +152,13 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
         chosen = {split: np.arange(counts[origin[split]]) for split in origin}
 
     def read(split: str, start: int) -> Iterator[Example]:
+        try:
+            yield from read_all(split, start)
+        except Exception as error:  # TensorFlow's are of many kinds: DataLossError, NotFoundError
+            raise UserError(f'{name}: cannot be read from {builder.data_dir} ({_cause(error)}): '
+                            'mend that, or remove this folder and run the same command again') from error
+
+    def read_all(split: str, start: int) -> Iterator[Example]:
         wanted = chosen[split][start:]
         if not len(wanted):
             return

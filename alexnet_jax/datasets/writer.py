@@ -14,7 +14,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,10 @@ INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one ro
 LOCK = 'lock.tmp'  # like everything .tmp: no part of a store
 PROGRESS = 'progress.npz'
 SPLITS = ('train', 'val')
+FILES = ('store.json', 'names.txt', 'stats.npz', PROGRESS,  # all that are ever written
+         *(f'{split}.{kind}' for split in SPLITS
+           for kind in ('jpg', 'u8', 'index', 'crc.npy', 'labels.npy', 'offsets.npy')))
+TEMPORARY = (LOCK, *(f'{name}.tmp' for name in FILES))
 
 
 @contextlib.contextmanager
@@ -39,9 +43,8 @@ def locked(path: str) -> Iterator[None]:
     """
     name, made = os.path.join(path, LOCK), []
     while True:
-        made = made or _missing(path)
-        os.makedirs(path, exist_ok=True)
-        with open(name, 'ab') as file:
+        file, made = _open_lock(path, made)
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -159,18 +162,31 @@ def finish(path: str, source: Source, *, format: str, progress: dict[str, np.nda
 
 def clean(path: str) -> None:
     """Removes what only an unfinished store needs."""
-    for name in os.listdir(path):
-        if name.endswith(('.index', '.tmp')) or name == PROGRESS:
-            with contextlib.suppress(OSError):  # another process does the same, or none may
-                os.remove(os.path.join(path, name))
+    _remove(path, (PROGRESS, *(f'{split}.index' for split in SPLITS), *TEMPORARY))
 
 
 def empty(path: str) -> None:
-    """Removes the files of a store."""
-    # Backwards: to a process that looks now, records without a store.json are other things.
-    for name in sorted(os.listdir(path), reverse=True):
-        with contextlib.suppress(OSError):
+    """Removes the files of a store, but for the lock: its holder does."""
+    # store.json last: to a process that looks now, the others without it are no store.
+    _remove(path, [name for name in (*TEMPORARY, *reversed(FILES)) if name != LOCK])
+
+
+def _remove(path: str, names: Iterable[str]) -> None:
+    for name in names:
+        with contextlib.suppress(OSError):  # not there, or another process does the same
             os.remove(os.path.join(path, name))
+
+
+def _open_lock(path: str, made: list[str]):
+    """Opens the lock in a store's folder -> (file, the folders made for it, the deepest first)."""
+    for _ in range(100):
+        made = max(made, _missing(path), key=len)
+        try:
+            os.makedirs(path, exist_ok=True)
+            return open(os.path.join(path, LOCK), 'ab'), made
+        except (FileNotFoundError, FileExistsError) as error:
+            failure = error  # a holder that failed removed the folder just now
+    raise failure
 
 
 def _missing(path: str) -> list[str]:

@@ -1,0 +1,76 @@
+"""What can be wrong with a start of training before the data is looked at or anything is written."""
+
+import pathlib
+
+import jax
+
+from alexnet_jax import checkpoint, model, optim, rundir, switches
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import UserError
+
+
+def check(config, workdir: pathlib.Path) -> jax.sharding.Mesh:
+    """The mesh that the config asks for; UserError if values, devices or directories do not allow it."""
+    rundir.check(config, workdir)
+    mesh, layers = _values(config)
+    _start(config, workdir, layers)
+    return mesh
+
+
+def _values(config) -> tuple[jax.sharding.Mesh, dict]:
+    """The mesh, and the shapes of a network for one class."""
+    net = switches.build(classes=1, **config.model)
+    optim.make_rates(examples=1, batch=1, **config.optim)
+    for field in ('eval_every', 'checkpoint_every', 'log_every'):
+        if config.run[field] <= 0:
+            raise UserError(f'config.run.{field}={config.run[field]}: must be above 0')
+    for field in ('mesh', 'profile'):
+        if len(config.run[field]) != 2:
+            raise UserError(f'config.run.{field}={config.run[field]}: must be two numbers')
+    if config.seed >= 2**32:  # JAX's keys would repeat those of smaller seeds
+        raise UserError(f'config.seed={config.seed}: must be below 2^32')
+    if config.augment.chunk < 1:
+        raise UserError(f'config.augment.chunk={config.augment.chunk}: must be at least 1')
+    if not 0 < config.augment.crop <= config.data.size:
+        raise UserError(
+            f'config.augment.crop={config.augment.crop} does not fit pictures of '
+            f'config.data.size={config.data.size} pixels'
+        )
+    try:
+        layers = jax.eval_shape(lambda: model.init(net, 0, config.augment.crop))
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about some shape
+        raise UserError(
+            f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels: '
+            'after its strides and pools nothing is left, or conv1_padding is not two numbers'
+        ) from error
+    for name in config.train.freeze:
+        if name not in layers:
+            raise UserError(f'config.train.freeze={name!r}: choose from {", ".join(layers)}')
+    mesh = meshes.make(
+        config.run.mesh,
+        towers=config.model.towers,
+        batches={
+            'config.train.batch': config.train.batch,
+            'config.run.eval_batch': config.run.eval_batch,
+        },
+    )
+    return mesh, layers
+
+
+def _start(config, workdir: pathlib.Path, layers: dict) -> None:
+    """UserError if what this start begins with is missing, unreadable or of another network."""
+    own = checkpoint.Checkpoints(workdir / 'checkpoints')
+    if own.steps():
+        own.shapes()
+    elif config.train.init_from:
+        path = pathlib.Path(config.train.init_from)
+        rundir.read_config(path)
+        there = checkpoint.Checkpoints(path / 'checkpoints').shapes()
+        for layer in layers.keys() - {'fc8'}:
+            for name, leaf in layers[layer].items():
+                other = there.get(f'params/{layer}/{name}')
+                if other is None or other.shape != leaf.shape:
+                    raise UserError(
+                        f'config.train.init_from={path}: a run of another network, its {layer}/{name} '
+                        f'is {list(other.shape) if other else "missing"}, not {list(leaf.shape)}'
+                    )

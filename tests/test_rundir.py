@@ -1,0 +1,50 @@
+"""Run directories: one start at a time, and what is written about each."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from alexnet_jax import rundir
+from alexnet_jax.errors import UserError
+
+HOLDER = """
+import pathlib, sys, time
+from alexnet_jax import rundir
+with rundir.locked(pathlib.Path(sys.argv[1])):
+    print('held', flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_start_at_a_time(tmp_path):
+    """The second is refused while the first lives, also where that was killed only then."""
+    holder = subprocess.Popen(
+        [sys.executable, '-c', HOLDER, str(tmp_path / 'run')], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == 'held\n'
+        with pytest.raises(UserError, match='another process is training here'):
+            with rundir.locked(tmp_path / 'run'):
+                pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with rundir.locked(tmp_path / 'run'):
+        pass
+    with rundir.locked(tmp_path / 'run'):
+        assert not list((tmp_path / 'run').iterdir())
+
+
+def test_a_commit_where_git_is(monkeypatch):
+    assert rundir._commit() != ''
+    monkeypatch.setenv('PATH', '/nowhere')
+    assert rundir._commit() == 'unknown'
+
+
+def test_a_damaged_run_json_is_named(tmp_path):
+    (tmp_path / 'run.json').write_text(json.dumps([])[:1])
+    with pytest.raises(UserError, match='run.json: not JSON'):
+        rundir.write(None, tmp_path, None)
