@@ -16,7 +16,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import checkpoint, data, metrics, model, prepare, rundir, steps, switches
+from alexnet_jax import (
+    allocator,
+    checkpoint,
+    data,
+    metrics,
+    model,
+    prepare,
+    rundir,
+    steps,
+    switches,
+)
 from alexnet_jax import mesh as meshes
 from alexnet_jax.datasets import pictures
 from alexnet_jax.errors import ArgumentParser, UserError, run
@@ -190,6 +200,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
     if args.threads < 0 or args.cpu_devices < 0:
         raise UserError('--threads and --cpu_devices must not be below 0')
+    allocator.keep_memory()
     meshes.configure(args.cpu_devices)
     results = compare(
         args.runs,

@@ -12,7 +12,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import configfile
+from alexnet_jax import allocator, configfile
 from alexnet_jax.errors import UserError, run
 
 FLAGS = flags.FLAGS
@@ -56,6 +56,7 @@ def parse(argv: list[str]) -> None:
 
 def main() -> None:
     parse(sys.argv)
+    allocator.keep_memory()
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
     logging.getLogger('alexnet_jax').setLevel(logging.INFO)
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS tells of every file

@@ -53,20 +53,25 @@ class Conv(nn.Module):
         c, o = xs[0].shape[-1] // self.groups, self.features // self.groups
         kernels, biases = _params(self, (len(xs), self.size, self.size, c, self.features))
 
+        def conv(x, kernel, bias):
+            return layers.conv(x, kernel, bias, stride=self.stride, padding=self.padding)
+
         def one(x, kernel, bias):
             # Groups are slices: a grouped convolution is many times slower on a CPU.
             parts = [
-                layers.conv(
+                conv(
                     x[..., g * c : (g + 1) * c],
                     kernel[..., g * o : (g + 1) * o],
                     bias[g * o : (g + 1) * o],
-                    stride=self.stride,
-                    padding=self.padding,
                 )
                 for g in range(self.groups)
             ]
             return jnp.concatenate(parts, axis=-1) if self.groups > 1 else parts[0]
 
+        if len(xs) > 1 and self.groups == 1 and all(x is xs[0] for x in xs):
+            # The towers read the same maps: one wide convolution is faster than several.
+            wide = conv(xs[0], jnp.concatenate([*kernels], axis=-1), biases.reshape(-1))
+            return tuple(jnp.split(wide, len(xs), axis=-1))
         return tuple(one(x, kernels[t], biases[t]) for t, x in enumerate(xs))
 
 

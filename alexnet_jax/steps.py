@@ -144,7 +144,9 @@ def make_train_step(
 
         def loss(params):
             logits, _ = local.apply({'params': params}, x, key, rows)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            # One-hot: the gradient of picking a label's entry is a scatter, slow where deterministic.
+            truth = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
+            losses = optax.softmax_cross_entropy(logits, truth)
             # Divided by the global batch: gradients of what is replicated then arrive summed.
             return jnp.sum(losses) / (size * mesh.shape['data']), (logits, losses)
 

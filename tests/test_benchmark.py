@@ -75,7 +75,7 @@ def test_spread():
 
 def test_worker_that_ends_says_why():
     with pytest.raises(WorkerError, match='KeyError'):
-        Worker(sys.executable, 'experiments.benchmark.ours', {})
+        Worker(sys.executable, 'experiments.benchmark.ours', {}, {})
 
 
 def command(*arguments):

@@ -17,7 +17,7 @@ PACKAGE = 'alexnet_jax'
 MAX_LINES = 300
 
 LEVELS = {
-    'errors': -2,
+    'errors': -2, 'allocator': -2,
     'fingerprint': -1, 'configfile': -1,
     'layers': 0, 'mesh': 0, 'optim': 0, 'sampler': 0, 'checkpoint': 0, 'metrics': 0, 'store': 0,
     'datasets': 0, 'progress': 0,

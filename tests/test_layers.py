@@ -85,7 +85,9 @@ class TestConv:
         g = normal(3, *references.conv(x, kernel, bias, stride, padding).shape)
         return x, kernel, bias, g, {'stride': stride, 'padding': padding}
 
-    def test_layer(self, case):
+    @pytest.mark.parametrize('backend', ['cpu', 'gpu'])  # which take strides in different forms
+    def test_layer(self, case, backend, monkeypatch):
+        monkeypatch.setattr(jax, 'default_backend', lambda: backend)
         x, kernel, bias, g, how = self.arrays(case)
         y, gradients = value_and_gradients(lambda *a: layers.conv(*a, **how), g, x, kernel, bias)
         close(y, references.conv(x, kernel, bias, **how))

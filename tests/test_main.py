@@ -376,7 +376,7 @@ def test_missing_and_damaged_checkpoints(copied):
 
 @pytest.mark.slow
 def test_init_from_another_network(world):
-    init = small('tiny', train__init_from='run', model__width=0.25)
+    init = small('tiny', train__init_from='run', model__width=0.125)
     world.refuses(('main', *init, '--workdir=other'), 'init_from=run', 'another network', 'conv1/')
 
 

@@ -24,13 +24,18 @@ import tempfile
 import time
 from importlib.metadata import version
 
-from alexnet_jax import configfile
+from alexnet_jax import allocator, configfile
 from alexnet_jax.errors import ArgumentParser, UserError, run
 from alexnet_jax.store import open_store
 from experiments.benchmark import report
 from experiments.benchmark.protocol import ROOT, Worker, WorkerError
 
 OURS, PEER = 'experiments.benchmark.ours', 'experiments.benchmark.peer'
+FORMS = {
+    'mode': ('eager', 'compile'),
+    'layout': ('contiguous', 'channels_last'),
+    'lrn': ('builtin', 'slices'),
+}
 TASKS = ('train', 'infer', 'input', 'both')
 # How far a peer's logits and gradients may lie from ours, relative L2: ReLUs that switch by the
 # last bit change gradients by some thousandths.
@@ -42,7 +47,7 @@ def main() -> None:
     out = pathlib.Path(args.out)
     spec = {
         'config': args.config, 'dtype': args.dtype, 'batch': args.batch, 'classes': args.classes,
-        'devices': 1, 'form': 'ours', 'cpu': _on_cpu(),
+        'devices': 1, 'form': 'ours', 'cpu': _on_cpu(), 'threads': os.cpu_count(),
     }  # fmt: skip
     record = {'command': ['python', '-m', 'experiments.benchmark', *sys.argv[1:]], **spec,
               'machine': _machine(), 'tasks': {}}  # fmt: skip
@@ -87,6 +92,8 @@ def _arguments():
     parser.add_argument('--reader', default='auto', choices=('auto', 'tf', 'threads'))
     parser.add_argument('--peer', choices=('torch',), help='against the same network in PyTorch')
     parser.add_argument('--peer_python', default=sys.executable, help='a Python that has it')
+    parser.add_argument('--peer_form', default='', help='MODE,LAYOUT,LRN instead of trying all, '
+                        'for example compile,channels_last,slices')
     parser.add_argument('--out', default='runs/benchmark', help='folder for the results')
     args = parser.parse_args()
     args.tasks, args.store = args.tasks.split(','), [s for s in args.store.split(',') if s]
@@ -102,6 +109,10 @@ def _arguments():
     for name in ('batch', 'repeats', 'classes'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name}={getattr(args, name)}: must be at least 1')
+    args.peer_form = args.peer_form.split(',') if args.peer_form else []
+    if args.peer_form and (len(args.peer_form) != 3 or not all(
+            value in FORMS[name] for name, value in zip(FORMS, args.peer_form, strict=True))):
+        raise UserError(f'--peer_form: give MODE,LAYOUT,LRN, one each of {FORMS}')
     args.peer_python = os.path.expanduser(args.peer_python)
     return args
 
@@ -140,8 +151,9 @@ def _facts(spec: dict) -> dict:
 
 
 def _start(module: str, python: str, spec: dict) -> Worker:
+    environment = allocator.settings() if spec.get('allocator', True) else {}
     try:
-        return Worker(python, module, spec)
+        return Worker(python, module, spec, environment)
     except (WorkerError, OSError) as error:
         raise UserError(f'{spec["task"]} on {python}: {error}') from error
 
@@ -166,29 +178,37 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
 
 def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
     """PyTorch's stock form, and its fastest eager and compiled forms, found by trying them all."""
-    seconds = {}
-    tried = itertools.product(('eager', 'compile'), ('contiguous', 'channels_last'), ('builtin', 'slices'))
-    for mode, layout, lrn in tried:
-        form = {**spec, 'mode': mode, 'layout': layout, 'lrn': lrn, 'threads': os.cpu_count()}
+
+    def time_once(mode, layout, lrn, kept):
+        form = {**spec, 'mode': mode, 'layout': layout, 'lrn': lrn, 'allocator': kept}
+        name = f'torch {mode}, {layout}, {lrn} LRN' + (', our malloc' if kept else '')
         worker = _start(PEER, args.peer_python, form)
         facts = worker.facts
-        for name in ('logits_difference', 'gradients_difference'):
-            if not facts[name] < TOLERANCE[args.dtype]:
-                raise UserError(f'torch {mode} {layout} {lrn} LRN: {name} {facts[name]:.2g} from ours')
+        for kind in ('logits_difference', 'gradients_difference'):
+            if not facts[kind] < TOLERANCE[args.dtype]:
+                raise UserError(f'{name}: {kind} {facts[kind]:.2g} from ours, it is another function')
         worker.ask(1)
-        seconds[mode, layout, lrn] = min(worker.ask(1)['seconds'] for _ in range(3))
+        seconds = min(worker.ask(1)['seconds'] for _ in range(3))
         worker.close()
-        print(f'torch, {mode}, {layout}, {lrn} LRN: {args.batch / seconds[mode, layout, lrn]:.1f} images/s '
-              f'(logits within {facts["logits_difference"]:.0e} of ours, gradients '
-              f'{facts["gradients_difference"]:.0e})', flush=True)  # fmt: skip
-    stock = ('eager', 'contiguous', 'builtin')
-    best = [min((f for f in seconds if f[0] == mode), key=seconds.get) for mode in ('compile', 'eager')]
-    forms = {'torch eager, stock': stock} | {f'torch {", ".join(f)} LRN': f for f in best if f != stock}
-    return {
-        name: (PEER, args.peer_python,
-               {**spec, 'mode': mode, 'layout': layout, 'lrn': lrn, 'threads': os.cpu_count()})
-        for name, (mode, layout, lrn) in forms.items()
-    }  # fmt: skip
+        print(f'{name}: {args.batch / seconds:.1f} images/s, logits within '
+              f'{facts["logits_difference"]:.0e} of ours, gradients {facts["gradients_difference"]:.0e}',
+              flush=True)  # fmt: skip
+        return seconds, name, form
+
+    stock = {'mode': 'eager', 'layout': 'contiguous', 'lrn': 'builtin', 'allocator': False}
+    chosen = {'torch eager, stock': {**spec, **stock}}
+    kept = bool(allocator.settings())
+    for mode in {args.peer_form[0]} if args.peer_form else FORMS['mode']:
+        forms = [args.peer_form[1:]]
+        if not args.peer_form:
+            forms = itertools.product(FORMS['layout'], FORMS['lrn'])
+        tried = [time_once(mode, *form, kept) for form in forms]
+        best = min(tried, key=lambda one: one[0])[2]
+        if kept:  # whether it gains by it, too
+            tried.append(time_once(mode, best['layout'], best['lrn'], False))
+        _, name, form = min(tried, key=lambda one: one[0])
+        chosen[name] = form
+    return {name: (PEER, args.peer_python, form) for name, form in chosen.items()}
 
 
 def _measure(contestants, args) -> tuple[list[dict], list[dict]]:

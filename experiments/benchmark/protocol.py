@@ -25,11 +25,12 @@ class WorkerError(Exception):
 class Worker:
     """One worker, from the side of who asks; `facts` is what it says once it is ready."""
 
-    def __init__(self, python: str, module: str, spec: dict):
+    def __init__(self, python: str, module: str, spec: dict, environment: dict[str, str]):
         self._errors = tempfile.TemporaryFile('w+')
         self._process = subprocess.Popen(
             [python, '-m', module, json.dumps(spec)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT,
+            env={**os.environ, **environment},
         )  # fmt: skip
         try:
             self.facts = self._answer()
