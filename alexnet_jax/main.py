@@ -63,7 +63,7 @@ def main() -> None:
 
     from alexnet_jax import mesh, train  # after the flags: an error in those answers at once
 
-    mesh.configure(CPU_DEVICES.value)
+    mesh.configure(CPU_DEVICES.value, deterministic=CONFIG.value.run.deterministic)
     path, _, variant = config_flags.get_config_filename(FLAGS['config']).partition(':')
     name = pathlib.Path(path).stem + (f'-{variant}' if variant else '')
     train.train(CONFIG.value, WORKDIR.value or pathlib.Path('runs') / name)

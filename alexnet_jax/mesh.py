@@ -14,16 +14,23 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.errors import UserError
 
 
-def configure(cpu_devices: int = 0) -> None:
-    """Sets JAX up; only before anything else has used it. cpu_devices: make so many virtual ones."""
+def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
+    """Sets JAX up; only before anything else has used it.
+
+    cpu_devices: make so many virtual ones; deterministic: the same bits again on GPUs, where the
+    fastest forms of some operations add in any order (CPUs give the same bits anyway).
+    """
+    flags = []
+    if deterministic:
+        flags.append('--xla_gpu_deterministic_ops=true')
     if cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', cpu_devices)
     # jaxlib 0.10 sends convolutions on CPUs to a library that is slower for this network than
     # Eigen's; an XLA that does not know a flag aborts, so only where it exists.
     if jaxlib.__version__.startswith('0.10.'):
-        flag = '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
-        os.environ['XLA_FLAGS'] = f'{flag} {os.environ.get("XLA_FLAGS", "")}'.strip()
+        flags.append('--xla_cpu_experimental_ynn_fusion_type=-individual_convolution')
+    os.environ['XLA_FLAGS'] = ' '.join([*flags, os.environ.get('XLA_FLAGS', '')]).strip()
 
 
 def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mesh:

@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
         'eval_batch': 128,  # images
         'checkpoint_every': 1000,  # steps; every evaluation is followed by one as well
         'log_every': 50,  # steps
+        'deterministic': False,  # on GPUs: a stopped run ends with the same bits; CPUs always do
         'threads': 0,  # of the input pipeline; 0: one per core
         'stop_after': 0,  # steps after which this start stops, with a checkpoint; 0: never
         'profile': (0, 0),  # steps (from, to) of a profiler trace in the work directory

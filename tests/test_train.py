@@ -2,7 +2,7 @@
 
 import pytest
 
-from alexnet_jax import metrics, optim, train
+from alexnet_jax import checks, metrics, optim, train
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import UserError
 from configs import quickstart
@@ -59,7 +59,7 @@ def test_profile_and_frozen_layers(store, tmp_path):
     train.train(config, tmp_path / 'run')
     assert list((tmp_path / 'run/profile').rglob('*.xplane.pb'))
     checkpoints = Checkpoints(tmp_path / 'run/checkpoints')
-    mesh = train._check(config)
+    mesh = checks.check(config, tmp_path / 'run')
     job = train.Job.make(config, mesh, train.prepare.ensure(**config.data))
     trained, _, _ = job.start(checkpoints, '')
     fresh, _, _ = job.start(Checkpoints(tmp_path / 'none'), '')
