@@ -8,7 +8,7 @@ VENV := .venv
 RUN := runs/quickstart
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 # A file's tests stay in one process: its fixtures (prepared stores, short runs) are made once.
-PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-fast lint clean
 
