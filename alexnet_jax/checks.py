@@ -66,7 +66,7 @@ def _start(config, workdir: pathlib.Path, layers: dict) -> None:
         path = pathlib.Path(config.train.init_from)
         rundir.read_config(path)
         there = checkpoint.Checkpoints(path / 'checkpoints').shapes()
-        for layer in layers.keys() - {'fc8'}:
+        for layer in [name for name in layers if name != 'fc8']:
             for name, leaf in layers[layer].items():
                 other = there.get(f'params/{layer}/{name}')
                 if other is None or other.shape != leaf.shape:

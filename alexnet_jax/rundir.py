@@ -113,14 +113,14 @@ def write(config, workdir: pathlib.Path, store: Store) -> None:
     start = {
         'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
         'command': sys.argv,
-        'commit': _commit(),
+        'commit': commit(),
         'versions': {name: version(name) for name in packages},
         'devices': [str(device) for device in jax.devices()],
     }
     _replace(file, _json([*starts, start]))
 
 
-def _commit() -> str:
+def commit() -> str:
     try:
         done = subprocess.run(
             ['git', 'describe', '--always', '--dirty'],

@@ -55,11 +55,10 @@ def test_a_command_starts_again_once_in_its_own_place(monkeypatch):
 
 FAULTS = """
 import resource, threading
-import numpy as np
 def work():
     for i in range(3):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        np.ones(2**25, np.float32)
+        b'x' * 2**27
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     print(faults)
 thread = threading.Thread(target=work)  # as XLA's programs run on threads of their own
@@ -70,11 +69,11 @@ thread.join()
 
 @pytest.mark.skipif(not allocator.platform.libc_ver()[0] == 'glibc', reason='no glibc')
 def test_memory_is_kept(linux, monkeypatch):
-    """128 MiB of an array: 32,768 pages of 4 KiB, faulted in again each time without the settings."""
+    """128 MiB written: 32,768 pages of 4 KiB, faulted in again each time without the settings."""
     faults = []
     for environment in ({}, allocator.settings()):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         done = subprocess.run([sys.executable, '-c', FAULTS], capture_output=True, text=True, check=True)
         faults.append(int(done.stdout))
-    assert faults[1] < 100 < faults[0], faults
+    assert faults[1] < 1000 < 30_000 < faults[0], faults

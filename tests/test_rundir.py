@@ -39,9 +39,9 @@ def test_one_start_at_a_time(tmp_path):
 
 
 def test_a_commit_where_git_is(monkeypatch):
-    assert rundir._commit() != ''
+    assert rundir.commit() != ''
     monkeypatch.setenv('PATH', '/nowhere')
-    assert rundir._commit() == 'unknown'
+    assert rundir.commit() == 'unknown'
 
 
 def test_a_damaged_run_json_is_named(tmp_path):

@@ -15,20 +15,22 @@ estimate. The results go to `--out`: benchmark.json and benchmark.png.
 import argparse
 import itertools
 import json
+import math
 import os
 import pathlib
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import version
 
-from alexnet_jax import allocator, configfile
+from alexnet_jax import allocator, configfile, rundir
 from alexnet_jax.errors import ArgumentParser, UserError, run
 from alexnet_jax.store import open_store
 from experiments.benchmark import report
-from experiments.benchmark.protocol import ROOT, Worker, WorkerError
+from experiments.benchmark.protocol import Worker, WorkerError
 
 OURS, PEER = 'experiments.benchmark.ours', 'experiments.benchmark.peer'
 FORMS = {
@@ -45,33 +47,41 @@ TOLERANCE = {'float32': 0.02, 'bfloat16': 0.2}
 def main() -> None:
     args = _arguments()
     out = pathlib.Path(args.out)
+    backend, kind = _device()
     spec = {
         'config': args.config, 'dtype': args.dtype, 'batch': args.batch, 'classes': args.classes,
-        'devices': 1, 'form': 'ours', 'cpu': _on_cpu(), 'threads': os.cpu_count(),
+        'devices': 1, 'form': 'ours', 'cpu': backend == 'cpu', 'threads': os.cpu_count(),
+        'allocator': True, 'deterministic': args.deterministic,
     }  # fmt: skip
     record = {'command': ['python', '-m', 'experiments.benchmark', *sys.argv[1:]], **spec,
-              'machine': _machine(), 'tasks': {}}  # fmt: skip
+              'machine': _machine(kind), 'tasks': {}}  # fmt: skip
     print(f'{args.config}, batch {args.batch}, {args.dtype}, {record["machine"]}', flush=True)
+    title = f'{args.config}, batch {args.batch}, {args.dtype}: {record["machine"]["device"]}'
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / 'benchmark.json').touch()
+    except OSError as error:
+        raise UserError(f'--out={out}: cannot be written: {error.strerror}') from error
     with tempfile.TemporaryDirectory() as folder:
         reference = {}
         if args.plain or args.peer:
             file = str(pathlib.Path(folder) / 'reference.npz')
-            asked = {**spec, 'task': 'reference', 'file': file, 'plain': args.plain}
+            asked = {**spec, 'task': 'reference', 'file': file, 'plain': args.plain,
+                     'tolerance': TOLERANCE[args.dtype]}  # fmt: skip
             reference = {'file': file, **_facts(asked)}
         for task in args.tasks:
             contestants = _contestants(args, {**spec, 'task': task}, reference)
             rows, layers = _measure(contestants, args)
             record['tasks'][task] = rows
+            (out / 'benchmark.json').write_text(json.dumps(record, indent=1) + '\n')
+            report.draw(record['tasks'], title, out / 'benchmark.png')
             print(f'\n{task}', *report.lines(rows), sep='\n', flush=True)
             if layers:
                 record['layers'] = layers
                 ceiling = next(row['flops_rate'] for row in rows if row['name'] == 'ceiling: products')
                 own = next(row for row in rows if row['ratio'] is None)['seconds']['median']
                 print('', *report.layer_lines(layers, args.batch, ceiling, own), sep='\n', flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'benchmark.json').write_text(json.dumps(record, indent=1) + '\n')
-    title = f'{args.config}, batch {args.batch}, {args.dtype}: {record["machine"]["device"]}'
-    report.draw(record['tasks'], title, out / 'benchmark.png')
+                (out / 'benchmark.json').write_text(json.dumps(record, indent=1) + '\n')
     print(f'\nwrote {out}/benchmark.json and benchmark.png')
 
 
@@ -88,12 +98,13 @@ def _arguments():
     parser.add_argument('--layers', action='store_true', help='time every operation alone as well')
     parser.add_argument('--plain', action='store_true', help='against the form one writes first')
     parser.add_argument('--two_devices', action='store_true', help='against a tower on each of two')
+    parser.add_argument('--deterministic', action='store_true', help='GPUs: the same bits again')
     parser.add_argument('--store', default='', help='folders that prepare wrote, for input and both')
     parser.add_argument('--reader', default='auto', choices=('auto', 'tf', 'threads'))
     parser.add_argument('--peer', choices=('torch',), help='against the same network in PyTorch')
     parser.add_argument('--peer_python', default=sys.executable, help='a Python that has it')
-    parser.add_argument('--peer_form', default='', help='MODE,LAYOUT,LRN instead of trying all, '
-                        'for example compile,channels_last,slices')
+    parser.add_argument('--peer_form', default='', help='try only these forms of the peer: MODE, '
+                        'MODE,LAYOUT or MODE,LAYOUT,LRN, as in compile,channels_last')
     parser.add_argument('--out', default='runs/benchmark', help='folder for the results')
     args = parser.parse_args()
     args.tasks, args.store = args.tasks.split(','), [s for s in args.store.split(',') if s]
@@ -106,33 +117,33 @@ def _arguments():
     for store in args.store:
         open_store(store)
     args.store = [os.path.abspath(store) for store in args.store]
+    if not 0 < args.seconds < math.inf:
+        raise UserError(f'--seconds={args.seconds}: must be above 0')
     for name in ('batch', 'repeats', 'classes'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name}={getattr(args, name)}: must be at least 1')
     args.peer_form = args.peer_form.split(',') if args.peer_form else []
-    if args.peer_form and (len(args.peer_form) != 3 or not all(
-            value in FORMS[name] for name, value in zip(FORMS, args.peer_form, strict=True))):
-        raise UserError(f'--peer_form: give MODE,LAYOUT,LRN, one each of {FORMS}')
+    if not all(value in FORMS[name] for name, value in zip(FORMS, args.peer_form, strict=False)):
+        raise UserError(f'--peer_form: {FORMS}, in this order, separated by commas')
     args.peer_python = os.path.expanduser(args.peer_python)
     return args
 
 
-def _on_cpu() -> bool:
-    """Asked in a process of its own: this one must not hold the device."""
-    script = 'import jax; print(jax.default_backend())'
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
-    return done.stdout.split()[-1] == 'cpu'
+def _device() -> tuple[str, str]:
+    """JAX's backend and kind of device, asked in another process: this one must not hold it."""
+    script = 'import jax; print(jax.default_backend(), jax.devices()[0].device_kind)'
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f'JAX does not start here: {done.stderr.strip().splitlines()[-1]}')
+    backend, _, kind = done.stdout.strip().splitlines()[-1].partition(' ')
+    return backend, kind
 
 
-def _machine() -> dict:
-    script = 'import jax; print(jax.devices()[0].device_kind)'
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
-    commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True,
-                            text=True, check=False)  # fmt: skip
+def _machine(kind: str) -> dict:
     return {
-        'device': done.stdout.strip(), 'cores': os.cpu_count(), 'processor': _processor(),
+        'device': kind, 'cores': os.cpu_count(), 'processor': _processor(),
         'python': platform.python_version(), 'jax': version('jax'), 'jaxlib': version('jaxlib'),
-        'commit': commit.stdout.strip(), 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+        'commit': rundir.commit(), 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
     }  # fmt: skip
 
 
@@ -151,7 +162,7 @@ def _facts(spec: dict) -> dict:
 
 
 def _start(module: str, python: str, spec: dict) -> Worker:
-    environment = allocator.settings() if spec.get('allocator', True) else {}
+    environment = allocator.settings() if spec['allocator'] else {'GLIBC_TUNABLES': ''}
     try:
         return Worker(python, module, spec, environment)
     except (WorkerError, OSError) as error:
@@ -163,14 +174,14 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
     ours = sys.executable
     if spec['task'] in ('input', 'both'):
         return {
-            os.path.basename(store): (OURS, ours, {**spec, 'store': store, 'reader': args.reader})
+            store: (OURS, ours, {**spec, 'store': store, 'reader': args.reader})
             for store in args.store
         }
     chosen = {'alexnet_jax': (OURS, ours, spec)}
     if args.two_devices:
         chosen['alexnet_jax, two devices'] = (OURS, ours, {**spec, 'devices': 2})
     if args.plain:
-        chosen['the plain form'] = (OURS, ours, {**spec, 'form': 'plain'})
+        chosen['the plain form'] = (OURS, ours, {**spec, 'form': 'plain', 'allocator': False})
     if args.peer:
         chosen |= _peers(args, {**spec, **reference})
     return chosen
@@ -179,35 +190,41 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
 def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
     """PyTorch's stock form, and its fastest eager and compiled forms, found by trying them all."""
 
-    def time_once(mode, layout, lrn, kept):
-        form = {**spec, 'mode': mode, 'layout': layout, 'lrn': lrn, 'allocator': kept}
+    def try_out(mode, layout, lrn, kept):
+        """(time as a multiple of ours in the same minute, name, spec) of a form."""
+        form = {**spec, 'mode': mode, 'layout': layout, 'lrn': lrn, 'allocator': kept, 'stock': False}
         name = f'torch {mode}, {layout}, {lrn} LRN' + (', our malloc' if kept else '')
         worker = _start(PEER, args.peer_python, form)
-        facts = worker.facts
-        for kind in ('logits_difference', 'gradients_difference'):
-            if not facts[kind] < TOLERANCE[args.dtype]:
-                raise UserError(f'{name}: {kind} {facts[kind]:.2g} from ours, it is another function')
-        worker.ask(1)
-        seconds = min(worker.ask(1)['seconds'] for _ in range(3))
-        worker.close()
-        print(f'{name}: {args.batch / seconds:.1f} images/s, logits within '
-              f'{facts["logits_difference"]:.0e} of ours, gradients {facts["gradients_difference"]:.0e}',
-              flush=True)  # fmt: skip
-        return seconds, name, form
+        try:
+            for kind in ('logits_difference', 'gradients_difference'):
+                if not worker.facts[kind] < TOLERANCE[args.dtype]:
+                    raise UserError(f'{name}: {kind} {worker.facts[kind]:.2g}: not our function')
+            ratios = [worker.ask(1)['seconds'] / ours.ask(1)['seconds'] for _ in range(4)]
+        except WorkerError as error:
+            raise UserError(f'{name}: it ended: {error}') from error
+        finally:
+            worker.close()
+        ratio = statistics.median(ratios[1:])
+        print(f'{name}: {ratio:.2f} times our time, logits within {worker.facts["logits_difference"]:.0e} '
+              f'of ours, gradients {worker.facts["gradients_difference"]:.0e}', flush=True)  # fmt: skip
+        return ratio, name, form
 
-    stock = {'mode': 'eager', 'layout': 'contiguous', 'lrn': 'builtin', 'allocator': False}
+    given = dict(zip(FORMS, args.peer_form, strict=False))
+    modes, layouts, norms = ([given[name]] if name in given else FORMS[name] for name in FORMS)
+    ours = _start(OURS, sys.executable, spec)
+    stock = {'mode': 'eager', 'layout': 'contiguous', 'lrn': 'builtin', 'allocator': False, 'stock': True}
     chosen = {'torch eager, stock': {**spec, **stock}}
     kept = bool(allocator.settings())
-    for mode in {args.peer_form[0]} if args.peer_form else FORMS['mode']:
-        forms = [args.peer_form[1:]]
-        if not args.peer_form:
-            forms = itertools.product(FORMS['layout'], FORMS['lrn'])
-        tried = [time_once(mode, *form, kept) for form in forms]
-        best = min(tried, key=lambda one: one[0])[2]
-        if kept:  # whether it gains by it, too
-            tried.append(time_once(mode, best['layout'], best['lrn'], False))
-        _, name, form = min(tried, key=lambda one: one[0])
-        chosen[name] = form
+    try:
+        for mode in modes:
+            tried = [try_out(mode, *form, kept) for form in itertools.product(layouts, norms)]
+            best = min(tried, key=lambda one: one[0])[2]
+            if kept:  # whether it gains by it, too
+                tried.append(try_out(mode, best['layout'], best['lrn'], False))
+            _, name, form = min(tried, key=lambda one: one[0])
+            chosen[name] = form
+    finally:
+        ours.close()
     return {name: (PEER, args.peer_python, form) for name, form in chosen.items()}
 
 
@@ -225,12 +242,14 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
             workers[name].ask(1)
             first = workers[name].ask(1)['seconds']
             counts[name] = max(1, round(args.seconds / first))
-            if one['task'] == 'input':
-                counts[name] = max(50, counts[name])  # more than what lies ready
+            # Enough for what lies ready at the beginning of a turn not to decide.
+            counts[name] = max({'input': 50, 'both': 5}.get(one['task'], 1), counts[name])
         names = list(entries)
         for round_ in range(args.repeats):
             shift = round_ % len(names)
             for name in names[shift:] + names[:shift]:
+                if entries[name][2]['task'] == 'input':
+                    workers[name].ask('drain')
                 answers[name].append(workers[name].ask(counts[name]))
         layers = []
         if args.layers and spec['task'] == 'train':

@@ -15,15 +15,19 @@ from alexnet_jax import mesh as meshes
 from alexnet_jax.store import open_store
 from experiments.benchmark import operations, plain, protocol
 
+DRAINED = 8  # batches: more than lie ready when a turn begins
 MEAN = 120.0  # of every pixel, where there is no store
-CHECKED = 16  # pictures that a peer must give the same logits and gradients for
 
 
 def prepare(spec: dict):
     """What `protocol.serve` wants, of the task that spec['task'] names."""
     if spec['task'] == 'input':
         return _input(spec)
-    meshes.configure(spec['devices'] if spec['devices'] > 1 and spec['cpu'] else 0)
+    if spec['form'] != 'plain':  # which is as one writes it, and runs it, first
+        meshes.configure(
+            spec['devices'] if spec['devices'] > 1 and spec['cpu'] else 0,
+            deterministic=spec['deterministic'],
+        )
     if spec['task'] in ('matmul', 'copy'):
         return {'matmul': _matmul, 'copy': _copy}[spec['task']](spec)
     config = configfile.load(spec['config'])
@@ -120,11 +124,16 @@ def _input(spec):
     config = configfile.load(spec['config'])
     batches = _pipeline(spec, crop=config.augment.crop, chunk=config.augment.chunk)
 
+    def drain():
+        for _ in range(DRAINED):
+            next(batches)
+        return {}
+
     def repeat(count):
         for _ in range(count):
             next(batches)
 
-    return repeat, {}, {'peak': protocol.peak_memory}
+    return repeat, {}, {'peak': protocol.peak_memory, 'drain': drain}
 
 
 def _infer(spec, config, net):
@@ -156,7 +165,7 @@ def _reference(spec, config, net):
     """
     params = model.init(net, 0, config.augment.crop)
     batch = _batch(spec, config)
-    images, labels = batch['image'][:CHECKED], batch['label'][:CHECKED]
+    images, labels = batch['image'], batch['label']
 
     def loss(params):
         out = net.apply({'params': params}, images.astype(np.float32) - MEAN)[0]
@@ -164,8 +173,9 @@ def _reference(spec, config, net):
 
     gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
     if spec['plain']:
-        plain_logits = plain.logits(net, params, images.astype(np.float32) - MEAN)
-        np.testing.assert_allclose(plain_logits, logits, rtol=1e-3, atol=1e-4)
+        same = plain.logits(net, params, images.astype(np.float32) - MEAN)
+        if np.linalg.norm(same - logits) > spec['tolerance'] * np.linalg.norm(logits):
+            raise ValueError('the plain form computes another function')
     flat = {
         f'{kind}/{layer}/{name}': np.asarray(value)
         for kind, tree in (('params', params), ('gradients', gradients))
@@ -186,7 +196,7 @@ def _compile(function, *args):
     cost = compiled.cost_analysis() or {}
     return compiled, {
         'compile_s': time.monotonic() - began,
-        'bytes': cost.get('bytes accessed', 0.0),
+        'bytes': cost.get('bytes accessed', 0.0) * jax.device_count(),  # the program of one device
         'device': jax.devices()[0].device_kind,
     }
 
@@ -194,24 +204,30 @@ def _compile(function, *args):
 def _matmul(spec):
     """The ceiling of arithmetic: products of large matrices in the compute dtype."""
     size = 3072 if spec['cpu'] else 8192
-    x = jnp.ones((size, size), jnp.dtype(spec['dtype'])) / size
-    return _repeated(jax.jit(lambda x: x @ x), x), {'flops': 2 * size**3}, {}
+    x, y = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(spec['dtype']))
+    product = jax.jit(lambda x, y: x @ y)
+
+    def repeat(count):
+        for _ in range(count):
+            out = product(x, y)
+        out.block_until_ready()
+
+    return repeat, {'flops': 2 * size**3}, {}
 
 
 def _copy(spec):
     """The ceiling of memory traffic: an array too large for caches, read and written."""
     x = jnp.zeros(2**26 if spec['cpu'] else 2**28, jnp.float32)
-    return _repeated(jax.jit(lambda x: x + 1, donate_argnums=0), x), {'bytes': 2 * x.nbytes}, {}
+    bytes_ = 2 * x.nbytes
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
 
-
-def _repeated(function, x):
     def repeat(count):
         nonlocal x
         for _ in range(count):
-            x = function(x)
+            x = add(x)
         x.block_until_ready()
 
-    return repeat
+    return repeat, {'bytes': bytes_}, {}
 
 
 def _peak():

@@ -5,6 +5,7 @@ JSON number, how often to repeat, or a string, the name of another command; a li
 JSON object. Whatever else a worker prints goes to its standard error.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -30,7 +31,7 @@ class Worker:
         self._process = subprocess.Popen(
             [python, '-m', module, json.dumps(spec)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},  # several on a GPU
         )  # fmt: skip
         try:
             self.facts = self._answer()
@@ -39,8 +40,11 @@ class Worker:
             raise
 
     def ask(self, command: int | str) -> dict:
-        self._process.stdin.write(json.dumps(command) + '\n')
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(command) + '\n')
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it has ended: `_answer` says why
         return self._answer()
 
     def _answer(self) -> dict:
@@ -54,7 +58,8 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
