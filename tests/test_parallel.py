@@ -39,12 +39,12 @@ def photographs(size):
 def train(*args, **kwargs):
     """Five steps on a mesh, in float64 -> losses, changes of the parameters, velocities."""
     with jax.enable_x64(True):
-        return train_in('float64', *args, **kwargs)
+        return train_in_float64(*args, **kwargs)
 
 
-def train_in(dtype, shape, config, wrap=lambda optimizer: optimizer, count=5):
+def train_in_float64(shape, config, wrap=lambda optimizer: optimizer, count=5):
     config = config.copy_and_resolve_references()
-    config.model.dtype = dtype
+    config.model.dtype = 'float64'
     crop = config.augment.crop
     mesh = meshes.make(shape, towers=config.model.towers, batches={'batch': BATCH})
     net = switches.build(classes=CLASSES, **config.model)
@@ -62,7 +62,7 @@ def train_in(dtype, shape, config, wrap=lambda optimizer: optimizer, count=5):
     )
     state = steps.init_state(net, optimizer, mesh, seed=0, crop=crop)
     start = jax.tree.map(np.asarray, state.params)
-    assert all(x.dtype == dtype for x in jax.tree.leaves(start))
+    assert all(x.dtype == 'float64' for x in jax.tree.leaves(start))
     rates = {'weights': 0.01, 'biases': 0.02, 'conv1': 0.01, 'colour': 1.0}
     rates = {name: np.float32(value) for name, value in rates.items()}
     losses = []
