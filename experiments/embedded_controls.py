@@ -1,6 +1,6 @@
 """Shows that the embedded set needs a network: what simpler classifiers make of it.
 
-    python -m experiments.embedded_controls              # about half an hour on two cores
+    python -m experiments.embedded_controls              # about an hour on two cores
     python -m experiments.embedded_controls --seeds=0    # without the networks: two minutes
 
 Each control is trained on the 2000 training pictures and tested on the 1000 others; chance is 90 %.
@@ -134,7 +134,7 @@ def networks(seeds: int, root: pathlib.Path) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m experiments.embedded_controls')
-    parser.add_argument('--seeds', type=int, default=3, help='of each network; 0: no networks')
+    parser.add_argument('--seeds', type=int, default=8, help='of each network; 0: no networks')
     parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/embedded_controls'))
     args = parser.parse_args()
     meshes.configure(cpu_devices=2)
@@ -144,14 +144,20 @@ def main() -> None:
     if not args.seeds:
         return
     results = networks(args.seeds, args.workdir)
-    own = results['the quickstart']
-    print(f'\n{"network, ten crops":<50}{"error % by seed":>22}{"mean ± std":>14}{"worse by":>10}')
+    own = np.array(results['the quickstart'])
+    print('\nThe networks, ten crops; "worse by" is paired by seed, ± its standard error.')
+    print(f'{"network":<28}{"error % by seed":<44}{"mean ± std":>14}{"worse by":>14}')
     for name, errors_ in results.items():
-        worse = np.mean(errors_) - np.mean(own)
+        worse = np.array(errors_) - own
         each = ' '.join(f'{e:.1f}' for e in errors_)
-        spread = f'{np.mean(errors_):.1f} ± {np.std(errors_, ddof=min(1, len(errors_) - 1)):.1f}'
-        low = name != 'the quickstart' and worse <= NETWORKS[name][1]
-        print(f'{name:<50}{each:>22}{spread:>14}{worse:>10.1f}{"  TOO LOW" if low else ""}')
+        low = name != 'the quickstart' and worse.mean() <= NETWORKS[name][1]
+        print(f'{name:<28}{each:<44}{plus_minus(errors_):>14}'
+              f'{plus_minus(worse, len(worse) ** 0.5):>14}{"  TOO LOW" if low else ""}')
+
+
+def plus_minus(values, divisor: float = 1) -> str:
+    """Mean and standard deviation over `divisor`."""
+    return f'{np.mean(values):.1f} ± {np.std(values, ddof=min(1, len(values) - 1)) / divisor:.1f}'
 
 
 if __name__ == '__main__':

@@ -1,9 +1,13 @@
 """Every test sees eight CPU devices, set up as the commands do, and no silent rank promotion."""
 
+import os
+
 import jax
 
 from alexnet_jax import mesh
 
+# Tests mostly wait for the compiler, and the programs they start inherit this.
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=1'
 mesh.configure(cpu_devices=8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

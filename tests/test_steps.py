@@ -61,12 +61,12 @@ def test_predict_averages_the_probabilities_of_the_views(net, mesh, views):
     predict = steps.make_predict(net, mesh, mean=mean, views=views, crop=CROP)
     room = SIZE - CROP
     window = mean[room // 2 : room // 2 + CROP, room // 2 : room // 2 + CROP]  # for every view
-    expected = []
+    expected, apply = [], jax.jit(net.apply)
     for y, x, flip in steps.VIEWS[views]:
         y, x = int(y * room), int(x * room)
         crops = images[:, y : y + CROP, x : x + CROP]
         crops = crops[:, :, ::-1] if flip else crops
-        logits = np.float64(net.apply({'params': params}, np.float32(crops) - window)[0])
+        logits = np.float64(apply({'params': params}, np.float32(crops) - window)[0])
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         expected.append(powers / powers.sum(axis=1, keepdims=True))
     np.testing.assert_allclose(predict(params, images), np.mean(expected, axis=0), atol=1e-6)
@@ -113,7 +113,7 @@ def test_loss_is_that_of_the_normalized_noisy_pictures(net, mesh, colour, rescal
     x = np.float32(batch['image']) - settings['mean'] + colour * noise[:, None, None, :]
     x = x / 1.1 if rescale and colour else x
     key = jax.random.fold_in(jax.random.key(0), 0)
-    logits, _ = net.apply({'params': state.params}, np.float32(x), key, jnp.arange(4))
+    logits, _ = jax.jit(net.apply)({'params': state.params}, np.float32(x), key, jnp.arange(4))
     logits = np.float64(logits)
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(4), batch['label']]
     _, sums = step(state, batch, {**RATES, 'colour': np.float32(colour)})
@@ -132,7 +132,7 @@ def test_gradient_is_the_mean_over_the_batch(net, mesh):
         logits, _ = net.apply({'params': params}, x, key, jnp.arange(4))
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), batch['label']])
 
-    grads = jax.grad(loss)(before)
+    grads = jax.jit(jax.grad(loss))(before)
     after, _ = step(state, batch, RATES)
     assert after.step == 1
     for layer, leaves in grads.items():
