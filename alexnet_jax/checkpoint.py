@@ -8,13 +8,15 @@ A checkpoint is a folder named by its step, `<directory>/<step>/`, with the arra
              fingerprint
     crc32    of the two above, so that a digit changed in the history does not pass for another
 
-A folder appears under its final name only when it is complete. What is damaged later is found by
-the CRC, by orbax, or by the fingerprints, and never used.
+A folder appears under its final name only when it is complete; in a bucket (`files.py`), where
+nothing can be renamed, it counts only with the object commit_success.txt, the last to be written.
+What is damaged later is found by the CRC, by orbax, or by the fingerprints, and never used.
 """
 
+import contextlib
 import json
 import logging
-import pathlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alexnet_jax import fingerprint
+from alexnet_jax import files, fingerprint, retention
 from alexnet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written, for example on a full disk; those before it are intact."""
 
 
 class Checkpoints:
@@ -37,11 +43,11 @@ class Checkpoints:
     before the first `save`. With several processes, all of them call every method.
     """
 
-    def __init__(self, directory: str | pathlib.Path, *, keep: int = 2):
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
         if keep < 1:
             raise UserError(f'{directory}: {keep} checkpoints to keep; it must be at least 1')
-        self.directory = pathlib.Path(directory).absolute()  # orbax refuses relative ones
-        self._policy = _LatestAndBest(keep)
+        self.directory = files.absolute(files.path(directory))  # orbax refuses relative ones
+        self._policy = retention.LatestAndBest(keep)
         self._manager: ocp.CheckpointManager | None = None
         logging.getLogger('absl').addFilter(_without_orbax_chatter)
 
@@ -53,7 +59,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest error among those there; None if none was evaluated."""
-        return _best({step: self._error(step) for step in self.steps()})
+        return retention.best({step: self._error(step) for step in self.steps()})
 
     def shapes(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every leaf of a step (None: the latest readable one), by name."""
@@ -69,7 +75,7 @@ class Checkpoints:
         Both are copied before this returns: the arrays may be donated and `meta` changed at once.
         Checkpoints of this step or later ones belong to a future that is being run again (after a
         fallback to an earlier step, or a restore of one) and are removed, so that a damaged one
-        can never take the place of a good one among the latest. Raises UserError if this save or
+        can never take the place of a good one among the latest. Raises SaveError if this save or
         the one before it cannot be written.
         """
         content = {'meta': meta, 'leaves': fingerprint.describe(state)}
@@ -91,8 +97,9 @@ class Checkpoints:
                 ),
                 force=True,  # the caller decides when to save; orbax's own rules do not apply
             )
-        except OSError as error:
-            raise UserError(f'{self.directory}: cannot save step {step}: {_line(error)}') from error
+        except files.failures(self.directory) as error:
+            _raise_if_lost(error)
+            raise self._failed(f'cannot save step {step}', error) from error
 
     def restore(self, target: Any, step: int | None = None) -> tuple[int, Any, dict]:
         """Restores a whole state -> (step, state, meta); `target` has its structure.
@@ -116,13 +123,24 @@ class Checkpoints:
         return step, state['params'], record['meta']
 
     def wait(self) -> None:
-        """Waits until the save under way is on disk; UserError if it could not be written."""
+        """Waits until the save under way is on disk; SaveError if it could not be written."""
         if self._manager is None:
             return
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # a full disk comes as one of several types
-            raise UserError(f'{self.directory}: saving failed: {_line(error)}') from error
+            _raise_if_lost(error)
+            raise self._failed('saving failed', error) from error
+
+    def _failed(self, what: str, error: Exception) -> SaveError:
+        self._manager, manager = None, self._manager
+        with contextlib.suppress(Exception):  # it reports the same failure again
+            if manager:
+                manager.close()
+        with contextlib.suppress(Exception):  # a new manager removes what is half-written
+            self._open()
+        intact = f'the checkpoints here are intact: {self.steps()}'
+        return SaveError(f'{self.directory}: {what}: {_line(error)}; {intact}')
 
     def close(self) -> None:
         """Waits, and ends orbax's threads."""
@@ -191,7 +209,7 @@ class Checkpoints:
             record = json.loads(path.read_bytes())
             content = {'meta': record['meta'], 'leaves': record['leaves']}
             intact = record['crc32'] == fingerprint.crc32(content)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (files.failures(path), ValueError, KeyError, TypeError) as error:
             raise _Damaged(f'meta/metadata cannot be read ({_line(error)})') from error
         if not intact:
             raise _Damaged('meta/metadata has changed since it was written (CRC)')
@@ -203,7 +221,7 @@ class Checkpoints:
         except _Damaged:
             return None  # restore() is where damage is reported
 
-    def _at(self, step: int) -> pathlib.Path:
+    def _at(self, step: int) -> files.Path:
         return self.directory / str(step)
 
     def _load(self, step: int, record: dict, target: Any) -> Any:
@@ -254,25 +272,6 @@ class _Damaged(Exception):
     """A checkpoint is not as it was saved; the message names the leaf or file."""
 
 
-class _LatestAndBest:
-    """orbax's preservation policy: the latest `keep` steps and the one with the lowest error."""
-
-    def __init__(self, keep: int):
-        self.keep = keep
-        self.errors: dict[int, float | None] = {}  # of the steps on disk
-
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.keep :], _best({s: self.errors.get(s) for s in steps})}
-        return [step in kept for step in steps]
-
-
-def _best(errors: dict[int, float | None]) -> int | None:
-    evaluated = [step for step in errors if errors[step] is not None]
-    return min(evaluated, key=lambda step: (errors[step], step), default=None)
-
-
 def _own_error(step: int, record: dict) -> float | None:
     return record['meta'].get('history', {}).get(str(step))
 
@@ -283,6 +282,12 @@ def _all_processes(good: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(jnp.array(good)).all())
+
+
+def _raise_if_lost(error: Exception) -> None:
+    """Raises it if it is of another process that is lost, which is no matter of this directory."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        raise error
 
 
 def _line(error: BaseException) -> str:

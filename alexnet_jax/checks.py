@@ -1,15 +1,13 @@
 """What can be wrong with a start of training before the data is looked at or anything is written."""
 
-import pathlib
-
 import jax
 
-from alexnet_jax import checkpoint, model, optim, rundir, switches
+from alexnet_jax import checkpoint, files, model, optim, rundir, stopping, switches
 from alexnet_jax import mesh as meshes
 from alexnet_jax.errors import UserError
 
 
-def check(config, workdir: pathlib.Path) -> jax.sharding.Mesh:
+def check(config, workdir: files.Path) -> jax.sharding.Mesh:
     """The mesh that the config asks for; UserError if values, devices or directories do not allow it."""
     rundir.check(config, workdir)
     mesh, layers = _values(config)
@@ -24,6 +22,11 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict]:
     for field in ('eval_every', 'checkpoint_every', 'log_every'):
         if config.run[field] <= 0:
             raise UserError(f'config.run.{field}={config.run[field]}: must be above 0')
+    stopping.parse(config.run.stop_after)
+    if config.run.failed_save not in ('stop', 'warn'):
+        raise UserError(f'config.run.failed_save={config.run.failed_save!r}: choose stop or warn')
+    if config.run.failed_save == 'warn' and jax.process_count() > 1:
+        raise UserError('config.run.failed_save=warn is for a single process: choose stop')
     for field in ('mesh', 'profile'):
         if len(config.run[field]) != 2:
             raise UserError(f'config.run.{field}={config.run[field]}: must be two numbers')
@@ -57,13 +60,13 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict]:
     return mesh, layers
 
 
-def _start(config, workdir: pathlib.Path, layers: dict) -> None:
+def _start(config, workdir: files.Path, layers: dict) -> None:
     """UserError if what this start begins with is missing, unreadable or of another network."""
     own = checkpoint.Checkpoints(workdir / 'checkpoints')
     if own.steps():
         own.shapes()
     elif config.train.init_from:
-        path = pathlib.Path(config.train.init_from)
+        path = files.path(config.train.init_from)
         rundir.read_config(path)
         there = checkpoint.Checkpoints(path / 'checkpoints').shapes()
         for layer in [name for name in layers if name != 'fc8']:

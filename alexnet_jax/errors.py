@@ -1,12 +1,26 @@
-"""The one kind of error that is the user's to mend, and how commands report it."""
+"""How a command ends: the exit codes, and the errors that are no bugs.
+
+    0    done
+    1    a bug, with a traceback
+    2    the user's to mend, one line (`UserError`)
+    75   stopped before the end, with a checkpoint: the same command goes on (`Stopped`)
+    76   another process of the run was lost: start all of them again (`distributed.py`)
+    130  Ctrl-C, twice
+"""
 
 import argparse
+import errno
 import sys
+import traceback
 from collections.abc import Callable
 
 
 class UserError(Exception):
     """One line: what is wrong, where, and what to do."""
+
+
+class Stopped(Exception):
+    """Asked to stop, and stopped: one line that says where, and that the same command goes on."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -17,12 +31,23 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; a `UserError` becomes one line on stderr and exit code 2, without a traceback."""
+    """Runs a command; what is no bug becomes one line on stderr and its exit code, no traceback."""
     try:
         main()
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr, flush=True)
-        sys.exit(130)  # what shells report for it
+    except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
+        line, code = end(error)
+        print(line, file=sys.stderr, flush=True)
+        sys.exit(code)
+
+
+def end(error: BaseException) -> tuple[str, int]:
+    """What to print about an exception, one line where it is no bug, and the exit code."""
+    if isinstance(error, UserError):
+        return f'error: {error}', 2
+    if isinstance(error, Stopped):
+        return str(error), 75
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f'error: {error.filename or "writing"}: {error.strerror}; make room, and start again', 2
+    if isinstance(error, KeyboardInterrupt):
+        return 'interrupted', 130  # what shells report for it
+    return ''.join(traceback.format_exception(error)), 1

@@ -7,7 +7,7 @@ prints a table of the top-1 and top-5 errors of every run, and of all of them to
 
 import argparse
 import logging
-import pathlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from alexnet_jax import (
     allocator,
     checkpoint,
     data,
+    distributed,
+    files,
     metrics,
     model,
     prepare,
@@ -61,7 +63,7 @@ def evaluate(
 class Run(NamedTuple):
     """A trained network, read back from its run directory."""
 
-    path: pathlib.Path
+    path: files.Path
     config: dict
     net: model.AlexNet
     step: int
@@ -69,12 +71,12 @@ class Run(NamedTuple):
     facts: rundir.Facts
 
 
-def open_run(path: str | pathlib.Path, mesh: Mesh, step: str | int = 'latest') -> Run:
+def open_run(path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest') -> Run:
     """Reads a run's parameters onto a mesh. step: 'best', 'latest' or a number.
 
     Raises UserError for what is not a run directory and for missing or damaged checkpoints.
     """
-    path = pathlib.Path(path)
+    path = files.path(path)
     config, facts = rundir.read_config(path), rundir.read_facts(path)
     net = switches.build(classes=len(facts.names), **config['model'])
     shapes = jax.eval_shape(lambda: model.init(net, 0, config['augment']['crop']))
@@ -100,7 +102,7 @@ def predictor(trained: Run, mesh: Mesh, views: str) -> Predict:
 class Classifier:
     """What `alexnet_jax.load` returns: pictures -> probabilities, with `names`, one per class."""
 
-    def __init__(self, run_dir: str | pathlib.Path, views: str, step: str | int):
+    def __init__(self, run_dir: str | os.PathLike, views: str, step: str | int):
         self._mesh = meshes.make((1, 1), towers=1, batches={})
         trained = open_run(run_dir, self._mesh, step)
         self.names = trained.facts.names
@@ -114,7 +116,7 @@ class Classifier:
         return np.asarray(self._predict(np.stack(squares)))
 
 
-def load(run_dir: str | pathlib.Path, views: str = 'ten', step: str | int = 'latest') -> Classifier:
+def load(run_dir: str | os.PathLike, views: str = 'ten', step: str | int = 'latest') -> Classifier:
     """A trained network as a function from uint8 pictures to probabilities, with class names.
 
     views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number. Raises
@@ -126,7 +128,7 @@ def load(run_dir: str | pathlib.Path, views: str = 'ten', step: str | int = 'lat
 
 
 def compare(
-    paths: Sequence[str | pathlib.Path],
+    paths: Sequence[str | os.PathLike],
     *,
     views: Sequence[str] = ('centre', 'ten'),
     split: str = 'val',
@@ -148,7 +150,8 @@ def compare(
     if any(r.facts.names != runs[0].facts.names for r in runs):
         raise UserError('these runs were trained on different classes: no common table')
     data_config = configs[0]['data']
-    opened = prepare.ensure(**{**data_config, 'store': store or data_config['store']})
+    data_config = {**data_config, 'store': store or data_config['store']}
+    opened = prepare.ensure(**data_config, alone=jax.process_count() == 1)
     if opened.names != runs[0].facts.names:
         raise UserError(f'{opened.path} has other classes than {runs[0].path} was trained on; '
                         'give the store of its classes, --store=DIR')
@@ -196,22 +199,31 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=100, help='images a step')
     parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
     parser.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
+    parser.add_argument('--coordinator', default='', help='several processes: HOST:PORT of number 0')
+    parser.add_argument('--num_processes', type=int, default=0, help='how many there are')
+    parser.add_argument('--process_id', type=int, default=-1, help='the number of this one, from 0')
+    parser.add_argument('--distributed', action='store_true', help='all three from SLURM, TPU pods')
+    parser.add_argument('--connect_timeout', type=int, default=120, help='seconds to wait for all')
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
     if args.threads < 0 or args.cpu_devices < 0:
         raise UserError('--threads and --cpu_devices must not be below 0')
     allocator.keep_memory()
     meshes.configure(args.cpu_devices)
-    results = compare(
-        args.runs,
-        views=tuple(steps.VIEWS) if args.views == 'both' else (args.views,),
-        split=args.split,
-        step=int(args.step) if args.step.isdigit() else args.step,
-        store=args.store,
-        batch=args.batch,
-        threads=args.threads,
-    )
-    print(table(results))
+    distributed.start(args.coordinator, args.num_processes, args.process_id, args.distributed,
+                      timeout=args.connect_timeout)
+    with distributed.together():
+        results = compare(
+            args.runs,
+            views=tuple(steps.VIEWS) if args.views == 'both' else (args.views,),
+            split=args.split,
+            step=int(args.step) if args.step.isdigit() else args.step,
+            store=args.store,
+            batch=args.batch,
+            threads=args.threads,
+        )
+        if distributed.is_first():
+            print(table(results))
 
 
 if __name__ == '__main__':

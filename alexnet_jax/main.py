@@ -21,6 +21,11 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'Run directory; default: runs/<config>[-variant]')
 CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Make N virtual CPU devices', lower_bound=0)
+COORDINATOR = flags.DEFINE_string('coordinator', '', 'Several processes: HOST:PORT of number 0')
+PROCESSES = flags.DEFINE_integer('num_processes', 0, 'How many there are', lower_bound=0)
+PROCESS = flags.DEFINE_integer('process_id', -1, 'The number of this one, from 0', lower_bound=-1)
+AUTOMATIC = flags.DEFINE_bool('distributed', False, 'All three from SLURM, a TPU pod or Open MPI')
+CONNECT = flags.DEFINE_integer('connect_timeout', 120, 'Seconds to wait for all', lower_bound=1)
 
 
 def parse(argv: list[str]) -> None:
@@ -58,15 +63,20 @@ def main() -> None:
     parse(sys.argv)
     allocator.keep_memory()
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
-    logging.getLogger('alexnet_jax').setLevel(logging.INFO)
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS tells of every file
 
-    from alexnet_jax import mesh, train  # after the flags: an error in those answers at once
+    from alexnet_jax import distributed, mesh, train  # later: errors in the flags come at once
 
     mesh.configure(CPU_DEVICES.value, deterministic=CONFIG.value.run.deterministic)
+    distributed.start(
+        COORDINATOR.value, PROCESSES.value, PROCESS.value, AUTOMATIC.value, timeout=CONNECT.value
+    )
+    if distributed.is_first():  # the others would say the same
+        logging.getLogger('alexnet_jax').setLevel(logging.INFO)
     path, _, variant = config_flags.get_config_filename(FLAGS['config']).partition(':')
     name = pathlib.Path(path).stem + (f'-{variant}' if variant else '')
-    train.train(CONFIG.value, WORKDIR.value or pathlib.Path('runs') / name)
+    with distributed.together():
+        train.train(CONFIG.value, WORKDIR.value or pathlib.Path('runs') / name)
 
 
 if __name__ == '__main__':

@@ -1,11 +1,13 @@
 """Metrics: sums -> errors in percent; `metrics.jsonl`, one object a row; its TensorBoard mirror."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import pathlib
 import socket
+import tempfile
 import time
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import record_writer
 
+from alexnet_jax import files
 from alexnet_jax.errors import UserError
 
 FILE = 'metrics.jsonl'
@@ -48,13 +51,21 @@ class Writer:
     A float is written in the shortest form that reads back to the same bits. JSON has no NaN and no
     infinities: they are null. A Writer that is not `active` (every process but the first) does
     nothing. Raises UserError if a line of the file, other than the last, is not a row.
+
+    In a bucket nothing can be appended to. There, both files grow in a temporary folder of this
+    machine, and `sync` and `close` write them to the bucket, whole.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, start: int, active: bool = True):
         self._active = active
         if not active:
             return
-        folder = pathlib.Path(workdir)
+        folder = self._workdir = files.path(workdir)
+        self._scratch = None
+        if files.is_remote(folder):
+            self._scratch = tempfile.TemporaryDirectory()
+            folder = pathlib.Path(self._scratch.name)
+            (folder / FILE).write_bytes(b''.join(line for line, _ in _rows(self._workdir / FILE)))
         folder.mkdir(parents=True, exist_ok=True)
         _remove_repeated(folder / FILE, start)
         self._file = open(folder / FILE, 'a', encoding='utf-8')
@@ -69,18 +80,24 @@ class Writer:
         if not self._active:
             return
         row = {'kind': kind, 'step': int(step), **_plain(values)}
-        self._file.write(json.dumps(row, allow_nan=False) + '\n')
-        self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint must not outlive the rows before it
         scalars = [(name, math.nan if row[name] is None else row[name]) for name in values]
-        self._events.add(
-            row['step'],
-            [
-                summary_pb2.Summary.Value(tag=f'{kind}/{name}', simple_value=value)
-                for name, value in scalars
-                if isinstance(value, (int, float))
-            ],
-        )
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + '\n')
+            self._file.flush()
+            os.fsync(self._file.fileno())  # a checkpoint must not outlive the rows before it
+            self._events.add(
+                row['step'],
+                [
+                    summary_pb2.Summary.Value(tag=f'{kind}/{name}', simple_value=value)
+                    for name, value in scalars
+                    if isinstance(value, (int, float))
+                ],
+            )
+        except OSError as error:
+            raise UserError(
+                f'{self._file.name}: cannot be written ({error.strerror}); the same command goes on '
+                'from the last checkpoint'
+            ) from error
 
     def image(self, name: str, step: int, image: np.ndarray) -> None:
         """Adds a picture, u8[H,W,3], to TensorBoard under `name`."""
@@ -96,12 +113,32 @@ class Writer:
         )
         self._events.add(int(step), [summary_pb2.Summary.Value(tag=name, image=picture)])
 
+    def sync(self) -> None:
+        """To be called before a checkpoint is saved: it must not outlive the rows before it."""
+        if not self._active or self._scratch is None:  # on a disk they are there already
+            return
+        folder = pathlib.Path(self._scratch.name)
+        try:
+            for file in (self._file, self._events.file):
+                there = self._workdir / pathlib.Path(file.name).relative_to(folder)
+                files.replace(there, pathlib.Path(file.name).read_bytes())
+        except Exception as error:
+            raise UserError(
+                f'{there}: cannot be written ({files.reason(error)}); the same command goes on '
+                'from the last checkpoint'
+            ) from error
+
     def close(self) -> None:
         """Closes both files; more calls do nothing."""
         if self._active:
+            with contextlib.suppress(UserError):  # of rows after the last checkpoint
+                self.sync()
             self._active = False
-            self._file.close()
-            self._events.close()
+            for file in (self._file, self._events):
+                with contextlib.suppress(OSError):  # of a row that could not be written
+                    file.close()
+            if self._scratch is not None:
+                self._scratch.cleanup()
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -110,10 +147,10 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     A torn last line (the run was killed while writing it, or is writing it now) is left out.
     Raises UserError if another line is not a row.
     """
-    return [row for _, row in _rows(pathlib.Path(workdir) / FILE)]
+    return [row for _, row in _rows(files.path(workdir) / FILE)]
 
 
-def _rows(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _rows(path: files.Path) -> list[tuple[bytes, dict[str, Any]]]:
     """(line, row) of every whole line."""
     if not path.exists():
         return []
@@ -142,12 +179,7 @@ def _remove_repeated(path: pathlib.Path, start: int) -> None:
     content = b''.join(kept)
     if not path.exists() or content == path.read_bytes():
         return
-    temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    files.replace(path, content)
 
 
 def _plain(value: Any) -> Any:
@@ -174,8 +206,8 @@ class _Events:
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names: time first.
         name = f'events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}'
-        self._file = open(folder / name, 'xb')
-        self._records = record_writer.RecordWriter(self._file)
+        self.file = open(folder / name, 'xb')
+        self._records = record_writer.RecordWriter(self.file)
         self._write(event_pb2.Event(wall_time=time.time(), file_version='brain.Event:2'))
 
     def add(self, step: int, values: list[Any]) -> None:
@@ -184,7 +216,7 @@ class _Events:
 
     def _write(self, event: Any) -> None:
         self._records.write(event.SerializeToString())
-        self._file.flush()
+        self.file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()

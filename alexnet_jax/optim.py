@@ -1,5 +1,6 @@
-"""The paper's stochastic gradient descent, and every learning rate as one pure host function."""
+"""The paper's stochastic gradient descent, LARS, and every learning rate as one pure host function."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,8 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from alexnet_jax.errors import UserError
+
+NAMES = ('sgd', 'lars')
+
+
+def make(
+    *,
+    name: str,
+    momentum: float,
+    decay: float,
+    trust: float,
+    freeze: tuple[str, ...] = (),
+    axis: str | None = None,
+):
+    """`sgd` or `lars`, by its name; what an update does not need it ignores."""
+    updates = {'sgd': sgd, 'lars': functools.partial(lars, trust=trust, axis=axis)}
+    return updates[name](momentum=momentum, decay=decay, freeze=freeze)
 
 
 def sgd(*, momentum: float, decay: float, freeze: tuple[str, ...] = ()):
@@ -20,12 +38,52 @@ def sgd(*, momentum: float, decay: float, freeze: tuple[str, ...] = ()):
     biases do not (`original.md` §4). rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the
     rate is 0 (and in the layers of `freeze`) neither parameter nor velocity changes.
     """
-    chain = optax.chain(
-        optax.add_decayed_weights(decay, mask=_kernels),
-        _scale_by_rates(freeze),
-        optax.trace(momentum),
-    )
+    return _with_rates(optax.add_decayed_weights(decay, mask=_kernels), momentum, freeze)
+
+
+def lars(
+    *,
+    momentum: float,
+    decay: float,
+    trust: float,
+    freeze: tuple[str, ...] = (),
+    axis: str | None = None,
+):
+    """`sgd` whose gradient is first brought to a fixed part of each parameter's own norm.
+
+        gradient <- trust * |w| / (|gradient| + decay * |w|) * (gradient + decay * w)
+
+    You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks". A layer's kernel,
+    of all towers together, and its bias have a norm each; where |w| or |gradient| is 0 the factor is
+    1; both as in the authors' code (NVIDIA/caffe, c49eb1b6). Unlike there, biases do not decay, as in
+    `sgd`. axis: the mesh axis over which the towers are divided; None where a device has them all.
+    """
+    return _with_rates(_scale_by_trust(trust, decay, axis), momentum, freeze)
+
+
+def _with_rates(first, momentum, freeze):
+    chain = optax.chain(first, _scale_by_rates(freeze), optax.trace(momentum))
     return _hold_where_rate_is_zero(chain, freeze)
+
+
+def _scale_by_trust(trust, decay, axis):
+    # Not optax.scale_by_trust_ratio: its norms are those of one device's towers, and it divides by
+    # |gradient + decay * w|.
+    def norm(x):
+        squares = jnp.sum(jnp.square(x))
+        # Everything is divided over the towers but the one bias of the last layer, f32[K].
+        return jnp.sqrt(lax.psum(squares, axis) if axis and x.ndim > 1 else squares)
+
+    def scale(is_kernel, gradient, w):
+        beta = decay if is_kernel else 0.0
+        size, slope = norm(w), norm(gradient)
+        ratio = trust * size / (slope + beta * size)
+        ratio = jnp.where((size > 0) & (slope > 0), ratio, 1.0)
+        return ratio * (gradient + beta * w)
+
+    return optax.stateless(
+        lambda gradients, params: jax.tree.map(scale, _kernels(params), gradients, params)
+    )
 
 
 def _kernels(params):
@@ -82,7 +140,7 @@ def _like(x: Any, params) -> bool:
 
 
 def velocity(opt_state) -> dict:
-    """The velocity in the state of `sgd`, in the shape of the parameters."""
+    """The velocity in the state of `sgd` or `lars`, in the shape of the parameters."""
     return next(s.trace for s in opt_state if isinstance(s, optax.TraceState))
 
 
@@ -95,8 +153,10 @@ def make_rates(
     *,
     examples: int,
     batch: int,
+    name: str,
     momentum: float,
     decay: float,
+    trust: float,
     rate: float,
     bias_factor: float,
     bias_drops: bool,
@@ -105,6 +165,7 @@ def make_rates(
     factor: float,
     epochs: float,
     drops: tuple[float, ...],
+    power: float,
     patience: float,
     threshold: float,
     max_drops: int,
@@ -116,9 +177,13 @@ def make_rates(
 
     A pure function on the host. step counts the updates made; history: {step: top-1 error, %} of
     the evaluations up to then; colour is 1 or 0; stop is True when the run is over. Raises
-    UserError for an unknown schedule.
+    UserError for values that do not exist, also those of the update: that is made too late for it.
     """
     del momentum, decay  # of the update, not of the rates
+    if name not in NAMES:
+        raise UserError(f'config.optim.name={name!r}: choose one of {", ".join(NAMES)}')
+    if name == 'lars' and trust <= 0:
+        raise UserError(f'config.optim.trust={trust}: must be above 0')
 
     def at(e):
         return steps_per(e, examples, batch)
@@ -133,10 +198,13 @@ def make_rates(
             f'config.optim.conv1={conv1} pairs of an epoch and a rate, as ((67.0, 1e-5), (72.0, 0.0))'
         ) from error
 
-    def drops_by_epoch(step, history):
-        return sum(step >= b for b in boundaries), False
+    # Each schedule gives the part of the rate that is left, whether no drop comes after, and whether
+    # the run is over.
+    def by_epoch(step, history):
+        count = sum(step >= b for b in boundaries)
+        return factor**count, count == len(boundaries), False
 
-    def drops_by_plateau(step, history):
+    def by_plateau(step, history):
         """The paper divides the rate when the validation error stops improving, then ends (§5)."""
         count, best, since = 0, float('inf'), 0
         for s in sorted(s for s in history if s <= step):
@@ -144,21 +212,21 @@ def make_rates(
                 best, since = history[s], s
             elif s - since > patience * examples / batch - 1:  # steps are whole, epochs are not
                 count, since = count + 1, s
-        return min(count, max_drops), count > max_drops
+        return factor ** min(count, max_drops), count >= max_drops, count > max_drops
 
-    schedules = {'steps': drops_by_epoch, 'plateau': drops_by_plateau}
+    def by_power(step, history):
+        return (1 - step / total) ** power if step < total else 0.0, False, False
+
+    schedules = {'steps': by_epoch, 'plateau': by_plateau, 'poly': by_power}
     if schedule not in schedules:
-        raise UserError(
-            f'config.optim.schedule={schedule!r}: choose one of {", ".join(schedules)}'
-        )
-    final = {'steps': len(boundaries), 'plateau': max_drops}[schedule]
+        raise UserError(f'config.optim.schedule={schedule!r}: choose one of {", ".join(schedules)}')
 
     def rates(step: int, history: Mapping[int, float]) -> dict[str, float]:
-        dropped, over = schedules[schedule](step, history)
+        left, final, over = schedules[schedule](step, history)
         ramp = min(1.0, (step + 1) / warm) if warm else 1.0
-        weights = rate * factor**dropped * ramp
+        weights = rate * left * ramp
         biases = bias_factor * (weights if bias_drops else rate * ramp)
-        if bias_final and dropped == final:
+        if bias_final and final:
             biases = bias_final
         first = weights
         for since, value in conv1:

@@ -68,8 +68,10 @@ def prepare(source: str, *, dir: str | None = None, store: str | None = None, fo
 
 
 def ensure(*, source: str, dir: str | None = None, store: str | None = None, format: str = 'jpg',
-           size: int = 256, val_fraction: float = 0.1) -> stores.Store:
+           size: int = 256, val_fraction: float = 0.1, alone: bool = True) -> stores.Store:
     """Opens the store of a source for training; a small set (< 200,000) is prepared first.
+
+    alone: whether no other process does the same now; if one may, nothing is prepared.
 
     Raises:
       UserError: as `prepare`; with the command to run where a large set has no store yet. Where its
@@ -78,7 +80,7 @@ def ensure(*, source: str, dir: str | None = None, store: str | None = None, for
     _check_options(format, size, val_fraction)
     there = _description(store or default_store(source, size, format))
     complete = there and there['complete']
-    if not complete and datasets.is_large(source, data_dir=dir, pictures=LARGE):
+    if not complete and (not alone or datasets.is_large(source, data_dir=dir, pictures=LARGE)):
         raise UserError(_advice(source, dir, store, format, size, val_fraction))
     return prepare(source, dir=dir, store=store, format=format, size=size,
                    val_fraction=val_fraction, limit=LARGE)
@@ -206,8 +208,8 @@ def _advice(source, dir, store, format, size, val_fraction) -> str:
     options = {'source': source, 'dir': dir, 'store': store, 'format': format, 'size': size,
                'val_fraction': val_fraction}
     given = ' '.join(f'--{key}={value}' for key, value in options.items() if value)
-    return (f'{source} has no store yet, and is too large to make one on first use: run '
-            f'python -m alexnet_jax.prepare {given}')
+    return (f'{source} has no store yet, and is too large to make one on first use, or several '
+            f'processes would make it at once: run python -m alexnet_jax.prepare {given}')
 
 
 def main() -> None:

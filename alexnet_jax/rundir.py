@@ -7,10 +7,13 @@
     stats.npz       its mean image and colour PCA
     metrics.jsonl   and TensorBoard files (`metrics.py`)
     checkpoints/    (`checkpoint.py`)
+
+It may be in a bucket (`files.py`), but for the lock.
 """
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -22,9 +25,15 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from alexnet_jax import configfile, files
 from alexnet_jax.errors import UserError
 from alexnet_jax.store import Store
+
+LATER = {  # fields that older runs do not have, with what they mean by it
+    'config.optim.name': 'sgd', 'config.optim.trust': 0.001, 'config.optim.power': 2.0,
+}  # fmt: skip
 
 
 class Facts(NamedTuple):
@@ -34,24 +43,23 @@ class Facts(NamedTuple):
     mean: np.ndarray  # f32[S,S,3]
 
 
-def read_config(path: str | pathlib.Path) -> dict:
+def read_config(path: str | os.PathLike) -> dict:
     """The config of a run directory; UserError if it is none."""
-    file = pathlib.Path(path) / 'config.json'
+    file = files.path(path) / 'config.json'
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or error
+    except (files.failures(file), ValueError) as error:
         raise UserError(
-            f'{path}: not a run directory ({file} cannot be read: {reason}); give one that '
+            f'{path}: not a run directory ({file} cannot be read: {files.reason(error)}); give one that '
             'alexnet_jax.main made, such as runs/paper'
         ) from error
 
 
-def read_facts(path: str | pathlib.Path) -> Facts:
+def read_facts(path: str | os.PathLike) -> Facts:
     """The class names and the mean image; UserError if they are missing."""
-    path = pathlib.Path(path)
+    path = files.path(path)
     try:
-        with np.load(path / 'stats.npz') as stats:
+        with np.load(io.BytesIO((path / 'stats.npz').read_bytes())) as stats:
             return Facts((path / 'names.txt').read_text().splitlines(), stats['mean'])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f'{path}: incomplete run directory: {error}') from error
@@ -61,12 +69,6 @@ def _plain(config) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def _flat(tree: dict, prefix: str = 'config') -> dict:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name in tree for k, v in _flat(tree[name], f'{prefix}.{name}').items()}
-
-
 def _free(field: str, config) -> bool:
     """Whether a field may change between two starts of a run."""
     # Under the plateau rule the evaluations decide the rates.
@@ -74,16 +76,20 @@ def _free(field: str, config) -> bool:
     return field.startswith('config.run.') and not decides
 
 
-def check(config, workdir: pathlib.Path) -> None:
+def check(config, workdir: files.Path) -> None:
     """A work directory belongs to one config; only `config.run` may change between starts."""
-    there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f'--workdir={workdir}: {there} is not a folder that can be written to; give another'
-        )
+    if files.is_remote(workdir):
+        files.try_bucket(workdir)
+    else:
+        there = files.existing(workdir)
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(
+                f'--workdir={workdir}: {there} is not a folder that can be written to; give another'
+            )
     if not (workdir / 'config.json').exists():
         return
-    there, here = _flat(read_config(workdir)), _flat(_plain(config))
+    there, here = (configfile.fields(ConfigDict(c)) for c in (read_config(workdir), _plain(config)))
+    there = LATER | there
     fields = [
         f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
         for name in sorted({*there, *here})
@@ -96,7 +102,7 @@ def check(config, workdir: pathlib.Path) -> None:
         )
 
 
-def write(config, workdir: pathlib.Path, store: Store) -> None:
+def write(config, workdir: files.Path, store: Store) -> None:
     """Writes everything but metrics and checkpoints; a later start adds itself to `run.json`."""
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / 'run.json'
@@ -105,10 +111,10 @@ def write(config, workdir: pathlib.Path, store: Store) -> None:
     except ValueError as error:
         raise UserError(f'{file}: not JSON ({error}); mend or remove it') from error
     # stats.npz last of the three: `check_store` takes it for the sign that they are there.
-    _replace(workdir / 'store.json', (store.path / 'store.json').read_bytes())
-    _replace(workdir / 'names.txt', ''.join(f'{name}\n' for name in store.names).encode())
-    _replace(workdir / 'stats.npz', (store.path / 'stats.npz').read_bytes())
-    _replace(workdir / 'config.json', _json(_plain(config)))
+    files.replace(workdir / 'store.json', (store.path / 'store.json').read_bytes())
+    files.replace(workdir / 'names.txt', ''.join(f'{name}\n' for name in store.names).encode())
+    files.replace(workdir / 'stats.npz', (store.path / 'stats.npz').read_bytes())
+    files.replace(workdir / 'config.json', _json(_plain(config)))
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     start = {
         'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
@@ -117,7 +123,7 @@ def write(config, workdir: pathlib.Path, store: Store) -> None:
         'versions': {name: version(name) for name in packages},
         'devices': [str(device) for device in jax.devices()],
     }
-    _replace(file, _json([*starts, start]))
+    files.replace(file, _json([*starts, start]))
 
 
 def commit() -> str:
@@ -135,12 +141,15 @@ def commit() -> str:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path):
+def locked(workdir: files.Path):
     """Makes the directory, and keeps other starts out of it; UserError if one is under way.
 
     The kernel releases the lock of a process that ends, however it ends. A file system without
-    locks does not keep anyone out.
+    locks does not keep anyone out, and neither does a bucket: there, start no run twice.
     """
+    if files.is_remote(workdir):
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         directory = os.open(workdir, os.O_RDONLY)
@@ -165,14 +174,7 @@ def _json(value) -> bytes:
     return (json.dumps(value, indent=2) + '\n').encode()
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole or not at all: a kill in between leaves the one before."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def check_store(workdir: pathlib.Path, store: Store) -> None:
+def check_store(workdir: files.Path, store: Store) -> None:
     """UserError if the run in `workdir` began with other pictures than those of `store`."""
     if not (workdir / 'stats.npz').exists():
         return
@@ -185,7 +187,7 @@ def check_store(workdir: pathlib.Path, store: Store) -> None:
         )
 
 
-def _read_counts(workdir: pathlib.Path) -> dict[str, int] | None:
+def _read_counts(workdir: files.Path) -> dict[str, int] | None:
     """The pictures of each split as the run began; None in a run directory without store.json."""
     try:
         return json.loads((workdir / 'store.json').read_text())['counts']

@@ -53,6 +53,33 @@ def normalize(images, mean, noise=None, rescale: float = 1.0) -> jax.Array:
     return (x + noise[:, None, None, :]) / rescale
 
 
+def make_inputs(
+    *, mean: np.ndarray, eigenvectors: np.ndarray, sigma: np.ndarray, std: float, rescale: bool
+) -> Callable:
+    """inputs(batch, rates) -> f32[B,H,W,3], what the network sees in training.
+
+    mean f32[H,W,3], eigenvectors f32[3,3] (columns) and sigma f32[3] are the store's; std and
+    rescale are `config.colour`.
+    """
+    axes = noise_axes(eigenvectors, sigma, std)
+
+    def inputs(batch, rates):
+        noise = rates['colour'] * batch['z'] @ axes.T
+        divisor = jnp.where(rates['colour'] > 0, 1 + std, 1.0) if rescale and std else 1.0
+        return normalize(batch['image'], mean, noise if std else None, divisor)
+
+    return inputs
+
+
+def apply_loss(net: model.AlexNet, params, x, labels, seed: int, step, rows):
+    """In training mode -> losses f32[B] (nats), logits f32[B,K], and the layers' activations."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    logits, out = net.apply({'params': params}, x, key, rows)
+    # One-hot: the gradient of picking a label's entry is a scatter, slow where deterministic.
+    truth = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, truth), logits, out
+
+
 def rank(scores, labels) -> jax.Array:
     """How many other classes score at least as high as the true one: [B,K], i32[B] -> i32[B].
 
@@ -115,46 +142,36 @@ def make_train_step(
     mesh: Mesh,
     *,
     seed: int,
-    mean: np.ndarray,
-    eigenvectors: np.ndarray,
-    sigma: np.ndarray,
-    std: float,
-    rescale: bool,
+    **inputs_of,
 ) -> Callable:
     """step(state, batch, rates) -> (state, sums): one update on a global batch.
 
     batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`; rates: f32
-    scalars by name. mean f32[H,W,3], eigenvectors f32[3,3] (columns) and sigma f32[3] are the
-    store's; std and rescale are `config.colour`. sums: count, loss, top1, top5 over the batch, in
-    training mode. The state given is donated.
+    scalars by name; inputs_of: what `make_inputs` takes. sums: count, loss, top1, top5 over the
+    batch, in training mode. Where the loss is not finite nothing is updated, so that it can be found
+    out why (`diagnosis.py`). The state given is donated.
     """
     local = model.localize(net, mesh.shape['model'])
-    shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, mean.shape[0]))
+    shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, inputs_of['mean'].shape[0]))
     specs = state_specs(shapes, mesh)
-    axes = noise_axes(eigenvectors, sigma, std)
+    inputs = make_inputs(**inputs_of)
 
     def step(state, batch, rates):
-        images, labels = batch['image'], batch['label']
-        size = images.shape[0]
+        labels, size = batch['label'], batch['label'].shape[0]
         rows = lax.axis_index('data') * size + jnp.arange(size)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        noise = rates['colour'] * batch['z'] @ axes.T
-        divisor = jnp.where(rates['colour'] > 0, 1 + std, 1.0) if rescale and std else 1.0
-        x = normalize(images, mean, noise if std else None, divisor)
+        x = inputs(batch, rates)
 
         def loss(params):
-            logits, _ = local.apply({'params': params}, x, key, rows)
-            # One-hot: the gradient of picking a label's entry is a scatter, slow where deterministic.
-            truth = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
-            losses = optax.softmax_cross_entropy(logits, truth)
+            losses, logits, _ = apply_loss(local, params, x, labels, seed, state.step, rows)
             # Divided by the global batch: gradients of what is replicated then arrive summed.
             return jnp.sum(losses) / (size * mesh.shape['data']), (logits, losses)
 
         grads, (logits, losses) = jax.grad(loss, has_aux=True)(state.params)
+        sums = lax.psum(count(logits, losses, labels, jnp.ones_like(losses)), 'data')
+        rates = {n: jnp.where(jnp.isfinite(sums['loss']), rate, 0.0) for n, rate in rates.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rates=rates)
         params = optax.apply_updates(state.params, updates)
-        sums = count(logits, losses, labels, jnp.ones_like(losses))
-        return TrainState(state.step + 1, params, opt_state), lax.psum(sums, 'data')
+        return TrainState(state.step + 1, params, opt_state), sums
 
     mapped = jax.shard_map(
         step, mesh=mesh, in_specs=(specs, P('data'), P()), out_specs=(specs, P()), check_vma=True

@@ -62,6 +62,14 @@ class Store:
         """The label of every record of a split, i32[N]."""
         return self.splits[split].labels
 
+    def identity(self) -> int:
+        """The CRC-32 of what is in it, in this order: records (by their own CRCs), labels, names."""
+        value = zlib.crc32('\n'.join(self.names).encode())
+        for name in sorted(self.splits):
+            for array in (self.splits[name].crc, self.splits[name].labels):
+                value = zlib.crc32(np.ascontiguousarray(array), value)
+        return value
+
     def records(self, split: str, indices: Sequence[int]) -> list[bytes]:
         """The bytes of some records, in the given order; safe to call from several threads.
 

@@ -31,8 +31,6 @@ def _drawn(draw):
 def build(
     *,
     classes: int,
-    local_towers: int | None = None,
-    axis: str | None = None,
     towers: int,
     kernels: tuple[int, ...],
     hidden: tuple[int, ...],
@@ -60,8 +58,7 @@ def build(
 ) -> model.AlexNet:
     """The network that the switches of `config.model` describe; see `configs/base.py` for each.
 
-    local_towers and axis: for a device that holds only some towers. Raises UserError where a switch
-    has a value that does not exist or that the others exclude.
+    Raises UserError where a switch has a value that does not exist or that the others exclude.
     """
     convs = len(kernels)
     names = tuple(f'conv{i + 1}' for i in range(convs))
@@ -148,6 +145,6 @@ def build(
         kernel_inits=kernel_inits,
         bias_inits=bias_inits,
         dtype=jnp.dtype(dtype),
-        local_towers=local_towers or towers,
-        axis=axis,
+        local_towers=towers,
+        axis=None,
     )

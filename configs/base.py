@@ -58,16 +58,19 @@ def get_config() -> ConfigDict:
         'dtype': 'float32',
     })
     config.optim = ConfigDict({
+        'name': 'sgd',  # or 'lars': every layer adapts the rate to its own size (`large_batch.py`)
         'momentum': 0.9,
         'decay': 5e-4,  # weight decay, on kernels only (§5)
+        'trust': 0.001,  # 'lars': by how much of its norm a layer changes in a step, at rate 1
         'rate': 0.01,  # learning rate at the start (§5)
         'bias_factor': 1.0,  # the biases' rate as a multiple of `rate`; 2 in the source and Caffe
         'bias_drops': True,  # the biases' rate drops with the kernels'
         'bias_final': 0.0,  # the biases' rate from the last drop on; 0: as it would be
-        'schedule': 'plateau',  # or 'steps', at the epochs in `drops`, to the end at `epochs`
+        'schedule': 'plateau',  # or to the end at `epochs`: 'steps', 'poly' (see `drops`, `power`)
         'factor': 0.1,  # of every drop
         'epochs': 120.0,  # the run ends here at the latest (the paper: roughly 90)
-        'drops': (),  # 'steps': epochs
+        'drops': (),  # 'steps': the epochs of the drops
+        'power': 2.0,  # 'poly': the rate is multiplied by (1 - step / steps in all) ** power
         'patience': 5.0,  # 'plateau': epochs without improvement before a drop
         'threshold': 0.1,  # 'plateau': points of top-1 error that count as an improvement
         'max_drops': 3,  # 'plateau': the next stall after so many drops ends the run
@@ -88,7 +91,12 @@ def get_config() -> ConfigDict:
         'log_every': 50,  # steps
         'deterministic': False,  # on GPUs: a stopped run ends with the same bits; CPUs always do
         'threads': 0,  # of the input pipeline; 0: one per core
-        'stop_after': 0,  # steps after which this start stops, with a checkpoint; 0: never
+        # When this start stops, with a checkpoint: steps ('1000') or a time ('90s', '45m', '23h', '2d'),
+        # for a queue's limit; '': never. SIGTERM and Ctrl-C do the same.
+        'stop_after': '',
+        'failed_save': 'stop',  # a checkpoint that cannot be written ends the run; or 'warn': goes on,
+        # but for the last one, and only as a single process
+        'stuck_after': 2000,  # steps at the loss of pure chance, ln(classes), before a warning; 0: none
         'profile': (0, 0),  # steps (from, to) of a profiler trace in the work directory
     })
     return config

@@ -12,8 +12,11 @@ mesh.configure(cpu_devices=8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # Files are shared out one by one: the last ones should be short.
-LONGEST_FIRST = ('test_main', 'test_parallel', 'test_resume', 'test_train', 'test_model', 'test_steps',
-                 'test_benchmark', 'test_imagenet', 'test_checkpoint', 'test_prepare')  # fmt: skip
+LONGEST_FIRST = (
+    'test_parallel', 'test_main', 'test_distributed', 'test_resume', 'test_train', 'test_model',
+    'test_steps', 'test_benchmark', 'test_imagenet', 'test_scaling', 'test_chaos', 'test_cloud',
+    'test_checkpoint', 'test_prepare',
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

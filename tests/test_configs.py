@@ -27,6 +27,7 @@ TABLE = {
     ('original', ()): (PAPER, 60_965_224),
     ('caffe', ()): (PAPER, 60_965_224),
     ('caffenet', ()): (PAPER, 60_965_224),
+    ('large_batch', ()): (PAPER, 60_965_224),
     ('one_gpu', ()): (
         changed(conv1=17_472, conv2=153_728, conv3=221_376, conv4=331_968, conv5=442_624),
         59_798_312,

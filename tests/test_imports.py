@@ -17,16 +17,18 @@ PACKAGE = 'alexnet_jax'
 MAX_LINES = 300
 
 LEVELS = {
-    'errors': -2, 'allocator': -2,
-    'fingerprint': -1, 'configfile': -1,
+    'errors': -3, 'allocator': -3,
+    'files': -2,
+    'fingerprint': -1, 'retention': -1, 'configfile': -1, 'stopping': -1, 'distributed': -1,
     'layers': 0, 'mesh': 0, 'optim': 0, 'sampler': 0, 'checkpoint': 0, 'metrics': 0, 'store': 0,
     'datasets': 0, 'progress': 0,
     'model': 1, 'prepare': 1, 'data': 1, 'rundir': 1,
     'steps': 2, 'switches': 2,
-    'evaluate': 3, 'checks': 3,
-    'train': 4,
-    'main': 5,
-    '__init__': 6,  # the package's own short list of names; nobody imports it
+    'evaluate': 3, 'checks': 3, 'diagnosis': 3,
+    'job': 4,
+    'train': 5,
+    'main': 6,
+    '__init__': 7,  # the package's own short list of names; nobody imports it
 }  # fmt: skip
 # Outside module -> (who may import it, whether only inside functions).
 OUTSIDE = {
@@ -40,6 +42,8 @@ OUTSIDE = {
     'clu.metric_writers': ({'metrics'}, True),  # needs TensorFlow
     'tensorboard': ({'metrics'}, False),
     'matplotlib': (set(), False),  # for what draws
+    'etils': ({'files'}, False),
+    'google.cloud': ({'files'}, True),
     'ml_collections.config_flags': ({'main'}, False),  # the library has no flags
     'absl.flags': ({'main'}, False),
     'configs': (set(), False),

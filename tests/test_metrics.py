@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -211,3 +212,18 @@ sys.exit('tensorflow' in sys.modules)
 """
     root = pathlib.Path(__file__).parents[1]
     subprocess.run([sys.executable, '-c', code], cwd=root, check=True, timeout=120)
+
+
+def test_a_full_disk_is_said(tmp_path):
+    writer = metrics.Writer(tmp_path, start=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match='metrics.jsonl: cannot be written .*; the same command'):
+            for step in range(100):
+                writer.write('train', step, {'loss': 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        writer.close()
+    rows = metrics.read(tmp_path)
+    assert rows and [row['step'] for row in rows] == list(range(len(rows)))

@@ -1,15 +1,20 @@
-"""`optim.py` against the update of the paper as a NumPy loop in float64, and its rates."""
+"""`optim.py` against the updates of the papers as NumPy loops in float64, and its rates."""
+
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import optim
+from alexnet_jax import fingerprint, optim, steps, train
+from alexnet_jax import mesh as meshes
 from alexnet_jax.errors import UserError
-from configs import base, original
+from configs import base, large_batch, original
 
-MOMENTUM, DECAY = 0.9, 5e-4
+MOMENTUM, DECAY, TRUST = 0.9, 5e-4, 0.02
 SHAPES = {
     'conv1': {'kernel': (2, 3, 3, 2, 4), 'bias': (2, 4)},
     'conv2': {'kernel': (2, 3, 3, 4, 2), 'bias': (2, 2)},
@@ -30,7 +35,7 @@ def all_rates(rate, **changes):
     return {'weights': rate, 'biases': rate, 'conv1': rate, **changes}
 
 
-def run(gradients, rates, dtype=np.float64, freeze=()):
+def run(gradients, rates, dtype=np.float64, freeze=(), name='sgd'):
     """The parameters and velocities before and after every update, from `random_tree(0)`."""
 
     @jax.jit
@@ -39,7 +44,7 @@ def run(gradients, rates, dtype=np.float64, freeze=()):
         return jax.tree.map(jnp.add, params, changes), state
 
     with jax.enable_x64(dtype == np.float64):
-        update = optim.sgd(momentum=MOMENTUM, decay=DECAY, freeze=freeze)
+        update = optim.make(name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST, freeze=freeze)
         params = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_tree(0))
         state = update.init(params)
         states = [(params, optim.velocity(state))]
@@ -51,23 +56,30 @@ def run(gradients, rates, dtype=np.float64, freeze=()):
         return jax.tree.map(np.asarray, states)
 
 
-def reference(gradients, rates):
-    """v <- 0.9 v - 0.0005 ε w - ε g; w <- w + v (§5): each leaf's (w, v) after 0, 1, ... steps."""
+def reference(gradients, rates, name='sgd'):
+    """v <- 0.9 v - 0.0005 ε w - ε g; w <- w + v (§5): each leaf's (w, v) after 0, 1, ... steps.
+
+    LARS: ε is multiplied by 0.02 |w| / (|g| + 0.0005 |w|), for kernels and biases by themselves.
+    """
     states = {}
-    for layer, name in LEAVES:
-        w = random_tree(0)[layer][name]
+    for layer, leaf in LEAVES:
+        w = random_tree(0)[layer][leaf]
         v = np.zeros(w.shape)
-        states[layer, name] = [(w, v)]
+        states[layer, leaf] = [(w, v)]
         for gradient, rate in zip(gradients, rates, strict=True):
+            g = gradient[layer][leaf]
             epsilon = rate['conv1' if layer == 'conv1' else 'weights']
             decay = 0.0005
-            if name == 'bias':  # original.md §4: no decay; frozen with its kernels
+            if leaf == 'bias':  # original.md §4: no decay; frozen with its kernels
                 epsilon = rate['biases'] if epsilon else 0
                 decay = 0
+            if name == 'lars':
+                size, slope = np.sqrt(np.sum(w**2)), np.sqrt(np.sum(g**2))
+                epsilon = epsilon * 0.02 * size / (slope + decay * size)
             if epsilon:  # at rate 0 the source updates nothing
-                v = 0.9 * v - decay * epsilon * w - epsilon * gradient[layer][name]
+                v = 0.9 * v - decay * epsilon * w - epsilon * g
                 w = w + v
-            states[layer, name].append((w, v))
+            states[layer, leaf].append((w, v))
     return states
 
 
@@ -76,9 +88,15 @@ def assert_same_bits(a, b):
     np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
+def distance(tree, other):
+    """The greatest difference between any two numbers in the same place."""
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), tree, other)))
+
+
 GRADIENTS = [random_tree(seed) for seed in range(1, 11)]
 
 
+@pytest.mark.parametrize('name', ['sgd', 'lars'])
 @pytest.mark.parametrize(
     'rates',
     [
@@ -97,13 +115,13 @@ GRADIENTS = [random_tree(seed) for seed in range(1, 11)]
         ),
     ],
 )
-def test_is_the_update_of_the_paper(rates):
-    states, expected = run(GRADIENTS, rates), reference(GRADIENTS, rates)
-    for layer, name in LEAVES:
-        for (params, velocity), (w, v) in zip(states, expected[layer, name], strict=True):
-            assert params[layer][name].dtype == np.float64
-            np.testing.assert_allclose(velocity[layer][name], v, rtol=1e-12, atol=1e-15)
-            np.testing.assert_allclose(params[layer][name], w, rtol=1e-12, atol=1e-15)
+def test_is_the_update_of_the_paper(rates, name):
+    states, expected = run(GRADIENTS, rates, name=name), reference(GRADIENTS, rates, name)
+    for layer, leaf in LEAVES:
+        for (params, velocity), (w, v) in zip(states, expected[layer, leaf], strict=True):
+            assert params[layer][leaf].dtype == np.float64
+            np.testing.assert_allclose(velocity[layer][leaf], v, rtol=1e-12, atol=1e-15)
+            np.testing.assert_allclose(params[layer][leaf], w, rtol=1e-12, atol=1e-15)
 
 
 def test_a_drop_leaves_the_velocity_as_it_is():
@@ -138,6 +156,7 @@ def test_kernels_decay_and_biases_do_not():
         np.testing.assert_allclose(after[layer][name], expected, rtol=1e-14)
 
 
+@pytest.mark.parametrize('name', ['sgd', 'lars'])
 @pytest.mark.parametrize(
     ('zero', 'held'),
     [
@@ -151,27 +170,111 @@ def test_kernels_decay_and_biases_do_not():
     ],
     ids=['all', 'biases', 'conv1 and its biases', 'weights'],
 )
-def test_nothing_moves_at_rate_zero(zero, held):
+def test_nothing_moves_at_rate_zero(zero, held, name):
     """Neither parameter nor velocity, bit for bit, though both have a gradient and a velocity."""
-    states = run(GRADIENTS[:4], [all_rates(0.01)] * 2 + [zero] * 2, dtype=np.float32)
-    for layer, name in LEAVES:
+    states = run(GRADIENTS[:4], [all_rates(0.01)] * 2 + [zero] * 2, dtype=np.float32, name=name)
+    for layer, leaf in LEAVES:
         for kind in (0, 1):  # parameters, velocity
-            before, after = states[2][kind][layer][name], states[4][kind][layer][name]
-            if (layer, name) in held:
+            before, after = states[2][kind][layer][leaf], states[4][kind][layer][leaf]
+            if (layer, leaf) in held:
                 assert_same_bits(before, after)
             else:
                 assert np.all(before != after)
 
 
-def test_frozen_layers_stay():
-    states = run(GRADIENTS[:3], [all_rates(0.01)] * 3, dtype=np.float32, freeze=('conv2',))
-    for layer, name in LEAVES:
-        before, after = states[0][0][layer][name], states[3][0][layer][name]
+@pytest.mark.parametrize('name', ['sgd', 'lars'])
+def test_frozen_layers_stay(name):
+    states = run(
+        GRADIENTS[:3], [all_rates(0.01)] * 3, dtype=np.float32, freeze=('conv2',), name=name
+    )
+    for layer, leaf in LEAVES:
+        before, after = states[0][0][layer][leaf], states[3][0][layer][leaf]
         if layer == 'conv2':
             assert_same_bits(before, after)
-            assert not states[3][1][layer][name].any()
+            assert not states[3][1][layer][leaf].any()
         else:
             assert np.all(before != after)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'lars'])
+def test_the_state_is_the_velocity(name):
+    """By the names that checkpoints have: another name, and no run made before could go on."""
+    params = random_tree(0)
+    update = optim.make(name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST)
+    names = {f'2/trace/{layer}/{leaf}' for layer, leaf in LEAVES}
+    assert set(fingerprint.named_leaves(update.init(params))) == names
+
+
+def test_without_decay_lars_is_that_of_optax():
+    theirs = optax.lars(0.1, trust_coefficient=TRUST, momentum=MOMENTUM)
+    ours = optim.lars(momentum=MOMENTUM, decay=0.0, trust=TRUST)
+
+    @jax.jit
+    def step(params, states, gradient, rates):
+        expected, state = theirs.update(gradient, states[0], params)
+        moved, own = ours.update(gradient, states[1], params, rates=rates)
+        return optax.apply_updates(params, expected), (state, own), moved, expected
+
+    with jax.enable_x64(True):
+        params = random_tree(0)
+        states = theirs.init(params), ours.init(params)
+        for gradient in GRADIENTS[:3]:
+            params, states, moved, expected = step(params, states, gradient, all_rates(0.1))
+            assert distance(moved, expected) < 1e-14
+
+
+def test_lars_keeps_the_gradient_where_a_norm_is_zero():
+    kernel, bias = jnp.full((1, 2, 2), 3.0), jnp.zeros(2)
+    params = {'fc8': {'kernel': kernel, 'bias': bias}}
+    gradient = {'fc8': {'kernel': 0 * kernel, 'bias': jnp.array([1.0, -2.0])}}
+    update = optim.lars(momentum=MOMENTUM, decay=0.1, trust=TRUST)
+    moved, _ = update.update(
+        gradient, update.init(params), params, rates=all_rates(jnp.float32(0.5))
+    )
+    np.testing.assert_allclose(moved['fc8']['bias'], [-0.5, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(moved['fc8']['kernel'], -0.5 * 0.1 * kernel, rtol=1e-6)
+
+
+def run_on_mesh(update, mesh, gradients, rates):
+    """`run`, inside shard_map as in the training step -> parameters and velocities at the end."""
+    params = jax.tree.map(jnp.asarray, random_tree(0))
+    state = steps.TrainState(jnp.zeros((), jnp.int32), params, update.init(params))
+    specs = steps.state_specs(state, mesh)
+
+    def step(state, gradient, rates):
+        moved, opt_state = update.update(gradient, state.opt_state, state.params, rates=rates)
+        params = optax.apply_updates(state.params, moved)
+        return steps.TrainState(state.step + 1, params, opt_state)
+
+    mapped = jax.jit(
+        jax.shard_map(
+            step, mesh=mesh, in_specs=(specs, specs.params, P()), out_specs=specs, check_vma=True
+        )
+    )
+    for gradient, rate in zip(gradients, rates, strict=True):
+        state = mapped(state, gradient, rate)
+    return jax.tree.map(np.asarray, (state.params, optim.velocity(state.opt_state)))
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 2)], ids=str)
+def test_lars_is_the_same_on_every_mesh(shape):
+    """The norms are those of both towers, wherever the towers are; as training makes the update."""
+    config = base.get_config()
+    config.optim.update({'name': 'lars', 'trust': TRUST})
+    config.model.width = 0.25
+    store = types.SimpleNamespace(
+        classes=5, counts={'train': 128}, mean=np.zeros((256, 256, 3), np.float32),
+        eigenvectors=np.eye(3), sigma=np.ones(3),
+    )  # fmt: skip
+    gradients, rates = GRADIENTS[:2], [all_rates(0.1), all_rates(0.01, biases=0.02)]
+    mesh = meshes.make(shape, towers=2, batches={})
+    expected = run(gradients, rates, name='lars')[-1]
+    with jax.enable_x64(True):
+        update = train.Job.make(config, mesh, store).optimizer
+        assert distance(run_on_mesh(update, mesh, gradients, rates), expected) < 1e-12
+        if shape[1] > 1:  # what the norms of single towers would make of it
+            update = optim.lars(momentum=MOMENTUM, decay=DECAY, trust=TRUST)
+            assert distance(run_on_mesh(update, mesh, gradients, rates), expected) > 1e-5
 
 
 # --- rates -------------------------------------------------------------------------------------
@@ -315,6 +418,78 @@ def test_warm_up_grows_linearly():
         np.testing.assert_allclose(values, np.array([0.01, 0.02, 0.01]) * part, rtol=1e-12)
 
 
-def test_unknown_schedule():
-    with pytest.raises(UserError, match="'cosine'.*steps.*plateau"):
-        make(schedule='cosine')
+def test_poly_falls_to_zero_at_the_end():
+    rates = make(
+        schedule='poly', power=2.0, epochs=4.0, warmup=1.0, bias_factor=2.0, bias_final=0.5
+    )
+    for step in range(40):
+        actual, part = rates(step, {}), (1 - step / 40) ** 2 * min(step + 1, 10) / 10
+        values = [actual[name] for name in ('weights', 'biases', 'conv1')]
+        np.testing.assert_allclose(values, np.array([0.01, 0.02, 0.01]) * part, rtol=1e-12)
+        assert not actual['stop']
+    assert rates(40, {})['weights'] == 0 and rates(40, {})['stop']
+    assert make(schedule='poly', power=1.0, epochs=4.0)(10, {})['weights'] == 0.0075
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            {'schedule': 'cosine'},
+            "config.optim.schedule='cosine': choose one of steps, plateau, poly",
+        ),
+        ({'name': 'adam'}, "config.optim.name='adam': choose one of sgd, lars"),
+        ({'name': 'lars', 'trust': 0.0}, 'config.optim.trust=0.0: must be above 0'),
+    ],
+)
+def test_values_that_do_not_exist(changes, message):
+    with pytest.raises(UserError) as error:
+        make(**changes)
+    assert str(error.value) == message
+
+
+def large(variant):
+    config = large_batch.get_config(variant)
+    return config, optim.make_rates(examples=1_281_167, batch=config.train.batch, **config.optim)
+
+
+@pytest.mark.parametrize(('variant', 'batch'), [('512', 512), ('1k', 1024), ('4k', 4096)])
+def test_linear_scaling(variant, batch):
+    """Goyal et al. 2017: k times the batch, k times the rate, after 5 epochs of warm-up."""
+    config, rates = large(variant)
+    paper = base.get_config()
+    warm = -(-5 * 1_281_167 // batch)
+    assert config.train.batch == batch
+    np.testing.assert_allclose(rates(warm, {})['weights'], 0.01 * batch / 128, rtol=1e-12)
+    np.testing.assert_allclose(
+        rates(warm // 2 - 1, {})['biases'], 0.005 * batch / 128, rtol=1 / warm
+    )
+    changed = {'batch': 128, 'rate': 0.01, 'warmup': 0.0}
+    for part in ('optim', 'train'):
+        for field, value in config[part].items():
+            assert changed.get(field, value) == paper[part][field], field
+
+
+@pytest.mark.parametrize(
+    ('variant', 'batch', 'rate', 'warm', 'total'),
+    [  # base_lr, rampup_interval and max_iter of the authors' solver files
+        ('1k-lars', 1024, 2, 0, 125_000),
+        ('4k-lars', 4096, 10, 1250, 31_300),
+        ('8k-lars', 8192, 10, 600, 15_600),
+        ('16k-lars', 16384, 16, 400, 7800),
+        ('32k-lars', 32768, 32, 400, 4000),
+    ],
+)
+def test_lars_has_the_rates_of_its_authors(variant, batch, rate, warm, total):
+    config, rates = large(variant)
+    assert config.train.batch == batch
+    names = ('name', 'trust', 'momentum', 'decay', 'schedule', 'power')
+    assert [config.optim[n] for n in names] == ['lars', 0.001, 0.9, 0.0005, 'poly', 2.0]
+    here = optim.steps_per(config.optim.epochs, 1_281_167, batch)
+    assert abs(here - total) < 0.03 * total and rates(here, {})['stop']
+    start = optim.steps_per(config.optim.warmup, 1_281_167, batch)
+    assert abs(start - warm) <= 0.03 * warm
+    expected = rate * (1 - start / here) ** 2
+    np.testing.assert_allclose(rates(start, {})['weights'], expected, rtol=1e-12)
+    if start:
+        np.testing.assert_allclose(rates(0, {})['weights'], rate / start, rtol=1e-12)

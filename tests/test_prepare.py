@@ -234,10 +234,10 @@ def test_complete_store_is_opened_without_its_source(tree, tmp_path, monkeypatch
 @pytest.fixture
 def flowers(tmp_path, monkeypatch):
     """The working directory is a new one, with pictures in flowers and in sub/flowers."""
-    (tmp_path / 'work').mkdir()
-    monkeypatch.chdir(tmp_path / 'work')
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
     for tree in ('flowers', 'sub/flowers'):
-        fixtures.write_tree(tmp_path / 'work' / tree, {'ape': 6, 'bee': 5})
+        fixtures.write_tree(tmp_path / 'here' / tree, {'ape': 6, 'bee': 5})
 
 
 @pytest.mark.parametrize('source', ['flowers', 'sub/flowers', './flowers', '~/flowers'])
@@ -262,7 +262,7 @@ def test_a_store_that_is_named_opens_wherever_its_pictures_are(flowers, tmp_path
     monkeypatch.setattr(datasets, 'open_source', None)
     capsys.readouterr()
     assert prepare.ensure(source=source, store=str(path), size=24).counts == {'train': 10, 'val': 1}
-    origin = f'source {tmp_path}/work/sub/flowers'
+    origin = f'source {tmp_path}/here/sub/flowers'
     assert f'{path}: is complete, and used as it is ({origin}, not' in capsys.readouterr().out
     for other in ({'size': 20}, {'size': 24, 'format': 'u8'}):
         with pytest.raises(UserError, match='is another store .* give another --store, or remove'):
@@ -273,7 +273,7 @@ def test_a_store_that_is_named_opens_wherever_its_pictures_are(flowers, tmp_path
 def test_a_store_that_is_not_named_must_be_of_the_source(flowers):
     path = 'data/flowers-24-jpg'
     made = prepare.prepare('sub/flowers', size=24)
-    with pytest.raises(UserError, match='is another store .source .*/work/sub/flowers, not .*/work/'
+    with pytest.raises(UserError, match='is another store .source .*/here/sub/flowers, not .*/here/'
                        f'flowers.: give another --store .--store={path} takes it as it is.'):
         prepare.ensure(source='flowers', size=24)
     with pytest.raises(UserError, match='is another store .val_fraction 0.1, not 0.2.'):

@@ -153,6 +153,16 @@ def test_each_step_draws_other_masks(net, mesh):
     assert first['loss'] != second['loss']
 
 
+def test_a_loss_that_is_not_finite_updates_nothing(net, mesh):
+    step, state, _ = make_step(net, mesh)
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    batch = make_batch()
+    batch['z'][2, 0] = np.inf
+    state, sums = step(state, batch, RATES)
+    assert not np.isfinite(sums['loss']) and state.step == 1
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+
+
 def test_the_step_is_compiled_once(net, mesh):
     step, state, _ = make_step(net, mesh)
     for rate in (0.01, 0.001, 0.0):

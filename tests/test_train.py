@@ -1,10 +1,15 @@
 """The loop: when it evaluates, saves, stops, and what it refuses to save."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from alexnet_jax import checks, metrics, optim, train
+from alexnet_jax import checkpoint, checks, evaluate, metrics, optim, train
+from alexnet_jax import mesh as meshes
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import UserError
+from alexnet_jax.store import open_store
 from configs import quickstart
 from tests.tiny_store import write_store
 
@@ -45,12 +50,53 @@ def test_plateau_drops_the_rate_and_then_ends_the_run(store, tmp_path):
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(store, tmp_path):
     config = make_config(store, **{'optim.rate': 1e30, 'run.checkpoint_every': 1})
-    with pytest.raises(UserError, match='not finite') as error:
+    where = 'the loss of step 1 is not finite: the activations .* broke first; .* step 1; likely causes'
+    with pytest.raises(UserError, match=where) as error:
         train.train(config, tmp_path / 'run')
     assert '\n' not in str(error.value)
     # The first update is huge, but finite; what it leads to is not.
     assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1]
     assert [row['step'] for row in metrics.read(tmp_path / 'run')] == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('failed_save', ['stop', 'warn'])
+def test_a_checkpoint_that_cannot_be_written(store, tmp_path, monkeypatch, caplog, failed_save):
+    """Found when the next one is due, as a full disk is; that one is saved all the same."""
+    wait, saved = Checkpoints.wait, []
+
+    def fail_once(self):
+        wait(self)
+        if self.steps()[-1:] == [3] and 3 not in saved:
+            saved.append(3)
+            raise checkpoint.SaveError('no space for step 3')
+
+    monkeypatch.setattr(Checkpoints, 'wait', fail_once)
+    changes = {'run.failed_save': failed_save, 'run.checkpoint_every': 1, 'optim.epochs': 2.0}
+    config = make_config(store, **changes, **{'run.eval_every': 10.0})
+    if failed_save == 'stop':
+        with pytest.raises(UserError, match='no space for step 3'):
+            train.train(config, tmp_path / 'run')
+        assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [2, 3]
+    else:
+        train.train(config, tmp_path / 'run')
+        assert 'no space for step 3; going on without it' in caplog.text
+        assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [4, 5]
+
+
+@pytest.mark.slow
+def test_the_last_checkpoint_must_be_written(store, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def fail_at_the_end(self, step, *args):
+        if step == 5:
+            raise checkpoint.SaveError('no space for step 5')
+        save(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, 'save', fail_at_the_end)
+    config = make_config(store, **{'run.failed_save': 'warn', 'optim.epochs': 2.0, 'run.eval_every': 10.0})
+    with pytest.raises(UserError, match='no space for step 5'):
+        train.train(config, tmp_path / 'run')
 
 
 @pytest.mark.slow
@@ -66,6 +112,23 @@ def test_profile_and_frozen_layers(store, tmp_path):
     same = {layer: bool((trained.params[layer]['kernel'] == leaves['kernel']).all())
             for layer, leaves in fresh.params.items()}
     assert [layer for layer in same if same[layer]] == ['conv1', 'conv2']
+
+
+@pytest.mark.parametrize('devices', [1, 2, 4, 8])
+def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, devices):
+    """37 of them, eight at a time: the last batch is mostly padding, on some devices nothing else."""
+    pictures = np.arange(37, dtype=np.uint8)[:, None, None, None] + np.zeros((8, 8, 3), np.uint8)
+    labels = np.arange(37, dtype=np.int32) % 3
+    write_store(tmp_path / 's', format='u8', size=8, pictures={'train': pictures, 'val': pictures},
+                labels={'train': labels, 'val': labels})  # fmt: skip
+    mesh = meshes.make((devices, 1), towers=1, batches={'batch': 8})
+
+    def predict(images):  # right where the picture's number is below 30
+        number = images[:, 0, 0, 0].astype(int)
+        return jax.nn.one_hot(jnp.where(number < 30, number, number + 1) % 3, 3)
+
+    sums = evaluate.evaluate([predict], mesh, open_store(tmp_path / 's'), split='val', batch=8, threads=1)
+    assert (sums['count'], sums['top1'], sums['top5']) == (37, 30, 37)
 
 
 def test_evaluations_are_due_after_whole_intervals(store):

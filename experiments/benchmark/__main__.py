@@ -198,7 +198,9 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
         try:
             for kind in ('logits_difference', 'gradients_difference'):
                 if not worker.facts[kind] < TOLERANCE[args.dtype]:
-                    raise UserError(f'{name}: {kind} {worker.facts[kind]:.2g}: not our function')
+                    print(f'{name}: left out, it computes another function: {kind} '
+                          f'{worker.facts[kind]:.2g}', flush=True)  # fmt: skip
+                    return math.inf, name, form
             ratios = [worker.ask(1)['seconds'] / ours.ask(1)['seconds'] for _ in range(4)]
         except WorkerError as error:
             raise UserError(f'{name}: it ended: {error}') from error
@@ -221,7 +223,9 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
             best = min(tried, key=lambda one: one[0])[2]
             if kept:  # whether it gains by it, too
                 tried.append(try_out(mode, best['layout'], best['lrn'], False))
-            _, name, form = min(tried, key=lambda one: one[0])
+            ratio, name, form = min(tried, key=lambda one: one[0])
+            if ratio == math.inf:
+                raise UserError(f'torch {mode}: none of its forms computes our function')
             chosen[name] = form
     finally:
         ours.close()

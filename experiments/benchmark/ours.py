@@ -54,7 +54,10 @@ def _mean(config):
 def _training(spec, config, net, mesh):
     """(compiled step, state, rates, facts)."""
     crop = config.augment.crop
-    optimizer = optim.sgd(momentum=config.optim.momentum, decay=config.optim.decay, freeze=())
+    optimizer = optim.make(
+        name=config.optim.name, momentum=config.optim.momentum, decay=config.optim.decay,
+        trust=config.optim.trust, axis='model' if mesh.shape['model'] > 1 else None,
+    )  # fmt: skip
     state = steps.init_state(net, optimizer, mesh, seed=0, crop=crop)
     if spec['form'] == 'plain':
         step = plain.make_train_step(net, optimizer, _mean(config))

@@ -1,0 +1,159 @@
+"""Several processes of one run: how they find each other, agree, and end.
+
+JAX's own runtime connects them. A process that fails ends at once, without waiting for the others;
+they notice at their next exchange or, where they wait for none, when its heartbeats stay out.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alexnet_jax import errors, files
+from alexnet_jax.errors import UserError
+
+OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX's errors of one process
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
+
+
+def start(coordinator: str, processes: int, process: int, automatic: bool, *, timeout: int) -> None:
+    """Joins the other processes of the run, before JAX is used; a single process joins none.
+
+    coordinator: HOST:PORT where process 0 listens; processes: how many; process: this one's number.
+    automatic: all three from SLURM, Open MPI, a TPU pod or Kubernetes. Raises UserError if they are
+    incomplete, or if not all processes are there within `timeout` seconds.
+    """
+    given = (bool(coordinator), processes > 0, process >= 0)
+    if automatic and any(given):
+        raise UserError('--distributed finds all by itself: leave --coordinator, --num_processes '
+                        'and --process_id out')
+    if not automatic and not any(given):
+        return
+    if not automatic:
+        if not all(given):
+            raise UserError('--coordinator, --num_processes and --process_id belong together: give '
+                            'all three, or --distributed where SLURM or a TPU pod started this')
+        host, _, port = coordinator.rpartition(':')
+        if not host or not port.isdigit():
+            raise UserError(f'--coordinator={coordinator}: give HOST:PORT, as in node1:12345')
+        if process >= processes:
+            raise UserError(f'--process_id={process}: with --num_processes={processes} the numbers '
+                            f'are 0 to {processes - 1}')
+    arguments = {} if automatic else {
+        'coordinator_address': coordinator, 'num_processes': processes, 'process_id': process
+    }  # fmt: skip
+    message = (
+        f'{coordinator or "--distributed"}: the processes of this run did not find each other within '
+        f'{timeout} s; start all of them, with the same --num_processes, numbers from 0 on, and a port '
+        'of process 0 that is free and can be reached'
+    )
+    # When its own time is over, JAX aborts the process, with a stack.
+    clock = threading.Timer(timeout, _give_up, [message])
+    clock.daemon = True
+    clock.start()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f'{message} ({_line(error)})') from error
+    finally:
+        clock.cancel()
+    counts = multihost_utils.process_allgather(np.int32(processes)).tolist()
+    if len({*counts}) > 1:
+        raise UserError(f'--num_processes is {counts} in the processes of this run: give all the same')
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and logs; the only one of a run of one process is."""
+    return jax.process_index() == 0
+
+
+def _give_up(message: str) -> None:
+    line, code = errors.end(UserError(message))
+    print(line, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around a command: a process that fails ends at once, and does not wait for the others."""
+    try:
+        yield
+    except errors.Stopped:  # all have stopped, and take leave of each other
+        raise
+    except BaseException as error:
+        leave(error)
+        raise
+
+
+def leave(error: BaseException) -> None:
+    """One of several processes ends here, with the exit code of an error; a single one goes on."""
+    if jax.process_count() == 1:
+        return
+    line, code = errors.end(error)
+    own = str(error).startswith(OWN)
+    if isinstance(error, jax.errors.JaxRuntimeError) and not own:
+        line, code = (
+            f'error: another process of this run was lost, or failed ({_line(error)}); start all of '
+            'them again: they go on from the last checkpoint', 76,
+        )  # fmt: skip
+    print(f'process {jax.process_index()}: {line}', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # at a usual end JAX and orbax would wait for processes that wait for this one
+
+
+def agree(what: dict) -> None:
+    """UserError unless `what`, a JSON object, is the same in all processes."""
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(what, sort_keys=True).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(max(lengths), np.uint8)
+    padded[: len(text)] = text
+    padded = multihost_utils.process_allgather(padded)
+    first, *others = (json.loads(bytes(x[:n])) for x, n in zip(padded, lengths, strict=True))
+    for process, other in enumerate(others, start=1):
+        differing = [
+            f'{name}: {first.get(name)!r} in process 0, {other.get(name)!r} in {process}'
+            for name in sorted({*first, *other})
+            if first.get(name) != other.get(name)
+        ]
+        if differing:
+            raise UserError(f'the processes of this run differ: {"; ".join(differing)}')
+
+
+def check_shared(workdir: files.Path) -> None:
+    """UserError unless all processes see what process 0 writes to the work directory."""
+    if jax.process_count() == 1:
+        return
+    token = np.frombuffer(uuid.uuid4().bytes, np.uint8)
+    token = bytes(multihost_utils.broadcast_one_to_all(token)).hex()
+    file = files.existing(workdir) / f'.alexnet_jax-{token}'
+    with contextlib.suppress(files.failures(file)):
+        if jax.process_index() == 0:
+            file.write_bytes(b'')
+    multihost_utils.sync_global_devices('token written')
+    found = multihost_utils.process_allgather(np.bool_(file.exists()))
+    if jax.process_index() == 0:
+        file.unlink(missing_ok=True)
+    if not found[0]:
+        raise UserError(f'--workdir={workdir}: process 0 cannot write there; give another')
+    if not found.all():
+        blind = ', '.join(map(str, np.flatnonzero(~found)))
+        raise UserError(f'--workdir={workdir}: process {blind} does not see what process 0 writes '
+                        'there; give a folder that all of them share')
+
+
+def _line(error: BaseException) -> str:
+    return ' '.join(str(error).split())[:200]

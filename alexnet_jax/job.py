@@ -1,0 +1,134 @@
+"""Everything that a config fixes before the first step of a training."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+
+import jax
+
+from alexnet_jax import (
+    checkpoint,
+    data,
+    diagnosis,
+    evaluate,
+    files,
+    metrics,
+    model,
+    optim,
+    rundir,
+    steps,
+    switches,
+)
+from alexnet_jax import mesh as meshes
+from alexnet_jax.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the loop needs; `make` it from a config, a mesh and a store."""
+
+    config: object
+    mesh: jax.sharding.Mesh
+    store: Store
+    net: model.AlexNet
+    optimizer: object
+    rates: Callable
+    total: int  # steps, at the most
+    train_step: Callable
+    predict: Callable
+    all_finite: Callable
+    find_broken: Callable
+
+    @classmethod
+    def make(cls, config, mesh, store: Store) -> 'Job':
+        net = switches.build(classes=store.classes, **config.model)
+        optimizer = optim.make(
+            name=config.optim.name,
+            momentum=config.optim.momentum,
+            decay=config.optim.decay,
+            trust=config.optim.trust,
+            freeze=config.train.freeze,
+            axis='model' if mesh.shape['model'] > 1 else None,
+        )
+        examples, crop = store.counts['train'], config.augment.crop
+        inputs_of = {
+            'mean': steps.window_mean(store.mean, crop),
+            'eigenvectors': store.eigenvectors,
+            'sigma': store.sigma,
+            **config.colour,
+        }
+        return cls(
+            config=config,
+            mesh=mesh,
+            store=store,
+            net=net,
+            optimizer=optimizer,
+            rates=optim.make_rates(examples=examples, batch=config.train.batch, **config.optim),
+            total=optim.steps_per(config.optim.epochs, examples, config.train.batch),
+            train_step=steps.make_train_step(net, optimizer, mesh, seed=config.seed, **inputs_of),
+            predict=steps.make_predict(net, mesh, mean=store.mean, views='centre', crop=crop),
+            all_finite=steps.make_all_finite(mesh),
+            find_broken=diagnosis.make_find_broken(net, seed=config.seed, **inputs_of),
+        )
+
+    def start(self, checkpoints, init_from: str):
+        """(state, history, running sums) at the last checkpoint, or at the beginning."""
+        crop = self.config.augment.crop
+        target = steps.abstract_state(self.net, self.optimizer, self.mesh, crop)
+        if checkpoints.steps():
+            _, state, meta = checkpoints.restore(target)
+            history = {int(step): error for step, error in meta['history'].items()}
+            return state, history, meta['running']
+        state = steps.init_state(
+            self.net, self.optimizer, self.mesh, seed=self.config.seed, crop=crop
+        )
+        if init_from:
+            state = state.replace(params=_params_from(init_from, target.params, state.params))
+        return state, {}, {}
+
+    def batches(self, start: int):
+        """This process's rows of the batches from a step on."""
+        return data.train_batches(
+            self.store,
+            seed=self.config.seed,
+            batch=self.config.train.batch,
+            start=start,
+            stop=self.total,
+            rows=meshes.rows(self.mesh, self.config.train.batch),
+            threads=self.config.run.threads,
+            **self.config.augment,
+        )
+
+    def evaluate(self, state: steps.TrainState) -> dict[str, float]:
+        """Errors on the validation split, centre crop."""
+        sums = evaluate.evaluate(
+            [lambda images: self.predict(state.params, images)],
+            self.mesh,
+            self.store,
+            split='val',
+            batch=self.config.run.eval_batch,
+            threads=self.config.run.threads,
+        )
+        return metrics.errors(sums)
+
+    def evaluation_due(self, step: int) -> bool:
+        examples, batch = self.store.counts['train'], self.config.train.batch
+        every = self.config.run.eval_every
+        number = math.floor(step * batch / (every * examples) + 1e-9)
+        return number > 0 and step == optim.steps_per(number * every, examples, batch)
+
+
+def _params_from(run_dir: str, target: dict, fresh: dict) -> dict:
+    """Another run's parameters; the last layer stays fresh where the class count differs."""
+    rundir.read_config(run_dir)
+    other = checkpoint.Checkpoints(files.path(run_dir) / 'checkpoints')
+    there = other.shapes()
+    bias = there.get('params/fc8/bias')
+    same = bias is not None and bias.shape == target['fc8']['bias'].shape
+    wanted = {layer: leaves for layer, leaves in target.items() if same or layer != 'fc8'}
+    step, params, _ = other.restore_params(wanted)
+    log.info('starting from %s, step %s%s', run_dir, step, '' if same else ', with a new last layer')
+    return {**fresh, **params}

@@ -1,0 +1,85 @@
+"""When a run is stopped before its end: SIGTERM, Ctrl-C, a number of steps or a time."""
+
+import contextlib
+import logging
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alexnet_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+SECONDS = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
+
+
+def parse(stop_after: str) -> tuple[int | None, float | None]:
+    """'100' -> (100 steps, None), '23h' -> (None, 82800 seconds), '' -> (None, None)."""
+    if not stop_after:
+        return None, None
+    match = re.fullmatch(r'(\d+)([smhd]?)', stop_after)
+    if not match or not int(match[1]):
+        raise UserError(
+            f'config.run.stop_after={stop_after!r}: give a number of steps, as in 1000, or a time, '
+            'as in 90s, 45m, 23h or 2d'
+        )
+    number, unit = int(match[1]), match[2]
+    return (None, number * SECONDS[unit]) if unit else (number, None)
+
+
+@contextlib.contextmanager
+def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
+    """stop(step) -> why to stop before this step, or ''; to be called at every step, from `start` on.
+
+    On several processes, of which any may be asked, all stop at the same step: JAX's preemption
+    service agrees on it. Another Ctrl-C after the first one is a KeyboardInterrupt at once.
+    """
+    steps, seconds = parse(stop_after)
+    began, several = time.monotonic(), jax.process_count() > 1
+    early = several and _asked_before()
+    asked = ['asked before the first step'] if early else []
+
+    def ask(reason: str) -> None:
+        if not asked:
+            asked.append(reason)
+            log.info('%s: stopping at the next step, with a checkpoint', reason)
+            if several:  # JAX's own handler passes it on to the other processes
+                signal.raise_signal(signal.SIGTERM)
+
+    def on_signal(number: int, frame) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        ask('Ctrl-C' if number == signal.SIGINT else 'SIGTERM')
+
+    def stop(step: int) -> str:
+        if seconds and time.monotonic() - began >= seconds:
+            ask(f'stop_after={stop_after}')
+        if steps and step == start + steps:
+            return f'stop_after={stop_after}'
+        if not several or early:
+            return asked[0] if asked else ''
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        return (asked[0] if asked else 'another process was asked to stop') if reached else ''
+
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {}
+    with contextlib.suppress(ValueError):  # only the main thread has handlers
+        before = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _asked_before() -> bool:
+    """Whether any process was asked while it started.
+
+    The service stops everyone at the step after the highest that it has been told: at 1, then. A run
+    that goes on from a later step would never pass that one.
+    """
+    reached = [multihost_utils.reached_preemption_sync_point(step) for step in (1, 2)]
+    return bool(multihost_utils.process_allgather(np.bool_(any(reached))).any())

@@ -1,0 +1,1 @@
+"""What parallel training moves between devices, counted: `python -m experiments.scaling`."""

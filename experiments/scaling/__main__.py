@@ -1,0 +1,131 @@
+"""Counts what parallel training moves between devices, and predicts how well it scales.
+
+    python -m experiments.scaling                          # configs/paper.py, up to 64 devices
+    python -m experiments.scaling --max_devices=8 --dtype=bfloat16 --config=configs/original.py
+
+Compiles the training step for meshes of virtual CPU devices from shapes alone, without running it,
+and prints for each mesh the collectives in the compiled program, their bytes beside the formula
+(`formula.py`), and FLOPs and memory of one device. The same for the hybrid of "One weird trick".
+Then what the formula of `accelerators.py` predicts, as tables and as a picture. Exit code 1 if a
+program moves anything else than the formula says.
+"""
+
+import argparse
+import collections
+import pathlib
+import sys
+import time
+
+from alexnet_jax import configfile
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import ArgumentParser, UserError, run
+from experiments.scaling import formula, hlo, programs, report
+from experiments.scaling.accelerators import ACCELERATORS
+
+MAX_DEVICES = 64
+OPTIONS = {'xla_backend_optimization_level': 0}  # machine code, which nobody runs: half the time
+
+
+def main() -> None:
+    args = _arguments()
+    config = configfile.load(args.config)
+    config.model.dtype = args.dtype or config.model.dtype
+    meshes.configure(cpu_devices=args.max_devices)
+    net, crop = programs.build(config, args.classes), config.augment.crop
+    counts = [2**i for i in range(args.max_devices.bit_length())]
+    wanted = list(
+        dict.fromkeys(s for count in counts for s in report.schemes(count, net).values())
+    )
+    print(f'{args.config}, {config.model.dtype}, {args.images} images a device', flush=True)
+    began = time.perf_counter()
+    different = [scheme for scheme in wanted if not _count(scheme, config, args, net)]
+    print(f'\n{len(wanted)} programs in {time.perf_counter() - began:.0f} s', flush=True)
+
+    predicted = {}
+    print(f'\npredicted, at {args.share:.0%} of the peak')
+    for key, accelerator in ACCELERATORS.items():
+        for images in args.predict:
+            points = report.curves(
+                net, crop, accelerator, images=images, devices=counts, share=args.share
+            )
+            print('', *report.curve_lines(accelerator, images, points), sep='\n')
+            if accelerator.domain > 2:  # a curve has more than two points
+                predicted[key, images] = points
+    out = pathlib.Path(args.out)
+    title = (
+        f'{args.config}: predicted images/s over those of one device, at {args.share:.0%} of the '
+        'peak\nWith markers: nothing overlaps. Thin: all sums of gradients do'
+    )
+    if args.max_devices > 1:
+        report.draw(predicted, title, out)
+        print(f'\nwrote {out}')
+    if different:
+        print(f'{len(different)} programs do not move what the formula says', file=sys.stderr)
+        sys.exit(1)
+
+
+def _count(scheme, config, args, net) -> bool:
+    """Compiles and prints one program; whether it moves what the formula says."""
+    program, mesh = scheme
+    crop = config.augment.crop
+    began = time.perf_counter()
+    lower = {'train': programs.train_step, 'hybrid': programs.hybrid}[program]
+    lowered = lower(config, args.classes, mesh, args.images)
+    compiled = lowered.compile(compiler_options=OPTIONS)
+    took = time.perf_counter() - began
+    options = {'lars': config.optim.name == 'lars'} if program == 'train' else {}
+    wanted = report.FORMULAS[program](net, crop, args.images, mesh, **options)
+    written = programs.written(lowered, mesh)
+    text = compiled.as_text()
+    made = programs.found(text, mesh)
+    exact = net.dtype == 'float32'  # what XLA's CPU backend leaves as it is
+    right = programs.same(written, wanted), programs.same(made, wanted, dtypes=exact)
+    instructions = collections.Counter(
+        {c.instruction: c.kind for c in hlo.collectives(text)}.values()
+    )
+    listed = ', '.join(f'{count} {kind}' for kind, count in sorted(instructions.items()))
+    memory = compiled.memory_analysis()
+    print(
+        f'\n{program} on {mesh[0]}x{mesh[1]}: compiled in {took:.1f} s; a device has '
+        f'{compiled.cost_analysis()["flops"] / 1e9:.1f} GFLOP '
+        f'(formula: {formula.flops(net, crop) * args.images / 1e9:.1f}), '
+        f'{memory.argument_size_in_bytes / 2**20:,.0f} MiB of arguments, '
+        f'{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries',
+        *report.count_lines(written, wanted),
+        f'  compiled: {listed or "nothing"}{"" if right[1] else "  DIFFERENT ELEMENTS"}',
+        sep='\n', flush=True,
+    )  # fmt: skip
+    return all(right)
+
+
+def _arguments():
+    parser = ArgumentParser(prog='python -m experiments.scaling', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default='configs/paper.py', help='a preset')
+    parser.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'),
+                        help="of the arithmetic; '': the preset's")  # fmt: skip
+    parser.add_argument('--classes', type=int, default=1000)
+    parser.add_argument('--images', type=int, default=64, help='a device, in what is compiled')
+    parser.add_argument('--max_devices', type=int, default=MAX_DEVICES, help='virtual CPU devices')
+    parser.add_argument('--share', type=float, default=0.3, help='of the peak that is reached')
+    parser.add_argument('--predict', default='16,64,512', help='images a device')
+    parser.add_argument('--out', default='runs/scaling/scaling.png', help='the picture')
+    args = parser.parse_args()
+    try:
+        args.predict = [int(n) for n in args.predict.split(',')]
+    except ValueError:
+        raise UserError(f'--predict={args.predict}: numbers with commas, as 16,64') from None
+    if min(args.predict) < 1:
+        raise UserError(f'--predict={args.predict}: must be at least 1')
+    for name in ('classes', 'images', 'max_devices'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name}={getattr(args, name)}: must be at least 1')
+    if args.max_devices > MAX_DEVICES:
+        raise UserError(f'--max_devices={args.max_devices}: at most {MAX_DEVICES}')
+    if not 0 < args.share <= 1:
+        raise UserError(f'--share={args.share}: must be above 0 and at most 1')
+    return args
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,159 @@
+"""What a training step must move between devices and compute, worked out from the architecture alone.
+
+Nothing here looks at a program. Per image and layer it is arithmetic; sizes are of the whole array,
+as in `hlo.Collective`. Towers T, devices (data, model).
+"""
+
+from typing import NamedTuple
+
+from alexnet_jax import model
+from experiments.scaling.hlo import BYTES
+
+METRICS = 4  # count, loss, top1, top5, f32 each (`steps.count`)
+
+
+class Layer(NamedTuple):
+    """One layer of the whole network."""
+
+    name: str
+    kernel: int  # parameters over all towers
+    bias: int
+    macs: int  # multiply-adds an image, forward
+    gathered: tuple[int, ...]  # elements an image of what all towers exchange in this layer
+
+
+class Move(NamedTuple):
+    """What one collective must move; elements as in `hlo.Collective`."""
+
+    kind: str
+    axis: str  # of the mesh: 'data', 'model' or 'both'
+    dtype: str
+    elements: int
+    use: str = ''  # 'exchange', for which the next layer waits; 'gradient', 'metrics', 'norm'
+
+
+def layers(net: model.AlexNet, crop: int) -> list[Layer]:
+    """The layers of a network for crops of so many pixels."""
+    towers = net.local_towers
+    out = []
+    size, channels = crop, 3  # of what one tower reads
+    window, stride = model.POOLING[net.pooling]
+    paddings = model.PADDINGS if net.pooling == 'overlapping' else model.DISJOINT_PADDINGS
+    for i, features in enumerate(net.kernels):
+        name, k = f'conv{i + 1}', model.SIZES[i]
+        kernel = macs = 0
+        gathered = []
+        if name in net.exchange:
+            channels *= towers
+            gathered.append(size * size * channels)
+        padding = sum(net.conv1_padding) if i == 0 else 2 * paddings[i]
+        if i == 0 or name != net.remove:
+            size = (size + padding - k) // (4 if i == 0 else 1) + 1
+        if name != net.remove:
+            halves = name in model.GROUPED and (net.remove, name) not in model.UNGROUPED
+            kernel = towers * k * k * channels // (net.groups if halves else 1) * features
+            macs, channels = kernel * size * size, features
+        for op in net.after[i].split():
+            if op == 'pool':
+                size = 1 - (window - size) // stride
+            if op == 'norm' and net.norm_window == 'all':
+                gathered.append(size * size * channels * towers)
+        bias = 0 if name == net.remove else towers * features
+        out.append(Layer(name, kernel, bias, macs, tuple(gathered)))
+    units = size * size * channels
+    for i, features in enumerate(net.hidden):
+        name = f'fc{i + 6}'
+        units *= towers if name in net.exchange else 1
+        kernel = towers * units * features
+        gathered = (units,) if name in net.exchange else ()
+        out.append(Layer(name, kernel, towers * features, kernel, gathered))
+        units = features
+    kernel = towers * units * net.classes
+    return [*out, Layer('fc8', kernel, net.classes, kernel, ())]
+
+
+def flops(net: model.AlexNet, crop: int) -> int:
+    """Floating-point operations of training on one image: products and sums, forward and backward.
+
+    The first layer needs no gradient of its input. Of the products alone, not of normalization,
+    pooling, activations, masks, the loss, or the update.
+    """
+    macs = [layer.macs for layer in layers(net, crop) if layer.macs]
+    return 2 * (3 * sum(macs) - macs[0])
+
+
+def train_step(
+    net: model.AlexNet, crop: int, images: int, mesh: tuple[int, int], *, lars: bool = False
+) -> list[Move]:
+    """What `steps.make_train_step` must move on a (data, model) mesh, `images` for each device.
+
+    The gradient of every parameter is summed over `data`, in the dtype of the arithmetic (that of
+    fc8's bias in float32, as the logits it is added to), and the metrics. With a tower on each
+    device of `model`: what the towers exchange is gathered forward, its gradient is reduced and
+    scattered backward, and the logits are summed, in float32. LARS sums two squared norms for each
+    parameter that is divided over `model`.
+    """
+    data, shards = mesh
+    dtype, rows = _dtype(net), images * shards
+    plan = layers(net, crop)
+    moves = []
+    if shards > 1:
+        for layer in plan:
+            for elements in layer.gathered:
+                moves.append(Move('all-gather', 'model', dtype, rows * elements, 'exchange'))
+                moves.append(Move('reduce-scatter', 'model', dtype, rows * elements, 'exchange'))
+        moves.append(Move('all-reduce', 'model', 'f32', rows * net.classes, 'exchange'))
+        if lars:
+            arrays = 2 * sum(layer.kernel > 0 for layer in plan) - 1  # all but fc8's bias
+            moves += [Move('all-reduce', 'model', 'f32', 1, 'norm')] * 2 * arrays
+    if data > 1:
+        divided = sum(layer.kernel + layer.bias for layer in plan) - net.classes
+        moves.append(Move('all-reduce', 'data', dtype, divided // shards, 'gradient'))
+        moves.append(Move('all-reduce', 'data', 'f32', net.classes, 'gradient'))
+        moves += [Move('all-reduce', 'data', 'f32', 1, 'metrics')] * METRICS
+    return moves
+
+
+def hybrid_step(net: model.AlexNet, crop: int, images: int, mesh: tuple[int, int]) -> list[Move]:
+    """What `hybrid.make_gradients` must move: 'One weird trick' (Krizhevsky, 2014) on such a mesh.
+
+    The convolutions are data-parallel over all devices. The outputs of fc6 and fc7, and fc8's
+    inputs, are divided over `model`, whose devices gather the pool5 and fc6 activations of all
+    their images, and each get the logits of their own. Over `data` that repeats.
+    """
+    data, shards = mesh
+    dtype, rows = _dtype(net), images * shards
+    plan = layers(net, crop)
+    convs = sum(layer.kernel + layer.bias for layer in plan if layer.name.startswith('conv'))
+    fc6, fc7, fc8 = plan[-3:]
+    towers = net.local_towers
+    moves = []
+    if data * shards > 1:
+        every = 'data' if shards == 1 else 'model' if data == 1 else 'both'
+        moves.append(Move('all-reduce', every, dtype, convs, 'gradient'))
+        moves.append(Move('all-reduce', every, 'f32', net.classes, 'gradient'))
+    if data > 1:
+        divided = sum(layer.kernel + layer.bias for layer in (fc6, fc7, fc8)) - net.classes
+        moves.append(Move('all-reduce', 'data', dtype, divided // shards, 'gradient'))
+    if shards > 1:
+        for units in (fc6.kernel // fc6.bias * (1 if 'fc6' in net.exchange else towers), fc6.bias):
+            moves.append(Move('all-gather', 'model', dtype, rows * units, 'exchange'))
+            moves.append(Move('reduce-scatter', 'model', dtype, rows * units, 'exchange'))
+        moves.append(Move('reduce-scatter', 'model', 'f32', rows * net.classes, 'exchange'))
+        moves.append(Move('all-gather', 'model', 'f32', rows * net.classes, 'exchange'))
+    return moves
+
+
+def sent(move: Move, devices: int) -> float:
+    """Bytes that each of so many devices sends in a ring for a move."""
+    share = (devices - 1) / devices
+    return (2 if move.kind == 'all-reduce' else 1) * share * move.elements * BYTES[move.dtype]
+
+
+def members(axis: str, mesh: tuple[int, int]) -> int:
+    """How many devices exchange with each other over an axis."""
+    return {'data': mesh[0], 'model': mesh[1], 'both': mesh[0] * mesh[1]}[axis]
+
+
+def _dtype(net) -> str:
+    return {'float32': 'f32', 'bfloat16': 'bf16'}[net.dtype.name]

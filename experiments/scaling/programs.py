@@ -1,0 +1,108 @@
+"""The programs that are counted, lowered for a mesh from shapes alone: nothing runs, nothing is allocated."""
+
+import collections
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax import mesh as meshes
+from alexnet_jax import model, optim, steps, switches
+from experiments.scaling import hlo
+from experiments.scaling.formula import Move
+from experiments.scaling.hybrid import make_gradients
+
+Total = dict[tuple[str, str, str], list[int]]  # (kind, axis, dtype) -> [arrays, bytes]
+
+
+def _array(shape, dtype, mesh, spec):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def make_mesh(shape: tuple[int, int]) -> jax.sharding.Mesh:
+    """A mesh of the first devices, as training makes it; any number may lie along `model`."""
+    return meshes.make(shape, towers=shape[1], batches={})
+
+
+def build(config, classes: int) -> model.AlexNet:
+    return switches.build(classes=classes, **config.model)
+
+
+def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax.stages.Lowered:
+    """The step of `steps.make_train_step`, with so many images for each device."""
+    mesh, net, crop = make_mesh(shape), build(config, classes), config.augment.crop
+    optimizer = optim.make(
+        name=config.optim.name, momentum=config.optim.momentum, decay=config.optim.decay,
+        trust=config.optim.trust, freeze=config.train.freeze,
+        axis='model' if mesh.shape['model'] > 1 else None,
+    )  # fmt: skip
+    step = steps.make_train_step(
+        net, optimizer, mesh, seed=config.seed, mean=np.zeros((crop, crop, 3), np.float32),
+        eigenvectors=np.eye(3), sigma=np.ones(3), **config.colour,
+    )  # fmt: skip
+    count = images * mesh.size
+    batch = {
+        'image': _array((count, crop, crop, 3), jnp.uint8, mesh, P('data')),
+        'z': _array((count, 3), jnp.float32, mesh, P('data')),
+        'label': _array((count,), jnp.int32, mesh, P('data')),
+    }
+    rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)(0, {})
+    rates = {name: _array((), jnp.float32, mesh, P()) for name in rates if name != 'stop'}
+    return step.lower(steps.abstract_state(net, optimizer, mesh, crop), batch, rates)
+
+
+def hybrid(config, classes: int, shape: tuple[int, int], images: int) -> jax.stages.Lowered:
+    """The gradients of `hybrid.make_gradients`, with so many images for each device."""
+    mesh, net, crop = make_mesh(shape), build(config, classes), config.augment.crop
+    gradients, specs, rows = make_gradients(net, mesh, crop=crop)
+    params = jax.tree.map(
+        lambda x, spec: _array(x.shape, x.dtype, mesh, spec),
+        jax.eval_shape(lambda: model.init(net, 0, crop)),
+        specs,
+    )
+    count = images * mesh.size
+    return gradients.lower(
+        params,
+        _array((count, crop, crop, 3), jnp.float32, mesh, rows),
+        _array((count,), jnp.int32, mesh, rows),
+    )
+
+
+def written(lowered: jax.stages.Lowered, shape: tuple[int, int]) -> list[Move]:
+    """What a program moves as it is given to the compiler, in its order.
+
+    Here dtypes are read: XLA's CPU backend sends bfloat16 as float32, accelerators do not.
+    """
+    return found(lowered.as_text(dialect='hlo'), shape)
+
+
+def found(text: str, shape: tuple[int, int]) -> list[Move]:
+    """The collectives of HLO text as moves on a (data, model) mesh."""
+    return [
+        Move(c.kind, hlo.axis(c.groups, shape), c.dtype, c.elements) for c in hlo.collectives(text)
+    ]
+
+
+def totals(moves: Iterable[Move]) -> Total:
+    """How many arrays and bytes there are of each kind, axis and dtype."""
+    total: Total = {}
+    for move in moves:
+        entry = total.setdefault((move.kind, move.axis, move.dtype), [0, 0])
+        entry[0] += 1
+        entry[1] += move.elements * hlo.BYTES[move.dtype]
+    return total
+
+
+def same(one: Iterable[Move], other: Iterable[Move], *, dtypes: bool = True) -> bool:
+    """Whether equally many elements of each kind go over each axis, in the same dtypes if asked."""
+
+    def count(moves):
+        total = collections.Counter()
+        for move in moves:
+            total[move.kind, move.axis, move.dtype if dtypes else ''] += move.elements
+        return total
+
+    return count(one) == count(other)

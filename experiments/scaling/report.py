@@ -1,0 +1,131 @@
+"""What the command prints, and its picture."""
+
+import math
+import pathlib
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from alexnet_jax import model
+from experiments.scaling import formula, hybrid, programs
+from experiments.scaling.accelerators import ACCELERATORS, Accelerator, efficiency
+from experiments.scaling.formula import Move
+
+# Of Okabe and Ito's colours that also differ in grey, each with its own line and marker.
+STYLES = {
+    'data parallel': ('#000000', '-', 'o'),
+    "the paper's split": ('#d55e00', '--', 's'),
+    'hybrid, groups of 8': ('#0072b2', '-.', '^'),
+    'hybrid, one group': ('#56b4e9', ':', 'v'),
+}
+FORMULAS = {'train': formula.train_step, 'hybrid': formula.hybrid_step}
+
+
+class Point(NamedTuple):
+    """One scheme on one number of devices."""
+
+    devices: int
+    megabytes: float  # that each device sends in a step
+    none: float  # efficiency if nothing overlaps, 0..1
+    full: float  # if all sums of gradients do
+
+
+def schemes(devices: int, net: model.AlexNet) -> dict[str, tuple[str, tuple[int, int]]]:
+    """What is compared on so many devices: {name: (program, (data, model))}."""
+    towers, group = net.local_towers, min(devices, 8)
+    out = {'data parallel': ('train', (devices, 1))}
+    if devices > 1 and towers > 1 and devices % towers == 0:
+        out["the paper's split"] = ('train', (devices // towers, towers))
+    if devices > 1 and hybrid.possible(net, group):
+        out['hybrid, groups of 8'] = ('hybrid', (devices // group, group))
+    if devices > 1 and hybrid.possible(net, devices):
+        out['hybrid, one group'] = ('hybrid', (1, devices))
+    return out
+
+
+def curves(
+    net, crop: int, accelerator: Accelerator, *, images: int, devices: list[int], share: float
+) -> dict[str, list[Point]]:
+    """The predicted curve of every scheme; numbers of devices that nothing joins are left out."""
+    net = net.clone(dtype=jnp.dtype(accelerator.dtype))
+    out: dict[str, list[Point]] = {}
+    for count in devices:
+        for name, (program, mesh) in schemes(count, net).items():
+            moved = FORMULAS[program](net, crop, images, mesh)
+            flops = formula.flops(net, crop) * images
+            none, full = efficiency(accelerator, moved, mesh, flops, share)
+            sent = sum(formula.sent(m, formula.members(m.axis, mesh)) for m in moved)
+            if none > 0:
+                out.setdefault(name, []).append(Point(count, sent / 1e6, none, full))
+    return out
+
+
+def count_lines(moved: list[Move], wanted: list[Move]) -> list[str]:
+    """Beside each other what a program moves and what it must move."""
+    counted, expected = programs.totals(moved), programs.totals(wanted)
+    out = [f'  {"kind":<16}{"axis":<7}{"dtype":<6}{"arrays":>7}{"bytes":>16}{"formula":>16}']
+    for key in sorted(counted.keys() | expected.keys()):
+        arrays, size = counted.get(key, (0, 0))
+        should = expected.get(key, (0, 0))[1]
+        verdict = '' if size == should else '  DIFFERENT'
+        out.append('  {:<16}{:<7}{:<6}'.format(*key) + f'{arrays:>7}{size:>16,}{should:>16,}{verdict}')
+    return out if len(out) > 1 else ['  no collective']
+
+
+def curve_lines(accelerator: Accelerator, images: int, points: dict[str, list[Point]]) -> list[str]:
+    """The predicted table of one accelerator."""
+    names = list(points)
+    out = [f'{accelerator.name}, {accelerator.dtype}, {images} images a device: MB sent by each '
+           'device, efficiency if nothing overlaps, if all gradients do']  # fmt: skip
+    out.append(f'  {"devices":<9}' + ''.join(f'{name:>28}' for name in names))
+    for count in sorted({p.devices for line in points.values() for p in line}):
+        cells = []
+        for name in names:
+            point = next((p for p in points[name] if p.devices == count), None)
+            cells.append(f'{point.megabytes:>12,.1f}{point.none:>8.1%}{point.full:>8.1%}'
+                         if point else '')  # fmt: skip
+        out.append(f'  {count:<9}' + ''.join(f'{cell:>28}' for cell in cells))
+    return out
+
+
+def draw(
+    predicted: dict[tuple[str, int], dict[str, list[Point]]], title: str, out: pathlib.Path
+) -> None:
+    """Efficiency over devices, a panel for each accelerator and number of images a device."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    keys = sorted({key for key, _ in predicted}, key=list(ACCELERATORS).index)
+    sizes = sorted({images for _, images in predicted})
+    lowest = min(p.none for lines in predicted.values() for line in lines.values() for p in line)
+    bottom = 10 * math.floor(10 * lowest)
+    figure, panels = plt.subplots(
+        len(keys), len(sizes), figsize=(3.8 * len(sizes), 3.1 * len(keys) + 1.1), squeeze=False,
+        sharex=True, sharey=True, layout='constrained',
+    )  # fmt: skip
+    figure.suptitle(title, fontsize=10)
+    for row, key in zip(panels, keys, strict=True):
+        for axes, images in zip(row, sizes, strict=True):
+            for name, points in predicted[key, images].items():
+                colour, line, marker = STYLES[name]
+                x = [1, *(p.devices for p in points if p.devices > 1)]
+                low = [100, *(100 * p.none for p in points if p.devices > 1)]
+                high = [100, *(100 * p.full for p in points if p.devices > 1)]
+                axes.plot(x, low, line, color=colour, marker=marker, linewidth=1.8, label=name)
+                axes.plot(x, high, line, color=colour, linewidth=0.9)
+            axes.set_xscale('log', base=2)
+            axes.set_xticks(x, [str(n) for n in x])
+            axes.set_ylim(bottom, 102)
+            axes.grid(color='#dddddd', linewidth=0.6)
+            axes.set_title(f'{ACCELERATORS[key].name}, {images} images a device', fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel('devices')
+    for axes in panels[:, 0]:
+        axes.set_ylabel('efficiency, %')
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
+                  fontsize=9, frameon=False)  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,228 @@
+"""The chaos experiment: that it sees what it looks for, and a short run of it."""
+
+import concurrent.futures
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from alexnet_jax.errors import UserError
+from experiments import chaos
+
+DUE = [21, 38, 42, 63, 75, 84, 90]
+
+
+def a_start(**changes):
+    """Resumed at 21, killed after step 39, while the checkpoint of 38 was being written."""
+    start = chaos.Start(
+        mesh=(1, 2), kind='training', killed=True, seconds=9.0, wait=8.0, resumed=21,
+        steps=list(range(21, 41, 2)), newest=21, saving=True,
+    )  # fmt: skip
+    return start._replace(**changes)
+
+
+def test_checkpoints_are_due():
+    """Every 21 steps, after every 5 epochs of 7.5 steps, and at the end."""
+    assert chaos.due_steps(90) == DUE
+    assert chaos.due_steps(135)[-4:] == [105, 113, 126, 135]
+
+
+@pytest.mark.parametrize(
+    ('last', 'newest', 'expected'),
+    [
+        (19, 0, (20, 0)),  # before the first checkpoint
+        (61, 42, (20, 0)),
+        (63, 42, (21, 1)),
+        (73, 42, (21, 11)),  # the checkpoint of 75 waits for that of 63
+        (89, 90, (0, 0)),
+        (83, 84, (0, 0)),
+    ],
+)
+def test_steps_repeated(last, newest, expected):
+    start = a_start(resumed=0, steps=list(range(1, last + 1, 2)), newest=newest)
+    assert chaos.repeated(start, DUE) == expected
+    assert chaos.problems(start, DUE) == []
+    assert chaos.repeated(start._replace(steps=[]), DUE) == (0, 0)  # counted with an earlier kill
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'steps': list(range(21, 43))}, r'17 \+ 5 steps after .* 21 .* due at 38 and 42'),
+        ({'resumed': 0, 'newest': 0, 'steps': list(range(1, 40, 2))}, r'21 \+ 19 steps after'),
+        ({'newest': 0}, 'the checkpoint of step 21 was lost, 0 is the newest'),
+        ({'resumed': 38, 'newest': 38}, 'with a row of step 21, not 39'),
+        ({'steps': [25, 27]}, 'with a row of step 25, not 21'),
+    ],
+    ids=str,
+)
+def test_broken_promises_of_a_start_are_seen(changes, message):
+    """One step too many is done again, a checkpoint is lost, steps are left out."""
+    assert chaos.problems(a_start(), DUE) == []
+    assert chaos.problems(a_start(steps=list(range(21, 42))), DUE) == []
+    assert re.search(message, '\n'.join(chaos.problems(a_start(**changes), DUE)))
+
+
+def test_rows_of_one_start():
+    def row(kind, step, speed):
+        return {'kind': kind, 'step': step, 'images_per_second': speed}
+
+    before = [row('train', 1, 5.0), row('train', 3, 6.0), row('eval', 4, 0.0), row('train', 5, 7.0)]
+    assert chaos.own_rows(before, before) == []
+    assert chaos.own_rows(before, before[:2]) == []  # it has removed what it will do again
+    assert chaos.own_rows(before, [*before[:3], row('train', 5, 7.5)]) == [5]
+    assert chaos.own_rows([], before) == [1, 3, 5]
+
+
+def test_a_plan_has_every_kind_of_kill_in_order():
+    kills = chaos.plan(30, 45, np.random.default_rng(0))
+    kinds = [kill.kind for kill in kills]
+    assert [kinds.count(kind) for kind in ('saving', 'training', 'starting')] == [10, 15, 5]
+    assert all(45 * i < kill.step <= 45 * (i + 1) for i, kill in enumerate(kills))
+    again, other = (chaos.plan(30, 45, np.random.default_rng(seed)) for seed in (0, 1))
+    assert kills == again != other
+
+
+def test_the_moment_of_a_kill():
+    training, saving, starting = (chaos.Kill(k, 15, 0.0, 0.5) for k in ('training', 'saving', 'starting'))
+    assert not training.due(2.0, [], True) and not training.due(2.0, [11, 13], True)
+    assert training.due(2.0, [11, 13, 15], False)
+    assert not saving.due(2.0, [11, 13, 15], False) and saving.due(2.0, [11, 13, 15], True)
+    assert not starting.due(0.4, [], False) and starting.due(0.5, [], False)
+    assert starting.due(0.4, [1], False)  # it was faster than usual
+
+
+@pytest.fixture
+def ended():
+    rng = np.random.default_rng(0)
+    arrays = {
+        'params/fc8/kernel': rng.normal(size=(2, 6, 3)).astype(np.float32),
+        'opt_state/0/trace/fc8/kernel': np.zeros((2, 6, 3), np.float32),
+        'step': np.array(60, np.int32),
+    }
+    rows = [
+        {'kind': 'train', 'step': s, 'loss': 1 / (s + 1), 'weights': 0.02, 'waiting': s / 7}
+        for s in (1, 3, 5)
+    ]
+    return chaos.Outcome(60, arrays, {'history': {'38': 70.0}, 'running': {}}, rows)
+
+
+def changed(outcome, name, change):
+    """A copy, with one array changed in place."""
+    arrays = {key: x.copy() for key, x in outcome.arrays.items()}
+    change(arrays[name])
+    return outcome._replace(arrays=arrays)
+
+
+def flip(array):
+    array.view(np.uint32)[...].flat[0] ^= 1
+
+
+def test_a_flipped_bit_is_seen(ended):
+    assert chaos.compare_kept(ended, ended) == {'bits': 0, 'rows': 0, 'broken': []}
+    for name in ended.arrays:
+        found = chaos.compare_kept(changed(ended, name, flip), ended)
+        assert found == {'bits': 1, 'rows': 0, 'broken': [f'kept: {name} differs in 1 bits']}
+    minus = chaos.compare_kept(
+        changed(ended, 'opt_state/0/trace/fc8/kernel', lambda x: np.negative(x, out=x)), ended
+    )
+    assert minus['bits'] == 36  # -0.0 equals 0.0
+
+
+def test_other_rows_are_seen(ended):
+    """One changed, one missing, one too many; but not their times."""
+    rows = ended.rows
+    slower = [{**row, 'waiting': 0.9, 'images_per_second': 3.0} for row in rows]
+    assert chaos.differing_rows(slower, rows) == []
+    (line,) = chaos.differing_rows([*rows[:2], {**rows[2], 'loss': np.nextafter(1 / 6, 1)}], rows)
+    assert '0.16666666666666669' in line and '0.16666666666666666' in line
+    assert chaos.differing_rows([*rows[:2], {**rows[2], 'loss': 0.1}], rows, ignore=chaos.ROUNDED) == []
+    assert len(chaos.differing_rows(rows[:2], rows)) == len(chaos.differing_rows(rows, rows[:2])) == 1
+    found = chaos.compare_kept(ended._replace(rows=rows[:2]), ended)
+    assert found['rows'] == 1 and 'not {"kind": "train", "step": 5' in found['broken'][0]
+
+
+def test_another_history_or_end_is_seen(ended):
+    other = {'history': {'38': 71.0}, 'running': {}}
+    assert 'history' in chaos.compare_kept(ended._replace(meta=other), ended)['broken'][0]
+    assert 'the last step is 55' in chaos.compare_kept(ended._replace(step=55), ended)['broken'][0]
+    found = chaos.compare_changed(ended._replace(step=55), ended, ended)
+    assert found['broken'] == ['changed: the last step is 55, not 60']
+
+
+@pytest.mark.parametrize(('times', 'lines'), [(0.0, 0), (-1.9, 0), (2.9, 0), (-2.1, 1), (3.1, 1), (5.0, 2)])
+def test_distances(ended, times, lines):
+    """1x1, 2x2 and the killed run on one line, at 0, d and times * d."""
+    def at(x):
+        return changed(ended, 'params/fc8/kernel', lambda kernel: np.multiply(kernel, 1 + x, out=kernel))
+
+    found = chaos.compare_changed(at(times * 1e-3), ended, at(1e-3))
+    assert found['d'] == pytest.approx(1e-3, rel=1e-3)
+    assert found['from_1x1'] == pytest.approx(abs(times) * 1e-3, rel=1e-3)
+    assert len(found['broken']) == lines
+    velocity = changed(at(0.0), 'opt_state/0/trace/fc8/kernel', flip)
+    assert chaos.distance(velocity, ended) == 0  # of the parameters alone
+
+
+def test_distance_of_nan_is_too_far(ended):
+    broken = changed(ended, 'params/fc8/kernel', lambda kernel: kernel.fill(np.nan))
+    assert len(chaos.compare_changed(broken, ended, ended)['broken']) == 2
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    """It prints and writes a table, and ends with 1 and a line if a promise is broken."""
+    column = {'meshes': ['1x2'], 'kills': 3, 'repeated_most': (11, 2), 'bits': 0, 'broken': []}
+    monkeypatch.setattr(chaos.meshes, 'configure', lambda **_: None)
+    monkeypatch.setattr(chaos, 'mesh_kept', lambda job: column)
+    monkeypatch.setattr(chaos, 'mesh_changed', lambda job: {**column, 'broken': ['a', 'b']})
+    monkeypatch.setattr(sys, 'argv', ['chaos', '--kills=3', f'--workdir={tmp_path}/new'])
+    with pytest.raises(SystemExit) as stopped:
+        chaos.main()
+    assert stopped.value.code == 'broken: a\nbroken: b'  # Python's exit code for a text is 1
+    assert re.search(r'most \(interval 21\) +11 \+ 2 +11 \+ 2\n', capsys.readouterr().out)
+    record = json.loads((tmp_path / 'new' / 'chaos.json').read_text())
+    assert record['broken'] == ['a', 'b'] and record['runs']['mesh kept']['kills'] == 3
+    with pytest.raises(UserError, match='is there; remove it'):
+        chaos.main()
+    monkeypatch.setattr(sys, 'argv', ['chaos', '--kills=0', f'--workdir={tmp_path}/other'])
+    with pytest.raises(UserError, match='at least 1'):
+        chaos.main()
+    assert not (tmp_path / 'other').exists()
+
+
+@pytest.fixture(scope='module')
+def columns(tmp_path_factory):
+    """Both comparisons, short, at the same time; without TensorFlow, whose import takes seconds."""
+    driver = (
+        'import sys; sys.modules["tensorflow"] = None\n'
+        'from alexnet_jax import errors, main\n'
+        'errors.run(main.main)'
+    )
+
+    def column(comparison, devices, kills, seed):
+        folder = tmp_path_factory.mktemp(comparison.__name__)
+        chaos.draw_pictures(folder / 'pictures', np.random.default_rng(seed))
+        return comparison(chaos.Job(folder, devices, kills, seed, steps=24, program=('-c', driver)))
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        kept = pool.submit(column, chaos.mesh_kept, 2, 2, 0)
+        changed = pool.submit(column, chaos.mesh_changed, 4, 1, 0)
+        return kept.result(), changed.result()
+
+
+@pytest.mark.slow
+def test_killed_on_one_mesh(columns):
+    column, _ = columns
+    assert column['broken'] == []
+    assert (column['kills'], column['bits'], column['rows']) == (2, 0, 0)
+    assert {*column['finished_left']} < {*chaos.due_steps(72)} and column['finished_left'][-1] == 72
+
+
+@pytest.mark.slow
+def test_killed_between_two_meshes(columns):
+    _, column = columns
+    assert column['broken'] == []
+    assert (column['kills'], column['meshes']) == (1, ['1x1', '2x2'])
+    assert 0 < column['d'] < 1e-3

@@ -1,0 +1,75 @@
+"""Where numbers stop being finite is found, and a loss that does not move is noticed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax import diagnosis, model, switches
+from configs import base
+
+CROP, CLASSES, BATCH = 64, 10, 4
+RATES = {'weights': 0.01, 'biases': 0.01, 'conv1': 0.01, 'colour': 1.0}
+
+
+@pytest.fixture(scope='module')
+def network():
+    config = base.get_config()
+    config.model.width = 0.25
+    net = switches.build(classes=CLASSES, **config.model)
+    find_broken = diagnosis.make_find_broken(
+        net, seed=0, mean=np.zeros((CROP, CROP, 3), np.float32), eigenvectors=np.eye(3, dtype=np.float32),
+        sigma=np.ones(3, np.float32), **config.colour,
+    )  # fmt: skip
+    return find_broken, model.init(net, 0, CROP)
+
+
+def scaled(params, **factors):
+    """The parameters with the kernels of some layers multiplied."""
+    return {
+        layer: {**leaves, 'kernel': leaves['kernel'] * factors.get(layer, 1.0)}
+        for layer, leaves in params.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ('factors', 'expected'),
+    [
+        ({}, 'everything is finite'),
+        ({'conv1': 1e38}, 'the activations conv1 broke first'),
+        ({'conv3': 1e38}, 'the activations conv3 broke first'),
+        ({'fc8': np.inf}, 'the gradient of fc8 broke first, in the step before'),
+        ({'conv2': np.nan, 'conv4': np.nan}, 'the gradient of conv4 broke first, in the step before'),
+        # fc6 gives its biases alone, so that fc7 and the loss are finite; what comes back is not.
+        ({'conv5': 1e4, 'fc6': 0.0, 'fc7': 1e38}, 'the gradient of fc6 broke first'),
+    ],
+    ids=str,
+)
+def test_where_it_broke(network, factors, expected):
+    find_broken, params = network
+    rng = np.random.default_rng(0)
+    batch = {
+        'image': rng.integers(0, 256, (BATCH, CROP, CROP, 3), dtype=np.uint8),
+        'z': rng.normal(size=(BATCH, 3)).astype(np.float32),
+        'label': np.arange(BATCH, dtype=np.int32),
+    }
+    rates = {name: np.float32(rate) for name, rate in RATES.items()}
+    found = find_broken(scaled(params, **factors), np.int32(0), batch, rates)
+    assert found.startswith(expected)
+
+
+def test_parameters_alone(network):
+    find_broken, params = network
+    broken = jax.tree.map(jnp.copy, params)
+    broken['conv5']['bias'] = broken['conv5']['bias'].at[0, 0].set(jnp.inf)
+    assert find_broken(broken).startswith('the gradient of conv5 broke first')
+
+
+def test_a_loss_at_pure_chance_is_noticed_once():
+    stuck = diagnosis.Stuck(200, 1000)
+    near, far = np.log(1000) * 1.001, np.log(1000) * 0.99
+    assert [stuck(loss, 50) for loss in (near, near, far, near, near, near)] == [False] * 6
+    assert [stuck(near, 50) for _ in range(3)] == [True, False, False]
+    assert 'ln(1000) = 6.9078' in stuck.advice
+    never = diagnosis.Stuck(0, 1000)
+    assert not any(never(near, 50) for _ in range(100))

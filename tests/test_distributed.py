@@ -1,0 +1,146 @@
+"""Several processes: the bits of one, and what happens when they disagree, stop or die."""
+
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+from alexnet_jax import distributed
+from alexnet_jax.errors import UserError
+from tests.small_run import ROOT, assert_same, command, environment, make_store, outcome
+
+MESH = '--config.run.mesh=(2,2)'
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp('store') / 'tiny')
+
+
+@pytest.fixture
+def start_all():
+    """Starts one process per list of arguments, two devices each, and sees that none stays."""
+    started = []
+
+    def start(workdir, store, *arguments, processes=(2, 2), events=('never', 'never'), number=1):
+        port = free_port()
+        for process, (more, count, event) in enumerate(
+            zip(arguments or ((), ()), processes, events, strict=True)
+        ):
+            line = command(
+                workdir, store, '--cpu_devices=2', MESH, f'--coordinator=localhost:{port}',
+                f'--num_processes={count}', f'--process_id={process}', '--connect_timeout=10', *more,
+                event=event, number=number,
+            )  # fmt: skip
+            started.append(subprocess.Popen(line, cwd=ROOT, env=environment(store), text=True,
+                                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return started[-len(processes):]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ends(processes, timeout=200):
+    """(exit code, output) of each."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_path, start_all):
+    """Stopped by a SIGTERM to one, then one killed, then stopped while starting, then to the end."""
+    line = command(tmp_path / 'alone', store, '--cpu_devices=4', MESH)
+    subprocess.run(line, cwd=ROOT, env=environment(store), check=True, capture_output=True)
+    alone = outcome(tmp_path / 'alone')
+
+    workdir = tmp_path / 'run'
+    stopped = ends(start_all(workdir, store, events=('never', 'SIGTERM'), number=4))
+    step = outcome(workdir)[0]
+    assert 0 < step < 20
+    for code, output in stopped:
+        assert (code, f'stopped at step {step} (' in output) == (75, True), output[-2000:]
+
+    first, second = start_all(workdir, store, events=('never', 'step'), number=8)
+    second.communicate(timeout=200)
+    killed = time.monotonic()
+    ((code, output),) = ends([first])
+    assert second.returncode == -signal.SIGKILL
+    assert code == 76 and 'another process of this run was lost' in output, output[-2000:]
+    assert time.monotonic() - killed < 60
+    assert outcome(workdir)[0] < 20
+
+    events = ('never', 'SIGTERM while starting')
+    for code, output in ends(start_all(workdir, store, events=events)):
+        assert (code, 'asked before the first step' in output) == (75, True), output[-2000:]
+
+    for code, output in ends(start_all(workdir, store)):
+        assert code == 0, output[-2000:]
+    assert_same(outcome(workdir), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('second', 'event', 'message'),
+    [
+        (('--config.train.batch=4', '--workdir={}/other'), 'never',
+         "differ: --workdir: '{}/run' in process 0, '{}/other' in 1; config.train.batch: 8 in process"),
+        ((), 'blind', 'process 1 does not see'),
+    ],
+)  # fmt: skip
+def test_processes_that_disagree(store, tmp_path, start_all, second, event, message):
+    second = [argument.format(tmp_path) for argument in second]
+    message = message.format(tmp_path, tmp_path)
+    found = ends(start_all(tmp_path / 'run', store, (), second, events=('never', event)), timeout=100)
+    assert [code for code, _ in found] == [2, 2], found
+    assert any(message in output for _, output in found), found
+    assert not any('Traceback' in output for _, output in found)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('counts', 'message'),
+    [((2, 3), '--num_processes is [2, 3]'), ((3, 2), 'did not find each other within 10 s')],
+)
+def test_process_counts_that_disagree(store, tmp_path, start_all, counts, message):
+    found = ends(start_all(tmp_path / 'run', store, processes=counts), timeout=100)
+    assert [code for code, _ in found] == [2, 2], found
+    assert all(message in output for _, output in found), found
+    assert not any('Traceback' in output for _, output in found)
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_not_there(store, tmp_path):
+    line = command(tmp_path / 'run', store, '--coordinator=localhost:9', '--num_processes=2',
+                   '--process_id=1', '--connect_timeout=3')
+    done = subprocess.run(line, cwd=ROOT, env=environment(store), capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert 'localhost:9: the processes of this run did not find each other within 3 s' in done.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (('localhost:1', 0, 0, False), 'belong together'),
+        (('', 2, 0, False), 'belong together'),
+        (('localhost:1', 2, -1, False), 'belong together'),
+        (('localhost', 2, 0, False), 'HOST:PORT'),
+        (('localhost:1', 2, 2, False), 'the numbers are 0 to 1'),
+        (('localhost:1', 2, 0, True), 'leave --coordinator'),
+    ],
+)
+def test_flags_that_do_not_belong_together(given, message):
+    with pytest.raises(UserError, match=message):
+        distributed.start(*given, timeout=1)

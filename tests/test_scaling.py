@@ -1,0 +1,338 @@
+"""What the training step moves between devices, read in the compiled program, and nothing else."""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from PIL import Image
+
+from alexnet_jax import layers, model, optim, steps
+from alexnet_jax.errors import UserError
+from configs import caffe, cnn_star, no_talk, one_gpu, original, owt, paper
+from experiments.scaling import __main__ as command
+from experiments.scaling import accelerators, formula, hlo, hybrid, programs, report
+from experiments.scaling.accelerators import ACCELERATORS
+from experiments.scaling.formula import Move
+
+CROP, CLASSES, IMAGES = 64, 10, 4
+HLO_NAMES = {'float32': 'f32', 'bfloat16': 'bf16'}
+# Of the narrow network: 12 maps of 3x3 before conv3, 1x1 before fc6, and 256 units, over both towers.
+CONV3, FC6, FC7 = 3 * 3 * 32, 1 * 1 * 32, 512
+
+
+def narrow(preset=paper, **changes):
+    config = preset.get_config()
+    config.augment.crop = CROP
+    config.model.width = 0.125
+    config.model.update(changes)
+    return config
+
+
+def lower(config, shape):
+    return programs.train_step(config, CLASSES, shape, IMAGES)
+
+
+def expected(config, shape, of=formula.train_step):
+    return of(programs.build(config, CLASSES), CROP, IMAGES, shape)
+
+
+def moved(config, shape):
+    return programs.written(lower(config, shape), shape)
+
+
+# --- the step
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('shape', [(2, 1), (8, 1)], ids=str)
+def test_data_parallel_step_sums_gradients_and_metrics_and_nothing_else(shape, dtype):
+    moves = moved(narrow(dtype=dtype), shape)
+    assert {(m.kind, m.axis) for m in moves} == {('all-reduce', 'data')}
+    params = jax.eval_shape(lambda: model.init(programs.build(narrow(), CLASSES), 0, CROP))
+    sizes = sum(x.size for x in jax.tree.leaves(params))
+    metrics = len(('count', 'loss', 'top1', 'top5'))
+    assert sum(m.elements for m in moves) == sizes + metrics
+    # fc8's bias is added to float32 logits, so its gradient is float32, as the metrics are.
+    other = [m.elements for m in moves if m.dtype != HLO_NAMES[dtype]]
+    assert sorted(other) == ([1] * metrics + [CLASSES] if dtype == 'bfloat16' else [])
+    assert programs.same(moves, expected(narrow(dtype=dtype), shape))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_two_device_step_exchanges_each_tensor_once_each_way(dtype):
+    """`conv3`, `fc6` and `fc7` read both towers; the logits are summed in float32."""
+    rows, name = 2 * IMAGES, HLO_NAMES[dtype]
+    forward = [Move('all-gather', 'model', name, rows * n) for n in (CONV3, FC6, FC7)]
+    backward = [Move('reduce-scatter', 'model', name, rows * n) for n in (FC7, FC6, CONV3)]
+    logits = Move('all-reduce', 'model', 'f32', rows * CLASSES)
+    moves = moved(narrow(dtype=dtype), (1, 2))
+    assert moves == [*forward, logits, *backward]
+    assert programs.same(moves, expected(narrow(dtype=dtype), (1, 2)))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_both_axes_at_once(dtype):
+    config = narrow(dtype=dtype)
+    assert programs.same(moved(config, (4, 2)), expected(config, (4, 2)))
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (2, 2)], ids=str)
+def test_the_compiler_adds_nothing(shape):
+    """The compiled program, in float32: XLA's CPU backend sends bfloat16 as float32."""
+    compiled = lower(narrow(), shape).compile(compiler_options=command.OPTIONS).as_text()
+    assert programs.same(programs.found(compiled, shape), expected(narrow(), shape))
+
+
+@pytest.mark.parametrize('change', [{'norm_window': 'all'}, {'exchange': ()}, {'remove': 'conv1'}],
+                         ids=str)
+def test_switches_change_what_is_moved_as_the_formula_says(change):
+    config = narrow(**change)
+    assert programs.same(moved(config, (2, 2)), expected(config, (2, 2)))
+
+
+def test_lars_sums_the_norms_of_what_is_divided():
+    config = narrow()
+    config.optim.name = 'lars'
+    wanted = expected(config, (1, 2), partial(formula.train_step, lars=True))
+    assert len(wanted) == len(expected(config, (1, 2))) + 2 * 15
+    assert programs.same(moved(config, (1, 2)), wanted)
+
+
+def test_the_paper_s_step_at_full_width():
+    """128 images on two devices: 28,966,912 bytes gathered and as many scattered, in float32."""
+    config = paper.get_config()
+    totals = programs.totals(programs.written(programs.train_step(config, 1000, (1, 2), 64), (1, 2)))
+    size = 4 * 128 * (13 * 13 * 256 + 6 * 6 * 256 + 4096)
+    assert totals == {('all-gather', 'model', 'f32'): [3, size],
+                      ('reduce-scatter', 'model', 'f32'): [3, size],
+                      ('all-reduce', 'model', 'f32'): [1, 4 * 128 * 1000]}  # fmt: skip
+
+
+# --- the tests see what is added, dropped, or sent in another dtype
+
+
+def exchange_in_float32(real, towers, axis=None):
+    return real(tuple(x.astype(jnp.float32) for x in towers), axis).astype(towers[0].dtype)
+
+
+def exchange_twice(real, towers, axis=None):
+    return real(towers, axis) + real(tuple(2 * x for x in towers), axis)
+
+
+def exchange_nothing(real, towers, axis=None):
+    x = towers[0]
+    return jnp.concatenate([x, x], axis=-1) if axis else real(towers, axis)
+
+
+@pytest.mark.parametrize('broken', [exchange_in_float32, exchange_twice, exchange_nothing])
+def test_another_exchange_is_seen(monkeypatch, broken):
+    monkeypatch.setattr(layers, 'exchange', partial(broken, layers.exchange))
+    config = narrow(dtype='bfloat16')
+    assert not programs.same(moved(config, (1, 2)), expected(config, (1, 2)))
+
+
+def sum_again(real, *args, rates, **kwargs):
+    """An optimizer that sums one bias gradient over the devices a second time."""
+    inner = real(*args, **kwargs)
+
+    def update(grads, state, params, *, rates):
+        bias = lax.pmean(lax.pcast(grads['fc7']['bias'], 'data', to='varying'), 'data')
+        grads = {**grads, 'fc7': {**grads['fc7'], 'bias': bias}}
+        return inner.update(grads, state, params, rates=rates)
+
+    return type(inner)(inner.init, update)
+
+
+def test_another_sum_is_seen(monkeypatch):
+    monkeypatch.setattr(optim, 'sgd', partial(sum_again, optim.sgd, rates=None))
+    assert not programs.same(moved(narrow(), (2, 1)), expected(narrow(), (2, 1)))
+
+
+def test_a_lost_metric_is_seen(monkeypatch):
+    real = steps.count
+    monkeypatch.setattr(steps, 'count', lambda *args: {
+        name: x for name, x in real(*args).items() if name != 'top5'})
+    assert not programs.same(moved(narrow(), (2, 1)), expected(narrow(), (2, 1)))
+
+
+def test_sums_in_another_dtype_are_seen():
+    wanted = expected(narrow(dtype='bfloat16'), (2, 1))
+    assert not programs.same(moved(narrow(), (2, 1)), wanted)
+
+
+# --- the formula
+
+
+PRESETS = [paper, original, one_gpu, cnn_star, no_talk, caffe, owt]
+
+
+@pytest.mark.parametrize('preset', PRESETS, ids=lambda p: p.__name__.split('.')[-1])
+def test_the_formula_knows_every_layer(preset):
+    config = preset.get_config()
+    net = programs.build(config, 1000)
+    params = jax.eval_shape(lambda: model.init(net, 0, config.augment.crop))
+    sizes = {name: (p['kernel'].size, p['bias'].size) for name, p in params.items()}
+    plan = formula.layers(net, config.augment.crop)
+    assert {layer.name: (layer.kernel, layer.bias) for layer in plan} == sizes
+
+
+def test_the_paper_s_arithmetic():
+    """`original.md` §1: 724,406,816 multiply-adds; 4.136 GFLOP an image in training."""
+    net = programs.build(paper.get_config(), 1000)
+    plan = formula.layers(net, 224)
+    assert sum(layer.macs for layer in plan) == 724_406_816
+    assert [layer.gathered for layer in plan if layer.gathered] == [(13 * 13 * 256,), (9216,), (4096,)]
+    assert formula.flops(net, 224) == 2 * (3 * 724_406_816 - 105_415_200)
+
+
+# --- the hybrid
+
+
+@pytest.mark.parametrize('shape', [(1, 4), (2, 2), (4, 1)], ids=str)
+def test_hybrid_moves_what_its_formula_says(shape):
+    config = narrow(dtype='bfloat16')
+    written = programs.written(programs.hybrid(config, CLASSES, shape, IMAGES), shape)
+    assert programs.same(written, expected(config, shape, formula.hybrid_step))
+
+
+def test_hybrid_is_the_same_function():
+    """Its gradients on 2x2 devices are those of the network without dropout on one."""
+    config = narrow(dropout='none')
+    net, mesh = programs.build(config, CLASSES), programs.make_mesh((2, 2))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32),
+                          jax.eval_shape(lambda: model.init(net, 0, CROP)))  # fmt: skip
+    images = rng.normal(0, 1, (4, CROP, CROP, 3)).astype(np.float32)
+    labels = rng.integers(0, CLASSES, 4).astype(np.int32)
+    gradients, _, _ = hybrid.make_gradients(net, mesh, crop=CROP)
+
+    def loss(params):
+        logits, _ = net.apply({'params': params}, images)
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), labels])
+
+    one = jax.jit(jax.grad(loss), compiler_options=command.OPTIONS)(params)
+    other = jax.jit(gradients, compiler_options=command.OPTIONS)(params, images, labels)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.linalg.norm(a) > 0
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(a)
+
+
+# --- reading HLO
+
+
+def test_collectives_are_read():
+    text = """
+  %a = f32[2,3]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%sum
+  ROOT %b = (f32[4]{0}, /*index=1*/bf16[]) all-reduce(%x, %y), replica_groups=[2,2]<=[2,2]T(1,0)
+  %c = bf16[8]{0} all-gather(%a), replica_groups=[1,4]<=[4], metadata={op_name="all-reduce(x)"}
+  d.1 = u8[2] reduce-scatter(z), replica_groups={{0,1,2,3}}, dimensions={0}
+  %e = f32[2]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %f = f32[9]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3}}, to_apply=%sum
+  %g = f32[9]{0} get-tuple-element(%all-reduce.5), index=0
+"""
+    found = [(*c[1:4], hlo.axis(c.groups, (2, 2))) for c in hlo.collectives(text)]
+    assert found == [
+        ('all-reduce', 'f32', 6, 'model'),
+        ('all-reduce', 'f32', 4, 'data'),
+        ('all-reduce', 'bf16', 1, 'data'),
+        ('all-gather', 'bf16', 8, 'both'),
+        ('reduce-scatter', 'u8', 8, 'both'),
+        ('collective-permute', 'f32', 2, 'other'),
+    ]
+
+
+@pytest.mark.parametrize('line', [
+    '%a = (f32[2], f32[4]) all-gather-start(%x), replica_groups={{0,1}}',
+    '%a = f32[2] all-reduce(%x), replica_groups=@mesh',
+    '%a = token[] something all-reduce(%x), replica_groups={{0,1}}',
+])  # fmt: skip
+def test_what_cannot_be_read_is_an_error(line):
+    with pytest.raises(ValueError, match='read'):
+        hlo.collectives(line)
+
+
+# --- the prediction
+
+
+def test_bytes_of_a_ring():
+    assert formula.sent(Move('all-reduce', 'data', 'f32', 100), 4) == 2 * 3 / 4 * 400
+    assert formula.sent(Move('all-gather', 'data', 'bf16', 100), 2) == 100
+
+
+def test_bandwidth_within_and_between_machines():
+    h100, speed = ACCELERATORS['h100'], accelerators.bandwidth
+    assert speed(h100, 'data', (8, 1)) == speed(h100, 'model', (32, 2)) == 450e9
+    assert speed(h100, 'data', (16, 1)) == 8 * 50e9  # a network link for each of a machine's eight
+    assert speed(h100, 'data', (32, 2)) == 4 * 50e9  # and half of them for each of two groups
+    assert speed(h100, 'data', (8, 8)) == 50e9
+    assert speed(ACCELERATORS['gtx580'], 'data', (4, 1)) == 0
+
+
+@pytest.mark.parametrize(('compute', 'behind'), [(0.5, 1), (2, 2)])
+def test_efficiency_by_hand(compute, behind):
+    """Two GTX 580: an all-reduce of 8 GB takes a second, an exchange of 4 GB a quarter of one."""
+    card = ACCELERATORS['gtx580']
+    gradient = Move('all-reduce', 'data', 'f32', 2 * 10**9, 'gradient')
+    exchange = Move('all-gather', 'data', 'f32', 10**9, 'exchange')
+    flops = 0.3 * card.peak * compute
+    none, full = accelerators.efficiency(card, [gradient, exchange], (2, 1), flops, 0.3)
+    assert none == pytest.approx(compute / (compute + 1 + 0.25))
+    assert full == pytest.approx(compute / (behind + 0.25))
+
+
+# --- the command
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """Runs the command with arguments, on the devices of the tests and a narrow preset."""
+    preset = tmp_path / 'narrow.py'
+    preset.write_text(
+        'from configs import paper\n\ndef get_config():\n    config = paper.get_config()\n'
+        f'    config.augment.crop = {CROP}\n    config.model.width = 0.125\n    return config\n'
+    )
+    monkeypatch.setattr(command.meshes, 'configure', lambda cpu_devices: None)
+
+    def call(*args):
+        out = tmp_path / 'scaling.png'
+        argv = ['scaling', f'--config={preset}', f'--out={out}', '--classes=10', '--images=4', *args]
+        monkeypatch.setattr(sys, 'argv', argv)
+        command.main()
+        return out
+
+    return call
+
+
+def test_the_command(arguments, capsys, monkeypatch):
+    real, one = command._count, ('hybrid', (1, 2))  # of its four programs one is enough
+    monkeypatch.setattr(command, '_count', lambda scheme, *args: scheme != one or real(scheme, *args))
+    out = arguments('--max_devices=2')
+    text = capsys.readouterr().out
+    for line in ('hybrid on 1x2: compiled', 'compiled: 3 all-gather', 'NVIDIA H100', f'wrote {out}'):
+        assert line in text
+    assert 'DIFFERENT' not in text
+    with Image.open(out) as picture:
+        assert picture.width > 1000
+
+
+def test_the_command_fails_where_a_program_moves_something_else(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(command, '_count', lambda scheme, *args: scheme[1] != (2, 1))
+    with pytest.raises(SystemExit, match='1'):
+        arguments('--max_devices=2')
+    assert capsys.readouterr().err == '1 programs do not move what the formula says\n'
+
+
+def test_what_differs_is_marked():
+    moves = [Move('all-reduce', 'data', 'f32', 3), Move('all-gather', 'model', 'bf16', 5)]
+    other = [Move('all-reduce', 'data', 'f32', 3), Move('all-gather', 'model', 'bf16', 4)]
+    assert [line.endswith('DIFFERENT') for line in report.count_lines(moves, other)] == [False, True, False]
+
+
+@pytest.mark.parametrize('argument', ['--max_devices=65', '--images=0', '--share=0', '--predict=a'])
+def test_arguments_that_cannot_be(arguments, argument):
+    with pytest.raises(UserError, match=argument.split('=')[0]):
+        arguments(argument)

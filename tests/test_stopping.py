@@ -1,0 +1,57 @@
+"""Being asked to stop: in steps, in time, by signals."""
+
+import signal
+
+import pytest
+
+from alexnet_jax import stopping
+from alexnet_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ('given', 'expected'),
+    [('', (None, None)), ('100', (100, None)), ('90s', (None, 90)), ('45m', (None, 2700)),
+     ('23h', (None, 82800)), ('2d', (None, 172800))],
+)  # fmt: skip
+def test_stop_after(given, expected):
+    assert stopping.parse(given) == expected
+
+
+@pytest.mark.parametrize('given', ['0', '0h', '-1', '1.5h', 'h', '23 h', '23H', 'soon'])
+def test_what_is_neither_steps_nor_a_time(given):
+    with pytest.raises(UserError, match='config.run.stop_after'):
+        stopping.parse(given)
+
+
+def test_after_steps_counted_from_the_start():
+    with stopping.watch('3', 10) as stop:
+        assert [bool(stop(step)) for step in (10, 11, 12, 13)] == [False, False, False, True]
+
+
+def test_after_a_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(stopping.time, 'monotonic', lambda: now[0])
+    with stopping.watch('45m', 0) as stop:
+        now[0] = 2699.0
+        assert not stop(5)
+        now[0] = 2700.0
+        assert stop(6) == 'stop_after=45m'
+
+
+@pytest.mark.parametrize(
+    ('number', 'name'), [(signal.SIGTERM, 'SIGTERM'), (signal.SIGINT, 'Ctrl-C')]
+)
+def test_signals(number, name):
+    before = signal.getsignal(number)
+    with stopping.watch('', 0) as stop:
+        assert not stop(0)
+        signal.raise_signal(number)
+        assert stop(1) == name
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), stopping.watch('', 0):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
