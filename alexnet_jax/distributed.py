@@ -135,8 +135,6 @@ def agree(what: dict) -> None:
 
 def check_shared(workdir: files.Path) -> None:
     """UserError unless all processes see what process 0 writes to the work directory."""
-    if jax.process_count() == 1:
-        return
     token = np.frombuffer(uuid.uuid4().bytes, np.uint8)
     token = bytes(multihost_utils.broadcast_one_to_all(token)).hex()
     file = files.existing(workdir) / f'.alexnet_jax-{token}'
@@ -144,7 +142,7 @@ def check_shared(workdir: files.Path) -> None:
         if jax.process_index() == 0:
             file.write_bytes(b'')
     multihost_utils.sync_global_devices('token written')
-    found = multihost_utils.process_allgather(np.bool_(file.exists()))
+    found = np.atleast_1d(multihost_utils.process_allgather(np.bool_(file.exists())))
     if jax.process_index() == 0:
         file.unlink(missing_ok=True)
     if not found[0]:

@@ -38,7 +38,8 @@ def train(config, workdir: str | os.PathLike) -> None:
     """
     workdir = files.path(workdir)
     distributed.agree({**configfile.fields(config), '--workdir': str(workdir)})
-    distributed.check_shared(workdir)
+    if jax.process_count() > 1:
+        distributed.check_shared(workdir)
     mesh = checks.check(config, workdir)
     store = prepare.ensure(**config.data, alone=jax.process_count() == 1)
     distributed.agree({f'the store {config.data.store}': store.identity()})

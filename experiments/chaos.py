@@ -6,18 +6,22 @@ A small net learns made-up pictures, with dropout, colour noise and crops in chu
 user starts it. It is killed at seeded random moments: while training, while a checkpoint is being
 written, or before the first step of a start. The same command resumes it, until it is through.
 
-    mesh kept     always 1 x 2 (a tower on each device). The final parameters, velocity and history,
-                  and the rows of metrics.jsonl but for their times, must be those of an uninterrupted
+    mesh kept     always 1x2, a tower on each device. The final parameters, velocity and history, and
+                  the rows of metrics.jsonl but for their times, must be those of an uninterrupted
                   run, bit for bit.
     mesh changed  every start takes a random mesh out of 1x1, 1x2, 2x1 and 2x2. Rounding differs, so
                   with d, the relative L2 distance of the final parameters between uninterrupted runs
                   on 1x1 and on 2x2, the killed run must lie within 3d of both.
 
-Every start must go on from the newest checkpoint that was ever finished. What a kill costs is counted
-by the rows written: the steps after that checkpoint, which are done again. Checkpoints are written
-while training goes on, so a kill meanwhile also costs the steps made since that one was begun; these
-are counted apart (`+`). Together: when a process dies, at most one checkpoint is unfinished. No
-half-written folder may be left at the end. Exit code 1 with a line for each promise that is broken.
+Every start must go on from the newest checkpoint that was ever finished. What a kill costs is the
+steps after that one, as far as rows were written; they are done again. Checkpoints are written while
+training goes on: a kill meanwhile also costs the steps made since that one was begun, which are
+counted apart (`+`). Never is more than one unfinished. No half-written folder may be left at the end.
+Exit code 1, with a line for each promise that is broken.
+
+The net has tanh: where a ReLU switches by the last bit gradients jump, and training makes so much of
+it that in the end a wrong batch is no further away than rounding. Measured on 744 steps at this rate:
+with ReLU d = 0.031, and 0.019 for one batch with wrong labels; with tanh 3e-8, and 2e-3.
 """
 
 import argparse
@@ -48,6 +52,7 @@ CLASSES, EXAMPLES, BATCH = 4, 60, 8  # 7.5 steps an epoch
 STEPS = 24
 CHECKPOINT_EVERY, LOG_EVERY, EVAL_EVERY = 15, 2, 5.0  # steps, steps, epochs
 FIELDS = (
+    '--config.model.activation=tanh', '--config.optim.rate=0.002',
     '--config.data.size=72', '--config.augment.crop=64', '--config.augment.chunk=4',
     f'--config.train.batch={BATCH}', f'--config.run.checkpoint_every={CHECKPOINT_EVERY}',
     f'--config.run.log_every={LOG_EVERY}', f'--config.run.eval_every={EVAL_EVERY}',
@@ -139,7 +144,7 @@ def problems(start: Start, due: list[int]) -> list[str]:
         )
     before, after = repeated(start, due)
     later = [step for step in due if step > start.newest][:2]  # the second waits for the first
-    if before > CHECKPOINT_EVERY or start.newest + before + after > max(later, default=start.newest):
+    if start.newest + before + after > max(later, default=start.newest):
         found.append(
             f'{before} + {after} steps after the checkpoint of step {start.newest} are done again, '
             f'though others were due at {" and ".join(map(str, later))}'
@@ -251,19 +256,19 @@ class Job(NamedTuple):
             saving=bool(unfinished(run_dir) - there),
         )  # fmt: skip
 
-    def alone(self, name: str, mesh: tuple[int, int]) -> tuple[Outcome, float]:
-        """An uninterrupted run: what it ends with, and the seconds to its first row."""
+    def alone(self, mesh: tuple[int, int]) -> Outcome:
+        """An uninterrupted run, `alone-DATAxMODEL`."""
+        name = f'alone-{_name(mesh)}'
         start = self.start(name, mesh)
         print(f'{name}: {self.total} steps, {start.seconds:.0f} s', flush=True)
-        return outcome(self.folder / name), start.wait
+        return outcome(self.folder / name)
 
-    def killed(self, name: str, chosen: list[tuple[int, int]], usual: float) -> dict:
+    def killed(self, name: str, chosen: list[tuple[int, int]]) -> dict:
         """The run `name`, killed and resumed until its end on the meshes `chosen`.
 
-        usual: seconds from a start to its first row. Returns its column of the table, and under
-        'broken' the promises that were.
+        Returns its column of the table, and under 'broken' the promises that were.
         """
-        due, starts, broken = due_steps(self.total), [], []
+        due, starts, broken, usual = due_steps(self.total), [], [], math.inf
         kills = [*plan(self.kills, self.steps, np.random.default_rng([self.seed, 1])), None]
         for kill, mesh in zip(kills, chosen, strict=True):
             start = self.start(name, mesh, kill, usual)
@@ -306,21 +311,18 @@ class Job(NamedTuple):
         }  # fmt: skip
 
 
-def mesh_kept(job: Job) -> dict:
+def mesh_kept(job: Job, mesh: tuple[int, int], alone: Outcome) -> dict:
     """Kills a run on one mesh: its column of the table."""
-    expected, wait = job.alone('alone', KEPT)
-    column = job.killed('kept', [KEPT] * (job.kills + 1), wait)
-    found = compare_kept(outcome(job.folder / 'kept'), expected)
+    column = job.killed('kept', [mesh] * (job.kills + 1))
+    found = compare_kept(outcome(job.folder / 'kept'), alone)
     return column | found | {'broken': column['broken'] + found['broken']}
 
 
-def mesh_changed(job: Job) -> dict:
+def mesh_changed(job: Job, one: Outcome, four: Outcome) -> dict:
     """Kills a run whose starts take random meshes: its column of the table."""
-    one, wait = job.alone('alone_1x1', (1, 1))
-    four, _ = job.alone('alone_2x2', (2, 2))
     rng = np.random.default_rng([job.seed, 2])
     chosen = [CHANGED[i] for i in rng.integers(len(CHANGED), size=job.kills + 1)]
-    column = job.killed('changed', chosen, wait)
+    column = job.killed('changed', chosen)
     found = compare_changed(outcome(job.folder / 'changed'), one, four)
     return column | found | {'broken': column['broken'] + found['broken']}
 
@@ -467,12 +469,15 @@ def main() -> None:
         'commit': rundir.commit(), 'jax': version('jax'), 'orbax': version('orbax-checkpoint'),
         'machine': f'{platform.system()} {platform.machine()}, {os.cpu_count()} cores',
     }  # fmt: skip
+    two, four = (Job(folder, devices, args.kills, args.seed) for devices in (2, 4))
+    comparisons = {
+        'mesh kept': lambda: mesh_kept(two, KEPT, two.alone(KEPT)),
+        'mesh changed': lambda: mesh_changed(four, four.alone((1, 1)), four.alone((2, 2))),
+    }
     began, columns, broken = time.monotonic(), {}, []
-    for name, compare, devices in (
-        ('mesh kept', mesh_kept, 2), ('mesh changed', mesh_changed, 4),
-    ):  # fmt: skip
+    for name, compare in comparisons.items():
         try:
-            columns[name] = compare(Job(folder, devices, args.kills, args.seed))
+            columns[name] = compare()
             broken += columns[name]['broken']
         except Broken as error:
             broken.append(f'{name}: {error}')

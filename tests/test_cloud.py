@@ -414,7 +414,7 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
     workdir = files.path('gs://bucket/new')
     before = dict(bucket.objects)
     rundir.check(None, workdir)
-    distributed._see_the_same(workdir)
+    distributed.check_shared(workdir)
     assert bucket.objects == before  # nothing is left of the trials
 
     class Denied(Exception):

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 VAL = 10
 
 
-def command(module, *arguments, folder):
+def command(module, *arguments, folder, code=0):
     done = subprocess.run(
         [sys.executable, '-m', f'alexnet_jax.{module}', *arguments],
         cwd=folder,
@@ -25,7 +25,7 @@ def command(module, *arguments, folder):
         timeout=400,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
     return done.stdout
 
 
@@ -49,6 +49,7 @@ def test_paper_from_the_tars_to_ten_crops(tmp_path):
         '--config.run.stop_after=10',
         '--config.run.eval_every=1e9',
         folder=tmp_path,
+        code=75,  # stopped before the end
     )
     assert 'Total: 60,965,224' in printed
     assert 'each tower on its own device' in printed
