@@ -1,6 +1,6 @@
 """Kills a training with SIGKILL again and again, and compares what it ends with to one left alone.
 
-    python -m experiments.chaos --kills=30      # about 20 minutes on two cores
+    python -m experiments.chaos --kills=30      # 12 to 20 minutes on two cores
 
 A small net learns made-up pictures, with dropout, colour noise and crops in chunks, started as a
 user starts it. It is killed at seeded random moments: while training, while a checkpoint is being
@@ -300,6 +300,9 @@ class Job(NamedTuple):
             'steps': self.total,
             'repeated_in_all': sum(before + after for before, after in costs),
             'repeated_most': max(costs, key=sum, default=(0, 0)),
+            'repeated_most_if_none_was_cut': max(
+                (sum(repeated(start, due)) for start in deaths if not start.saving), default=0
+            ),
             'finished_left': finished(self.folder / name),
             'unfinished_left': left,
             'starts': [
@@ -414,6 +417,7 @@ def table(columns: dict[str, dict]) -> list[str]:
         ('  before the first row of a start', cell('kills_before_a_row', str)),
         (f'steps repeated, the most (interval {CHECKPOINT_EVERY})',
          cell('repeated_most', lambda cost: '{} + {}'.format(*cost))),
+        ('  by kills that cut no checkpoint', cell('repeated_most_if_none_was_cut', str)),
         ('  in all', cell('repeated_in_all', str)),
         ('bits that differ, of all arrays', cell('bits', str)),
         ('rows that differ', cell('rows', str)),

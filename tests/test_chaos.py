@@ -174,6 +174,28 @@ def test_distance_of_nan_is_too_far(ended):
     assert len(chaos.compare_changed(broken, ended, ended)['broken']) == 2
 
 
+def test_what_is_left_of_a_run(tmp_path, monkeypatch):
+    """It ended early, lost a checkpoint and left a half-written one."""
+    starts = [a_start(), a_start(killed=False, newest=0, steps=[])]
+    monkeypatch.setattr(chaos.Job, 'start', lambda *_: starts.pop(0))
+    for name in ('38', '45', '30.orbax-checkpoint-tmp'):
+        (tmp_path / 'kept' / 'checkpoints' / name).mkdir(parents=True)
+    column = chaos.Job(tmp_path, devices=2, kills=2, seed=0).killed('kept', [(1, 2)] * 3)
+    assert column['broken'] == [
+        'kept, start 2: the checkpoint of step 15 was lost, 0 is the newest',
+        'kept: it ended after 1 of 2 kills',
+        'kept: left half-written in checkpoints/: 30.orbax-checkpoint-tmp',
+    ]
+    assert (column['kills'], column['kills_while_saving'], column['repeated_most']) == (1, 1, (15, 4))
+    assert column['repeated_most_if_none_was_cut'] == 0 and column['finished_left'] == [38, 45]
+
+
+def test_a_start_that_fails_is_seen(tmp_path):
+    job = chaos.Job(tmp_path, 2, kills=1, seed=0, program=('-c', 'raise SystemExit(3)'))
+    with pytest.raises(chaos.Broken, match=r'kept: exit code 3 after .*/kept\.log'):
+        job.start('kept', (1, 2))
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     """It prints and writes a table, and ends with 1 and a line if a promise is broken."""
     column = {'meshes': ['1x2'], 'kills': 3, 'repeated_most': (11, 2), 'bits': 0, 'broken': []}
