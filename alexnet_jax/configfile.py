@@ -42,6 +42,12 @@ def load(argument: str) -> ConfigDict:
     return config
 
 
+def run_directory(argument: str) -> str:
+    """FILE[:variant] -> where its run lies by default, 'runs/FILE[-variant]'."""
+    path, _, variant = argument.partition(':')
+    return f'runs/{pathlib.PurePath(path).stem}' + (f'-{variant}' if variant else '')
+
+
 def fields(config: ConfigDict, prefix: str = 'config') -> dict[str, Any]:
     """All values by their full names, {'config.model.width': 1.0, ...}."""
     return {

@@ -48,10 +48,7 @@ def make_find_broken(net: model.AlexNet, *, seed: int, **inputs_of) -> Callable:
 
 def _finite(layers: dict) -> dict[str, jax.Array]:
     """Whether all numbers of each layer are finite, bool[] by name."""
-    return {
-        name: jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(arrays)]))
-        for name, arrays in layers.items()
-    }
+    return {name: steps.all_finite(arrays) for name, arrays in layers.items()}
 
 
 def first_broken(net: model.AlexNet, finite: dict[str, dict[str, bool]]) -> str:

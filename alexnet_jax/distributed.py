@@ -106,7 +106,7 @@ def leave(error: BaseException) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError) and not own:
         line, code = (
             f'error: another process of this run was lost, or failed ({_line(error)}); start all of '
-            'them again: they go on from the last checkpoint', 76,
+            'them again: they go on from the last checkpoint', errors.LOST,
         )  # fmt: skip
     print(f'process {jax.process_index()}: {line}', file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -14,6 +14,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+DONE, BUG, MISTAKE, STOPPED, LOST, INTERRUPTED = 0, 1, 2, 75, 76, 130
+
 
 class UserError(Exception):
     """One line: what is wrong, where, and what to do."""
@@ -43,11 +45,11 @@ def run(main: Callable[[], None]) -> None:
 def end(error: BaseException) -> tuple[str, int]:
     """What to print about an exception, one line where it is no bug, and the exit code."""
     if isinstance(error, UserError):
-        return f'error: {error}', 2
+        return f'error: {error}', MISTAKE
     if isinstance(error, Stopped):
-        return str(error), 75
+        return str(error), STOPPED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f'error: {error.filename or "writing"}: {error.strerror}; make room, and start again', 2
+        return f'error: {error.filename or "writing"}: {error.strerror}; make room, and start again', MISTAKE
     if isinstance(error, KeyboardInterrupt):
-        return 'interrupted', 130  # what shells report for it
-    return ''.join(traceback.format_exception(error)), 1
+        return 'interrupted', INTERRUPTED  # what shells report for it
+    return ''.join(traceback.format_exception(error)), BUG

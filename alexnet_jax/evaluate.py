@@ -149,8 +149,7 @@ def compare(
     runs = [open_run(path, mesh, step) for path in paths]
     if any(r.facts.names != runs[0].facts.names for r in runs):
         raise UserError('these runs were trained on different classes: no common table')
-    data_config = configs[0]['data']
-    data_config = {**data_config, 'store': store or data_config['store']}
+    data_config = {**configs[0]['data'], 'store': store or configs[0]['data']['store']}
     opened = prepare.ensure(**data_config, alone=jax.process_count() == 1)
     if opened.names != runs[0].facts.names:
         raise UserError(f'{opened.path} has other classes than {runs[0].path} was trained on; '

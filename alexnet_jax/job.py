@@ -26,6 +26,18 @@ from alexnet_jax.store import Store
 log = logging.getLogger(__name__)
 
 
+def make_optimizer(config, mesh: jax.sharding.Mesh):
+    """The update that a config describes, for parameters that lie on a mesh."""
+    return optim.make(
+        name=config.optim.name,
+        momentum=config.optim.momentum,
+        decay=config.optim.decay,
+        trust=config.optim.trust,
+        freeze=config.train.freeze,
+        axis='model' if mesh.shape['model'] > 1 else None,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What the loop needs; `make` it from a config, a mesh and a store."""
@@ -45,14 +57,7 @@ class Job:
     @classmethod
     def make(cls, config, mesh, store: Store) -> 'Job':
         net = switches.build(classes=store.classes, **config.model)
-        optimizer = optim.make(
-            name=config.optim.name,
-            momentum=config.optim.momentum,
-            decay=config.optim.decay,
-            trust=config.optim.trust,
-            freeze=config.train.freeze,
-            axis='model' if mesh.shape['model'] > 1 else None,
-        )
+        optimizer = make_optimizer(config, mesh)
         examples, crop = store.counts['train'], config.augment.crop
         inputs_of = {
             'mean': steps.window_mean(store.mean, crop),

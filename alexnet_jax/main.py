@@ -5,7 +5,6 @@ The same command again goes on from the last checkpoint. Any field of the config
 """
 
 import logging
-import pathlib
 import re
 import sys
 
@@ -73,10 +72,9 @@ def main() -> None:
     )
     if distributed.is_first():  # the others would say the same
         logging.getLogger('alexnet_jax').setLevel(logging.INFO)
-    path, _, variant = config_flags.get_config_filename(FLAGS['config']).partition(':')
-    name = pathlib.Path(path).stem + (f'-{variant}' if variant else '')
+    default = configfile.run_directory(config_flags.get_config_filename(FLAGS['config']))
     with distributed.together():
-        train.train(CONFIG.value, WORKDIR.value or pathlib.Path('runs') / name)
+        train.train(CONFIG.value, WORKDIR.value or default)
 
 
 if __name__ == '__main__':

@@ -228,10 +228,11 @@ def make_score(mesh: Mesh) -> Callable:
     return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 
 
+def all_finite(tree) -> jax.Array:
+    """Whether all numbers in a tree of arrays are finite, bool[]."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
 def make_all_finite(mesh: Mesh) -> Callable:
-    """all_finite(tree of arrays) -> bool[]."""
-
-    def all_finite(tree):
-        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
-
+    """`all_finite`, compiled for arrays on a mesh."""
     return jax.jit(all_finite, out_shardings=NamedSharding(mesh, P()))

@@ -171,8 +171,16 @@ def unfinished(run_dir: pathlib.Path) -> set[tuple[str, int]]:
 
 def finished(run_dir: pathlib.Path) -> list[int]:
     """The steps of the finished checkpoints, ascending."""
-    names = os.listdir(run_dir / 'checkpoints') if (run_dir / 'checkpoints').exists() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    return checkpoint.Checkpoints(run_dir / 'checkpoints').steps()
+
+
+def compilation_cache(folder: pathlib.Path) -> dict[str, str]:
+    """Environment for starts that need the same programs: only the first one compiles them."""
+    return {
+        'JAX_COMPILATION_CACHE_DIR': str(folder),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    }
 
 
 def draw_pictures(folder: pathlib.Path, rng: np.random.Generator) -> None:
@@ -221,11 +229,7 @@ class Job(NamedTuple):
         run_dir = self.folder / name
         rows, there, steps = metrics.read(run_dir), unfinished(run_dir), []
         resumed = max(finished(run_dir), default=0)
-        cache = {  # the same programs again and again: only the first start compiles them
-            'JAX_COMPILATION_CACHE_DIR': str(self.folder / 'cache'),
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-            'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-        }
+        cache = compilation_cache(self.folder / 'cache')
         began, seconds, wait, seen = time.monotonic(), 0.0, None, None
         with open(self.folder / f'{name}.log', 'ab') as log:
             process = subprocess.Popen(

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from alexnet_jax import metrics, progress
+from experiments.chaos import compilation_cache
 from tests.tiny_store import write_store
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -104,13 +105,9 @@ def command(workdir, store, *more, event='never', number=1) -> list[str]:
 
 
 def environment(store) -> dict[str, str]:
-    """With a cache, as the same programs come again and again: only the first start compiles them."""
-    return os.environ | {
+    return os.environ | compilation_cache(store.parent / 'cache') | {
         # Threads of a process: sums are split among them, and a process with two devices has fewer.
         'PJRT_NPROC': '4',
-        'JAX_COMPILATION_CACHE_DIR': str(store.parent / 'cache'),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
     }
 
 

@@ -5,7 +5,6 @@ import pathlib
 import random
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -21,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from alexnet_jax import fingerprint
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import UserError
+from experiments.launch.local import free_port
 
 
 @flax.struct.dataclass
@@ -488,9 +488,7 @@ assert checkpoints.steps() == [1, 2]
 
 @pytest.mark.slow
 def test_two_processes_agree_on_what_is_damaged(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(('localhost', 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     root = pathlib.Path(__file__).parents[1]
     workers = [
         subprocess.Popen(

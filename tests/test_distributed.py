@@ -1,7 +1,6 @@
 """Several processes: the bits of one, and what happens when they disagree, stop or die."""
 
 import signal
-import socket
 import subprocess
 import time
 
@@ -9,15 +8,10 @@ import pytest
 
 from alexnet_jax import distributed
 from alexnet_jax.errors import UserError
+from experiments.launch.local import free_port
 from tests.small_run import ROOT, assert_same, command, environment, make_store, outcome
 
 MESH = '--config.run.mesh=(2,2)'
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('localhost', 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope='module')

@@ -17,6 +17,7 @@ from alexnet_jax import evaluate, metrics
 from alexnet_jax import mesh as meshes
 from alexnet_jax.datasets.pictures import square
 from alexnet_jax.errors import UserError
+from experiments.chaos import compilation_cache
 from tests import fixtures
 from tests.tiny_store import write_store
 
@@ -68,14 +69,10 @@ class Place:
 
     def run(self, *command, first_path=None):
         path = [str(p) for p in (first_path, ROOT) if p]
-        environment = os.environ | {
+        environment = os.environ | compilation_cache(self.cache) | {
             'PYTHONPATH': os.pathsep.join(path),
             'PYTHONDONTWRITEBYTECODE': '1',
             'TFDS_DATA_DIR': str(self.folder / 'nothing'),
-            # The same programs again and again: only the first start compiles them.
-            'JAX_COMPILATION_CACHE_DIR': str(self.cache),
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-            'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
         }
         if command[0] != '-c':
             command = ('-m', f'alexnet_jax.{command[0]}', *command[1:])

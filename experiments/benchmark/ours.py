@@ -12,6 +12,7 @@ import optax
 
 from alexnet_jax import configfile, data, model, optim, steps, switches
 from alexnet_jax import mesh as meshes
+from alexnet_jax.job import make_optimizer
 from alexnet_jax.store import open_store
 from experiments.benchmark import operations, plain, protocol
 
@@ -54,10 +55,7 @@ def _mean(config):
 def _training(spec, config, net, mesh):
     """(compiled step, state, rates, facts)."""
     crop = config.augment.crop
-    optimizer = optim.make(
-        name=config.optim.name, momentum=config.optim.momentum, decay=config.optim.decay,
-        trust=config.optim.trust, axis='model' if mesh.shape['model'] > 1 else None,
-    )  # fmt: skip
+    optimizer = make_optimizer(config, mesh)
     state = steps.init_state(net, optimizer, mesh, seed=0, crop=crop)
     if spec['form'] == 'plain':
         step = plain.make_train_step(net, optimizer, _mean(config))

@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import pathlib
 import queue
 import signal
 import socket
@@ -31,10 +30,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from alexnet_jax import files
-from alexnet_jax.errors import ArgumentParser, UserError, run
+from alexnet_jax import configfile, files
+from alexnet_jax.errors import (
+    BUG,
+    DONE,
+    INTERRUPTED,
+    LOST,
+    MISTAKE,
+    STOPPED,
+    ArgumentParser,
+    UserError,
+    run,
+)
 
-DONE, BUG, MISTAKE, STOPPED, LOST, KILLED = 0, 1, 2, 75, 76, 130  # `alexnet_jax.errors`
 PATIENCE = 2  # starts in a row that may be lost before a new checkpoint
 AFTER_MISTAKE = 10.0  # seconds for the others after a process has ended with 2; most do as well
 TAIL = 10  # last lines of a process that is not shown, printed if it is the first to fail
@@ -77,7 +85,7 @@ def supervise(
 def exit_code(codes: list[int], asked: int) -> int | None:
     """The exit code that follows from those of the processes as they ended; None: start again."""
     if asked > 1:
-        return KILLED
+        return INTERRUPTED
     # A process that has just begun does not handle SIGTERM yet, and has nothing to lose.
     good = (DONE, STOPPED, -signal.SIGTERM) if asked else (DONE, STOPPED)
     failed = [code for code in codes if code not in good]
@@ -241,9 +249,7 @@ def run_directory(arguments: Sequence[str]) -> str:
     parser.add_argument('--workdir', '-workdir')
     parser.add_argument('--config', '-config', default='')
     given, _ = parser.parse_known_args(arguments)
-    path, _, variant = given.config.partition(':')
-    name = pathlib.PurePath(path).stem + (f'-{variant}' if variant else '')
-    return given.workdir or f'runs/{name}'
+    return given.workdir or configfile.run_directory(given.config)
 
 
 def main() -> None:

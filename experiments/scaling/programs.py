@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import mesh as meshes
 from alexnet_jax import model, optim, steps, switches
+from alexnet_jax.job import make_optimizer
 from experiments.scaling import hlo
 from experiments.scaling.formula import Move
 from experiments.scaling.hybrid import make_gradients
@@ -34,11 +35,7 @@ def build(config, classes: int) -> model.AlexNet:
 def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax.stages.Lowered:
     """The step of `steps.make_train_step`, with so many images for each device."""
     mesh, net, crop = make_mesh(shape), build(config, classes), config.augment.crop
-    optimizer = optim.make(
-        name=config.optim.name, momentum=config.optim.momentum, decay=config.optim.decay,
-        trust=config.optim.trust, freeze=config.train.freeze,
-        axis='model' if mesh.shape['model'] > 1 else None,
-    )  # fmt: skip
+    optimizer = make_optimizer(config, mesh)
     step = steps.make_train_step(
         net, optimizer, mesh, seed=config.seed, mean=np.zeros((crop, crop, 3), np.float32),
         eigenvectors=np.eye(3), sigma=np.ones(3), **config.colour,
