@@ -120,8 +120,8 @@ NETWORKS = {
 def networks(seeds: int, root: pathlib.Path) -> dict[str, list[float]]:
     """Trains each network with each seed, or goes on with it -> ten-crop top-1 errors in %."""
     results = {}
-    for name, (changes, _) in NETWORKS.items():
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for name, (changes, _) in NETWORKS.items():
             config = quickstart.get_config()
             config.seed = seed
             config.update_from_flattened_dict(changes)
