@@ -10,13 +10,13 @@ from alexnet_jax.errors import UserError
 def check(config, workdir: files.Path) -> jax.sharding.Mesh:
     """The mesh that the config asks for; UserError if values, devices or directories do not allow it."""
     rundir.check(config, workdir)
-    mesh, layers = _values(config)
-    _start(config, workdir, layers)
+    mesh, layers, last = _values(config)
+    _start(config, workdir, layers, last)
     return mesh
 
 
-def _values(config) -> tuple[jax.sharding.Mesh, dict]:
-    """The mesh, and the shapes of a network for one class."""
+def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
+    """The mesh, the shapes of a network for one class, and the name of its last layer."""
     net = switches.build(classes=1, **config.model)
     optim.make_rates(examples=1, batch=1, **config.optim)
     for field in ('eval_every', 'checkpoint_every', 'log_every'):
@@ -49,6 +49,9 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict]:
     for name in config.train.freeze:
         if name not in layers:
             raise UserError(f'config.train.freeze={name!r}: choose from {", ".join(layers)}')
+    for name, _ in config.optim.decays:
+        if name not in layers:
+            raise UserError(f'config.optim.decays={name!r}: choose from {", ".join(layers)}')
     mesh = meshes.make(
         config.run.mesh,
         towers=config.model.towers,
@@ -57,10 +60,10 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict]:
             'config.run.eval_batch': config.run.eval_batch,
         },
     )
-    return mesh, layers
+    return mesh, layers, net.names[-1]
 
 
-def _start(config, workdir: files.Path, layers: dict) -> None:
+def _start(config, workdir: files.Path, layers: dict, last: str) -> None:
     """UserError if what this start begins with is missing, unreadable or of another network."""
     own = checkpoint.Checkpoints(workdir / 'checkpoints')
     if own.steps():
@@ -69,7 +72,7 @@ def _start(config, workdir: files.Path, layers: dict) -> None:
         path = files.path(config.train.init_from)
         rundir.read_config(path)
         there = checkpoint.Checkpoints(path / 'checkpoints').shapes()
-        for layer in [name for name in layers if name != 'fc8']:
+        for layer in [name for name in layers if name != last]:
             for name, leaf in layers[layer].items():
                 other = there.get(f'params/{layer}/{name}')
                 if other is None or other.shape != leaf.shape:

@@ -34,7 +34,7 @@ def make_find_broken(net: model.AlexNet, *, seed: int, **inputs_of) -> Callable:
 
         def loss(params):
             losses, logits, out = steps.apply_loss(net, params, x, labels, seed, step, rows)
-            return jnp.mean(losses), {**out, 'fc8': logits}
+            return jnp.mean(losses), {**out, net.names[-1]: logits}
 
         gradients, out = jax.grad(loss, has_aux=True)(params)
         return {'activations': _finite(out), 'gradients': _finite(gradients)}
@@ -53,10 +53,7 @@ def _finite(layers: dict) -> dict[str, jax.Array]:
 
 def first_broken(net: model.AlexNet, finite: dict[str, dict[str, bool]]) -> str:
     """Where it began, from which params, activations and gradients are finite."""
-    convs = enumerate(net.after, start=1)
-    order = [name for i, ops in convs for name in (f'conv{i}', *(f'{op}{i}' for op in ops.split()))]
-    order += ['fc6', 'fc7', 'fc8']
-    bad = {kind: [n for n in order if not found.get(n, True)] for kind, found in finite.items()}
+    bad = {kind: [n for n in net.names if not found.get(n, True)] for kind, found in finite.items()}
     # A gradient that is not finite makes those of all layers below it so, too: the last is the first.
     if bad['params']:
         return f'the gradient of {bad["params"][-1]} broke first, in the step before'

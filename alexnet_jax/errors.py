@@ -21,6 +21,12 @@ class UserError(Exception):
     """One line: what is wrong, where, and what to do."""
 
 
+def choose(name: str, value, choices) -> None:
+    """UserError if a field's value is none of the choices."""
+    if value not in choices:
+        raise UserError(f'{name}={value!r}: choose one of {", ".join(choices)}')
+
+
 class Stopped(Exception):
     """Asked to stop, and stopped: one line that says where, and that the same command goes on."""
 

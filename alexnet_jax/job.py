@@ -32,6 +32,7 @@ def make_optimizer(config, mesh: jax.sharding.Mesh):
         name=config.optim.name,
         momentum=config.optim.momentum,
         decay=config.optim.decay,
+        decays=config.optim.decays,
         trust=config.optim.trust,
         freeze=config.train.freeze,
         axis='model' if mesh.shape['model'] > 1 else None,
@@ -91,7 +92,8 @@ class Job:
             self.net, self.optimizer, self.mesh, seed=self.config.seed, crop=crop
         )
         if init_from:
-            state = state.replace(params=_params_from(init_from, target.params, state.params))
+            params = _params_from(init_from, target.params, state.params, last=self.net.names[-1])
+            state = state.replace(params=params)
         return state, {}, {}
 
     def batches(self, start: int):
@@ -126,14 +128,14 @@ class Job:
         return number > 0 and step == optim.steps_per(number * every, examples, batch)
 
 
-def _params_from(run_dir: str, target: dict, fresh: dict) -> dict:
+def _params_from(run_dir: str, target: dict, fresh: dict, last: str) -> dict:
     """Another run's parameters; the last layer stays fresh where the class count differs."""
     rundir.read_config(run_dir)
     other = checkpoint.Checkpoints(files.path(run_dir) / 'checkpoints')
     there = other.shapes()
-    bias = there.get('params/fc8/bias')
-    same = bias is not None and bias.shape == target['fc8']['bias'].shape
-    wanted = {layer: leaves for layer, leaves in target.items() if same or layer != 'fc8'}
+    bias = there.get(f'params/{last}/bias')
+    same = bias is not None and bias.shape == target[last]['bias'].shape
+    wanted = {layer: leaves for layer, leaves in target.items() if same or layer != last}
     step, params, _ = other.restore_params(wanted)
     log.info('starting from %s, step %s%s', run_dir, step, '' if same else ', with a new last layer')
     return {**fresh, **params}

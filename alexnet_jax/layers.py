@@ -51,6 +51,21 @@ def _blocks(x, kernel, stride: int, padding: Padding):
     return x, kernel.reshape(cells, cells, stride * stride * c, -1)
 
 
+def local(x, kernel, bias) -> jax.Array:
+    """A locally connected layer: a convolution whose weights and biases differ from place to place.
+
+    x[B,H,W,C], kernel[H,W,k*k*C,O] with rows in the order (row, column, channel), bias[H,W,O]
+    -> [B,H,W,O]; stride 1, padded with zeros to the same size (`original.md` §8).
+    """
+    height, width, channels = x.shape[1:]
+    size = round((kernel.shape[2] // channels) ** 0.5)
+    padded = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+    views = [
+        padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)
+    ]
+    return jnp.einsum('bhwi,hwio->bhwo', jnp.concatenate(views, axis=-1), kernel) + bias[None]
+
+
 def dense(x, kernel, bias=None) -> jax.Array:
     """x[B,I], kernel[I,O], bias[O] or None -> [B,O]."""
     y = x @ kernel
@@ -114,7 +129,7 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _max_pool(x, window: int, stride: int):
-    slices = _pool_slices(x, window, stride)
+    slices = _pool_slices(x, window, stride, -jnp.inf)
     return functools.reduce(jnp.maximum, slices)
 
 
@@ -132,12 +147,24 @@ def _pool_size(size: int, window: int, stride: int) -> int:
     return 1 + -((window - size) // stride)
 
 
-def _pool_slices(x, window, stride):
-    """The window's window² shifted views of x, in reading order, each [B,H',W',C]."""
+def avg_pool(x, *, window: int, stride: int) -> jax.Array:
+    """Average-pooling in the source's ceil mode, over the pixels of each window that exist.
+
+    x[B,H,W,C] -> [B,H',W',C], sizes as of `max_pool` (`original.md` §1).
+    """
+    count = sum(_pool_slices(jnp.ones((1, *x.shape[1:3], 1), x.dtype), window, stride, 0))
+    return sum(_pool_slices(x, window, stride, 0)) / count
+
+
+def _pool_slices(x, window, stride, fill):
+    """The window's window² shifted views of x, in reading order, each [B,H',W',C].
+
+    fill: what a window reads beyond the lower and right edges.
+    """
     out = [_pool_size(size, window, stride) for size in x.shape[1:3]]
     ends = [(n - 1) * stride + window - size for n, size in zip(out, x.shape[1:3], strict=True)]
     pads = ((0, 0, 0), (0, ends[0], 0), (0, ends[1], 0), (0, 0, 0))
-    x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), pads)  # a negative end crops: unused pixels
+    x = lax.pad(x, jnp.array(fill, x.dtype), pads)  # a negative end crops: unused pixels
     for i in range(window):
         for j in range(window):
             limits = (x.shape[0], i + (out[0] - 1) * stride + 1, j + (out[1] - 1) * stride + 1)
@@ -148,7 +175,7 @@ def _pool_slices(x, window, stride):
 # compiler's select-and-scatter, and deterministic on a GPU.
 def _max_pool_forward(x, window, stride):
     best, winner = None, None
-    for index, view in enumerate(_pool_slices(x, window, stride)):
+    for index, view in enumerate(_pool_slices(x, window, stride, -jnp.inf)):
         if best is None:
             best, winner = view, jnp.zeros_like(view, dtype=jnp.uint8)
         else:

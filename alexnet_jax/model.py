@@ -27,13 +27,33 @@ GROUPED = ('conv2', 'conv4', 'conv5')  # what sees only half of the maps in the 
 UNGROUPED = (('conv1', 'conv2'), ('conv3', 'conv4'))  # without the first, the second sees them all
 
 
-def _params(module, kernel_shape, bias_shape=None):
+def dtypes() -> tuple[str, ...]:
+    """The compute dtypes; float64 for tests, since JAX has it off by default."""
+    return ('float32', 'bfloat16', *(('float64',) if jax.config.jax_enable_x64 else ()))
+
+
+def params_of(module, kernel_shape, bias_shape=None):
     """A layer's kernel [towers,...,I,O] and bias, [towers,O] unless given, in the compute dtype."""
     fan_in = math.prod(kernel_shape[1:-1])
     bias_shape = bias_shape or (kernel_shape[0], kernel_shape[-1])
     kernel = module.param('kernel', module.kernel_init(fan_in), kernel_shape)
     bias = module.param('bias', module.bias_init(fan_in), bias_shape)
     return kernel.astype(module.dtype), bias.astype(module.dtype)
+
+
+def uniform(fan_in: int):
+    """PyTorch's default for kernels and biases: uniform within ±1/sqrt(fan-in)."""
+    return _drawn(lambda key, shape: fan_in**-0.5 * jax.random.uniform(key, shape, minval=-1))
+
+
+def gaussian(std: float):
+    """Normal, untruncated, of mean 0."""
+    return _drawn(lambda key, shape: std * jax.random.normal(key, shape))
+
+
+def _drawn(draw):
+    """An initializer that draws flat: the same numbers, and compiled five times as fast."""
+    return lambda key, shape: draw(key, (math.prod(shape),)).reshape(shape)
 
 
 class Conv(nn.Module):
@@ -51,7 +71,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, xs):
         c, o = xs[0].shape[-1] // self.groups, self.features // self.groups
-        kernels, biases = _params(self, (len(xs), self.size, self.size, c, self.features))
+        kernels, biases = params_of(self, (len(xs), self.size, self.size, c, self.features))
 
         def conv(x, kernel, bias):
             return layers.conv(x, kernel, bias, stride=self.stride, padding=self.padding)
@@ -85,7 +105,7 @@ class Hidden(nn.Module):
 
     @nn.compact
     def __call__(self, xs):
-        kernels, biases = _params(self, (len(xs), xs[0].shape[-1], self.features))
+        kernels, biases = params_of(self, (len(xs), xs[0].shape[-1], self.features))
         return tuple(layers.dense(x, kernels[t], biases[t]) for t, x in enumerate(xs))
 
 
@@ -101,7 +121,7 @@ class Logits(nn.Module):
     @nn.compact
     def __call__(self, xs):
         shape = (len(xs), xs[0].shape[-1], self.classes)
-        kernels, bias = _params(self, shape, bias_shape=(self.classes,))
+        kernels, bias = params_of(self, shape, bias_shape=(self.classes,))
         wide = jnp.promote_types(jnp.float32, self.dtype)
         parts = [layers.dense(x, kernels[t]).astype(wide) for t, x in enumerate(xs)]
         total = lax.psum(sum(parts), self.axis) if self.axis else sum(parts)
@@ -134,6 +154,14 @@ class AlexNet(nn.Module):
     dtype: Any
     local_towers: int
     axis: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """Every intermediate in the order of the forward pass, and the last layer."""
+        names = []
+        for i, ops in enumerate(self.after, start=1):
+            names += [f'conv{i}', *(f'{op}{i}' for op in ops.split())]
+        return [*names, *(f'fc{i + 6}' for i in range(len(self.hidden))), 'fc8']
 
     @nn.compact
     def __call__(self, images, dropout_key=None, rows=None):

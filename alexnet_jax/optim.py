@@ -21,24 +21,37 @@ def make(
     momentum: float,
     decay: float,
     trust: float,
+    decays: tuple[tuple[str, float], ...] = (),
     freeze: tuple[str, ...] = (),
     axis: str | None = None,
 ):
     """`sgd` or `lars`, by its name; what an update does not need it ignores."""
     updates = {'sgd': sgd, 'lars': functools.partial(lars, trust=trust, axis=axis)}
-    return updates[name](momentum=momentum, decay=decay, freeze=freeze)
+    return updates[name](momentum=momentum, decay=decay, decays=decays, freeze=freeze)
 
 
-def sgd(*, momentum: float, decay: float, freeze: tuple[str, ...] = ()):
+def sgd(
+    *,
+    momentum: float,
+    decay: float,
+    decays: tuple[tuple[str, float], ...] = (),
+    freeze: tuple[str, ...] = (),
+):
     """The update of §5, as an optax transformation whose `update` takes `rates=`.
 
         v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v
 
     The rate is inside the velocity, so a new rate leaves the velocity as it is. Kernels decay,
-    biases do not (`original.md` §4). rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the
-    rate is 0 (and in the layers of `freeze`) neither parameter nor velocity changes.
+    biases do not (`original.md` §4). decays: ((layer, decay), ...), of layers with their own.
+    rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the rate is 0 (and in the layers of
+    `freeze`) neither parameter nor velocity changes.
     """
-    return _with_rates(optax.add_decayed_weights(decay, mask=_kernels), momentum, freeze)
+    def add(gradients, params):
+        return jax.tree.map(
+            lambda beta, g, w: g + beta * w if beta else g, _betas(params, decay, decays), gradients, params
+        )
+
+    return _with_rates(optax.stateless(add), momentum, freeze)
 
 
 def lars(
@@ -46,6 +59,7 @@ def lars(
     momentum: float,
     decay: float,
     trust: float,
+    decays: tuple[tuple[str, float], ...] = (),
     freeze: tuple[str, ...] = (),
     axis: str | None = None,
 ):
@@ -58,7 +72,7 @@ def lars(
     1; both as in the authors' code (NVIDIA/caffe, c49eb1b6). Unlike there, biases do not decay, as in
     `sgd`. axis: the mesh axis over which the towers are divided; None where a device has them all.
     """
-    return _with_rates(_scale_by_trust(trust, decay, axis), momentum, freeze)
+    return _with_rates(_scale_by_trust(trust, decay, decays, axis), momentum, freeze)
 
 
 def _with_rates(first, momentum, freeze):
@@ -66,7 +80,7 @@ def _with_rates(first, momentum, freeze):
     return _hold_where_rate_is_zero(chain, freeze)
 
 
-def _scale_by_trust(trust, decay, axis):
+def _scale_by_trust(trust, decay, decays, axis):
     # Not optax.scale_by_trust_ratio: its norms are those of one device's towers, and it divides by
     # |gradient + decay * w|.
     def norm(x):
@@ -74,20 +88,26 @@ def _scale_by_trust(trust, decay, axis):
         # Everything is divided over the towers but the one bias of the last layer, f32[K].
         return jnp.sqrt(lax.psum(squares, axis) if axis and x.ndim > 1 else squares)
 
-    def scale(is_kernel, gradient, w):
-        beta = decay if is_kernel else 0.0
+    def scale(beta, gradient, w):
         size, slope = norm(w), norm(gradient)
         ratio = trust * size / (slope + beta * size)
         ratio = jnp.where((size > 0) & (slope > 0), ratio, 1.0)
         return ratio * (gradient + beta * w)
 
     return optax.stateless(
-        lambda gradients, params: jax.tree.map(scale, _kernels(params), gradients, params)
+        lambda gradients, params: jax.tree.map(scale, _betas(params, decay, decays), gradients, params)
     )
 
 
-def _kernels(params):
-    return {layer: {name: name == 'kernel' for name in leaves} for layer, leaves in params.items()}
+def _betas(params, decay, decays):
+    """The weight decay of every parameter, in the shape of the parameters."""
+    of_layer = dict(decays)
+    return {
+        layer: {
+            name: of_layer.get(layer, decay) if name == 'kernel' else 0.0 for name in leaves
+        }
+        for layer, leaves in params.items()
+    }
 
 
 def _rate_tree(params, rates, freeze):
@@ -156,6 +176,7 @@ def make_rates(
     name: str,
     momentum: float,
     decay: float,
+    decays: tuple[tuple[str, float], ...],
     trust: float,
     rate: float,
     bias_factor: float,
@@ -179,7 +200,7 @@ def make_rates(
     the evaluations up to then; colour is 1 or 0; stop is True when the run is over. Raises
     UserError for values that do not exist, also those of the update: that is made too late for it.
     """
-    del momentum, decay  # of the update, not of the rates
+    del momentum, decay, decays  # of the update, not of the rates
     if name not in NAMES:
         raise UserError(f'config.optim.name={name!r}: choose one of {", ".join(NAMES)}')
     if name == 'lars' and trust <= 0:

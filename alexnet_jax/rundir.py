@@ -32,7 +32,8 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.store import Store
 
 LATER = {  # fields that older runs do not have, with what they mean by it
-    'config.optim.name': 'sgd', 'config.optim.trust': 0.001, 'config.optim.power': 2.0,
+    'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': ()},
+    'model': {'net': 'alexnet'},
 }  # fmt: skip
 
 
@@ -47,8 +48,9 @@ def read_config(path: str | os.PathLike) -> dict:
     """The config of a run directory; UserError if it is none."""
     file = files.path(path) / 'config.json'
     try:
-        return json.loads(file.read_text())
-    except (files.failures(file), ValueError) as error:
+        config = json.loads(file.read_text())
+        return config | {part: fields | config[part] for part, fields in LATER.items()}
+    except (files.failures(file), ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{path}: not a run directory ({file} cannot be read: {files.reason(error)}); give one that '
             'alexnet_jax.main made, such as runs/paper'
@@ -89,7 +91,6 @@ def check(config, workdir: files.Path) -> None:
     if not (workdir / 'config.json').exists():
         return
     there, here = (configfile.fields(ConfigDict(c)) for c in (read_config(workdir), _plain(config)))
-    there = LATER | there
     fields = [
         f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
         for name in sorted({*there, *here})

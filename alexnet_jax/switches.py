@@ -4,31 +4,25 @@
 knows a preset.
 """
 
-import math
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from alexnet_jax import model
-from alexnet_jax.errors import UserError
+from alexnet_jax import cuda_convnet, model
+from alexnet_jax.errors import UserError, choose
 
 
-def _uniform(fan_in: int):
-    """PyTorch's default for kernels and biases: uniform within ±1/sqrt(fan-in)."""
-    return _drawn(lambda key, shape: fan_in**-0.5 * jax.random.uniform(key, shape, minval=-1))
+def build(*, net: str, classes: int, **fields):
+    """The network that the fields of `config.model` describe.
+
+    net: 'alexnet' (`alexnet`) or 'cuda_convnet' (`cuda_convnet.build`). Raises UserError where a
+    field has a value that does not exist or that the others exclude.
+    """
+    nets = {'alexnet': alexnet, 'cuda_convnet': cuda_convnet.build}
+    choose('config.model.net', net, nets)
+    return nets[net](classes=classes, **fields)
 
 
-def _gaussian(std: float):
-    return _drawn(lambda key, shape: std * jax.random.normal(key, shape))
-
-
-def _drawn(draw):
-    """An initializer that draws flat: the same numbers, and compiled five times as fast."""
-    return lambda key, shape: draw(key, (math.prod(shape),)).reshape(shape)
-
-
-def build(
+def alexnet(
     *,
     classes: int,
     towers: int,
@@ -56,36 +50,28 @@ def build(
     bias: tuple[float, ...],
     dtype: str,
 ) -> model.AlexNet:
-    """The network that the switches of `config.model` describe; see `configs/base.py` for each.
-
-    Raises UserError where a switch has a value that does not exist or that the others exclude.
-    """
+    """The paper's network, and its relatives; see `configs/base.py` for each switch."""
     convs = len(kernels)
     names = tuple(f'conv{i + 1}' for i in range(convs))
     layer_names = (*names, 'fc6', 'fc7', 'fc8')
     if convs not in (5, 6) or len(hidden) != 2:
         raise UserError('config.model: 5 or 6 numbers of kernels and 2 numbers of hidden units')
 
-    def choose(name, value, choices):
-        if value not in choices:
-            raise UserError(f'config.model.{name}={value!r}: choose one of {", ".join(choices)}')
-
-    choose('activation', activation, tuple(model.ACTIVATIONS))
-    choose('pooling', pooling, tuple(model.POOLING))
-    choose('norms', norms, ('all', 'first', 'none'))
-    choose('norm_window', norm_window, ('tower', 'all'))
-    choose('norm_alpha_per', norm_alpha_per, ('element', 'window'))
-    choose('dropout', dropout, ('original', 'inverted', 'none'))
-    choose('dropout_at', dropout_at, ('outputs', 'inputs'))
-    choose('init', init, ('gaussian', 'torch'))
-    wide = ('float64',) if jax.config.jax_enable_x64 else ()  # for tests: JAX has it off by default
-    choose('dtype', dtype, ('float32', 'bfloat16', *wide))
-    choose('remove', remove, ('none', *names[:5]))
+    choose('config.model.activation', activation, tuple(model.ACTIVATIONS))
+    choose('config.model.pooling', pooling, tuple(model.POOLING))
+    choose('config.model.norms', norms, ('all', 'first', 'none'))
+    choose('config.model.norm_window', norm_window, ('tower', 'all'))
+    choose('config.model.norm_alpha_per', norm_alpha_per, ('element', 'window'))
+    choose('config.model.dropout', dropout, ('original', 'inverted', 'none'))
+    choose('config.model.dropout_at', dropout_at, ('outputs', 'inputs'))
+    choose('config.model.init', init, ('gaussian', 'torch'))
+    choose('config.model.dtype', dtype, model.dtypes())
+    choose('config.model.remove', remove, ('none', *names[:5]))
     for name in exchange:
-        choose('exchange', name, (*names[1:], 'fc6', 'fc7'))
+        choose('config.model.exchange', name, (*names[1:], 'fc6', 'fc7'))
     for ops in after:
         for op in ops.split():
-            choose('after', op, ('act', 'norm', 'map_norm', 'pool'))
+            choose('config.model.after', op, ('act', 'norm', 'map_norm', 'pool'))
     for name, values, length in (
         ('after', after, convs),
         ('std', std, len(layer_names)),
@@ -118,9 +104,9 @@ def build(
     # A narrow network is dead at the start if its layers do not compensate for their smaller fan-in.
     scales = [s if i == 0 else s * width**-0.5 for i, s in enumerate(std)]
     if init == 'torch':
-        kernel_inits = bias_inits = (_uniform,) * len(layer_names)
+        kernel_inits = bias_inits = (model.uniform,) * len(layer_names)
     else:
-        kernel_inits = tuple(lambda fan_in, s=s: _gaussian(s) for s in scales)
+        kernel_inits = tuple(lambda fan_in, s=s: model.gaussian(s) for s in scales)
         bias_inits = tuple(lambda fan_in, b=b: nn.initializers.constant(b) for b in bias)
     return model.AlexNet(
         classes=classes,

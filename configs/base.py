@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
         'rescale': False,  # divide noisy images by 1 + std, as the source did
     })
     config.model = ConfigDict({
+        'net': 'alexnet',  # 'cuda_convnet' has fields of its own, see `cifar10.py`
         'towers': 2,
         'kernels': (96, 256, 384, 384, 256),  # of conv1 to conv5 (or conv6), over all towers
         'hidden': (4096, 4096),  # units of fc6 and fc7, over all towers
@@ -61,6 +62,7 @@ def get_config() -> ConfigDict:
         'name': 'sgd',  # or 'lars': every layer adapts the rate to its own size (`large_batch.py`)
         'momentum': 0.9,
         'decay': 5e-4,  # weight decay, on kernels only (§5)
+        'decays': (),  # ((layer, decay), ...): layers with a weight decay of their own
         'trust': 0.001,  # 'lars': by how much of its norm a layer changes in a step, at rate 1
         'rate': 0.01,  # learning rate at the start (§5)
         'bias_factor': 1.0,  # the biases' rate as a multiple of `rate`; 2 in the source and Caffe

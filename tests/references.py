@@ -120,6 +120,39 @@ def max_pool_grad(x, g, window, stride):
     return dx
 
 
+def avg_pool(x, window, stride):
+    """x[B,H,W,C] -> [B,H',W',C], sizes as of max_pool; the mean of the pixels that exist."""
+    rows, columns = (1 + math.ceil((size - window) / stride) for size in x.shape[1:3])
+    y = np.zeros((x.shape[0], rows, columns, x.shape[3]))
+    for b, r, c, channel in np.ndindex(y.shape):
+        pixels = pool_pixels(x, r, c, window, stride)
+        y[b, r, c, channel] = sum(x[b, h, w, channel] for h, w in pixels) / len(pixels)
+    return y
+
+
+def avg_pool_grad(x, g, window, stride):
+    """-> gradient of x."""
+    dx = np.zeros(x.shape)
+    for b, r, c, channel in np.ndindex(g.shape):
+        pixels = pool_pixels(x, r, c, window, stride)
+        for h, w in pixels:
+            dx[b, h, w, channel] += g[b, r, c, channel] / len(pixels)
+    return dx
+
+
+def local(x, kernel, bias):
+    """x[B,H,W,C], kernel[H,W,k*k*C,O], bias[H,W,O] -> [B,H,W,O]: its own weights at every place."""
+    (height, width, channels), units = x.shape[1:], kernel.shape[3]
+    size = math.isqrt(kernel.shape[2] // channels)
+    y = np.zeros((*x.shape[:3], units)) + bias
+    for b, h, w, o in np.ndindex(y.shape):
+        for i, j, c in np.ndindex(size, size, channels):
+            row, column = h + i - size // 2, w + j - size // 2
+            if 0 <= row < height and 0 <= column < width:
+                y[b, h, w, o] += x[b, row, column, c] * kernel[h, w, (i * size + j) * channels + c, o]
+    return y
+
+
 def pool_pixels(x, row, column, window, stride):
     """The pixels of the window of output (row, column), in reading order: those that exist."""
     top, left = row * stride, column * stride

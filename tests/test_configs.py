@@ -15,6 +15,8 @@ CONFIGS = pathlib.Path(base.__file__).parent
 PAPER = (34_944, 307_456, 885_120, 663_936, 442_624, 37_752_832, 16_781_312, 4_097_000)
 NOT_2012 = (23_296, 307_392, 663_936, 884_992, 590_080, 37_752_832, 16_781_312, 4_097_000)
 
+CIFAR = (2_432, 25_632, 51_264, 10_250)  # 3 convolutions and the last layer, 10 classes
+
 
 def changed(**layers):
     names = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
@@ -61,6 +63,14 @@ TABLE = {
     # Groups see what the layer before them saw, if that is removed: as towers do.
     ('caffe', (('remove', 'conv1'),)): (changed(conv1=0, conv2=19_456), 60_642_280),
     ('caffe', (('remove', 'conv3'),)): (changed(conv3=0, conv4=885_120), 60_301_288),
+    ('cifar10:80sec', ()): ((2_432, 25_632, 51_264, 65_600, 650), 145_578),
+    ('cifar10:19pct', ()): (CIFAR, 89_578),
+    ('cifar10:18pct', ()): (CIFAR, 89_578),
+    ('cifar10:fig1', ()): (CIFAR, 89_578),
+    ('cifar10:fig1_tanh', ()): (CIFAR, 89_578),
+    ('cifar10:13pct', ()): ((4_864, 102_464, 664_704, 332_928, 11_530), 1_116_490),
+    ('cifar10:11pct', ()): ((4_864, 102_464, 1_329_408, 664_704, 11_530), 2_112_970),
+    ('cifar10:11pct_plain', ()): ((4_864, 102_464, 1_329_408, 664_704, 11_530), 2_112_970),
     ('paper', (('width', 0.5),)): (
         (17_472, 76_928, 221_376, 166_080, 110_720, 9_439_232, 4_196_352, 2_049_000),
         16_277_160,
@@ -72,30 +82,37 @@ def presets():
     return sorted(path.stem for path in CONFIGS.glob('*.py') if path.stem not in ('base', '__init__'))
 
 
+def load_module(preset):
+    return importlib.import_module(f'configs.{preset}')
+
+
 def load(preset, *variant):
-    return importlib.import_module(f'configs.{preset}').get_config(*variant)
+    return load_module(preset).get_config(*variant)
 
 
 def fields(config):
     return {(part, name) for part in config if part != 'seed' for name in config[part]}
 
 
-def shapes(config, classes=1000):
+def shapes(config):
+    classes = 10 if config.model.net == 'cuda_convnet' else 1000
     net = switches.build(classes=classes, **config.model)
     return net, jax.eval_shape(lambda: model.init(net, 0, config.augment.crop))
 
 
 @pytest.mark.parametrize(('preset', 'overrides'), TABLE, ids=str)
 def test_parameter_counts(preset, overrides):
-    config = load(preset)
+    config = load(*preset.split(':'))
     config.model.update(dict(overrides))
-    _, params = shapes(config)
-    counts = tuple(sum(x.size for x in jax.tree.leaves(params[name])) for name in sorted(params))
+    net, params = shapes(config)
+    layers = [name for name in net.names if name in params]
+    counts = tuple(sum(x.size for x in jax.tree.leaves(params[name])) for name in layers)
     assert (counts, sum(counts)) == TABLE[preset, overrides]
 
 
 def test_every_preset_is_in_the_table():
-    assert {preset for preset, _ in TABLE} == {*presets()} - {'quickstart'}
+    cifar = {f'cifar10:{variant}' for variant in load_module('cifar10').VARIANTS}
+    assert {preset for preset, _ in TABLE} == {*presets()} - {'quickstart', 'cifar10'} | cifar
 
 
 def test_every_switch_of_the_model_is_in_the_table():
@@ -113,15 +130,16 @@ def test_every_switch_of_the_model_is_in_the_table():
 @pytest.mark.parametrize(
     ('preset', 'variant'),
     [(p, '') for p in presets()]
-    + [(p, v) for p in presets() for v in getattr(importlib.import_module(f'configs.{p}'), 'VARIANTS', ())],
+    + [(p, v) for p in presets() for v in getattr(load_module(p), 'VARIANTS', ())],
 )
 def test_every_preset_and_variant_can_be_used(preset, variant):
     config = load(preset, variant) if variant else load(preset)
     shapes(config)
     rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)
     assert rates(0, {})['weights'] > 0
-    assert fields(config) == fields(base.get_config())
-    assert f'configs/{preset}.py' in importlib.import_module(f'configs.{preset}').__doc__
+    if config.model.net == 'alexnet':
+        assert fields(config) == fields(base.get_config())
+    assert f'configs/{preset}.py' in load_module(preset).__doc__
 
 
 def test_an_unknown_variant_is_named():

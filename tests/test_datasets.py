@@ -4,6 +4,7 @@ import collections
 import io
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,38 @@ def test_folder_with_val_gives_sorted_files_and_labels_by_sorted_names(tmp_path)
     assert [example.label for example in examples] == [0, 0, 0, 0, 1, 1]
     assert examples[3].data == b'data'
     assert read(source, 'train', 4) == examples[4:]
+
+
+def test_without_val_the_split_test_is_taken(tmp_path):
+    fixtures.write_tree(tmp_path / 'train', {'a': 3, 'b': 2})
+    fixtures.write_tree(tmp_path / 'test', {'a': 1, 'b': 1})
+    source = datasets.open_source(str(tmp_path))
+    assert source.splits == {'train': 5, 'val': 2}
+    assert all(f'{tmp_path}/test/' in name for name, _, _ in source.read('val', 0))
+
+
+def tiny_imagenet(root):
+    """Two classes of three pictures each, as Tiny ImageNet is distributed."""
+    for wnid in ('n01', 'n02'):
+        fixtures.write_tree(root / 'train' / wnid, {'images': 3})
+        (root / 'train' / wnid / f'{wnid}_boxes.txt').write_text('not a picture')
+    fixtures.write_tree(root / 'val', {'images': 2})
+    names = sorted(path.name for path in (root / 'val/images').iterdir())
+    lines = [f'{name}\t{wnid}\t0\t0\t9\t9\n' for name, wnid in zip(names, ('n02', 'n01'), strict=True)]
+    (root / 'val/val_annotations.txt').write_text(''.join(lines))
+    (root / 'words.txt').write_text('n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\tshark\n')
+    return names
+
+
+def test_tiny_imagenet(tmp_path):
+    names = tiny_imagenet(tmp_path)
+    source = datasets.open_source(str(tmp_path))
+    assert (source.class_names, source.splits) == (['goldfish', 'shark'], {'train': 6, 'val': 2})
+    assert [(Path(n).name, label) for n, _, label in source.read('val', 0)] == [(names[0], 1), (names[1], 0)]
+    assert not [n for n, _, _ in source.read('train', 0) if n.endswith('.txt')]
+    (tmp_path / 'val/val_annotations.txt').write_text(f'{names[0]}\tn03\t0\n')
+    with pytest.raises(UserError, match='val_annotations.txt: .*n03'):
+        datasets.open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize('tree', ['.', 'train'])

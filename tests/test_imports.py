@@ -20,13 +20,13 @@ LEVELS = {
     'errors': -3, 'allocator': -3,
     'files': -2,
     'fingerprint': -1, 'retention': -1, 'configfile': -1, 'stopping': -1, 'distributed': -1,
-    'layers': 0, 'mesh': 0, 'optim': 0, 'sampler': 0, 'checkpoint': 0, 'metrics': 0, 'store': 0,
+    'layers': -1, 'mesh': 0, 'optim': 0, 'sampler': 0, 'checkpoint': 0, 'metrics': 0, 'store': 0,
     'datasets': 0, 'progress': 0,
-    'model': 1, 'prepare': 1, 'data': 1, 'rundir': 1,
+    'model': 0, 'cuda_convnet': 1, 'prepare': 1, 'data': 1, 'rundir': 1,
     'steps': 2, 'switches': 2,
     'evaluate': 3, 'checks': 3, 'diagnosis': 3,
-    'job': 4,
-    'train': 5,
+    'job': 4, 'looking': 4,
+    'train': 5, 'visualize': 5, 'retrieve': 5, 'predict': 5,
     'main': 6,
     '__init__': 7,  # the package's own short list of names; nobody imports it
 }  # fmt: skip
@@ -36,12 +36,12 @@ OUTSIDE = {
     'tensorflow_datasets': ({'data', 'datasets', 'prepare'}, True),
     'optax': ({'optim', 'steps'}, False),
     'orbax': ({'checkpoint'}, False),
-    'flax': ({'model', 'switches', 'steps'}, False),
+    'flax': ({'model', 'cuda_convnet', 'switches', 'steps'}, False),
     'clu': (set(), False),
     'clu.parameter_overview': (set(LEVELS), False),
     'clu.metric_writers': ({'metrics'}, True),  # needs TensorFlow
     'tensorboard': ({'metrics'}, False),
-    'matplotlib': (set(), False),  # for what draws
+    'matplotlib': ({'predict'}, True),  # for what draws
     'etils': ({'files'}, False),
     'google.cloud': ({'files'}, True),
     'ml_collections.config_flags': ({'main'}, False),  # the library has no flags

@@ -229,6 +229,29 @@ class TestMaxPool:
         )
 
 
+@pytest.mark.parametrize(('size', 'window', 'stride', 'out'), POOLS)
+def test_avg_pool(size, window, stride, out):
+    x, g = normal(0, 2, size, size - 1, 3), normal(1, 2, out, out, 3)
+    x = np.concatenate([x, x[:, :, :1]], axis=2)
+    y, (dx,) = value_and_gradients(lambda x: layers.avg_pool(x, window=window, stride=stride), g, x)
+    close(y, references.avg_pool(x, window, stride))
+    close(dx, references.avg_pool_grad(x, g, window, stride))
+
+
+def test_local():
+    x, kernel, bias = normal(0, 2, 4, 5, 3), normal(1, 4, 5, 27, 2), normal(2, 4, 5, 2)
+    g = normal(3, 2, 4, 5, 2)
+    y, gradients = value_and_gradients(layers.local, g, x, kernel, bias)
+    close(y, references.local(x, kernel, bias))
+    for i, (value, gradient) in enumerate(zip((x, kernel, bias), gradients, strict=True)):
+        # It is linear in each: what a change does to the sum is its product with the gradient.
+        change = normal(4 + i, *value.shape)
+        moved = [x, kernel, bias]
+        moved[i] = value + change
+        up = np.sum(g * (references.local(*moved) - references.local(x, kernel, bias)))
+        close(np.sum(gradient * change), up)
+
+
 @pytest.mark.parametrize(('size', 'window', 'stride', 'out'), POOLS[1::3])
 def test_max_pool_of_ties_loses_no_gradient(size, window, stride, out):
     """Behind a ReLU most maxima are tied zeros: an output's gradient goes to one of its maxima."""

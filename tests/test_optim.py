@@ -35,7 +35,7 @@ def all_rates(rate, **changes):
     return {'weights': rate, 'biases': rate, 'conv1': rate, **changes}
 
 
-def run(gradients, rates, dtype=np.float64, freeze=(), name='sgd'):
+def run(gradients, rates, dtype=np.float64, name='sgd', **options):
     """The parameters and velocities before and after every update, from `random_tree(0)`."""
 
     @jax.jit
@@ -44,7 +44,7 @@ def run(gradients, rates, dtype=np.float64, freeze=(), name='sgd'):
         return jax.tree.map(jnp.add, params, changes), state
 
     with jax.enable_x64(dtype == np.float64):
-        update = optim.make(name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST, freeze=freeze)
+        update = optim.make(name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST, **options)
         params = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_tree(0))
         state = update.init(params)
         states = [(params, optim.velocity(state))]
@@ -56,7 +56,7 @@ def run(gradients, rates, dtype=np.float64, freeze=(), name='sgd'):
         return jax.tree.map(np.asarray, states)
 
 
-def reference(gradients, rates, name='sgd'):
+def reference(gradients, rates, name='sgd', decays=()):
     """v <- 0.9 v - 0.0005 ε w - ε g; w <- w + v (§5): each leaf's (w, v) after 0, 1, ... steps.
 
     LARS: ε is multiplied by 0.02 |w| / (|g| + 0.0005 |w|), for kernels and biases by themselves.
@@ -69,7 +69,7 @@ def reference(gradients, rates, name='sgd'):
         for gradient, rate in zip(gradients, rates, strict=True):
             g = gradient[layer][leaf]
             epsilon = rate['conv1' if layer == 'conv1' else 'weights']
-            decay = 0.0005
+            decay = dict(decays).get(layer, 0.0005)
             if leaf == 'bias':  # original.md §4: no decay; frozen with its kernels
                 epsilon = rate['biases'] if epsilon else 0
                 decay = 0
@@ -121,6 +121,16 @@ def test_is_the_update_of_the_paper(rates, name):
         for (params, velocity), (w, v) in zip(states, expected[layer, leaf], strict=True):
             assert params[layer][leaf].dtype == np.float64
             np.testing.assert_allclose(velocity[layer][leaf], v, rtol=1e-12, atol=1e-15)
+            np.testing.assert_allclose(params[layer][leaf], w, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'lars'])
+def test_layers_with_a_decay_of_their_own(name):
+    decays, rates = (('conv2', 0.0), ('fc8', 3.0)), [all_rates(0.01)] * 10
+    states = run(GRADIENTS, rates, name=name, decays=decays)
+    expected = reference(GRADIENTS, rates, name, decays)
+    for layer, leaf in LEAVES:
+        for (params, _), (w, _) in zip(states, expected[layer, leaf], strict=True):
             np.testing.assert_allclose(params[layer][leaf], w, rtol=1e-12, atol=1e-15)
 
 

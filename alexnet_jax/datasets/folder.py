@@ -1,10 +1,13 @@
-"""A folder with one folder of pictures per class, as torchvision's users have it."""
+"""A folder with one folder of pictures per class, as torchvision's users have it, or Tiny ImageNet."""
 
 import os
 from collections.abc import Iterator
 
 from alexnet_jax.datasets.source import Example, Source, split_off
 from alexnet_jax.errors import UserError
+
+# What Tiny ImageNet has besides pictures: boxes and, instead of class folders in val/, a list.
+BOXES, LIST = '_boxes.txt', 'val_annotations.txt'
 
 
 def _visible(names) -> list[str]:
@@ -23,7 +26,7 @@ def _files(tree: str, class_names: list[str]) -> list[tuple[str, int]]:
             raise UserError(f'{os.path.join(tree, name)}: this class has no folder in train/')
         found = [os.path.join(directory, file)
                  for directory, _, names in os.walk(os.path.join(tree, name), followlinks=True)
-                 for file in _visible(names)]
+                 for file in _visible(names) if not file.endswith(BOXES)]
         if not found:
             raise UserError(f'{os.path.join(tree, name)}: the class folder is empty: put pictures '
                             'there or remove it')
@@ -32,18 +35,41 @@ def _files(tree: str, class_names: list[str]) -> list[tuple[str, int]]:
     return files
 
 
+def _listed(val: str, class_names: list[str]) -> list[tuple[str, int]]:
+    """Tiny ImageNet's validation split: a list with a picture and its class in every line."""
+    with open(os.path.join(val, LIST), encoding='utf-8') as file:
+        pairs = sorted(line.split('\t')[:2] for line in file)
+    try:
+        return [(os.path.join(val, 'images', name), class_names.index(label)) for name, label in pairs]
+    except ValueError as error:
+        raise UserError(f'{os.path.join(val, LIST)}: {error}: not PICTURE, tab, CLASS, with a class '
+                        'that has a folder in train/') from error
+
+
+def _words(path: str, wnids: list[str]) -> list[str]:
+    """The first word of WordNet for every class, with its number where two classes share it."""
+    with open(os.path.join(path, 'words.txt'), encoding='utf-8') as file:
+        words = dict(line.rstrip('\n').split('\t')[:2] for line in file)
+    first = [words.get(wnid, wnid).split(',')[0] for wnid in wnids]
+    return [name if first.count(name) == 1 else f'{name} {wnid}'
+            for name, wnid in zip(first, wnids, strict=True)]
+
+
 def open_folder(path: str, *, val_fraction: float, seed: int) -> Source:
     """Opens ROOT/train/CLASS/... with ROOT/val/CLASS/..., ROOT/train alone, or ROOT/CLASS/...
 
     Labels follow the sorted names of the class folders. All files below them that are not hidden
-    count as pictures, whatever they are called. Without val/, `val_fraction` of the pictures,
-    chosen by `seed`, is held out.
+    count as pictures, whatever they are called. Without val/ the validation split is test/ (as of
+    CIFAR-10), and without either `val_fraction` of the pictures, chosen by `seed`, is held out.
+    Tiny ImageNet is read as it is distributed, with the classes' names from words.txt.
     """
     if not os.path.isdir(path):
         raise UserError(f'{path}: there is no such folder')
     train, val = os.path.join(path, 'train'), os.path.join(path, 'val')
     if os.path.isdir(val) and not os.path.isdir(train):
         raise UserError(f'{path}: there is a val/ but no train/')
+    if os.path.isdir(train) and not os.path.isdir(val):
+        val = os.path.join(path, 'test')
     tree = train if os.path.isdir(train) else path
     class_names = _classes(tree)
     if len(class_names) < 2:
@@ -51,7 +77,9 @@ def open_folder(path: str, *, val_fraction: float, seed: int) -> Source:
                         'layout is train/CLASS/PICTURE and val/CLASS/PICTURE, or CLASS/PICTURE')
     files = {'train': _files(tree, class_names)}
     if os.path.isdir(val):
-        files['val'] = _files(val, class_names)
+        listed = os.path.exists(os.path.join(val, LIST))
+        files['val'] = _listed(val, class_names) if listed else _files(val, class_names)
+        class_names = _words(path, class_names) if listed else class_names
         if not files['val']:
             raise UserError(f'{val}: there are no class folders')
     else:
