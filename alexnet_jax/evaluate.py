@@ -92,6 +92,28 @@ def open_run(path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest') ->
     return Run(path, config, net, found, params, facts)
 
 
+def open_store(runs: Sequence[Run], store: str = '') -> Store:
+    """The prepared pictures of some runs; store: where they are, if not where the first run had them.
+
+    Raises UserError if these are others than a run was trained on, of other classes or sizes.
+    """
+    first = runs[0]
+    if any(r.facts.names != first.facts.names for r in runs):
+        raise UserError('these runs were trained on different classes: no common table')
+    data_config = {**first.config['data'], 'store': store or first.config['data']['store']}
+    opened = prepare.ensure(**data_config, alone=jax.process_count() == 1)
+    if opened.names != first.facts.names:
+        raise UserError(f'{opened.path} has other classes than {first.path} was trained on; '
+                        'give the store of its classes, --store=DIR')
+    for r in runs:
+        if r.facts.mean.shape[0] != opened.size:
+            raise UserError(f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, and '
+                            f'{opened.path} has {opened.size}')
+    if not store:  # others, of the same classes, only where they are asked for
+        rundir.check_store(first.path, opened)
+    return opened
+
+
 def predictor(trained: Run, mesh: Mesh, views: str) -> Predict:
     """predict(images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views."""
     crop = trained.config['augment']['crop']
@@ -100,19 +122,22 @@ def predictor(trained: Run, mesh: Mesh, views: str) -> Predict:
 
 
 class Classifier:
-    """What `alexnet_jax.load` returns: pictures -> probabilities, with `names`, one per class."""
+    """What `alexnet_jax.load` returns: pictures -> probabilities, with `names`, one per class.
+
+    `run` is the opened run, `size` the side of the square that is cut from a picture, in pixels.
+    """
 
     def __init__(self, run_dir: str | os.PathLike, views: str, step: str | int):
         self._mesh = meshes.make((1, 1), towers=1, batches={})
-        trained = open_run(run_dir, self._mesh, step)
-        self.names = trained.facts.names
-        self.step = trained.step
-        self._size = trained.facts.mean.shape[0]
-        self._predict = predictor(trained, self._mesh, views)
+        self.run = open_run(run_dir, self._mesh, step)
+        self.names = self.run.facts.names
+        self.step = self.run.step
+        self.size = self.run.facts.mean.shape[0]
+        self._predict = predictor(self.run, self._mesh, views)
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Pictures u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K]."""
-        squares = [pictures.square(image, self._size) for image in images]
+        squares = [pictures.square(image, self.size) for image in images]
         return np.asarray(self._predict(np.stack(squares)))
 
 
@@ -147,19 +172,7 @@ def compare(
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
     runs = [open_run(path, mesh, step) for path in paths]
-    if any(r.facts.names != runs[0].facts.names for r in runs):
-        raise UserError('these runs were trained on different classes: no common table')
-    data_config = {**configs[0]['data'], 'store': store or configs[0]['data']['store']}
-    opened = prepare.ensure(**data_config, alone=jax.process_count() == 1)
-    if opened.names != runs[0].facts.names:
-        raise UserError(f'{opened.path} has other classes than {runs[0].path} was trained on; '
-                        'give the store of its classes, --store=DIR')
-    for r in runs:
-        if r.facts.mean.shape[0] != opened.size:
-            raise UserError(f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, and '
-                            f'{opened.path} has {opened.size}')
-    if not store:  # others, of the same classes, only where they are asked for
-        rundir.check_store(runs[0].path, opened)
+    opened = open_store(runs, store)
     results = {}
     for view in views:
         predicts = [predictor(r, mesh, view) for r in runs]

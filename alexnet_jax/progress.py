@@ -53,19 +53,30 @@ def line(step: int, total: int, batch: int, values: dict[str, float]) -> str:
     )
 
 
-def kernel_picture(kernels: np.ndarray) -> np.ndarray:
+def kernel_picture(kernels: np.ndarray, *, scale: int = 1, per_kernel: bool = False) -> np.ndarray:
     """Kernels f32[T,h,w,3,C] -> u8[H,W,3], 16 in a row, the towers one below the other (Fig. 3).
 
-    One rescaling from the least to the greatest weight of all, as in the source; white lines between.
+    One rescaling from the least to the greatest weight of all, as in the source (`original.md` §7);
+    white lines between kernels, and half a kernel of white between towers.
+
+    Args:
+      scale: pixels of the picture along the side of a weight.
+      per_kernel: the source's option: first every kernel is given mean 0 and standard deviation 1.
     """
+    if per_kernel:
+        centred = kernels - kernels.mean((1, 2, 3), keepdims=True)
+        kernels = centred / np.maximum(centred.std((1, 2, 3), keepdims=True), 1e-30)
     low, high = kernels.min(), kernels.max()
     scaled = np.uint8(np.round(255 * (kernels - low) / max(high - low, 1e-30)))
-    towers, h, w, _, count = kernels.shape
-    rows = -(-count // 16)
-    picture = np.full((towers * rows * (h + 1) + 1, 16 * (w + 1) + 1, 3), 255, np.uint8)
+    scaled = scaled.repeat(scale, 1).repeat(scale, 2)
+    towers, h, w, _, count = scaled.shape
+    line, gap, columns = scale, h // 2, min(count, 16)
+    tower_height = -(-count // 16) * (h + line) + line
+    height = towers * tower_height + (towers - 1) * gap
+    picture = np.full((height, columns * (w + line) + line, 3), 255, np.uint8)
     for tower in range(towers):
+        top = tower * (tower_height + gap)
         for i in range(count):
-            y = (tower * rows + i // 16) * (h + 1) + 1
-            x = (i % 16) * (w + 1) + 1
+            y, x = top + i // 16 * (h + line) + line, i % 16 * (w + line) + line
             picture[y : y + h, x : x + w] = scaled[tower, ..., i]
     return picture

@@ -215,6 +215,31 @@ def make_predict(
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, P('data')))
 
 
+def make_features(net: model.AlexNet, mesh: Mesh, *, mean: np.ndarray, crop: int) -> Callable:
+    """features(params, images u8[B,S,S,3]) -> f32[B,F], of the centre crop in test mode.
+
+    The last intermediate before the logits, over all towers: in the paper's network the activations
+    of fc7 (§6.1), without the halving of dropout. Where that is a map, it is flattened.
+    """
+    local = model.localize(net, mesh.shape['model'])
+    window = window_mean(mean, crop)
+
+    def features(params, images):
+        start = int(0.5 * (images.shape[1] - crop))
+        crops = images[:, start : start + crop, start : start + crop]
+        _, out = local.apply({'params': params}, normalize(crops, window))
+        *_, last = out.values()
+        flat = [x.reshape(x.shape[0], -1) for x in last]
+        return jnp.concatenate(flat, axis=1).astype(jnp.float32)
+
+    shapes = jax.eval_shape(lambda: model.init(net, 0, crop))
+    specs = model.param_specs(shapes, mesh.shape['model'])
+    mapped = jax.shard_map(
+        features, mesh=mesh, in_specs=(specs, P('data')), out_specs=P('data', 'model'), check_vma=True
+    )
+    return jax.jit(mapped)
+
+
 @functools.cache
 def make_score(mesh: Mesh) -> Callable:
     """score(probabilities f32[B,K], labels i32[B], mask f32[B]) -> sums over the whole batch."""

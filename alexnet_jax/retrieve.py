@@ -1,0 +1,166 @@
+"""Finds the training pictures that a network sees as nearest to others: the paper's Figure 4, right.
+
+    python -m alexnet_jax.retrieve RUN                     # five pictures of the validation split
+    python -m alexnet_jax.retrieve RUN a.jpg b.png         # or these
+    python -m alexnet_jax.retrieve RUN --score             # and a number over the whole split
+
+Nearest is by the Euclidean distance of the last hidden layer's activations (§6.1), or of the last
+map where a network has no hidden layer. The first column of the picture has the queries.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from alexnet_jax import data, evaluate, looking, rundir, steps
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import UserError, run
+from alexnet_jax.store import Store
+
+
+def make_features(trained: evaluate.Run, mesh: Mesh) -> Callable[[data.Batch], np.ndarray]:
+    """features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,F], those of the mask's pictures.
+
+    It raises UserError for features that are not finite, since nothing is near to them.
+    """
+    crop = trained.config['augment']['crop']
+    extract = steps.make_features(trained.net, mesh, mean=trained.facts.mean, crop=crop)
+
+    def features(batch):
+        there = batch['mask'] > 0
+        images = meshes.global_batch(mesh, len(there), {'image': batch['image']})['image']
+        values = np.asarray(extract(trained.params, images))[there]
+        if not np.isfinite(values).all():
+            raise UserError(f'{trained.path}, step {trained.step:,}: activations are not finite; '
+                            'give another --step')
+        return values
+
+    return features
+
+
+def padded(images: np.ndarray, batch: int) -> Iterator[data.Batch]:
+    """Pictures u8[N,S,S,3] as batches of one size, for `make_features`."""
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        missing = batch - len(part)
+        yield {'image': np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))),
+               'mask': np.pad(np.ones(len(part), np.float32), (0, missing))}
+
+
+def nearest(
+    queries: np.ndarray, batches: Iterable[np.ndarray], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows nearest to each query -> (their numbers i64[N,count], distances f64[N,count]).
+
+    queries: f32[N,F]; batches: all rows, f32[b,F] at a time, of which only the nearest are kept.
+    Nearest first; of equal distances the row that comes first.
+    """
+    queries = queries.astype(np.float64)
+    lengths = (queries**2).sum(1, keepdims=True)
+    distances = np.full((len(queries), count), np.inf)
+    rows = np.full((len(queries), count), -1)
+    start = 0
+    for batch in batches:
+        batch = batch.astype(np.float64)
+        new = lengths - 2 * queries @ batch.T + (batch**2).sum(1)[None]
+        better = new.min(1) < distances[:, -1]  # those that this batch changes
+        numbers = np.broadcast_to(np.arange(start, start + len(batch)), new[better].shape)
+        both = np.concatenate([distances[better], new[better]], axis=1)
+        order = np.argsort(both, axis=1, kind='stable')[:, :count]
+        distances[better] = np.take_along_axis(both, order, 1)
+        both = np.concatenate([rows[better], numbers], axis=1)
+        rows[better] = np.take_along_axis(both, order, 1)
+        start += len(batch)
+    return rows, np.sqrt(distances.clip(0))  # of equal rows rounding may leave less than 0
+
+
+def draw(queries: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """Queries u8[N,S,S,3], and their neighbours u8[N,k,S,S,3] to the right of each -> u8[H,W,3].
+
+    Small pictures are enlarged; white lines between, and a wider gap after the queries.
+    """
+    n, k, size = neighbours.shape[:3]
+    scale = max(1, 128 // size)
+    side, line, gap = scale * size, 4, 16
+    height, width = n * (side + line) + line, (k + 1) * (side + line) + gap
+    picture = np.full((height, width + line, 3), 255, np.uint8)
+    for i in range(n):
+        y = line + i * (side + line)
+        for j, image in enumerate([queries[i], *neighbours[i]]):
+            x = line + j * (side + line) + gap * (j > 0)
+            picture[y : y + side, x : x + side] = image.repeat(scale, 0).repeat(scale, 1)
+    return picture
+
+
+def shared(labels: Sequence[int | None], neighbours: np.ndarray) -> str:
+    """How many neighbours, by label i32[N,k], are of their query's class, in words."""
+    known = [i for i, label in enumerate(labels) if label is not None]
+    same = sum(int((neighbours[i] == labels[i]).sum()) for i in known)
+    total = len(known) * neighbours.shape[1]
+    if not total:
+        return 'no query is of a known class'
+    return f'{same:,} of {total:,} neighbours are of the class of their query: {100 * same / total:.1f} %'
+
+
+def _queries(args, store: Store) -> tuple[list[str], list[int | None], np.ndarray]:
+    """Titles, labels (None: unknown) and pictures u8[N,S,S,3]."""
+    if args.images:
+        looking.check_drawn(len(args.images))
+        labels = [looking.label_of(path, store.names) for path in args.images]
+        return args.images, labels, np.stack([looking.read(p, store.size) for p in args.images])
+    count = 5 if args.queries is None else args.queries
+    records = looking.chosen(store, '--queries', count, args.seed)
+    looking.check_drawn(len(records))
+    titles = [f'validation picture {record}' for record in records]
+    return titles, store.labels('val')[records].tolist(), looking.squares(store, 'val', records)
+
+
+def main() -> None:
+    parser = looking.parser('retrieve', __doc__, output='neighbours.png')
+    looking.add_pictures(parser)
+    parser.add_argument('--queries', type=int, help='validation pictures to draw (default: 5)')
+    parser.add_argument('--neighbours', type=int, default=6, help='training pictures for each')
+    parser.add_argument('--score', action='store_true', help='ask with the whole split as well')
+    parser.add_argument('--batch', type=int, default=100, help='images a step')
+    parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
+    args = looking.start(parser)
+    if args.threads < 0:
+        raise UserError('--threads must not be below 0')
+    if args.images and args.queries is not None:
+        raise UserError('--queries is for the validation split: leave it or the pictures out')
+    towers = rundir.read_config(args.run)['model']['towers']
+    mesh = meshes.make((0, 0), towers=towers, batches={'--batch': args.batch})
+    trained = evaluate.open_run(args.run, mesh, args.step)
+    store = evaluate.open_store([trained], args.store)
+    k, there = args.neighbours, store.counts['train']
+    if not 1 <= k <= there:
+        raise UserError(f'--neighbours={k}: the training split of {store.path} has {there:,} '
+                        'pictures; give a number from 1 to that')
+    titles, labels, images = _queries(args, store)
+    features = make_features(trained, mesh)
+
+    def of_split(split):
+        rows = np.arange(args.batch)
+        batches = data.eval_batches(store, split, batch=args.batch, rows=rows, threads=args.threads)
+        return map(features, batches)
+
+    asked = [*map(features, padded(images, args.batch))]
+    if args.score:
+        asked += of_split('val')
+    found, distances = nearest(np.concatenate(asked), of_split('train'), k)
+    classes = store.labels('train')[found]
+    n = len(images)
+    for i, title in enumerate(titles):
+        known = '' if labels[i] is None else f' ({store.names[labels[i]]})'
+        pairs = zip(classes[i], distances[i], strict=True)
+        print(f'{title}{known}: ' + ', '.join(f'{store.names[c]} {d:.4g}' for c, d in pairs))
+    print(shared(labels, classes[:n]))
+    if args.score:
+        print(f'the whole validation split: {shared(store.labels("val").tolist(), classes[n:])}')
+    neighbours = looking.squares(store, 'train', found[:n].ravel())
+    looking.write(args.output, looking.png(draw(images, neighbours.reshape(n, k, *images.shape[1:]))))
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,42 @@
+"""Draws the kernels of conv1 as the paper's Figure 3.
+
+    python -m alexnet_jax.visualize RUN
+
+16 kernels a row, those of tower 0 above those of tower 1. Black is the least weight of all, white
+the greatest; with --per_kernel every kernel is first given mean 0 and standard deviation 1.
+"""
+
+import numpy as np
+
+from alexnet_jax import evaluate, looking, progress
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import UserError, run
+
+
+def conv1_kernels(trained: evaluate.Run) -> np.ndarray:
+    """The kernels of the first convolution, f32[T,h,w,3,C]; UserError where there is none."""
+    if 'conv1' not in trained.params:
+        raise UserError(f'{trained.path}: this network has no conv1, whose kernels could be drawn: '
+                        'give another run')
+    return np.asarray(trained.params['conv1']['kernel'])
+
+
+def main() -> None:
+    parser = looking.parser('visualize', __doc__, output='kernels.png')
+    parser.add_argument('--per_kernel', action='store_true', help='give all the same contrast')
+    parser.add_argument('--scale', type=int, default=6, help='pixels along the side of a weight')
+    args = looking.start(parser)
+    if not 1 <= args.scale <= 100:
+        raise UserError(f'--scale={args.scale}: give a number of pixels from 1 to 100')
+    mesh = meshes.make((1, 1), towers=1, batches={})
+    trained = evaluate.open_run(args.run, mesh, args.step)
+    kernels = conv1_kernels(trained)
+    towers, h, w, _, count = kernels.shape
+    print(f'{args.run}, step {trained.step:,}: {towers * count} kernels of {h} x {w}, towers: {towers}, '
+          f'weights from {kernels.min():.3g} to {kernels.max():.3g}')
+    picture = progress.kernel_picture(kernels, scale=args.scale, per_kernel=args.per_kernel)
+    looking.write(args.output, looking.png(picture))
+
+
+if __name__ == '__main__':
+    run(main)
