@@ -28,6 +28,7 @@ from alexnet_jax.errors import Stopped, UserError
 from alexnet_jax.job import Job
 
 log = logging.getLogger(__name__)
+NOT_FINITE = 'is not finite'  # what every message about a training that diverged says
 
 
 def train(config, workdir: str | os.PathLike) -> None:
@@ -98,7 +99,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         sums = {name: float(value) for name, value in jax.device_get(sums).items()}
         if not math.isfinite(sums['loss']):
             broken = job.find_broken(state.params, done, batch, scalars)
-            raise UserError(f'{workdir}: the loss of step {done:,} is not finite: {broken}; {kept()}')
+            raise UserError(f'{workdir}: the loss of step {done:,} {NOT_FINITE}: {broken}; {kept()}')
         running = {name: running.get(name, 0.0) + sums[name] for name in sums}
         images += sums['count']  # of this start alone: `running` may go back to before a restart
         if (done + 1) % run.log_every == 0:
@@ -115,7 +116,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         account()
         if not job.all_finite((state.params, state.opt_state)):
             broken = job.find_broken(state.params)
-            raise UserError(f'{workdir}: step {step:,} is not finite: {broken}; {kept()}')
+            raise UserError(f'{workdir}: step {step:,} {NOT_FINITE}: {broken}; {kept()}')
         writer.sync()
         try:
             checkpoints.wait()

@@ -1,0 +1,217 @@
+"""What the experiments share: runs by name and seed, kept results, one command line.
+
+An experiment is a module with
+
+    TITLE               the claim, and where the paper makes it
+    def run(lab)        asks the lab for its runs, one after another
+    def report(results) -> its table, in Markdown
+    def plot(results, file)  its figure, or None where it has none
+
+and is used as
+
+    python -m experiments.NAME [--scale=smoke|small|full] [--seeds=3] [-- --config.data.source=FOLDER ...]
+
+What follows `--` goes to every run, as to `python -m alexnet_jax.main`. A finished run is not run
+again, an interrupted one goes on. Results lie in experiments/results/NAME-SCALE.json, with the
+command, commit, versions and machine of each; `python -m experiments.report` gathers them.
+"""
+
+import argparse
+import json
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+from alexnet_jax import files, metrics
+from alexnet_jax.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
+from alexnet_jax.train import NOT_FINITE
+
+SCALES = ('smoke', 'small', 'full')
+HERE = pathlib.Path(__file__).parent
+RESULTS, FIGURES = HERE / 'results', HERE / 'figures'
+Rows = list[dict[str, Any]]
+
+
+class Lab:
+    """Runs of one experiment at one scale; results: all that are there, {'NAME-SEED': result}.
+
+    A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
+    'commit', 'versions' and 'devices' of the last start; 'data', its 'source' and 'counts'.
+
+    start: how a run is made; see `in_new_process`.
+    """
+
+    def __init__(
+        self, experiment: str, scale: str, *, seeds: int, extra: Iterable[str] = (),
+        runs: pathlib.Path = pathlib.Path('runs'), results: pathlib.Path = RESULTS,
+        start: Callable | None = None,
+    ):  # fmt: skip
+        self.scale, self.seeds = scale, seeds
+        self._extra, self._start = list(extra), start or in_new_process
+        self._runs = runs / f'{experiment}-{scale}'
+        self._file = results / f'{experiment}-{scale}.json'
+        self.results = read(self._file)
+
+    def workdir(self, name: str, seed: int) -> pathlib.Path:
+        """The run directory of a run."""
+        return self._runs / f'{name}-{seed}'.replace(' ', '_')
+
+    def run(
+        self, name: str, seed: int, config: str, changes: dict[str, Any] | None = None, *,
+        until: Callable[[Rows], bool] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The result of a run, which is made or continued if it is not there.
+
+        Args:
+          config: as given to --config, FILE[:variant].
+          changes: {'model.activation': 'tanh', ...}, on top of it; then come the command line's.
+          until: given all train rows so far, whether the run can be stopped here.
+        """
+        key = f'{name}-{seed}'
+        command = [
+            f'--config={config}', f'--workdir={self.workdir(name, seed)}', f'--config.seed={seed}',
+            *(f'--config.{field}={value}' for field, value in (changes or {}).items()), *self._extra,
+        ]  # fmt: skip
+        there = self.results.get(key)
+        if there:
+            if there['command'] != command:
+                raise UserError(
+                    f'{self._file}: {key} was run as {" ".join(there["command"])}, not as '
+                    f'{" ".join(command)}; remove it there, or give the same arguments'
+                )
+            return there
+        print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
+        diverged = self._start(command, self.workdir(name, seed), until)
+        self.results[key] = {
+            'name': name, 'seed': seed, 'diverged': diverged,
+            **{kind: _rows(self.workdir(name, seed), kind) for kind in ('train', 'eval')},
+            'command': command, **_origin(self.workdir(name, seed)),
+        }  # fmt: skip
+        write(self._file, self.results)
+        return self.results[key]
+
+
+def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | None) -> bool:
+    """One start of `alexnet_jax.main`, to its end or until it may stop -> whether it diverged."""
+    log = workdir.parent / f'{workdir.name}.log'
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, 'ab') as out:
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'alexnet_jax.main', *command], stdout=out, stderr=subprocess.STDOUT
+        )
+        asked = False
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                if until and not asked and until(_rows(workdir, 'train')):
+                    process.send_signal(signal.SIGTERM)
+                    asked = True
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGTERM)  # it saves, and ends
+            process.wait()
+            raise Stopped(f'{workdir}: stopped; the same command goes on') from None
+    last = log.read_text(errors='replace').strip().rpartition('\n')[2]
+    if process.returncode == MISTAKE and NOT_FINITE in last:
+        return True
+    if process.returncode == STOPPED and asked or process.returncode == DONE:
+        return False
+    if process.returncode == STOPPED:
+        raise Stopped(f'{workdir}: stopped; the same command goes on')
+    raise UserError(f'{workdir}: the run ended with {process.returncode} ({last}); see {log}')
+
+
+def _rows(workdir: pathlib.Path, kind: str) -> Rows:
+    """The rows of one kind in a run's metrics.jsonl, without those of a torn last line."""
+    try:
+        lines = (workdir / metrics.FILE).read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    rows = [json.loads(line) for line in lines if line.endswith('\n')]
+    return [row for row in rows if row['kind'] == kind]
+
+
+def _origin(workdir: pathlib.Path) -> dict[str, Any]:
+    """What a run was made with, from its run directory."""
+    last = json.loads((workdir / 'run.json').read_text())[-1]
+    store = json.loads((workdir / 'store.json').read_text())
+    data = {'source': pathlib.Path(store['source']).name, 'counts': store['counts']}
+    return {**{name: last[name] for name in ('commit', 'versions', 'devices')}, 'data': data}
+
+
+def read(file: pathlib.Path) -> dict[str, Any]:
+    """What a file of results holds; nothing, if it is not there."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f'{file}: not JSON ({error}); mend or remove it') from error
+
+
+def write(file: pathlib.Path, results: dict[str, Any]) -> None:
+    """Replaces a file of results, one line a run."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f'{json.dumps(key)}: {json.dumps(value)}' for key, value in results.items()]
+    files.replace(file, ('{\n' + ',\n'.join(lines) + '\n}\n').encode())
+
+
+def provenance(results: dict[str, Any]) -> str:
+    """On what some results were measured, one sentence in Markdown."""
+    runs = list(results.values())
+
+    def each(values):
+        return ', '.join(sorted({*values}))
+
+    data = each(
+        f'{run["data"]["source"]} ({run["data"]["counts"]["train"]:,} training and '
+        f'{run["data"]["counts"]["val"]:,} test pictures)' for run in runs
+    )  # fmt: skip
+    return (
+        f'{len(runs)} runs on {data}; devices: {each(" ".join(run["devices"]) for run in runs)}; '
+        f'jax {each(run["versions"]["jax"] for run in runs)}; '
+        f'commit {each(run["commit"] for run in runs)}.'
+    )
+
+
+def mean_std(values) -> str:
+    """Mean ± sample standard deviation, one decimal."""
+    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.1f}{spread}'
+
+
+def main(module: ModuleType) -> None:
+    """The command line of an experiment."""
+    name = module.__name__ if module.__name__ != '__main__' else pathlib.Path(module.__file__).stem
+    name = name.rpartition('.')[2]
+    parser = ArgumentParser(
+        prog=f'python -m experiments.{name}', description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument('--scale', choices=SCALES, default='small')
+    parser.add_argument('--seeds', type=int, default=3, help='runs of everything; default: 3')
+    parser.add_argument('--report', action='store_true', help='only the table of what is there')
+    split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
+    options = parser.parse_args(sys.argv[1:split])
+    if options.seeds < 1:
+        raise UserError(f'--seeds={options.seeds}: must be at least 1')
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :])
+    if not options.report:
+        module.run(lab)
+    if not lab.results:
+        raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
+    print(module.report(lab.results))
+    if module.plot:
+        file = FIGURES / f'{name}-{options.scale}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        module.plot(lab.results, file)
+        print(f'figure: {file}')

@@ -1,0 +1,122 @@
+"""What the experiments share: finished runs are kept, others go on; and Figure 1 on a handful of pictures."""
+
+import ast
+import json
+
+import pytest
+
+from alexnet_jax import configfile, train
+from alexnet_jax.errors import UserError
+from experiments import fig1_relu_tanh, lab
+from tests.tiny_store import write_store
+
+
+def in_process(command, workdir, until):
+    """A run as `lab.in_new_process` makes it, but here, and always to its end."""
+    values = dict(argument.removeprefix('--').split('=', 1) for argument in command)
+    config = configfile.load(values.pop('config'))
+    values.pop('workdir')
+    known = configfile.fields(config)
+    changes = {
+        name.removeprefix('config.'): text if isinstance(known[name], str) else ast.literal_eval(text)
+        for name, text in values.items()
+    }
+    config.update_from_flattened_dict(changes)
+    train.train(config, workdir)
+    return False
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp('store') / 'tiny'
+    write_store(path, format='u8', size=32, classes=10, counts={'train': 64, 'val': 20})
+    return [f'--config.data.store={path}', '--config.train.batch=8', '--config.run.eval_batch=8',
+            '--config.run.mesh=(1, 1)']  # fmt: skip
+
+
+def make(tmp_path, extra=(), start=in_process):
+    return lab.Lab('trial', 'smoke', seeds=1, extra=extra, runs=tmp_path / 'runs',
+                   results=tmp_path / 'results', start=start)  # fmt: skip
+
+
+def test_figure_1(tmp_path, store):
+    trial = make(tmp_path, store)
+    fig1_relu_tanh.run(trial)
+    names = sorted({result['name'] for result in trial.results.values()})
+    assert names == ['ReLU', 'ReLU sweep 0.001', 'ReLU sweep 0.002',
+                     'tanh', 'tanh sweep 0.001', 'tanh sweep 0.002']  # fmt: skip
+    result = trial.results['tanh-0']
+    assert [row['epoch'] for row in result['train']] == [0.5, 1.0, 1.5, 2.0]
+    assert 'CPU' in str(result['devices']).upper() and result['data']['counts'] == {'train': 64, 'val': 20}
+    table = fig1_relu_tanh.report(trial.results)
+    assert '| tanh | 0.00' in table and 'not reached' in table
+    fig1_relu_tanh.plot(trial.results, tmp_path / 'figure.png')
+    assert (tmp_path / 'figure.png').stat().st_size > 1000
+    again = make(tmp_path, store, start=None)  # nothing is left to start
+    fig1_relu_tanh.run(again)
+    assert again.results == json.loads(json.dumps(trial.results))
+
+
+def rows(*errors):
+    return [{'epoch': i + 1.0, 'top1_error': error} for i, error in enumerate(errors)]
+
+
+def test_where_25_percent_is_reached():
+    assert fig1_relu_tanh.reached(rows(60, 30, 20)) == 2.5
+    assert fig1_relu_tanh.reached(rows(25)) == 1.0
+    assert fig1_relu_tanh.reached(rows(60, 25.1)) is None
+    assert fig1_relu_tanh.reached([]) is None
+
+
+def test_the_ratio_and_the_best_rate():
+    results = {}
+    for net, epochs in (('ReLU', 4), ('tanh', 12)):
+        for rate, error in ((0.001, 40), (0.002, 30), (0.004, 35)):
+            name = f'{net} sweep {rate}'
+            results[name] = {'name': name, 'seed': 0, 'diverged': rate == 0.002, 'train': rows(error)}
+        for seed in range(2):
+            errors = [50] * (epochs + seed - 1) + [20]
+            results[f'{net}-{seed}'] = {'name': net, 'seed': seed, 'diverged': False, 'train': rows(*errors)}
+    assert fig1_relu_tanh.best_rate(results, 'ReLU') == 0.004  # the best one diverged
+    table = fig1_relu_tanh.report(results)
+    # Between 50 and 20 % the target lies 5/6 of an epoch on: 3.8, 4.8; 11.8, 12.8.
+    assert '| ReLU | 0.004 | 3.8, 4.8 | 4.3 ± 0.7 |' in table and '2.8 times the epochs' in table
+    assert '0.002: diverged' in table
+
+
+def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
+    made = []
+
+    def start(command, workdir, until):
+        made.append(command)
+        workdir.mkdir(parents=True)
+        (workdir / 'metrics.jsonl').write_text('{"kind": "train", "step": 1}\n{"kind": "eval", "st')
+        (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
+        (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
+        return True
+
+    trial = make(tmp_path, start=start)
+    changes = {'optim.rate': 1.0}
+    result = trial.run('a', 0, 'configs/paper.py', changes)
+    assert (result['train'], result['eval']) == ([{'kind': 'train', 'step': 1}], [])  # torn: left out
+    assert result['diverged'] and result['data']['source'] == 'b'
+    assert make(tmp_path, start=start).run('a', 0, 'configs/paper.py', changes) == result
+    assert len(made) == 1
+    with pytest.raises(UserError, match='a-0 was run as .*rate=1.0.*, not as .*rate=2.0'):
+        make(tmp_path, start=start).run('a', 0, 'configs/paper.py', {'optim.rate': 2.0})
+    (tmp_path / 'results' / 'trial-smoke.json').write_text('{')
+    with pytest.raises(UserError, match='trial-smoke.json: not JSON'):
+        make(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, store):
+    trial = make(tmp_path, store, start=None)
+    changes = {'run.log_every': 2, 'optim.epochs': 100000.0, 'run.eval_every': 100000.0}
+    result = trial.run('stops', 0, 'configs/cifar10.py:fig1', changes, until=lambda rows: len(rows) > 3)
+    assert 3 < len(result['train']) < 10000 and not result['diverged']
+    result = trial.run('diverges', 0, 'configs/cifar10.py:fig1', {**changes, 'optim.rate': 1e9})
+    assert result['diverged']
+    with pytest.raises(UserError, match=r'fails-0: the run ended with 2 \(error: .*norm_n'):
+        trial.run('fails', 0, 'configs/cifar10.py:fig1', {'model.norm_n': 2})
+    assert list(trial.results) == ['stops-0', 'diverges-0']
