@@ -17,7 +17,9 @@ command, commit, versions and machine of each; `python -m experiments.report` ga
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import pathlib
 import signal
 import statistics
@@ -28,7 +30,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from alexnet_jax import files, metrics
+from alexnet_jax import files, mesh, metrics
 from alexnet_jax.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
 from alexnet_jax.train import NOT_FINITE
 
@@ -42,7 +44,8 @@ class Lab:
     """Runs of one experiment at one scale; results: all that are there, {'NAME-SEED': result}.
 
     A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
-    'commit', 'versions' and 'devices' of the last start; 'data', its 'source' and 'counts'.
+    'commit', 'versions' and 'devices' of the last start; 'data', its 'source' and 'counts'; 'extra',
+    what `after` gave.
 
     start: how a run is made; see `in_new_process`.
     """
@@ -62,21 +65,36 @@ class Lab:
         """The run directory of a run."""
         return self._runs / f'{name}-{seed}'.replace(' ', '_')
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the run directories are."""
+        return self._runs
+
+    def given(self, field: str) -> str | None:
+        """What the command line sets a field to, None if it does not."""
+        start = f'--config.{field}='
+        values = [text.removeprefix(start) for text in self._extra if text.startswith(start)]
+        return values[-1] if values else None
+
     def run(
         self, name: str, seed: int, config: str, changes: dict[str, Any] | None = None, *,
-        until: Callable[[Rows], bool] | None = None,
+        last: dict[str, Any] | None = None, until: Callable[[Rows], bool] | None = None,
+        after: Callable[[pathlib.Path], dict[str, Any]] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """The result of a run, which is made or continued if it is not there.
 
         Args:
           config: as given to --config, FILE[:variant].
           changes: {'model.activation': 'tanh', ...}, on top of it; then come the command line's.
+          last: changes that even the command line's give way to.
           until: given all train rows so far, whether the run can be stopped here.
+          after: given the run directory, what else to keep, as JSON; None of a run that diverged. It
+            must be a function of a module (or a partial of one), for it runs in a process of its own.
         """
         key = f'{name}-{seed}'
         command = [
             f'--config={config}', f'--workdir={self.workdir(name, seed)}', f'--config.seed={seed}',
-            *(f'--config.{field}={value}' for field, value in (changes or {}).items()), *self._extra,
+            *_arguments(changes), *self._extra, *_arguments(last),
         ]  # fmt: skip
         there = self.results.get(key)
         if there:
@@ -88,8 +106,10 @@ class Lab:
             return there
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
         diverged = self._start(command, self.workdir(name, seed), until)
+        call = apart if self._start is in_new_process else _here
+        extra = call(after, self.workdir(name, seed)) if after and not diverged else None
         self.results[key] = {
-            'name': name, 'seed': seed, 'diverged': diverged,
+            'name': name, 'seed': seed, 'diverged': diverged, 'extra': extra,
             **{kind: _rows(self.workdir(name, seed), kind) for kind in ('train', 'eval')},
             'command': command, **_origin(self.workdir(name, seed)),
         }  # fmt: skip
@@ -124,6 +144,23 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
     if process.returncode == STOPPED:
         raise Stopped(f'{workdir}: stopped; the same command goes on')
     raise UserError(f'{workdir}: the run ended with {process.returncode} ({last}); see {log}')
+
+
+def apart(function: Callable, *args):
+    """What a function returns, called in a new process: this one would keep the device it used."""
+    spawn = multiprocessing.get_context('spawn')
+    with concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=spawn, initializer=mesh.configure
+    ) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _here(function: Callable, *args):
+    return function(*args)
+
+
+def _arguments(changes: dict[str, Any] | None) -> list[str]:
+    return [f'--config.{field}={value}' for field, value in (changes or {}).items()]
 
 
 def _rows(workdir: pathlib.Path, kind: str) -> Rows:
