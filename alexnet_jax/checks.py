@@ -4,7 +4,7 @@ import jax
 
 from alexnet_jax import checkpoint, files, model, optim, rundir, stopping, switches
 from alexnet_jax import mesh as meshes
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, choose
 
 
 def check(config, workdir: files.Path) -> jax.sharding.Mesh:
@@ -23,8 +23,8 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
         if config.run[field] <= 0:
             raise UserError(f'config.run.{field}={config.run[field]}: must be above 0')
     stopping.parse(config.run.stop_after)
-    if config.run.failed_save not in ('stop', 'warn'):
-        raise UserError(f'config.run.failed_save={config.run.failed_save!r}: choose stop or warn')
+    choose('config.run.saves', config.run.saves, ('background', 'wait'))
+    choose('config.run.failed_save', config.run.failed_save, ('stop', 'warn'))
     if config.run.failed_save == 'warn' and jax.process_count() > 1:
         raise UserError('config.run.failed_save=warn is for a single process: choose stop')
     for field in ('mesh', 'profile'):

@@ -124,7 +124,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
             tolerate(error)
         try:
             checkpoints.save(step, state, {'history': history, 'running': running})
-            if last:
+            if last or run.saves == 'wait':
                 checkpoints.wait()
         except checkpoint.SaveError as error:
             if last:

@@ -96,6 +96,8 @@ def get_config() -> ConfigDict:
         # When this start stops, with a checkpoint: steps ('1000') or a time ('90s', '45m', '23h', '2d'),
         # for a queue's limit; '': never. SIGTERM and Ctrl-C do the same.
         'stop_after': '',
+        'saves': 'background',  # training goes on while a checkpoint is written; or 'wait': a kill then
+        # never costs more than `checkpoint_every` steps, otherwise those made meanwhile as well
         'failed_save': 'stop',  # a checkpoint that cannot be written ends the run; or 'warn': goes on,
         # but for the last one, and only as a single process
         'stuck_after': 2000,  # steps at the loss of pure chance, ln(classes), before a warning; 0: none

@@ -44,7 +44,8 @@ def test_checkpoints_are_due():
 def test_steps_repeated(last, newest, expected):
     start = a_start(resumed=0, steps=list(range(1, last + 1, 2)), newest=newest)
     assert chaos.repeated(start, DUE) == expected
-    assert chaos.problems(start, DUE) == []
+    assert chaos.problems(start, DUE, 'background') == []
+    assert (chaos.problems(start, DUE, 'wait') == []) == (expected[1] == 0)
     assert chaos.repeated(start._replace(steps=[]), DUE) == (0, 0)  # counted with an earlier kill
 
 
@@ -61,9 +62,9 @@ def test_steps_repeated(last, newest, expected):
 )
 def test_broken_promises_of_a_start_are_seen(changes, message):
     """One step too many is done again, a checkpoint is lost, steps are left out."""
-    assert chaos.problems(a_start(), DUE) == []
-    assert chaos.problems(a_start(steps=list(range(15, 38))), DUE) == []
-    assert re.search(message, '\n'.join(chaos.problems(a_start(**changes), DUE)))
+    assert chaos.problems(a_start(), DUE, 'background') == []
+    assert chaos.problems(a_start(steps=list(range(15, 38))), DUE, 'background') == []
+    assert re.search(message, '\n'.join(chaos.problems(a_start(**changes), DUE, 'background')))
 
 
 def test_rows_of_one_start():

@@ -85,6 +85,25 @@ def test_a_checkpoint_that_cannot_be_written(store, tmp_path, monkeypatch, caplo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('saves', ['background', 'wait'])
+def test_training_waits_for_checkpoints_where_it_should(store, tmp_path, monkeypatch, saves):
+    events = []
+    for name in ('save', 'wait'):
+        real = getattr(Checkpoints, name)
+
+        def noted(self, *args, real=real, name=name):
+            events.append(name)
+            real(self, *args)
+
+        monkeypatch.setattr(Checkpoints, name, noted)
+    changes = {'run.saves': saves, 'run.checkpoint_every': 2, 'optim.epochs': 1.0}
+    train.train(make_config(store, **changes), tmp_path / 'run')
+    before = ['wait', 'save', 'wait']  # saving waits for the checkpoint before, too
+    after = {'background': before, 'wait': [*before, 'wait']}[saves]
+    assert events[: 2 * len(after)] == after * 2
+
+
+@pytest.mark.slow
 def test_the_last_checkpoint_must_be_written(store, tmp_path, monkeypatch):
     save = Checkpoints.save
 
