@@ -15,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 
-from alexnet_jax import evaluate, metrics, train
+from alexnet_jax import evaluate, metrics, steps, train
 from alexnet_jax import mesh as meshes
 from alexnet_jax.datasets import figures, pictures
 from alexnet_jax.errors import run
 from configs import quickstart
 
+CROPS = {'centre': 'centre crop', 'ten': 'ten crops'}
 PIXELS = 32  # a side, for the regression
 NEIGHBOURS = 25
 
@@ -117,9 +118,9 @@ NETWORKS = {
 }
 
 
-def networks(seeds: int, root: pathlib.Path) -> dict[str, list[float]]:
-    """Trains each network with each seed, or goes on with it -> ten-crop top-1 errors in %."""
-    results = {}
+def networks(seeds: int, root: pathlib.Path) -> dict[str, dict[str, list[float]]]:
+    """Trains each network with each seed, or goes on with it -> {view: {network: top-1 errors, %}}."""
+    results = {view: {name: [] for name in NETWORKS} for view in steps.VIEWS}
     for seed in range(seeds):
         for name, (changes, _) in NETWORKS.items():
             config = quickstart.get_config()
@@ -127,8 +128,8 @@ def networks(seeds: int, root: pathlib.Path) -> dict[str, list[float]]:
             config.update_from_flattened_dict(changes)
             run_dir = root / f'{name.replace(" ", "_")}-{seed}'
             train.train(config, run_dir)
-            (sums,) = evaluate.compare([run_dir], views=('ten',)).values()
-            results.setdefault(name, []).append(metrics.errors(sums)['top1_error'])
+            for (_, view), sums in evaluate.compare([run_dir]).items():
+                results[view][name].append(metrics.errors(sums)['top1_error'])
     return results
 
 
@@ -143,16 +144,15 @@ def main() -> None:
         print(f'{name:<50}{bound:>12}{value:>10.1f}{"" if value >= bound else "  TOO LOW"}')
     if not args.seeds:
         return
-    results = networks(args.seeds, args.workdir)
-    own = np.array(results['the quickstart'])
-    print('\nThe networks, ten crops; "worse by" is paired by seed, ± its standard error.')
-    print(f'{"network":<28}{"error % by seed":<44}{"mean ± std":>14}{"worse by":>14}')
-    for name, errors_ in results.items():
-        worse = np.array(errors_) - own
-        each = ' '.join(f'{e:.1f}' for e in errors_)
-        low = name != 'the quickstart' and worse.mean() <= NETWORKS[name][1]
-        print(f'{name:<28}{each:<44}{plus_minus(errors_):>14}'
-              f'{plus_minus(worse, len(worse) ** 0.5):>14}{"  TOO LOW" if low else ""}')
+    for view, results in networks(args.seeds, args.workdir).items():
+        print(f'\nThe networks, {CROPS[view]}; "worse by" is paired by seed, ± its standard error.')
+        print(f'{"network":<28}{"error % by seed":<44}{"mean ± std":>14}{"worse by":>14}')
+        for name, errors_ in results.items():
+            worse = np.array(errors_) - np.array(results['the quickstart'])
+            each = ' '.join(f'{e:.1f}' for e in errors_)
+            low = name != 'the quickstart' and worse.mean() <= NETWORKS[name][1]
+            print(f'{name:<28}{each:<44}{plus_minus(errors_):>14}'
+                  f'{plus_minus(worse, len(worse) ** 0.5):>14}{"  TOO LOW" if low else ""}')
 
 
 def plus_minus(values, divisor: float = 1) -> str:
