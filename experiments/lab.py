@@ -6,6 +6,8 @@ An experiment is a module with
     def run(lab)        asks the lab for its runs, one after another
     def report(results) -> its table, in Markdown
     def plot(results, file)  its figure, or None where it has none
+    RUNS_OF             the experiment whose run directories it looks at, if not its own
+    TAKES_RUNS          True where it can also look at runs that are there already, --run=RUN
 
 and is used as
 
@@ -30,7 +32,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from alexnet_jax import files, mesh, metrics
+from alexnet_jax import configfile, files, mesh, metrics, rundir
 from alexnet_jax.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
 from alexnet_jax.train import NOT_FINITE
 
@@ -45,7 +47,8 @@ class Lab:
 
     A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
     'commit', 'versions' and 'devices' of the last start; 'data', its 'source' and 'counts'; 'extra',
-    what `after` gave.
+    what `after` gave; 'given', the arguments of the command line; 'taken', its directory, where it was
+    made elsewhere.
 
     start: how a run is made; see `in_new_process`.
     """
@@ -53,11 +56,11 @@ class Lab:
     def __init__(
         self, experiment: str, scale: str, *, seeds: int, extra: Iterable[str] = (),
         runs: pathlib.Path = pathlib.Path('runs'), results: pathlib.Path = RESULTS,
-        start: Callable | None = None,
+        start: Callable | None = None, taken: Iterable[str] = (), runs_of: str = '',
     ):  # fmt: skip
-        self.scale, self.seeds = scale, seeds
+        self.scale, self.seeds, self.taken = scale, seeds, list(taken)
         self._extra, self._start = list(extra), start or in_new_process
-        self._runs = runs / f'{experiment}-{scale}'
+        self._runs = runs / f'{runs_of or experiment}-{scale}'
         self._file = results / f'{experiment}-{scale}.json'
         self.results = read(self._file)
 
@@ -106,15 +109,27 @@ class Lab:
             return there
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
         diverged = self._start(command, self.workdir(name, seed), until)
+        return self._keep(name, seed, self.workdir(name, seed), after, diverged=diverged, command=command)
+
+    def take(
+        self, workdir: str, *, after: Callable[[pathlib.Path], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The result of a run that was made elsewhere, called like its directory; looked at anew."""
+        path = pathlib.Path(workdir)
+        seed = rundir.read_config(path)['seed']
+        command = json.loads((path / 'run.json').read_text())[-1]['command']
+        return self._keep(workdir, seed, path, after, command=command, taken=workdir)
+
+    def _keep(self, name, seed, workdir, after, *, diverged=False, **others) -> dict[str, Any]:
         call = apart if self._start is in_new_process else _here
-        extra = call(after, self.workdir(name, seed)) if after and not diverged else None
-        self.results[key] = {
-            'name': name, 'seed': seed, 'diverged': diverged, 'extra': extra,
-            **{kind: _rows(self.workdir(name, seed), kind) for kind in ('train', 'eval')},
-            'command': command, **_origin(self.workdir(name, seed)),
+        result = self.results[f'{name}-{seed}'] = {
+            'name': name, 'seed': seed, 'diverged': diverged,
+            'extra': call(after, workdir) if after and not diverged else None,
+            **{kind: _rows(workdir, kind) for kind in ('train', 'eval')},
+            **others, 'given': self._extra, **_origin(workdir),
         }  # fmt: skip
         write(self._file, self.results)
-        return self.results[key]
+        return result
 
 
 def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | None) -> bool:
@@ -216,6 +231,17 @@ def provenance(results: dict[str, Any]) -> str:
     )
 
 
+def shortened(config: str, part: float) -> dict[str, Any]:
+    """The fields of a config's schedule of steps, every epoch of it multiplied by `part`."""
+    optim = configfile.load(config).optim
+    return {
+        'optim.epochs': round(optim.epochs * part, 6),
+        'optim.drops': tuple(round(epoch * part, 6) for epoch in optim.drops),
+        'optim.conv1': tuple((round(epoch * part, 6), rate) for epoch, rate in optim.conv1),
+        'optim.colour_off': round(optim.colour_off * part, 6),
+    }
+
+
 def mean_std(values) -> str:
     """Mean ± sample standard deviation, one decimal."""
     spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
@@ -233,6 +259,9 @@ def main(module: ModuleType) -> None:
     parser.add_argument('--scale', choices=SCALES, default='small')
     parser.add_argument('--seeds', type=int, default=3, help='runs of everything; default: 3')
     parser.add_argument('--report', action='store_true', help='only the table of what is there')
+    if getattr(module, 'TAKES_RUNS', False):
+        parser.add_argument('--run', action='append', default=[], metavar='RUN',
+                            help='look at this run directory, and train nothing; may be repeated')
     split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:split])
     if options.seeds < 1:
@@ -241,7 +270,8 @@ def main(module: ModuleType) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :])
+    lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :],
+              taken=getattr(options, 'run', []), runs_of=getattr(module, 'RUNS_OF', ''))
     if not options.report:
         module.run(lab)
     if not lab.results:
