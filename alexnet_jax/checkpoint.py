@@ -134,11 +134,11 @@ class Checkpoints:
 
     def _failed(self, what: str, error: Exception) -> SaveError:
         self._manager, manager = None, self._manager
-        with contextlib.suppress(Exception):  # it reports the same failure again
-            if manager:
+        if jax.process_count() == 1:  # several end now: a manager would wait for all of them
+            with contextlib.suppress(Exception):  # it reports the same failure again
                 manager.close()
-        with contextlib.suppress(Exception):  # a new manager removes what is half-written
-            self._open()
+            with contextlib.suppress(Exception):  # a new one removes what is half-written
+                self._open()
         intact = f'the checkpoints here are intact: {self.steps()}'
         return SaveError(f'{self.directory}: {what}: {_line(error)}; {intact}')
 

@@ -10,6 +10,7 @@
 
 import argparse
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -45,6 +46,9 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
         line, code = end(error)
         print(line, file=sys.stderr, flush=True)
+        if code == INTERRUPTED:  # at once: a usual end waits for threads that save or read
+            sys.stdout.flush()
+            os._exit(code)
         sys.exit(code)
 
 

@@ -76,9 +76,14 @@ def train(config, workdir: str | os.PathLike) -> None:
         except jax.errors.JaxRuntimeError as error:
             distributed.leave(error)  # the last save would wait for the process that is lost
             raise
+        except Exception:
+            with contextlib.suppress(checkpoint.SaveError):  # what went wrong first is the news
+                checkpoints.close()
+            raise
+        else:
+            checkpoints.close()
         finally:
             writer.close()
-            checkpoints.close()
 
 
 def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop) -> None:

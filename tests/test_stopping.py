@@ -1,11 +1,16 @@
 """Being asked to stop: in steps, in time, by signals."""
 
+import pathlib
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from alexnet_jax import stopping
 from alexnet_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -55,3 +60,17 @@ def test_a_second_ctrl_c_interrupts_at_once():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_an_interrupted_command_does_not_wait_for_its_threads():
+    script = (
+        'import threading, time\n'
+        'from alexnet_jax import errors\n'
+        'def main():\n'
+        '    threading.Thread(target=time.sleep, args=(60,)).start()\n'
+        '    raise KeyboardInterrupt\n'
+        'errors.run(main)'
+    )
+    line = [sys.executable, '-c', script]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, '', 'interrupted\n')

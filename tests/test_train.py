@@ -103,6 +103,22 @@ def test_training_waits_for_checkpoints_where_it_should(store, tmp_path, monkeyp
     assert events[: 2 * len(after)] == after * 2
 
 
+def test_what_went_wrong_first_is_told(store, tmp_path, monkeypatch):
+    def fail(message, kind):
+        def raises(*args):
+            raise kind(message)
+
+        return raises
+
+    monkeypatch.setattr(train, '_loop', fail('a damaged record', UserError))
+    monkeypatch.setattr(Checkpoints, 'close', fail('no space', checkpoint.SaveError))
+    with pytest.raises(UserError, match='a damaged record'):
+        train.train(make_config(store), tmp_path / 'run')
+    monkeypatch.setattr(train, '_loop', lambda *args: None)
+    with pytest.raises(UserError, match='no space'):
+        train.train(make_config(store), tmp_path / 'run')
+
+
 @pytest.mark.slow
 def test_the_last_checkpoint_must_be_written(store, tmp_path, monkeypatch):
     save = Checkpoints.save
