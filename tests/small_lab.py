@@ -1,0 +1,65 @@
+"""Experiments on a handful of pictures, in this process: `from tests.small_lab import in_process, make`."""
+
+import ast
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import checkpoint, checks, configfile, metrics, model, prepare, rundir, switches, train
+from experiments import lab
+
+
+def in_process(command, workdir, until):
+    """A run as `lab.in_new_process` makes it, but here, and always to its end."""
+    train.train(configured(command), workdir)
+    return False
+
+
+def pretend(command, workdir, until):
+    """What a run leaves, without training: random parameters, and a row of either kind.
+
+    The config is checked, and a checkpoint to begin with is read, as a training would.
+    """
+    config = configured(command)
+    checks.check(config, workdir)
+    store = prepare.ensure(**config.data)
+    net = switches.build(classes=store.classes, **config.model)
+    rng = np.random.default_rng(config.seed)
+
+    def draw(shape):
+        fan_in = math.prod(shape.shape[1:-1])
+        return jnp.asarray(rng.normal(0, fan_in**-0.5, shape.shape), shape.dtype)
+
+    params = jax.tree.map(draw, jax.eval_shape(lambda: model.init(net, 0, config.augment.crop)))
+    rundir.write(config, workdir, store)
+    checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
+    checkpoints.save(4, {'params': params}, {'history': {}, 'running': {}})
+    checkpoints.close()
+    writer = metrics.Writer(workdir, start=0)
+    values = {'loss': math.log(store.classes), 'top1_error': 90.0, 'top5_error': 50.0}
+    writer.write('train', 3, {'epoch': config.optim.epochs, **values})
+    writer.write('eval', 4, values)
+    writer.close()
+    return False
+
+
+def configured(command):
+    """The config that the arguments of `alexnet_jax.main` describe; of a field's values the last."""
+    values = dict(argument.removeprefix('--').split('=', 1) for argument in command)
+    config = configfile.load(values.pop('config'))
+    values.pop('workdir')
+    known = configfile.fields(config)
+    changes = {
+        name.removeprefix('config.'): text if isinstance(known[name], str) else ast.literal_eval(text)
+        for name, text in values.items()
+    }
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def make(tmp_path, extra=(), start=in_process, seeds=1, **others):
+    """A Lab of smoke runs, all of whose files are in a temporary folder."""
+    return lab.Lab('trial', 'smoke', seeds=seeds, extra=extra, runs=tmp_path / 'runs',
+                   results=tmp_path / 'results', start=start, **others)  # fmt: skip
