@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import checkpoint, checks, configfile, metrics, model, prepare, rundir, switches, train
+from alexnet_jax import (
+    checkpoint,
+    checks,
+    configfile,
+    metrics,
+    model,
+    prepare,
+    rundir,
+    switches,
+    train,
+)
 from experiments import lab
 
 

@@ -1,0 +1,195 @@
+"""Does the network train from the initial values that the paper prints? (§5; `original.md` §3)
+
+    python -m experiments.does_it_train --scale=small -- --config.data.source=FOLDER
+
+The paper's text: standard deviation 0.01 in every layer, bias 1 in conv2, conv4, conv5 and the hidden
+layers, "to accelerate the early stages of learning", and alpha = 1e-4 in the normalization. The
+source of the net behind its tables: 0.03 in conv3 to conv5, and alpha divided by the five channels of
+the window. Caffe found that bias 1 "gave flat loss" and took 0.1. Each of these is changed by itself,
+from the text towards the source; `original` differs in more (`configs/original.py`).
+
+A run has learnt something once its training loss leaves ln(classes), that of pure chance: at the end
+of the first interval from which on it stays below 0.95 ln(classes). Rates are those that the presets
+start with, without drops. 400 steps at the small scale are 0.512 epochs of Tiny ImageNet, 3000 at full
+scale 0.3 epochs of ImageNet; for a smaller set give `--config.optim.epochs=STEPS * 128 / PICTURES`.
+
+At the start and the end: the mean square of what every layer hands to the next (after its activation,
+norm and pooling), and the standard deviation of the logits across 64 validation pictures.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import data, evaluate, model, steps
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import run as run_command
+from experiments import lab as labs
+
+TITLE = 'Does it train from the initial values of the text? (§5)'
+SOURCE_STD = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
+SMALL_BIAS = (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0)
+RUNS = {  # name: std in conv3 to conv5, bias, alpha, config, its changes
+    'paper': ('0.01', '1', '1e-4', 'paper', {}),
+    'paper std': ('0.03', '1', '1e-4', 'paper', {'model.std': SOURCE_STD}),
+    'paper bias': ('0.01', '0.1', '1e-4', 'paper', {'model.bias': SMALL_BIAS}),
+    'paper alpha': ('0.01', '1', '1e-4 / 5', 'paper', {'model.norm_alpha_per': 'window'}),
+    'paper std alpha': ('0.03', '1', '1e-4 / 5', 'paper',
+                        {'model.std': SOURCE_STD, 'model.norm_alpha_per': 'window'}),
+    'original': ('0.03', '1', '1e-4 / 5', 'original', {}),
+}  # fmt: skip
+STYLES = {  # colour-blind safe (Okabe and Ito), and by their lines
+    'paper': ('#000000', '-'), 'paper std': ('#d55e00', '--'), 'paper bias': ('#0072b2', '-.'),
+    'paper alpha': ('#e69f00', ':'), 'paper std alpha': ('#009e73', (0, (6, 1, 1, 1, 1, 1))),
+    'original': ('#cc79a7', (0, (1, 1))),
+}  # fmt: skip
+SCALES = {
+    'smoke': {'data.source': 'alexnet_shapes', 'data.size': 128, 'data.format': 'u8',
+              'augment.crop': 112, 'model.width': 0.0625, 'train.batch': 8, 'run.eval_batch': 100,
+              'run.log_every': 1, 'optim.epochs': 0.016},
+    'small': {'model.width': 0.25, 'run.log_every': 10, 'optim.epochs': 0.512},
+    'full': {'run.log_every': 50, 'optim.epochs': 0.3},
+}  # fmt: skip
+LEFT = 0.95  # of ln(classes)
+PICTURES = 64
+
+
+def run(lab):
+    common = {'optim.schedule': 'steps', 'optim.drops': (), 'optim.conv1': (), 'optim.colour_off': 0.0,
+              'run.eval_every': 1000.0, 'run.stuck_after': 0, **SCALES[lab.scale]}  # fmt: skip
+    chosen = ('paper', 'original') if lab.scale == 'smoke' else RUNS
+    for seed in range(lab.seeds):
+        for name in chosen:
+            config, changes = RUNS[name][-2:]
+            lab.run(name, seed, f'configs/{config}.py', {**common, **changes}, after=look)
+
+
+def look(workdir) -> dict:
+    """The network of a run before and after training: its activations, and the number of classes."""
+    mesh = meshes.make((1, 1), towers=1, batches={})
+    trained = evaluate.open_run(workdir, mesh)
+    images = pictures(evaluate.open_store([trained]))
+    crop = trained.config['augment']['crop']
+    start = (images.shape[1] - crop) // 2
+    x = steps.normalize(images[:, start : start + crop, start : start + crop],
+                        steps.window_mean(trained.facts.mean, crop))
+    first = jax.jit(lambda: model.init(trained.net, trained.config['seed'], crop))()
+    measure = jax.jit(lambda params: activations(trained.net, params, x))
+    return {'classes': len(trained.facts.names),
+            'start': plain(measure(first)), 'end': plain(measure(trained.params))}
+
+
+def pictures(store) -> np.ndarray:
+    """Validation pictures u8[n,S,S,3], n <= PICTURES, spread over the whole split: it may be sorted."""
+    count = store.counts['val']
+    batches = data.eval_batches(store, 'val', batch=PICTURES, rows=np.arange(PICTURES), threads=1)
+    every = -(-count // PICTURES)
+    kept = [batch['image'][batch['mask'] > 0] for batch in batches]
+    return np.concatenate(kept)[::every]
+
+
+def activations(net, params, x) -> dict:
+    """x f32[B,H,W,3] -> by layer the mean square of its output, and the spread of the logits."""
+    logits, out = net.apply({'params': params}, x)
+    squares = {}
+    for i, ops in enumerate(net.after, start=1):
+        squares[f'conv{i}'] = out[f'{(ops.split() or ["conv"])[-1]}{i}']
+    squares |= {name: out[name] for name in ('fc6', 'fc7')} | {'fc8': (logits,)}
+    return {
+        'squares': {name: jnp.mean(jnp.stack(xs) ** 2) for name, xs in squares.items()},
+        'logits_std': jnp.sqrt(jnp.mean(jnp.var(logits, axis=0))),
+    }
+
+
+def plain(tree):
+    return jax.tree.map(float, tree)
+
+
+def left(rows, classes: int) -> int | None:
+    """The step from which on the training loss stays below LEFT * ln(classes); None if there is none."""
+    step = None
+    for row in rows:
+        below = row['loss'] < LEFT * math.log(classes)
+        step = (step or row['step'] + 1) if below else None
+    return step
+
+
+def runs_of(results, name: str) -> list:
+    return [result for result in results.values() if result['name'] == name]
+
+
+def report(results) -> str:
+    lines = [
+        '| init | std in conv3-5 | bias | alpha | leaves ln(classes) at step, by seed '
+        '| training loss at the end | validation error, % | std of logits, start, end |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    sentences = []
+    for name, (std, bias, alpha, *_) in RUNS.items():
+        runs = runs_of(results, name)
+        sound = [r for r in runs if not r['diverged']]
+        if not sound:  # or none at all
+            what = 'diverged' if runs else 'not run'
+            lines.append(f'| {name} | {std} | {bias} | {alpha} | {what} | | | |')
+            continue
+        steps_left = [left(r['train'], r['extra']['classes']) for r in sound]
+        length = sound[0]['train'][-1]['step'] + 1
+        each = [f'not within {length:,} steps' if s is None else f'{s:,}' for s in steps_left]
+        each += ['diverged'] * (len(runs) - len(sound))
+        losses = [f'{r["train"][-1]["loss"]:.2f}' for r in sound]
+        deviations = [np.mean([r['extra'][when]['logits_std'] for r in sound])
+                      for when in ('start', 'end')]  # fmt: skip
+        lines.append(
+            f'| {name} | {std} | {bias} | {alpha} | {", ".join(each)} | {", ".join(losses)} '
+            f'| {labs.mean_std([r["eval"][-1]["top1_error"] for r in sound])} '
+            f'| {deviations[0]:.2g}, {deviations[1]:.2g} |'
+        )
+        sentences.append(conclusion(name, [s for s in steps_left if s is not None], len(runs), length))
+    chance = sorted({r['extra']['classes'] for r in results.values() if r['extra']})
+    note = '; '.join(f'ln({n}) = {math.log(n):.3f}' for n in chance)
+    return '\n'.join([*lines, '', *(f'- {text}' for text in sentences), '', f'Chance: {note}.'])
+
+
+def conclusion(name: str, steps_left: list[int], seeds: int, length: int) -> str:
+    """One row in words."""
+    start = f'{name}: the loss left ln(classes) in {len(steps_left)} of {seeds} seeds'
+    if not steps_left:
+        return f'{start} within {length:,} steps.'
+    between = f'{min(steps_left):,} and {max(steps_left):,}'
+    one = min(steps_left) == max(steps_left)
+    return f'{start}, {f"at step {steps_left[0]:,}" if one else f"between steps {between}"}.'
+
+
+def plot(results, file):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout='constrained')
+    losses, *moments = figure.subplots(1, 3)
+    moments[1].sharey(moments[0])
+    for name, (colour, style) in STYLES.items():
+        for i, result in enumerate(runs_of(results, name)):
+            rows = result['train']
+            losses.plot([row['step'] + 1 for row in rows], [row['loss'] for row in rows], color=colour,
+                        ls=style, lw=1.4, label=name if i == 0 else None)  # fmt: skip
+            for axes, when in zip(moments, ('start', 'end'), strict=True):
+                if i == 0 and result['extra']:
+                    squares = result['extra'][when]['squares']
+                    axes.plot([*squares], [*squares.values()], color=colour, ls=style, lw=1.4, marker='.')
+    for classes in {r['extra']['classes'] for r in results.values() if r['extra']}:
+        losses.axhline(math.log(classes), color='#777777', lw=0.8)
+    losses.set(xlabel='steps', ylabel='training loss, nats (the line: chance)', xlim=(0, None))
+    losses.legend(frameon=False)
+    for axes, when in zip(moments, ('at the start', 'at the end'), strict=True):
+        axes.set(title=f'what a layer hands on, {when}', yscale='log', ylabel='mean square, seed 0')
+        axes.tick_params(axis='x', rotation=45)
+    for axes in (losses, *moments):
+        axes.spines[['top', 'right']].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == '__main__':
+    import sys
+
+    run_command(lambda: labs.main(sys.modules[__name__]))
