@@ -43,7 +43,7 @@ RUNS = {  # name: std in conv3 to conv5, bias, alpha, config, its changes
 STYLES = {  # colour-blind safe (Okabe and Ito), and by their lines
     'paper': ('#000000', '-'), 'paper std': ('#d55e00', '--'), 'paper bias': ('#0072b2', '-.'),
     'paper alpha': ('#e69f00', ':'), 'paper std alpha': ('#009e73', (0, (6, 1, 1, 1, 1, 1))),
-    'original': ('#cc79a7', (0, (1, 1))),
+    'original': ('#cc79a7', '-'),
 }  # fmt: skip
 SCALES = {
     'smoke': {'data.source': 'alexnet_shapes', 'data.size': 128, 'data.format': 'u8',

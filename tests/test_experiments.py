@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from alexnet_jax import configfile, data, model, switches
-from experiments import does_it_train
+from experiments import ablations, does_it_train
 from tests.small_lab import in_process, make, pretend
 from tests.tiny_store import write_store
 
@@ -104,3 +104,79 @@ def test_what_is_said_about_training():
     assert '| 30, 20, diverged | 2.07, 1.84 | 60.5 ± 0.7 | 0.5, 0.5 |' in table
     assert 'original: the loss left ln(classes) in 2 of 3 seeds, between steps 20 and 30.' in table
     assert 'Chance: ln(10) = 2.303.' in table
+
+
+def test_ablations(tmp_path, store, monkeypatch):
+    real, made_up = ablations.errors, {'top1_error': 90.0, 'top5_error': 50.0}
+
+    def errors(workdir):  # one of them in earnest
+        return real(workdir) if workdir.name == 'one_gpu-0' else {'centre': made_up, 'ten': made_up}
+
+    monkeypatch.setattr(ablations, 'errors', errors)
+    trial = make(tmp_path, store, start=pretend, seeds=2)
+    ablations.run(trial)
+    assert list(trial.results) == [f'{name}-{seed}' for seed in (0, 1) for name in ablations.SMOKE]
+    command = trial.results['pooling without overlap-1']['command']
+    assert '--config.model.pooling=disjoint' in command
+    assert '--config.optim.conv1=((0.00589, 1e-05), (0.00633, 0.0))' in command
+    found = trial.results['one gpu-0']['extra']
+    assert [*found] == ['centre', 'ten'] and 0 < found['ten']['top5_error'] < found['ten']['top1_error'] < 100
+    table = ablations.report(trial.results)
+    for name in ('pooling without overlap', 'one gpu', 'without conv1', 'one crop'):
+        assert f'| {name} | 2 | ' in table
+    assert '| tanh | 0 | not measured |  |  |  |  |' in table
+    ablations.plot(trial.results, tmp_path / 'figure.png')
+    assert (tmp_path / 'figure.png').stat().st_size > 1000
+
+
+def test_every_ablation_builds():
+    for row in ablations.ROWS.values():
+        assert builds(row.config, row.changes)
+
+
+def ablated(**rows):
+    """Results whose ten-crop top-1 errors are those named; top-5 half, one crop 1 point more."""
+    results = {}
+    for name, values in rows.items():
+        for seed, error in enumerate(values):
+            extra = {view: {'top1_error': error + more, 'top5_error': error / 2}
+                     for view, more in (('ten', 0), ('centre', 1))}  # fmt: skip
+            name = name.replace('_', ' ')
+            results[f'{name}-{seed}'] = {'name': name, 'seed': seed, 'diverged': False,
+                                         'extra': extra}  # fmt: skip
+    return results
+
+
+def test_differences_are_paired_by_seed():
+    results = ablated(reference=[40, 44, 42], no_norms=[43, 46, 46], tanh=[39, 43])
+    assert ablations.differences(results, 'no norms', 'top1_error') == [3, 2, 4]
+    assert ablations.differences(results, 'no norms', 'top5_error') == [1.5, 1, 2]
+    assert ablations.differences(results, 'tanh', 'top1_error') == [-1, -1]
+    assert ablations.differences(results, 'one crop', 'top1_error') == [1, 1, 1]
+    results['reference-1'].update(extra=None, diverged=True)
+    assert ablations.differences(results, 'no norms', 'top1_error') == [3, 4]
+
+
+def test_what_differences_show():
+    assert ablations.standard_error([2, 3, 4]) == pytest.approx(1 / 3**0.5)
+    assert ablations.standard_error([3]) == math.inf
+    assert ablations.verdict([2, 3, 4]) == 'worse' and ablations.verdict([-2, -3, -4]) == 'better'
+    assert ablations.verdict([0, 3, 4]) == 'not resolved'  # 2.33, and twice 1.2
+    assert ablations.verdict([5]) == ablations.verdict([0, 0]) == 'not resolved'
+    norms, first, dropout, tanh = (ablations.ROWS[name] for name in (
+        'no norms', 'first norm only', 'no dropout', 'tanh'))  # fmt: skip
+    assert ablations.agrees([2, 3, 4], norms) == 'yes' == ablations.agrees([2, 3, 4], dropout)
+    assert ablations.agrees([-2, -3, -4], norms) == 'no' == ablations.agrees([2, 3, 4], first)
+    assert ablations.agrees([0, 3, 4], norms) == '?' and ablations.agrees([2, 3, 4], tanh) == '–'
+
+
+def test_the_table_of_ablations():
+    results = ablated(reference=[40, 44, 42], no_norms=[43, 46, 46], no_dropout=[41, 44, 41])
+    results['no norms-3'] = {'name': 'no norms', 'seed': 3, 'diverged': True, 'extra': None}
+    table = ablations.report(results)
+    assert '3 seeds: top-1 error 42.0 ± 2.0 %, top-5 error 21.0 ± 1.0 %' in table
+    assert ('| no norms | 3, 1 diverged | +3.00 ± 0.58, worse | +1.50 ± 0.29, worse '
+            '| +1.4 / +1.2 | +1.37 / +1.15 | yes |') in table
+    assert '| no dropout | 3 | +0.00 ± 0.58, not resolved |' in table and '| worse |  | ? |' in table
+    assert '| one crop | 3 | +1.00 ± 0.00, worse |' in table
+    assert 'has not been run' in ablations.report({})

@@ -1,0 +1,195 @@
+"""What each part of the network is worth: `original` without it, paired by seed (§3, §4, §7).
+
+    python -m experiments.ablations --scale=small -- --config.data.source=FOLDER
+
+Runs of one seed see the same pictures in the same order, with the same crops and noise. Of every row:
+its error with ten crops at the end minus that of the reference with the same seed, in points, mean ±
+standard error over the seeds; positive is worse than the reference. Less than 2 standard errors counts
+as not resolved. With 3 seeds that is a weak test: chance alone passes it in nearly one row of five.
+
+Beside it the paper's difference and that of the log of 2012, where there are any (`original.md` §0,
+§7); 'worse' where the paper gives no number. Theirs are of one run each, and some were measured
+otherwise: two GPUs on ILSVRC-2010, the first norm only (#167) with a later schedule. `one gpu` and
+`no talk` are the nets of the source, with other numbers of kernels.
+
+The small scale: a quarter of the width, 112-pixel crops of 128-pixel pictures, 30 epochs, with every
+change of rate at the same part of them as in the source. It says what a part is worth there. At full
+scale the presets have their own schedules, 96 epochs for `one gpu`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from alexnet_jax import evaluate, metrics
+from alexnet_jax.errors import run as run_command
+from experiments import lab as labs
+
+TITLE = 'Ablations of the ImageNet network (§3, §4, §7)'
+REFERENCE, ONE_CROP = 'reference', 'one crop'
+ORIGINAL = 'configs/original.py'
+
+
+class Row(NamedTuple):
+    """What is done to the reference, and by how many points of top-1, top-5 error it got worse."""
+
+    changes: dict = {}
+    config: str = ORIGINAL
+    paper: tuple = ()  # (None, None): worse, but without a number
+    log: tuple = ()
+
+
+ROWS = {
+    REFERENCE: Row(),
+    'tanh': Row({'model.activation': 'tanh'}),
+    'no norms': Row({'model.norms': 'none'}, paper=(1.4, 1.2), log=(1.37, 1.15)),
+    'first norm only': Row({'model.norms': 'first'}, log=(-0.18, -0.09)),
+    'pooling without overlap': Row({'model.pooling': 'disjoint'}, paper=(0.4, 0.3), log=(0.39, 0.30)),
+    'one gpu': Row(config='configs/one_gpu.py', paper=(1.7, 1.2), log=(1.70, 1.23)),
+    'no talk': Row(config='configs/no_talk.py', log=(1.16, 1.12)),
+    'no colour noise': Row({'colour.std': 0.0}, paper=(1.0, None)),
+    'no dropout': Row({'model.dropout': 'none'}, paper=(None, None)),
+    'no crops and flips': Row({'augment.random': False}, paper=(None, None)),
+    'without conv1': Row({'model.remove': 'conv1'}, paper=(None, None)),
+    'without conv2': Row({'model.remove': 'conv2'}, paper=(2.0, None)),
+    'without conv3': Row({'model.remove': 'conv3'}, paper=(2.0, None)),
+    'without conv4': Row({'model.remove': 'conv4'}, paper=(2.0, None)),
+    'without conv5': Row({'model.remove': 'conv5'}, paper=(None, None)),
+    'no weight decay': Row({'optim.decay': 0.0}, paper=(None, None)),
+    ONE_CROP: Row(paper=(1.5, 1.3), log=(1.55, 1.30)),  # no run of its own: of the reference's
+}
+TINY = {  # of smoke runs: two steps on the embedded set
+    'data.source': 'alexnet_shapes', 'data.size': 128, 'data.format': 'u8', 'augment.crop': 112,
+    'model.width': 0.0625, 'train.batch': 8, 'run.eval_batch': 100, 'run.log_every': 1,
+}  # fmt: skip
+SMALL = {'data.size': 128, 'augment.crop': 112, 'model.width': 0.25}
+SCALES = {  # changes, and the part of the source's epochs
+    'smoke': (TINY, 0.008 / 91),
+    'small': (SMALL, 30 / 91),
+    'full': ({}, 1),
+}
+SMOKE = (REFERENCE, 'pooling without overlap', 'one gpu', 'without conv1')
+ERRORS = ('top1_error', 'top5_error')
+
+
+def run(lab):
+    changes, part = SCALES[lab.scale]
+    if part < 1:
+        changes = {**changes, **labs.shortened(ORIGINAL, part)}
+    changes = {'run.eval_every': 5.0, **changes}
+    for seed in range(lab.seeds):
+        for name in SMOKE if lab.scale == 'smoke' else ROWS:
+            if name != ONE_CROP:
+                row = ROWS[name]
+                lab.run(name, seed, row.config, {**changes, **row.changes}, after=errors)
+
+
+def errors(workdir) -> dict:
+    """The errors of a finished run, {'centre': {'top1_error', ...}, 'ten': ...}, in percent."""
+    sums = evaluate.compare([workdir])
+    return {view: metrics.errors(value) for (_, view), value in sums.items()}
+
+
+def of_seeds(results, name: str, error: str, view: str = 'ten') -> dict[int, float]:
+    """An error of each seed of a row; runs that diverged have none."""
+    if name == ONE_CROP:
+        name, view = REFERENCE, 'centre'
+    return {r['seed']: r['extra'][view][error] for r in results.values()
+            if r['name'] == name and r['extra']}  # fmt: skip
+
+
+def differences(results, name: str, error: str) -> list[float]:
+    """How much worse than the reference with the same seed, points, for the seeds that both have."""
+    own, reference = of_seeds(results, name, error), of_seeds(results, REFERENCE, error)
+    return [own[seed] - reference[seed] for seed in sorted(own) if seed in reference]
+
+
+def standard_error(values) -> float:
+    """Of the mean, from the sample standard deviation; infinite for a single value."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float('inf')
+
+
+def verdict(values) -> str:
+    """What differences show: 'worse', 'better', or 'not resolved'."""
+    mean = np.mean(values)
+    if abs(mean) <= 2 * standard_error(values):
+        return 'not resolved'
+    return 'worse' if mean > 0 else 'better'
+
+
+def agrees(values, row: Row) -> str:
+    """Whether the sign is the paper's, or where it has none the log's, of the top-1 error."""
+    theirs = row.paper or row.log
+    found = verdict(values)
+    if not theirs:
+        return '–'
+    if found == 'not resolved':
+        return '?'
+    worse = theirs[0] is None or theirs[0] > 0
+    return 'yes' if (found == 'worse') == worse else 'no'
+
+
+def measured(values) -> str:
+    spread = f' ± {standard_error(values):.2f}' if len(values) > 1 else ''
+    return f'{np.mean(values):+.2f}{spread}, {verdict(values)}'
+
+
+def theirs(values: tuple, digits: int) -> str:
+    if values == (None, None):
+        return 'worse'
+    return ' / '.join('–' if v is None else f'{v:+.{digits}f}' for v in values)
+
+
+def report(results) -> str:
+    reference = [[*of_seeds(results, REFERENCE, error).values()] for error in ERRORS]
+    if not reference[0]:
+        return 'The reference has not been run, or always diverged.'
+    lines = [
+        f'Reference (`original`), ten crops, {len(reference[0])} seeds: top-1 error '
+        f'{labs.mean_std(reference[0])} %, top-5 error {labs.mean_std(reference[1])} %. The others, in '
+        'points more than it (positive: worse), mean ± standard error of the pairs:', '',
+        '| row | pairs | top-1 | top-5 | the paper | log of 2012 | same sign |',
+        '|---|---|---|---|---|---|---|',
+    ]  # fmt: skip
+    for name, row in ROWS.items():
+        if name == REFERENCE:
+            continue
+        first, fifth = (differences(results, name, error) for error in ERRORS)
+        diverged = sum(r['diverged'] for r in results.values() if r['name'] == name)
+        pairs = f'{len(first)}, {diverged} diverged' if diverged else str(len(first))
+        ours = f'{measured(first)} | {measured(fifth)}' if first else 'not measured | '
+        sign = agrees(first, row) if first else ''
+        lines.append(f'| {name} | {pairs} | {ours} | {theirs(row.paper, 1)} '
+                     f'| {theirs(row.log, 2)} | {sign} |')
+    return '\n'.join(lines)
+
+
+def plot(results, file):
+    from matplotlib.figure import Figure
+
+    shown = [name for name in ROWS if name != REFERENCE and differences(results, name, ERRORS[0])]
+    figure = Figure(figsize=(9, 1.5 + 0.3 * len(shown)), layout='constrained')
+    for i, (axes, error) in enumerate(zip(figure.subplots(1, 2, sharey=True), ERRORS, strict=True)):
+        for y, name in enumerate(shown):
+            values = differences(results, name, error)
+            bar = 2 * standard_error(values) if len(values) > 1 else 0
+            axes.errorbar(np.mean(values), y, xerr=bar, fmt='o', color='#000000', capsize=3, ms=4,
+                          label='measured, ± 2 standard errors' if y == 0 else None)
+        for source, marker, colour in (('paper', 'D', '#d55e00'), ('log', '+', '#0072b2')):
+            there = {y: getattr(ROWS[name], source)[i:] for y, name in enumerate(shown)}
+            points = {y: value[0] for y, value in there.items() if value and value[0] is not None}
+            axes.plot([*points.values()], [*points], marker, color=colour, mfc='none', ms=8,
+                      label={'paper': 'the paper', 'log': 'log of 2012'}[source])
+        axes.axvline(0, color='#777777', lw=0.8)
+        axes.set(xlabel=f'top-{(1, 5)[i]} error, points more than the reference', yticks=range(len(shown)),
+                 yticklabels=shown)
+        axes.spines[['top', 'right']].set_visible(False)
+    axes.invert_yaxis()
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == '__main__':
+    import sys
+
+    run_command(lambda: labs.main(sys.modules[__name__]))
