@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from alexnet_jax import configfile, data, model, switches
-from experiments import ablations, does_it_train
+from alexnet_jax.errors import UserError
+from experiments import ablations, does_it_train, lab, table1, table2
 from tests.small_lab import in_process, make, pretend
 from tests.tiny_store import write_store
 
@@ -180,3 +181,75 @@ def test_the_table_of_ablations():
     assert '| no dropout | 3 | +0.00 ± 0.58, not resolved |' in table and '| worse |  | ? |' in table
     assert '| one crop | 3 | +1.00 ± 0.00, worse |' in table
     assert 'has not been run' in ablations.report({})
+
+
+def test_table_1(tmp_path, store, monkeypatch):
+    made_up = {'centre': {'top1_error': 50.0, 'top5_error': 30.0},
+               'ten': {'top1_error': 45.0, 'top5_error': 25.0}}  # fmt: skip
+    monkeypatch.setattr(ablations, 'errors', lambda workdir: made_up)
+    trial = make(tmp_path, store, start=pretend)
+    table1.run(trial)
+    assert '--config.optim.bias_final=0.0' not in trial.results['CNN-0']['command']
+    trial.results['CNN-1'] = {**trial.results['CNN-0'], 'extra': {
+        view: {'top1_error': 48.0, 'top5_error': 27.0} for view in ('centre', 'ten')}}  # fmt: skip
+    trial.results['CNN-2'] = {**trial.results['CNN-0'], 'extra': None, 'diverged': True}
+    table = table1.report(trial.results)
+    assert '| CNN, one crop | 39.0 %, 18.3 % | 49.0 ± 1.4 %, 28.5 ± 2.1 % |' in table
+    assert '| CNN, ten crops | 37.5 %, 17.0 % | 46.5 ± 2.1 %, 26.0 ± 1.4 % |' in table
+    assert '| sparse coding | 47.1 %, 28.2 % |  |' in table
+    assert '2 seeds, and 1 that diverged' in table
+
+
+def test_table_2(tmp_path):
+    trial = make(tmp_path, SIZES, start=pretend)
+    table2.run(trial)
+    assert list(trial.results) == ['cnn-0', 'pretrained-0', 'star-0']
+    counts = [result['data'] for result in trial.results.values()]
+    assert counts[0] == counts[2] == {'source': 'half-of-shapes', 'counts': {'train': 20, 'val': 10}}
+    assert counts[1] == {'source': 'shapes', 'counts': {'train': 40, 'val': 20}}
+    init = f'--config.train.init_from={tmp_path}/runs/trial-smoke/pretrained-0'
+    assert init in trial.results['star-0']['command'] and init not in trial.results['cnn-0']['command']
+    assert [*trial.results['star-0']['extra']] == ['1 CNN*', '2 CNNs*']
+    pairs = [(p.parent.name, p.resolve().parent.name)
+             for p in (trial.folder / 'half-of-shapes').glob('val/*/*')]  # fmt: skip
+    assert {*pairs} == {(f'{i:05d}', name) for i, name in enumerate(
+        ['arrow', 'crescent', 'cross', 'disc', 'heart'])}  # fmt: skip
+    names = [line.split('|')[1].strip() for line in table2.report(trial.results).splitlines()[2:]]
+    assert names == ['1 CNN', '5 CNNs', '1 CNN*', '2 CNNs*', '7 CNNs*']
+
+
+def test_which_networks_go_together(tmp_path, monkeypatch):
+    asked = {}
+
+    def compare(paths, views):
+        return {(str(path), 'ten'): {'count': 100, 'loss': 1, 'top1': 60, 'top5': 80} for path in paths}
+
+    class Listing(lab.Lab):
+        def run(self, name, seed, config, changes, *, last, after=None):
+            found = after(self.workdir(name, seed)) if after else {}
+            asked[f'{name}-{seed}'] = found
+            self.results[f'{name}-{seed}'] = {'name': name, 'seed': seed, 'diverged': False, 'extra': found,
+                                              'data': {'source': 'x'}}  # fmt: skip
+
+    monkeypatch.setattr(table2.evaluate, 'compare', compare)
+    trial = Listing('trial', 'small', seeds=5, runs=tmp_path, results=tmp_path,
+                    extra=[f'--config.data.source={table2.draw(tmp_path / "shapes")}'])
+    table2.run(trial)
+    assert {name: [*found] for name, found in asked.items() if found} == {
+        **{f'cnn-{seed}': ['1 CNN'] for seed in range(4)}, 'cnn-4': ['1 CNN', '5 CNNs'],
+        'star-0': ['1 CNN*'], 'star-1': ['1 CNN*', '7 CNNs*'],
+    }  # fmt: skip
+    table = table2.report(trial.results)
+    assert '| 1 CNN | 40.7 %, 18.2 % | 40.0 ± 0.0 %, 20.0 ± 0.0 % | 5 |' in table
+    assert '| 7 CNNs* | 36.7 %, 15.4 % | 40.0 %, 20.0 % | 1 |' in table
+
+
+def test_what_table_2_needs(tmp_path):
+    def table(scale):
+        return lab.Lab('trial', scale, seeds=1, runs=tmp_path, results=tmp_path,
+                       start=lambda *args: True)  # fmt: skip
+
+    with pytest.raises(UserError, match='give a folder of pictures'):
+        table2.run(table('small'))
+    with pytest.raises(UserError, match='must be a folder'):
+        table2.first_half('cifar10', tmp_path / 'half')

@@ -1,0 +1,60 @@
+"""Table 1: errors on the test set of ILSVRC-2010, with one crop and with ten (§6).
+
+    python -m alexnet_jax.prepare --source=/data/ilsvrc2010
+    python -m experiments.table1 --scale=full --seeds=1 -- --config.data.source=/data/ilsvrc2010
+
+The folder has train/ and test/ and no val/: errors are of test/ then, as in the paper. The net is
+`configs/original.py:2010`, the run behind the paper's numbers. The small scale is that of
+`experiments/ablations.py`, on any folder of pictures, with this run's schedule; beside its errors the
+paper's say nothing.
+"""
+
+from alexnet_jax.errors import run as run_command
+from experiments import ablations
+from experiments import lab as labs
+
+TITLE = 'Table 1: one crop and ten, beside what came before (§6)'
+CONFIG = 'configs/original.py:2010'
+PAPER = {  # top-1 and top-5 error, %, ILSVRC-2010 test
+    'sparse coding': (47.1, 28.2),
+    'SIFT + FVs': (45.7, 25.7),
+    'CNN, one crop': (39.0, 18.3),
+    'CNN, ten crops': (37.5, 17.0),
+}
+VIEWS = {'CNN, one crop': 'centre', 'CNN, ten crops': 'ten'}
+SCALES = {  # changes, and the part of the source's 93 epochs
+    'smoke': (ablations.TINY, 0.008 / 93),
+    'small': (ablations.SMALL, 30 / 93),
+    'full': ({}, 1),
+}
+plot = None
+
+
+def run(lab):
+    changes, part = SCALES[lab.scale]
+    if part < 1:
+        changes = {**changes, **labs.shortened(CONFIG, part)}
+    for seed in range(lab.seeds):
+        lab.run('CNN', seed, CONFIG, changes, after=ablations.errors)
+
+
+def report(results) -> str:
+    runs = [result for result in results.values() if result['extra']]
+    pictures = ', '.join(sorted({run['data']['source'] for run in runs}))
+    lines = [f'| model | the paper, ILSVRC-2010: top-1, top-5 error | ours, {pictures}: top-1, top-5 error |',
+             '|---|---|---|']  # fmt: skip
+    for name, (first, fifth) in PAPER.items():
+        ours = ''
+        if runs and name in VIEWS:
+            ours = ', '.join(f'{labs.mean_std([run["extra"][VIEWS[name]][error] for run in runs])} %'
+                             for error in ablations.ERRORS)  # fmt: skip
+        lines.append(f'| {name} | {first} %, {fifth} % | {ours} |')
+    diverged = len(results) - len(runs)
+    seeds = f'{len(runs)} seeds' + (f', and {diverged} that diverged' if diverged else '')
+    return '\n'.join([*lines, '', f'{seeds}; mean ± standard deviation.'])
+
+
+if __name__ == '__main__':
+    import sys
+
+    run_command(lambda: labs.main(sys.modules[__name__]))

@@ -1,0 +1,144 @@
+"""Table 2: one network, several, and networks trained on more classes before (CNN*), §6.
+
+    python -m experiments.table2 --scale=small --seeds=5 -- --config.data.source=FOLDER
+
+`--seeds` is the number of CNNs; there are two CNN*, as in the paper, or one with --seeds=1. Its "5
+CNNs" were of different architectures (`original.md` §7); ours are seeds of `configs/original.py`. "7
+CNNs*" are the two and the five together. Probabilities are averaged, ten crops each. Decide on the
+number before the first start: the networks that go together are put together after the last of them.
+
+CNN* (`configs/cnn_star.py`, a sixth convolutional layer) is trained on more classes, then its last
+layer is replaced and all of it trained on the fewer classes of the table. At the small scale (that of
+`experiments/ablations.py`) FOLDER holds the more classes, and the fewer are the first half of them, a
+folder of links that is made here. So unlike the paper's, CNN* sees no other pictures of these classes
+than the CNNs do, but those of the other half, and twice as many epochs. The smoke scale does the same
+with sixty pictures of the embedded set. At full scale the fewer are ILSVRC-2012, and the pre-trained
+networks are to be there: for seeds 0 and 1, with FALL2011 the folder of the larger set,
+
+    python -m alexnet_jax.prepare --source=FALL2011
+    python -m alexnet_jax.main --config=configs/cnn_star.py --config.data.source=FALL2011 \\
+        --config.seed=0 --workdir=runs/table2-full/pretrained-0
+    python -m experiments.table2 --scale=full --seeds=5
+"""
+
+import functools
+import os
+import pathlib
+import shutil
+
+from alexnet_jax import datasets, evaluate, metrics
+from alexnet_jax.datasets import figures
+from alexnet_jax.errors import UserError
+from alexnet_jax.errors import run as run_command
+from experiments import ablations
+from experiments import lab as labs
+
+TITLE = 'Table 2: ensembles, and networks trained on more classes before (§6)'
+CNN, STAR = 'configs/original.py', 'configs/cnn_star.py'
+STARS = 2
+PAPER = {  # top-1 and top-5 error, %, ILSVRC-2012 validation
+    '1 CNN': (40.7, 18.2), '5 CNNs': (38.1, 16.4), '1 CNN*': (39.0, 16.6), '7 CNNs*': (36.7, 15.4),
+}  # fmt: skip
+SHAPES = {'train': 40, 'validation': 20}  # pictures of the embedded set in a smoke run
+plot = None
+
+
+def run(lab):
+    changes, part = ablations.SCALES[lab.scale]
+    more, fewer = {}, {}  # where the pictures are
+    if lab.scale != 'full':
+        changes = {**changes, **labs.shortened(CNN, part)}
+        source = lab.given('data.source')
+        if lab.scale == 'smoke' and not source:
+            source = draw(lab.folder / 'shapes')
+            more = {'data.source': source, 'data.store': f'{source}-store'}
+        if not source:
+            raise UserError('table2: give a folder of pictures, -- --config.data.source=FOLDER')
+        half = first_half(source, lab.folder / f'half-of-{pathlib.Path(source).name}')
+        fewer = {'data.source': half, 'data.store': f'{half}-store'}
+    changes = {'run.eval_every': 5.0, **changes}
+    stars = min(STARS, lab.seeds)
+    cnns = [lab.workdir('cnn', seed) for seed in range(lab.seeds)]
+    both = [*(lab.workdir('star', seed) for seed in range(stars)), *cnns]
+
+    for seed in range(lab.seeds):
+        together = {f'{len(cnns)} CNNs': cnns} if 1 < lab.seeds == seed + 1 else {}
+        lab.run('cnn', seed, CNN, changes, last=fewer,
+                after=functools.partial(errors, '1 CNN', together))
+    for seed in range(stars):
+        first = lab.workdir('pretrained', seed)
+        if lab.scale == 'full' and not first.exists():
+            raise UserError(f'{first}: a network trained on more classes is to be there; '
+                            'python -m experiments.table2 --help has the commands')
+        if lab.scale != 'full':
+            lab.run('pretrained', seed, STAR, changes, last=more)
+        together = {f'{len(both)} CNNs*': both} if seed + 1 == stars else {}
+        lab.run('star', seed, STAR, {**changes, 'train.init_from': str(first)}, last=fewer,
+                after=functools.partial(errors, '1 CNN*', together))
+
+
+def errors(name: str, together: dict[str, list], workdir) -> dict:
+    """Ten-crop errors, in percent, of a run called `name`, and of some runs together by their name."""
+    found = {}
+    for label, paths in {name: [workdir], **together}.items():
+        *_, sums = evaluate.compare(paths, views=('ten',)).values()  # the last are of all together
+        found[label] = metrics.errors(sums)
+    return found
+
+
+def draw(folder: pathlib.Path) -> str:
+    """Some pictures of the embedded set, as a folder."""
+    for split, count in SHAPES.items():
+        for index in range(count):
+            data, label, _ = figures.render(figures.SEED, figures.SPLITS[split][0], index)
+            place = folder / {'validation': 'val'}.get(split, split) / figures.NAMES[label]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f'{index}.jpg').write_bytes(data)
+    return str(folder)
+
+
+def first_half(source: str, folder: pathlib.Path) -> str:
+    """A folder with links to the pictures of the first half of a folder's classes."""
+    if folder.exists():
+        return str(folder)
+    if not datasets.is_folder(source):
+        raise UserError(f'{source}: half of its classes are to be linked to, it must be a folder')
+    opened = datasets.open_source(source)
+    begun = folder.with_name(f'{folder.name}.begun')
+    shutil.rmtree(begun, ignore_errors=True)
+    for split in opened.splits:
+        for index, picture in enumerate(opened.read(split, 0)):
+            if picture.label < len(opened.class_names) // 2:
+                place = begun / split / f'{picture.label:05d}'
+                place.mkdir(parents=True, exist_ok=True)
+                (place / str(index)).symlink_to(os.path.abspath(picture.name))
+    begun.rename(folder)
+    return str(folder)
+
+
+def report(results) -> str:
+    found = {}  # by row, the errors of every run or of the runs together
+    for result in results.values():
+        for name, values in (result['extra'] or {}).items():
+            found[name] = [*found.get(name, []), values] if name.startswith('1 ') else [values]
+    pictures = sorted({result['data']['source'] for result in results.values() if result['extra']})
+    lines = [
+        '| model | the paper, ILSVRC-2012 validation: top-1, top-5 error '
+        f'| ours, {", ".join(pictures)}: top-1, top-5 error | runs |',
+        '|---|---|---|---|',
+    ]
+    names = {*PAPER, *found}
+    for name in sorted(names, key=lambda name: ('*' in name, int(name.split()[0]))):
+        theirs = '{} %, {} %'.format(*PAPER[name]) if name in PAPER else ''
+        values = found.get(name, [])
+        ours = ', '.join(f'{labs.mean_std([value[error] for value in values])} %'
+                         for error in ablations.ERRORS) if values else ''  # fmt: skip
+        lines.append(f'| {name} | {theirs} | {ours} | {len(values) or ""} |')
+    diverged = sum(result['diverged'] for result in results.values())
+    return '\n'.join([*lines, *(['', f'{diverged} runs diverged.'] if diverged else [])])
+
+
+if __name__ == '__main__':
+    import sys
+
+    run_command(lambda: labs.main(sys.modules[__name__]))
