@@ -43,7 +43,7 @@ def test_paper_from_the_tars_to_ten_crops(tmp_path):
         f'--config={ROOT}/configs/paper.py',
         '--cpu_devices=2',
         f'--config.data.dir={tmp_path / "tars"}',
-        '--config.train.batch=16',
+        '--config.train.batch=8',
         '--config.run.eval_batch=8',
         '--config.run.log_every=1',
         '--config.run.stop_after=10',
