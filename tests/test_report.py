@@ -1,17 +1,29 @@
 """CIFAR-10 with and without norms, figures 3 and 4, and the report: arithmetic, and smoke runs."""
 
-import pytest
+from types import SimpleNamespace
 
-from alexnet_jax import data
-from experiments import cifar_lrn
-from tests.small_lab import make
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import data, evaluate, looking, visualize
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import UserError
+from alexnet_jax.progress import kernel_picture
+from alexnet_jax.store import open_store
+from experiments import cifar_lrn, fig3_filters, fig4_retrieval, lab, report
+from experiments.lab import Lab
+from tests.small_lab import in_process, make
 from tests.tiny_store import write_store
 
 
-@pytest.fixture(autouse=True)
-def no_tensorflow(monkeypatch):
+@pytest.fixture(autouse=True, scope='module')
+def no_tensorflow():
     """Pictures are read without TensorFlow, whose import would take most of the time."""
-    monkeypatch.setattr(data.importlib.util, 'find_spec', lambda name: None)
+    with pytest.MonkeyPatch.context() as patch:
+        nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+        patch.setattr(data, 'importlib', nothing)
+        yield
 
 
 def tiny(folder, size, *options):
@@ -98,3 +110,185 @@ def test_what_norms_bring_is_paired_by_seed():
 )
 def test_verdict(differences, words):
     assert cifar_lrn.verdict(differences) == words
+
+
+@pytest.fixture(scope='module')
+def figures(tmp_path_factory):
+    """Results of figures 3 and 4, of one run; every validation picture is a training picture, too."""
+    folder = tmp_path_factory.mktemp('figures')
+    given = tiny(folder / 'store', 72, '--config.augment.crop=64', '--config.optim.epochs=0.5')
+    labels = {'train': np.arange(64) % 10, 'val': np.arange(40, 60) % 10}
+    pictures = {'train': open_store(folder / 'store').pixels('train').copy()}
+    pictures['val'] = pictures['train'][40:60]
+    write_store(folder / 'store', format='u8', size=72, classes=10, pictures=pictures, labels=labels)
+    both = {'extra': given, 'seeds': 1, 'runs': folder / 'runs', 'results': folder / 'results'}
+    third = Lab('fig3_filters', 'smoke', start=in_process, **both)
+    fig3_filters.run(third)
+
+    def nothing_is_left(command, workdir, until):
+        assert command == third.results['original-0']['command']
+        assert (workdir / 'checkpoints').is_dir()
+        return False
+
+    fourth = Lab('fig4_retrieval', 'smoke', start=nothing_is_left, runs_of='fig3_filters', **both)
+    fig4_retrieval.run(fourth)
+    return SimpleNamespace(third=third, fourth=fourth)
+
+
+def test_figure_3(figures, tmp_path):
+    run = figures.third.workdir('original', 0)
+    extra = figures.third.results['original-0']['extra']
+    kernels = visualize.conv1_kernels(evaluate.open_run(run, meshes.make((1, 1), towers=1, batches={})))
+    assert kernels.shape == (2, 11, 11, 3, 3) and extra['end'] == fig3_filters.measures(kernels)
+    assert extra['start'] != extra['end'] and np.shape(extra['start']['colour']) == (2, 3)
+    np.testing.assert_array_equal(fig3_filters.unpacked(extra['picture']), kernel_picture(kernels))
+    table = fig3_filters.report(figures.third.results)
+    assert f'| original, seed 0 | 1 | 3 | {np.mean(extra["end"]["colour"][1]):.2f} | ' in table
+    fig3_filters.plot(figures.third.results, tmp_path / 'figure.png')
+    drawn = np.asarray(Image.open(tmp_path / 'figure.png'))
+    np.testing.assert_array_equal(drawn[: -12 * 5 : 5, ::5], kernel_picture(kernels))
+
+
+def test_figure_4(figures, tmp_path):
+    """The nearest picture is the same picture: its class, its name, and nothing between them."""
+    extra = figures.fourth.results['original-0']['extra']
+    assert extra['same'][0] == 100.0 and len(extra['same']) == 6 and extra['same'][5] < 50
+    assert extra['chance'] == pytest.approx(10.0)
+    assert len(extra['queries']) == 5
+    for query in extra['queries']:
+        assert query['names'][0] == query['name'] and query['distances'][0] < 1e-4
+        assert query['pictures'][0] == query['picture'] not in query['pictures'][1:]
+        assert query['distances'] == sorted(query['distances']) and query['distances'][1] > 1e-4
+    made = extra['predictions']
+    assert (len(made['labels']), len(made['pictures'])) == (8, 8)
+    assert all(0.5 < sum(row) < 1.001 for row in made['probabilities'])
+    assert [made['names'][label] for label in made['labels']] == [
+        f'class {k}' for k in looking.choose(np.arange(40, 60) % 10, 8, seed=0) % 10]  # fmt: skip
+    table = fig4_retrieval.report(figures.fourth.results)
+    assert f'| {np.mean(extra["same"]):.1f} | 100.0 | 10.00 |' in table and '(seeds: 1;' in table
+    fig4_retrieval.plot(figures.fourth.results, tmp_path / 'figure.png')
+    assert Image.open(tmp_path / 'figure.png').size[0] == 1040
+
+
+def test_a_run_that_is_there_already(figures, tmp_path):
+    run = figures.third.workdir('original', 0)
+    trial = Lab('fig3_filters', 'smoke', seeds=1, results=tmp_path, start=in_process, taken=[str(run)])
+    fig3_filters.run(trial)
+    (made,) = trial.results.values()
+    assert (made['name'], made['taken'], made['seed']) == (str(run), str(run), 0)
+    assert made['extra'] == figures.third.results['original-0']['extra'] and made['train']
+    missing = Lab('fig3_filters', 'smoke', seeds=1, results=tmp_path, taken=[str(tmp_path / 'nowhere')])
+    with pytest.raises(UserError, match='nowhere: not a run directory'):
+        fig3_filters.run(missing)
+
+
+def gratings():
+    """Kernels f32[1,11,11,3,6]: three grey gratings, a coloured one, a grey spot, a grey chequerboard."""
+    y, x = np.mgrid[-5:6, -5:6]
+    waves = [np.sin(1.7 * (np.cos(a) * x + np.sin(a) * y)) for a in np.pi / 180 * np.array([0, 90, 30])]
+    spot = np.exp(-(x**2 + y**2) / 4)
+    grey = [np.stack([wave] * 3, -1) for wave in (*waves, spot, np.cos(1.7 * x) + np.cos(1.7 * y))]
+    coloured = np.stack([waves[2], -waves[2], 0 * waves[2]], -1)
+    return np.stack([*grey[:3], coloured, *grey[3:]], -1)[None]
+
+
+def test_colour_and_orientation_of_kernels():
+    (colours,), (directions,) = (f(gratings()) for f in (fig3_filters.colour, fig3_filters.orientation))
+    np.testing.assert_allclose(colours, [0, 0, 0, 1, 0, 0], atol=1e-12)
+    assert (directions[:4] > 0.9).all() and directions[2] == pytest.approx(directions[3])
+    np.testing.assert_allclose(directions[4:], 0, atol=1e-6)
+    noise = np.random.default_rng(0).normal(size=(1, 11, 11, 3, 500))
+    assert fig3_filters.colour(noise).mean() == pytest.approx(2 / 3, abs=0.01)
+    assert fig3_filters.orientation(noise).mean() < 0.15
+    black = np.zeros((1, 11, 11, 3, 1))
+    assert fig3_filters.colour(black) == fig3_filters.orientation(black) == 0
+
+
+def test_the_difference_between_towers():
+    def of(*towers, start=0.6):
+        energy = [[1.0, 3.0]] * len(towers)
+        before = [[start, start + 0.1]] * len(towers)
+        end = {'colour': [*towers], 'orientation': before, 'energy': energy}
+        return {'start': {'colour': before, 'orientation': before}, 'end': end}
+
+    assert fig3_filters.difference([[0.0, 0.2], [0.8, 0.8]]) == pytest.approx((0.7, 0.1))
+    table = fig3_filters.report(by_key(
+        result('a', 0, **of([0.0, 0.2], [0.8, 0.8])), result('a', 1, **of([0.9, 1.0], [0.1, 0.0])),
+        result('a', 2, **of([0.1, 0.3], [0.2, 0.3])), result('one tower', 0, **of([0.5, 0.5])),
+        result('a', 3, diverged=True), result('a', 4, **of([0.0, 0.2], [0.6, 0.6])),
+    ))  # fmt: skip
+    assert '| a, seed 0 | 0 | 2 | 0.10 | 0.15 | 0.65 |' in table
+    assert 'a, seed 0, tower 1 minus tower 0: colour +0.70 ± 0.10, at the start +0.00 ± 0.07' in table
+    assert 'a, seed 2, tower 1 minus tower 0: colour +0.05 ± 0.11 (not resolved)' in table
+    assert 'in 3 of 4 runs (tower 0 in 1, tower 1 in 2)' in table
+    assert '| a, seed 3 | diverged |' in table and 'one tower, seed 0, tower 1' not in table
+    assert 'from the top: a, seed 0; a, seed 1; a, seed 2; one tower, seed 0; a, seed 4.' in table
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """page() -> the report of what is in `results`, its sections by title."""
+    monkeypatch.setattr(report, 'PAGE', tmp_path / 'RESULTS.md')
+    monkeypatch.setattr(lab, 'RESULTS', tmp_path / 'results')
+    monkeypatch.setattr(lab, 'FIGURES', tmp_path / 'figures')
+    monkeypatch.setattr('sys.argv', ['report'])
+    (tmp_path / 'figures').mkdir()
+
+    def make():
+        report.main()
+        intro, *sections = (tmp_path / 'RESULTS.md').read_text().split('\n## ')
+        return {section.partition('\n')[0]: section for section in sections}
+
+    return make
+
+
+def test_a_report_of_nothing(page, capsys):
+    sections = page()
+    assert len(sections) == len(report.EXPERIMENTS) == 8
+    assert capsys.readouterr().out.startswith('wrote ')
+    for section in sections.values():
+        assert section.count('**Not run.**') == 2 and 'Measured' not in section
+    assert 'python -m experiments.cifar_lrn --scale=small -- --config.data.source=FOLDER\n' in (
+        sections[cifar_lrn.TITLE])
+    full, small = sections[fig3_filters.TITLE].split('### Small')
+    assert 'python -m experiments.fig3_filters --scale=full\n' in full
+    assert 'python -m experiments.fig3_filters --scale=small -- --config.data.source=FOLDER\n' in small
+
+
+def test_a_report_of_some_results(page, tmp_path):
+    """At one scale, trained with two seeds, and with a figure; smoke runs are not shown."""
+    results = by_key(*(result(net, s, centre=e + s, ten=e) for s in (0, 1)
+                       for net, e in (('11pct', 11.0), ('11pct_plain', 13.0))))  # fmt: skip
+    lab.write(tmp_path / 'results/cifar_lrn-small.json', results)
+    lab.write(tmp_path / 'results/cifar_lrn-smoke.json', results)
+    lab.write(tmp_path / 'results/fig3_filters-smoke.json', results)
+    section = page()[cifar_lrn.TITLE]
+    assert 'figures/' not in section
+    (tmp_path / 'figures/cifar_lrn-small.png').touch()
+    again = page()
+    section = again.pop(cifar_lrn.TITLE)
+    assert all(other.count('**Not run.**') == 2 for other in again.values())
+    full, small = section.split('### Small scale')
+    assert '**Not run.**' in full and 'smoke' not in section
+    assert ("python -m experiments.cifar_lrn --scale=small --seeds=2 -- "
+            "'--config.data.source=/pictures of cats'\n") in small  # fmt: skip
+    assert cifar_lrn.report(results) in small
+    assert '(figures/cifar_lrn-small.png)' in small
+    assert 'Measured: 4 runs on cifar (50,000 training and 10,000 test pictures)' in small
+    assert 'GPU_0; jax 0.10.2; commit abc1234.' in small
+    assert page()[cifar_lrn.TITLE] == section
+
+
+def test_commands_of_runs_that_were_taken_and_of_several_arguments():
+    other = {**result('a', 4), 'given': []}
+    taken = {**result('runs/b c', 0), 'taken': 'runs/b c', 'given': []}
+    assert report.commands('x', 'full', by_key(taken, result('a', 1), other)) == [
+        "python -m experiments.x --scale=full --run='runs/b c'",
+        'python -m experiments.x --scale=full --seeds=5',
+        "python -m experiments.x --scale=full --seeds=2 -- '--config.data.source=/pictures of cats'",
+    ]
+
+
+def test_an_experiment_that_does_not_exist(monkeypatch, page):
+    monkeypatch.setattr(report, 'EXPERIMENTS', ('cifar_lrn', 'table9'))
+    assert page()['table9'] == 'table9\n\nNot written yet.\n'

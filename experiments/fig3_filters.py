@@ -1,0 +1,169 @@
+"""Figure 3: the kernels of conv1; one tower for grey patterns, one for colour (§6.1).
+
+    python -m experiments.fig3_filters --scale=full                       # `original` on ImageNet
+    python -m experiments.fig3_filters --scale=small -- --config.data.source=FOLDER
+    python -m experiments.fig3_filters --run=runs/original                # of a run that is there
+
+The paper: "The kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are largely
+color-specific. This kind of specialization occurs during every run and is independent of any particular
+random weight initialization (modulo a renumbering of the GPUs)." Two numbers of every kernel:
+
+    colour        the share of its sum of squares that is left when at every place the mean of R, G and B
+                  is subtracted: 0 of a grey pattern, 1 of one that grey does not excite, 0.67 of noise
+    orientation   1 minus the circular variance of the directions of its gradients, each weighing as its
+                  square: 1 of edges in one direction, whichever, near 0 of a spot and of noise
+
+small: a quarter of the width, 112-pixel crops of 128-pixel pictures, a third of the schedule (30 epochs).
+`fig4_retrieval` looks at the same runs.
+"""
+
+import base64
+import io
+
+import jax
+import numpy as np
+from PIL import Image
+
+from alexnet_jax import evaluate, model, progress, visualize
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import run as run_command
+from experiments import lab as labs
+
+TITLE = 'Figure 3: what the two towers specialise in (§6.1)'
+TAKES_RUNS = True
+CONFIG = 'configs/original.py'
+SMALL = {'data.size': 128, 'data.format': 'u8', 'augment.crop': 112}
+SCALES = {  # part of the schedule, changes
+    'smoke': (0.0002, {**SMALL, 'data.source': 'alexnet_shapes', 'model.width': 0.0625,
+                       'train.batch': 8, 'run.eval_batch': 100, 'run.log_every': 1}),
+    'small': (1 / 3, {**SMALL, 'model.width': 0.25, 'run.log_every': 100}),
+    'full': (1.0, {'run.log_every': 1000}),
+}  # fmt: skip
+
+
+def run(lab):
+    train(lab, look)
+
+
+def train(lab, after):
+    """The runs of figures 3 and 4, and what `after` finds in them."""
+    for workdir in lab.taken:
+        lab.take(workdir, after=after)
+    part, changes = SCALES[lab.scale]
+    changes = {**labs.shortened(CONFIG, part), **changes}
+    for seed in range(0 if lab.taken else lab.seeds):
+        lab.run('original', seed, CONFIG, changes, after=after)
+
+
+def look(workdir) -> dict:
+    """Conv1's kernels as a picture, and the two numbers of each, at the start and at the end."""
+    trained = evaluate.open_run(workdir, meshes.make((1, 1), towers=1, batches={}))
+    kernels = visualize.conv1_kernels(trained)
+    seed, crop = trained.config['seed'], trained.config['augment']['crop']
+    fresh = jax.jit(lambda: model.init(trained.net, seed, crop)['conv1']['kernel'])()
+    return {
+        'picture': packed(progress.kernel_picture(kernels), 'PNG'),
+        'start': measures(np.asarray(fresh)), 'end': measures(kernels),
+    }  # fmt: skip
+
+
+def measures(kernels: np.ndarray) -> dict[str, list]:
+    """Kernels f32[T,h,w,3,C] -> by tower and kernel: 'colour', 'orientation', 'energy' (of squares)."""
+    numbers = {'colour': colour(kernels), 'orientation': orientation(kernels),
+               'energy': (kernels**2).sum((1, 2, 3))}  # fmt: skip
+    return {name: [[float(f'{x:.4g}') for x in tower] for tower in values]
+            for name, values in numbers.items()}  # fmt: skip
+
+
+def colour(kernels: np.ndarray) -> np.ndarray:
+    """f32[T,h,w,3,C] -> f32[T,C]; see above."""
+    own = kernels - kernels.mean(3, keepdims=True)
+    return (own**2).sum((1, 2, 3)) / np.maximum((kernels**2).sum((1, 2, 3)), 1e-30)
+
+
+def orientation(kernels: np.ndarray) -> np.ndarray:
+    """f32[T,h,w,3,C] -> f32[T,C]; see above."""
+    y, x = np.gradient(kernels.astype(np.float64), axis=(1, 2))
+    turned = (x + 1j * y) ** 2  # opposite gradients are of one direction
+    return np.abs(turned.sum((1, 2, 3))) / np.maximum(np.abs(turned).sum((1, 2, 3)), 1e-30)
+
+
+def packed(picture: np.ndarray, format: str) -> str:
+    """A picture u8[H,W,3] as text, for a file of results."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format, quality=90)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def unpacked(text: str) -> np.ndarray:
+    """What `packed` was given."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert('RGB'))
+
+
+def difference(towers: list[list[float]]) -> tuple[float, float]:
+    """The mean of the second tower minus that of the first, and its standard error over kernels."""
+    first, second = map(np.asarray, towers)
+    error = (first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second)) ** 0.5
+    return float(second.mean() - first.mean()), float(error)
+
+
+def called(result) -> str:
+    return f'{result["name"]}, seed {result["seed"]}'
+
+
+def report(results) -> str:
+    lines = ['| run | tower | kernels | colour, mean | weighted by energy | orientation, mean |',
+             '|---|---|---|---|---|---|']  # fmt: skip
+    sentences, found = [], []
+    for result in results.values():
+        if not result['extra']:
+            lines.append(f'| {called(result)} | diverged | | | | |')
+            continue
+        end = result['extra']['end']
+        for t, (share, direction, energy) in enumerate(zip(end['colour'], end['orientation'],
+                                                           end['energy'], strict=True)):  # fmt: skip
+            lines.append(f'| {called(result)} | {t} | {len(share)} | {np.mean(share):.2f} '
+                         f'| {np.average(share, weights=energy):.2f} | {np.mean(direction):.2f} |')
+        if len(end['colour']) != 2:
+            continue
+        words = []
+        for name in ('colour', 'orientation'):
+            (d, error), before = (difference(result['extra'][when][name]) for when in ('end', 'start'))
+            resolved = abs(d) >= 2 * error
+            words.append(f'{name} {d:+.2f} ± {error:.2f}{"" if resolved else " (not resolved)"}, '
+                         f'at the start {before[0]:+.2f} ± {before[1]:.2f}')  # fmt: skip
+            if name == 'colour':
+                found.append(int(d > 0) if resolved else None)
+        sentences.append(f'- {called(result)}, tower 1 minus tower 0: {"; ".join(words)}.')
+    lines += ['', '± is the standard error over kernels. Noise, as at the start, has a colour of 0.67.', '']
+    lines += sentences
+    if found:
+        each = found.count(0), found.count(1)
+        lines.append(
+            f'- One tower is more for colour than the other, by two standard errors or more, in '
+            f'{sum(each)} of {len(found)} runs (tower 0 in {each[0]}, tower 1 in {each[1]}); the paper: '
+            'in every run, largely.'
+        )
+    if len(found) > 1:
+        lines.append(f'- Figure, from the top: {"; ".join(map(called, drawn(results)))}.')
+    return '\n'.join(lines)
+
+
+def drawn(results) -> list:
+    """The results whose kernels are in the figure."""
+    return [result for result in results.values() if result['extra']]
+
+
+def plot(results, file):
+    pictures = [unpacked(result['extra']['picture']) for result in drawn(results)]
+    width = max((picture.shape[1] for picture in pictures), default=1)
+    padded = [np.pad(picture, ((0, 12), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+              for picture in pictures]  # fmt: skip
+    whole = np.concatenate(padded or [np.full((1, 1, 3), 255, np.uint8)])
+    Image.fromarray(whole.repeat(5, 0).repeat(5, 1)).save(file)
+
+
+if __name__ == '__main__':
+    import sys
+
+    run_command(lambda: labs.main(sys.modules[__name__]))

@@ -1,0 +1,167 @@
+"""Figure 4: five most probable labels of test pictures, and the training pictures nearest by fc7 (§6.1).
+
+    python -m experiments.fig4_retrieval --scale=full                     # `original` on ImageNet
+    python -m experiments.fig4_retrieval --scale=small -- --config.data.source=FOLDER
+    python -m experiments.fig4_retrieval --run=runs/original              # of a run that is there
+
+The paper draws eight test pictures with their labels, and five with the six training pictures whose
+activations in the last hidden layer are nearest by Euclidean distance, and says that those are
+"generally not close in L2" by pixels and show the same things. Here this gets a number: of the six
+nearest of every validation picture, how many are of its class; by chance it would be the share of two
+pictures drawn apart. (At full scale that takes the host some 5e14 multiplications.)
+
+The runs are those of `fig3_filters`, with its scales: whichever comes first trains them.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from alexnet_jax import data, evaluate, looking, predict, retrieve
+from alexnet_jax import mesh as meshes
+from alexnet_jax.errors import run as run_command
+from experiments import fig3_filters
+from experiments import lab as labs
+
+TITLE = 'Figure 4: labels, and nearest training pictures (§6.1)'
+RUNS_OF, TAKES_RUNS = 'fig3_filters', True
+LABELLED, QUERIES, NEIGHBOURS = 8, 5, 6  # as in the paper
+BATCH = 100
+SIDE = 128  # pixels at the most, of pictures that are kept
+
+
+def run(lab):
+    fig3_filters.train(lab, look)
+
+
+def look(workdir) -> dict:
+    """Predictions and neighbours to draw, and the shares of neighbours of the query's class."""
+    classify = evaluate.load(workdir)
+    store = evaluate.open_store([classify.run])
+    return {'predictions': predictions(classify, store), **neighbours(classify.run, store)}
+
+
+def predictions(classify, store) -> dict:
+    """Some validation pictures; of the classes only those that are named in the figure."""
+    records = looking.chosen(store, 'pictures', LABELLED, seed=0)
+    labels, images = store.labels('val')[records], looking.squares(store, 'val', records)
+    made = predict.predict(classify, [''] * len(records), labels.tolist(), images)
+    kept = sorted({*labels.tolist()}.union(*(one.top().tolist() for one in made)))
+    return {
+        'names': [store.names[k] for k in kept],
+        'labels': [kept.index(one.label) for one in made],
+        'probabilities': [[float(f'{p:.4g}') for p in one.probabilities[kept]] for one in made],
+        'pictures': [packed(one.picture) for one in made],
+    }
+
+
+def neighbours(trained, store) -> dict:
+    """The training pictures nearest to every validation picture, those of a few of them to draw."""
+    mesh = meshes.make((1, 1), towers=1, batches={})
+    features = retrieve.make_features(trained, mesh)
+
+    def of_split(split):
+        rows = np.arange(BATCH)
+        return map(features, data.eval_batches(store, split, batch=BATCH, rows=rows, threads=0))
+
+    found, distances = retrieve.nearest(np.concatenate([*of_split('val')]), of_split('train'), NEIGHBOURS)
+    train, val = store.labels('train'), store.labels('val')
+    shares = [np.bincount(labels, minlength=store.classes) / len(labels) for labels in (train, val)]
+    records = looking.chosen(store, 'queries', QUERIES, seed=1)
+    return {
+        'same': [float(x) for x in 100 * (train[found] == val[:, None]).mean(0)],  # %, by rank
+        'chance': 100 * float(shares[0] @ shares[1]),
+        'queries': [
+            {
+                'name': store.names[val[record]],
+                'picture': packed(looking.squares(store, 'val', np.array([record]))[0]),
+                'names': [store.names[k] for k in train[found[record]]],
+                'pictures': [packed(one) for one in looking.squares(store, 'train', found[record])],
+                'distances': [float(f'{d:.4g}') for d in distances[record]],
+            }
+            for record in records
+        ],
+    }
+
+
+def packed(picture: np.ndarray) -> str:
+    """A square picture, made smaller if it is large, as text."""
+    side = min(SIDE, picture.shape[0])
+    return fig3_filters.packed(np.asarray(Image.fromarray(picture).resize((side, side))), 'JPEG')
+
+
+def report(results) -> str:
+    lines = [
+        '| run | top-1 error, centre crop, % | six nearest of the query\'s class, % | the nearest, % '
+        '| by chance, % |', '|---|---|---|---|---|',
+    ]  # fmt: skip
+    for result in results.values():
+        extra, name = result['extra'], fig3_filters.called(result)
+        if not extra:
+            lines.append(f'| {name} | diverged | | | |')
+            continue
+        error = f'{result["eval"][-1]["top1_error"]:.1f}' if result['eval'] else ''
+        lines.append(f'| {name} | {error} | {np.mean(extra["same"]):.1f} | {extra["same"][0]:.1f} '
+                     f'| {extra["chance"]:.2f} |')  # fmt: skip
+    trained = [r for r in results.values() if r['extra'] and 'taken' not in r]
+    if trained:
+        shares = labs.mean_std([np.mean(r['extra']['same']) for r in trained])
+        lines += ['', f'Of the six nearest training pictures {shares} % are of the class of their query '
+                      f'(seeds: {len(trained)}; every validation picture asks).']  # fmt: skip
+    first = drawn(results)
+    if first:
+        ranks = [rank(made) for made in remade(first)]
+        lines += ['', f'Figure ({fig3_filters.called(first)}): of the {len(ranks)} pictures above '
+                      f'{sum(r < 1 for r in ranks)} have their class first, {sum(r < 5 for r in ranks)} '
+                      'among five. Below, each row: a validation picture, and to its right the training '
+                      'pictures nearest to it.', '']  # fmt: skip
+        for query in first['extra']['queries']:
+            pairs = zip(query['names'], query['distances'], strict=True)
+            lines.append(f'- {query["name"]}: ' + ', '.join(f'{n} ({d:.4g})' for n, d in pairs))
+    return '\n'.join(lines)
+
+
+def drawn(results) -> dict | None:
+    """The result that is in the figure, the first one; None if all diverged."""
+    return next((result for result in results.values() if result['extra']), None)
+
+
+def remade(result) -> list[predict.Prediction]:
+    """The predictions of a result, among the classes that were kept."""
+    kept = result['extra']['predictions']
+    return [
+        predict.Prediction('', label, fig3_filters.unpacked(picture), np.array(probabilities))
+        for label, picture, probabilities in zip(kept['labels'], kept['pictures'],
+                                                 kept['probabilities'], strict=True)
+    ]  # fmt: skip
+
+
+def rank(made: predict.Prediction) -> int:
+    """How many classes come before the correct one; 5 where it is not among the first five."""
+    return [*made.top(), made.label].index(made.label)
+
+
+def plot(results, file):
+    first = drawn(results)
+    if not first:
+        return
+    buffer = io.BytesIO()
+    names = first['extra']['predictions']['names']
+    predict.figure(remade(first), names).savefig(buffer, format='png', dpi=100)
+    above = np.asarray(Image.open(buffer).convert('RGB'))
+    queries = first['extra']['queries']
+    below = retrieve.draw(
+        np.stack([fig3_filters.unpacked(query['picture']) for query in queries]),
+        np.stack([[fig3_filters.unpacked(one) for one in query['pictures']] for query in queries]),
+    )
+    width = max(above.shape[1], below.shape[1])
+    both = [np.pad(part, ((0, 20), (0, width - part.shape[1]), (0, 0)), constant_values=255)
+            for part in (above, below)]  # fmt: skip
+    Image.fromarray(np.concatenate(both)).save(file)
+
+
+if __name__ == '__main__':
+    import sys
+
+    run_command(lambda: labs.main(sys.modules[__name__]))
