@@ -1,6 +1,7 @@
 """The experiments on training, ablations and tables: their arithmetic, and each on a handful of pictures."""
 
 import math
+import os
 
 import jax
 import pytest
@@ -253,3 +254,10 @@ def test_what_table_2_needs(tmp_path):
         table2.run(table('small'))
     with pytest.raises(UserError, match='must be a folder'):
         table2.first_half('cifar10', tmp_path / 'half')
+
+
+@pytest.mark.slow
+def test_what_is_kept_besides_is_found_in_a_process_of_its_own():
+    assert lab.apart(os.getpid) != os.getpid()
+    with pytest.raises(UserError, match='not a run directory'):
+        lab.apart(ablations.errors, 'nowhere')
