@@ -2,14 +2,25 @@
 
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
-from alexnet_jax import distributed
+from alexnet_jax import distributed, evaluate, metrics
+from alexnet_jax import mesh as meshes
 from alexnet_jax.errors import UserError
+from alexnet_jax.store import open_store
 from experiments.launch.local import free_port
-from tests.small_run import ROOT, assert_same, command, environment, make_store, outcome
+from tests.small_run import (
+    ROOT,
+    WITHOUT_TENSORFLOW,
+    assert_same,
+    command,
+    environment,
+    make_store,
+    outcome,
+)
 
 MESH = '--config.run.mesh=(2,2)'
 
@@ -50,9 +61,27 @@ def ends(processes, timeout=200):
     return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
 
 
+def evaluated_by_two(workdir, store):
+    """What `alexnet_jax.evaluate` prints as two processes of two devices."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', WITHOUT_TENSORFLOW, 'alexnet_jax.evaluate', str(workdir), '--batch=4',
+             '--cpu_devices=2', f'--coordinator=localhost:{port}', '--num_processes=2',
+             f'--process_id={process}'],
+            cwd=ROOT, env=environment(store), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    (first, errors), (second, more) = (process.communicate(timeout=200) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], errors + more
+    assert second == ''
+    return first
+
+
 @pytest.mark.slow
 def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_path, start_all):
-    """Stopped by a SIGTERM to one, then one killed, then stopped while starting, then to the end."""
+    """Stopped by a SIGTERM to one, one killed while saving, stopped while starting, then to the end."""
     line = command(tmp_path / 'alone', store, '--cpu_devices=4', MESH)
     subprocess.run(line, cwd=ROOT, env=environment(store), check=True, capture_output=True)
     alone = outcome(tmp_path / 'alone')
@@ -64,7 +93,8 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
     for code, output in stopped:
         assert (code, f'stopped at step {step} (' in output) == (75, True), output[-2000:]
 
-    first, second = start_all(workdir, store, events=('never', 'step'), number=8)
+    # Killed while its part of the second checkpoint from here is being written.
+    first, second = start_all(workdir, store, events=('never', 'save'), number=2)
     second.communicate(timeout=200)
     killed = time.monotonic()
     ((code, output),) = ends([first])
@@ -80,6 +110,17 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
     for code, output in ends(start_all(workdir, store)):
         assert code == 0, output[-2000:]
     assert_same(outcome(workdir), alone)
+
+    # Evaluated by two processes, and here, by all devices and by one.
+    printed = evaluated_by_two(workdir, store)
+    assert printed.strip() == evaluate.table(evaluate.compare([workdir], batch=4))
+    mesh = meshes.make((1, 1), towers=2, batches={})
+    trained = evaluate.open_run(workdir, mesh)
+    predict = evaluate.predictor(trained, mesh, 'centre')
+    sums = evaluate.evaluate([predict], mesh, open_store(store), split='val', batch=4, threads=1)
+    (*_, last) = (row for row in metrics.read(workdir) if row['kind'] == 'eval')
+    assert metrics.errors(sums)['top1_error'] == last['top1_error']
+    assert metrics.errors(sums)['loss'] == pytest.approx(last['loss'], rel=1e-5)
 
 
 @pytest.mark.slow

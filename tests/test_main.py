@@ -19,6 +19,7 @@ from alexnet_jax.datasets.pictures import square
 from alexnet_jax.errors import UserError
 from experiments.chaos import compilation_cache
 from tests import fixtures
+from tests.small_run import WITHOUT_TENSORFLOW
 from tests.tiny_store import write_store
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -75,7 +76,9 @@ class Place:
             'TFDS_DATA_DIR': str(self.folder / 'nothing'),
         }
         if command[0] != '-c':
-            command = ('-m', f'alexnet_jax.{command[0]}', *command[1:])
+            raw = '--config.data.source=made_up' in command or command[0] == 'evaluate'
+            start = ('-c', WITHOUT_TENSORFLOW) if raw else ('-m',)
+            command = (*start, f'alexnet_jax.{command[0]}', *command[1:])
         return subprocess.run(
             [sys.executable, *map(str, command)], cwd=self.folder, env=environment,
             capture_output=True, text=True, timeout=300, check=False,

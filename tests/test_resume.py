@@ -13,7 +13,7 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.store import open_store
 from tests.small_run import EXAMPLES, ROOT, assert_same, command, environment, make_store, outcome
 
-ENDS = {'never': 0, 'no TensorFlow': 0, 'SIGTERM': 75, 'SIGINT': 75, 'stop_after': 75}
+ENDS = {'never': 0, 'TensorFlow': 0, 'SIGTERM': 75, 'SIGINT': 75, 'stop_after': 75}
 
 
 def start(workdir, store, event='never', number=1):
@@ -86,10 +86,10 @@ def test_stopped_on_purpose_and_resumed_is_the_same(store, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_machine_without_tensorflow_trains_the_same(store, alone, tmp_path):
-    """From a raw store."""
+def test_with_tensorflow_it_is_the_same(store, alone, tmp_path):
+    """From a raw store, which the other runs read without it."""
     workdir = tmp_path / 'run'
-    start(workdir, store, 'no TensorFlow')
+    start(workdir, store, 'TensorFlow')
     assert_same(outcome(workdir), alone)
 
 
