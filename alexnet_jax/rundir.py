@@ -32,7 +32,7 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.store import Store
 
 LATER = {  # fields that older runs do not have, with what they mean by it
-    'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': ()},
+    'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': []},
     'model': {'net': 'alexnet'},
 }  # fmt: skip
 

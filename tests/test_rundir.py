@@ -8,6 +8,7 @@ import pytest
 
 from alexnet_jax import rundir
 from alexnet_jax.errors import UserError
+from configs import original
 
 HOLDER = """
 import pathlib, sys, time
@@ -48,3 +49,17 @@ def test_a_damaged_run_json_is_named(tmp_path):
     (tmp_path / 'run.json').write_text(json.dumps([])[:1])
     with pytest.raises(UserError, match='run.json: not JSON'):
         rundir.write(None, tmp_path, None)
+
+
+def test_a_run_made_before_some_fields_were_there_goes_on(tmp_path):
+    config = original.get_config()
+    there = json.loads(json.dumps(config.to_dict()))
+    for part, later in rundir.LATER.items():
+        for field in later:
+            del there[part][field]
+    (tmp_path / 'config.json').write_text(json.dumps(there))
+    rundir.check(config, tmp_path)
+    assert rundir.read_config(tmp_path)['model']['net'] == 'alexnet'
+    config.optim.name = 'lars'
+    with pytest.raises(UserError, match="config.optim.name: 'sgd' there, 'lars' here"):
+        rundir.check(config, tmp_path)
