@@ -11,7 +11,7 @@ from alexnet_jax import mesh
 # Tests mostly wait for the compiler, and the programs they start inherit this. Without the emitters
 # of fusions it needs two thirds of the time; an XLA that does not know a flag aborts.
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=1'
-if jaxlib.__version__.startswith(('0.10.', '0.11.')):
+if jaxlib.__version__.startswith('0.10.'):
     os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
 mesh.configure(cpu_devices=8)
 # A shell makes what it starts in the background ignore Ctrl-C, and programs would inherit that, too.
