@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alexnet_jax import metrics, progress
+from alexnet_jax import allocator, metrics, progress
 from experiments.chaos import compilation_cache
 from tests.tiny_store import write_store
 
@@ -113,7 +113,8 @@ def command(workdir, store, *more, event='never', number=1) -> list[str]:
 
 
 def environment(store) -> dict[str, str]:
-    return os.environ | compilation_cache(store.parent / 'cache') | {
+    # With the allocator's settings there, a command does not start again, after its imports here.
+    return os.environ | compilation_cache(store.parent / 'cache') | allocator.settings() | {
         # Threads of a process: sums are split among them, and a process with two devices has fewer.
         'PJRT_NPROC': '4',
     }
