@@ -46,12 +46,11 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
             f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels: '
             'after its strides and pools nothing is left, or conv1_padding is not two numbers'
         ) from error
-    for name in config.train.freeze:
-        if name not in layers:
-            raise UserError(f'config.train.freeze={name!r}: choose from {", ".join(layers)}')
-    for name, _ in config.optim.decays:
-        if name not in layers:
-            raise UserError(f'config.optim.decays={name!r}: choose from {", ".join(layers)}')
+    named = {'train.freeze': config.train.freeze, 'optim.decays': dict(config.optim.decays)}
+    for field, names in named.items():
+        for name in names:
+            if name not in layers:
+                raise UserError(f'config.{field}={name!r}: choose from {", ".join(layers)}')
     mesh = meshes.make(
         config.run.mesh,
         towers=config.model.towers,

@@ -9,11 +9,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from alexnet_jax import layers, model
-from alexnet_jax.errors import UserError, choose
+from alexnet_jax.errors import UserError, choose, one_each
 
 CONV, LOCAL = 5, 3  # pixels, sides of the kernels; padded to the same size
 POOL = {'window': 3, 'stride': 2}
 BETA, K = 0.75, 1.0  # of all norms
+
+
+def _zeros(fan_in: int):
+    return nn.initializers.zeros
 
 
 class Local(nn.Module):
@@ -63,14 +67,11 @@ class CudaConvnet(nn.Module):
     def __call__(self, images, dropout_key=None, rows=None):
         """As `model.AlexNet`; these networks have no dropout."""
         out, xs = {}, (images.astype(self.dtype),)
-        zeros = nn.initializers.constant(0.0)
-        for i, (kind, units, ops) in enumerate(zip(self.kinds, self.units, self.after, strict=True)):
-            common = {
-                'kernel_init': self.kernel_inits[i],
-                'bias_init': lambda fan_in: zeros,
-                'dtype': self.dtype,
-                'name': f'{kind}{i + 1}',
-            }
+        *inits, last_init = self.kernel_inits
+        each = zip(self.kinds, self.units, self.after, inits, strict=True)
+        for i, (kind, units, ops, init) in enumerate(each, start=1):
+            name = f'{kind}{i}'
+            common = {'kernel_init': init, 'bias_init': _zeros, 'dtype': self.dtype, 'name': name}
             if kind == 'conv':
                 padding = ((CONV // 2,) * 2,) * 2
                 layer = model.Conv(units, CONV, stride=1, padding=padding, groups=1, **common)
@@ -79,14 +80,12 @@ class CudaConvnet(nn.Module):
             else:
                 layer = model.Hidden(units, **common)
                 xs = tuple(x.reshape(x.shape[0], -1) for x in xs)
-            xs = out[f'{kind}{i + 1}'] = layer(xs)
+            xs = out[name] = layer(xs)
             for op in ops.split():
-                xs = out[f'{op}{i + 1}'] = tuple(self._apply(op, x) for x in xs)
+                xs = out[f'{op}{i}'] = tuple(self._apply(op, x) for x in xs)
         xs = tuple(x.reshape(x.shape[0], -1) for x in xs)
-        logits = model.Logits(
-            self.classes, self.kernel_inits[-1], lambda fan_in: zeros, self.dtype, None, name='fc10'
-        )(xs)
-        return logits, out
+        logits = model.Logits(self.classes, last_init, _zeros, self.dtype, None, name='fc10')
+        return logits(xs), out
 
     def _apply(self, op, x):
         if op == 'act':
@@ -117,15 +116,9 @@ def build(
         raise UserError(f'config.model.towers={towers}: these networks have 1')
     if not layers:
         raise UserError('config.model.layers: name at least one layer')
-    for name, values, length in (
-        ('units', units, len(layers)),
-        ('after', after, len(layers)),
-        ('std', std, len(layers) + 1),
-    ):
-        if len(values) != length:
-            raise UserError(
-                f'config.model.{name} has {len(values)} values, but {length} layers need one each'
-            )
+    one_each('config.model.units', units, len(layers))
+    one_each('config.model.after', after, len(layers))
+    one_each('config.model.std', std, len(layers) + 1)
     for kind, ops in zip(layers, after, strict=True):
         choose('config.model.layers', kind, ('conv', 'local', 'fc'))
         for op in ops.split():

@@ -28,6 +28,12 @@ def choose(name: str, value, choices) -> None:
         raise UserError(f'{name}={value!r}: choose one of {", ".join(choices)}')
 
 
+def one_each(name: str, values, layers: int) -> None:
+    """UserError unless a field has one value for each of so many layers."""
+    if len(values) != layers:
+        raise UserError(f'{name} has {len(values)} values, but {layers} layers need one each')
+
+
 class Stopped(Exception):
     """Asked to stop, and stopped: one line that says where, and that the same command goes on."""
 

@@ -31,7 +31,7 @@ from alexnet_jax import (
 )
 from alexnet_jax import mesh as meshes
 from alexnet_jax.datasets import pictures
-from alexnet_jax.errors import ArgumentParser, UserError, run
+from alexnet_jax.errors import ArgumentParser, UserError, choose, run
 from alexnet_jax.store import Store
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
@@ -147,8 +147,7 @@ def load(run_dir: str | os.PathLike, views: str = 'ten', step: str | int = 'late
     views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number. Raises
     UserError for what is not a run directory and for missing or damaged checkpoints.
     """
-    if views not in steps.VIEWS:
-        raise UserError(f'views={views!r}: choose one of {", ".join(steps.VIEWS)}')
+    choose('views', views, steps.VIEWS)
     return Classifier(run_dir, views, step)
 
 

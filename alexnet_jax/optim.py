@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, choose
 
 NAMES = ('sgd', 'lars')
 
@@ -201,8 +201,7 @@ def make_rates(
     UserError for values that do not exist, also those of the update: that is made too late for it.
     """
     del momentum, decay, decays  # of the update, not of the rates
-    if name not in NAMES:
-        raise UserError(f'config.optim.name={name!r}: choose one of {", ".join(NAMES)}')
+    choose('config.optim.name', name, NAMES)
     if name == 'lars' and trust <= 0:
         raise UserError(f'config.optim.trust={trust}: must be above 0')
 
@@ -239,8 +238,7 @@ def make_rates(
         return (1 - step / total) ** power if step < total else 0.0, False, False
 
     schedules = {'steps': by_epoch, 'plateau': by_plateau, 'poly': by_power}
-    if schedule not in schedules:
-        raise UserError(f'config.optim.schedule={schedule!r}: choose one of {", ".join(schedules)}')
+    choose('config.optim.schedule', schedule, schedules)
 
     def rates(step: int, history: Mapping[int, float]) -> dict[str, float]:
         left, final, over = schedules[schedule](step, history)

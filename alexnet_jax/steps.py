@@ -40,6 +40,12 @@ def window_mean(mean: np.ndarray, crop: int) -> np.ndarray:
     return mean[start : start + crop, start : start + crop]
 
 
+def centre(images, crop: int):
+    """The central windows of pictures [B,S,S,3] -> [B,crop,crop,3]."""
+    start = (images.shape[1] - crop) // 2
+    return images[:, start : start + crop, start : start + crop]
+
+
 def noise_axes(eigenvectors: np.ndarray, sigma: np.ndarray, std: float) -> np.ndarray:
     """f32[3,3] whose column k is the colour noise for z_k = 1 (§4.1): std * sigma_k * v_k."""
     return np.asarray(std * sigma[None] * eigenvectors, np.float32)
@@ -207,12 +213,17 @@ def make_predict(
         flips = jnp.array([v[2] for v in plan])
         return jnp.mean(lax.map(probabilities, (ys, xs, flips)), axis=0)
 
+    return _forward(predict, net, mesh, crop, P('data'))
+
+
+def _forward(function: Callable, net: model.AlexNet, mesh: Mesh, crop: int, out: P) -> Callable:
+    """function(params, images), over a mesh; out: how its result is divided."""
     shapes = jax.eval_shape(lambda: model.init(net, 0, crop))
     specs = model.param_specs(shapes, mesh.shape['model'])
     mapped = jax.shard_map(
-        predict, mesh=mesh, in_specs=(specs, P('data')), out_specs=P('data'), check_vma=True
+        function, mesh=mesh, in_specs=(specs, P('data')), out_specs=out, check_vma=True
     )
-    return jax.jit(mapped, out_shardings=NamedSharding(mesh, P('data')))
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, out))
 
 
 def make_features(net: model.AlexNet, mesh: Mesh, *, mean: np.ndarray, crop: int) -> Callable:
@@ -225,19 +236,12 @@ def make_features(net: model.AlexNet, mesh: Mesh, *, mean: np.ndarray, crop: int
     window = window_mean(mean, crop)
 
     def features(params, images):
-        start = int(0.5 * (images.shape[1] - crop))
-        crops = images[:, start : start + crop, start : start + crop]
-        _, out = local.apply({'params': params}, normalize(crops, window))
+        _, out = local.apply({'params': params}, normalize(centre(images, crop), window))
         *_, last = out.values()
         flat = [x.reshape(x.shape[0], -1) for x in last]
         return jnp.concatenate(flat, axis=1).astype(jnp.float32)
 
-    shapes = jax.eval_shape(lambda: model.init(net, 0, crop))
-    specs = model.param_specs(shapes, mesh.shape['model'])
-    mapped = jax.shard_map(
-        features, mesh=mesh, in_specs=(specs, P('data')), out_specs=P('data', 'model'), check_vma=True
-    )
-    return jax.jit(mapped)
+    return _forward(features, net, mesh, crop, P('data', 'model'))
 
 
 @functools.cache

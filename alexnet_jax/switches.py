@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from alexnet_jax import cuda_convnet, model
-from alexnet_jax.errors import UserError, choose
+from alexnet_jax.errors import UserError, choose, one_each
 
 
 def build(*, net: str, classes: int, **fields):
@@ -72,15 +72,9 @@ def alexnet(
     for ops in after:
         for op in ops.split():
             choose('config.model.after', op, ('act', 'norm', 'map_norm', 'pool'))
-    for name, values, length in (
-        ('after', after, convs),
-        ('std', std, len(layer_names)),
-        ('bias', bias, len(layer_names)),
-    ):
-        if len(values) != length:
-            raise UserError(
-                f'config.model.{name} has {len(values)} values, but {length} layers need one each'
-            )
+    one_each('config.model.after', after, convs)
+    one_each('config.model.std', std, len(layer_names))
+    one_each('config.model.bias', bias, len(layer_names))
     for name, value in (('towers', towers), ('groups', groups), ('width', width)):
         if value <= 0:
             raise UserError(f'config.model.{name}={value}: must be above 0')

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax import evaluate, metrics
-from alexnet_jax.errors import run as run_command
 from experiments import lab as labs
 
 TITLE = 'Ablations of the ImageNet network (§3, §4, §7)'
@@ -94,8 +93,7 @@ def of_seeds(results, name: str, error: str, view: str = 'ten') -> dict[int, flo
     """An error of each seed of a row; runs that diverged have none."""
     if name == ONE_CROP:
         name, view = REFERENCE, 'centre'
-    return {r['seed']: r['extra'][view][error] for r in results.values()
-            if r['name'] == name and r['extra']}  # fmt: skip
+    return {r['seed']: r['extra'][view][error] for r in labs.named(results, name) if r['extra']}
 
 
 def differences(results, name: str, error: str) -> list[float]:
@@ -104,15 +102,10 @@ def differences(results, name: str, error: str) -> list[float]:
     return [own[seed] - reference[seed] for seed in sorted(own) if seed in reference]
 
 
-def standard_error(values) -> float:
-    """Of the mean, from the sample standard deviation; infinite for a single value."""
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float('inf')
-
-
 def verdict(values) -> str:
     """What differences show: 'worse', 'better', or 'not resolved'."""
     mean = np.mean(values)
-    if abs(mean) <= 2 * standard_error(values):
+    if abs(mean) <= 2 * labs.standard_error(values):
         return 'not resolved'
     return 'worse' if mean > 0 else 'better'
 
@@ -130,7 +123,7 @@ def agrees(values, row: Row) -> str:
 
 
 def measured(values) -> str:
-    spread = f' ± {standard_error(values):.2f}' if len(values) > 1 else ''
+    spread = f' ± {labs.standard_error(values):.2f}' if len(values) > 1 else ''
     return f'{np.mean(values):+.2f}{spread}, {verdict(values)}'
 
 
@@ -155,7 +148,7 @@ def report(results) -> str:
         if name == REFERENCE:
             continue
         first, fifth = (differences(results, name, error) for error in ERRORS)
-        diverged = sum(r['diverged'] for r in results.values() if r['name'] == name)
+        diverged = sum(r['diverged'] for r in labs.named(results, name))
         pairs = f'{len(first)}, {diverged} diverged' if diverged else str(len(first))
         ours = f'{measured(first)} | {measured(fifth)}' if first else 'not measured | '
         sign = agrees(first, row) if first else ''
@@ -172,7 +165,7 @@ def plot(results, file):
     for i, (axes, error) in enumerate(zip(figure.subplots(1, 2, sharey=True), ERRORS, strict=True)):
         for y, name in enumerate(shown):
             values = differences(results, name, error)
-            bar = 2 * standard_error(values) if len(values) > 1 else 0
+            bar = 2 * labs.standard_error(values) if len(values) > 1 else 0
             axes.errorbar(np.mean(values), y, xerr=bar, fmt='o', color='#000000', capsize=3, ms=4,
                           label='measured, ± 2 standard errors' if y == 0 else None)
         for source, marker, colour in (('paper', 'D', '#d55e00'), ('log', '+', '#0072b2')):
@@ -190,6 +183,4 @@ def plot(results, file):
 
 
 if __name__ == '__main__':
-    import sys
-
-    run_command(lambda: labs.main(sys.modules[__name__]))
+    labs.main(__name__)

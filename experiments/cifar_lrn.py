@@ -16,7 +16,6 @@ for the cropped networks by cuda-convnet's ten views (four corners and centre, a
 import statistics
 
 from alexnet_jax import configfile, evaluate, metrics, rundir
-from alexnet_jax.errors import run as run_command
 from experiments import lab as labs
 
 TITLE = 'Local response normalization on CIFAR-10 (§3.3)'
@@ -55,7 +54,7 @@ def errors(workdir) -> dict[str, float]:
 
 def seeds_of(results, net: str) -> dict:
     """The results of a network by seed, without those that diverged."""
-    return {r['seed']: r for r in results.values() if r['name'] == net and not r['diverged']}
+    return {r['seed']: r for r in labs.named(results, net) if not r['diverged']}
 
 
 def gains(results, view: str) -> list[float]:
@@ -70,7 +69,7 @@ def verdict(differences: list[float]) -> str:
     mean, n = statistics.mean(differences), len(differences)
     if n < 2:
         return f'{mean:+.2f} points (one seed: not resolved)'
-    error = statistics.stdev(differences) / n**0.5
+    error = labs.standard_error(differences)
     resolved = '' if abs(mean) >= 2 * error else ': not resolved'
     return f'{mean:+.2f} ± {error:.2f} points ({n} seeds{resolved})'
 
@@ -79,7 +78,7 @@ def report(results) -> str:
     lines = ['| network | epochs | known for, % | test error, %, centre crop | ten views | seeds |',
              '|---|---|---|---|---|---|']  # fmt: skip
     for net, claimed in CLAIMED.items():
-        there = [r for r in results.values() if r['name'] == net]
+        there = labs.named(results, net)
         sound = [*seeds_of(results, net).values()]
         known, whole = claimed or '', configfile.load(config(net)).optim.epochs
         if not sound:
@@ -131,6 +130,4 @@ def plot(results, file):
 
 
 if __name__ == '__main__':
-    import sys
-
-    run_command(lambda: labs.main(sys.modules[__name__]))
+    labs.main(__name__)

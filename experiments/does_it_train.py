@@ -25,7 +25,6 @@ import numpy as np
 
 from alexnet_jax import data, evaluate, model, steps
 from alexnet_jax import mesh as meshes
-from alexnet_jax.errors import run as run_command
 from experiments import lab as labs
 
 TITLE = 'Does it train from the initial values of the text? (§5)'
@@ -72,9 +71,7 @@ def look(workdir) -> dict:
     trained = evaluate.open_run(workdir, mesh)
     images = pictures(evaluate.open_store([trained]))
     crop = trained.config['augment']['crop']
-    start = (images.shape[1] - crop) // 2
-    x = steps.normalize(images[:, start : start + crop, start : start + crop],
-                        steps.window_mean(trained.facts.mean, crop))
+    x = steps.normalize(steps.centre(images, crop), steps.window_mean(trained.facts.mean, crop))
     first = jax.jit(lambda: model.init(trained.net, trained.config['seed'], crop))()
     measure = jax.jit(lambda params: activations(trained.net, params, x))
     return {'classes': len(trained.facts.names),
@@ -116,10 +113,6 @@ def left(rows, classes: int) -> int | None:
     return step
 
 
-def runs_of(results, name: str) -> list:
-    return [result for result in results.values() if result['name'] == name]
-
-
 def report(results) -> str:
     lines = [
         '| init | std in conv3-5 | bias | alpha | leaves ln(classes) at step, by seed '
@@ -128,7 +121,7 @@ def report(results) -> str:
     ]
     sentences = []
     for name, (std, bias, alpha, *_) in RUNS.items():
-        runs = runs_of(results, name)
+        runs = labs.named(results, name)
         sound = [r for r in runs if not r['diverged']]
         if not sound:  # or none at all
             what = 'diverged' if runs else 'not run'
@@ -169,7 +162,7 @@ def plot(results, file):
     losses, *moments = figure.subplots(1, 3)
     moments[1].sharey(moments[0])
     for name, (colour, style) in STYLES.items():
-        for i, result in enumerate(runs_of(results, name)):
+        for i, result in enumerate(labs.named(results, name)):
             rows = result['train']
             losses.plot([row['step'] + 1 for row in rows], [row['loss'] for row in rows], color=colour,
                         ls=style, lw=1.4, label=name if i == 0 else None)  # fmt: skip
@@ -190,6 +183,4 @@ def plot(results, file):
 
 
 if __name__ == '__main__':
-    import sys
-
-    run_command(lambda: labs.main(sys.modules[__name__]))
+    labs.main(__name__)

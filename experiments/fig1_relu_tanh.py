@@ -15,7 +15,6 @@ trained on, as cuda-convnet printed it.
 
 import numpy as np
 
-from alexnet_jax.errors import run as run_command
 from experiments import lab as labs
 
 TITLE = 'Figure 1: ReLU against tanh on CIFAR-10 (§3.1)'
@@ -68,15 +67,11 @@ def reached(rows) -> float | None:
     return None
 
 
-def seeds_of(results, net: str):
-    return [result for result in results.values() if result['name'] == net]
-
-
 def report(results) -> str:
     lines = ['| network | rate | epochs to 25 % training error, by seed | mean ± std |', '|---|---|---|---|']
     means = {}
     for net in NETS:
-        runs = seeds_of(results, net)
+        runs = labs.named(results, net)
         if not runs:
             lines.append(f'| {net} | | not run | |')
             continue
@@ -104,7 +99,7 @@ def plot(results, file):
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.add_subplot()
     for net, colour, style in (('ReLU', '#000000', '-'), ('tanh', '#d55e00', '--')):
-        for i, result in enumerate(seeds_of(results, net)):
+        for i, result in enumerate(labs.named(results, net)):
             rows = result['train']
             axes.plot([row['epoch'] for row in rows], [row['top1_error'] for row in rows],
                       style, color=colour, lw=1.2, label=net if i == 0 else None)
@@ -116,6 +111,4 @@ def plot(results, file):
 
 
 if __name__ == '__main__':
-    import sys
-
-    run_command(lambda: labs.main(sys.modules[__name__]))
+    labs.main(__name__)

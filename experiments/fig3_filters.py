@@ -26,7 +26,6 @@ from PIL import Image
 
 from alexnet_jax import evaluate, model, progress, visualize
 from alexnet_jax import mesh as meshes
-from alexnet_jax.errors import run as run_command
 from experiments import lab as labs
 
 TITLE = 'Figure 3: what the two towers specialise in (§6.1)'
@@ -164,6 +163,4 @@ def plot(results, file):
 
 
 if __name__ == '__main__':
-    import sys
-
-    run_command(lambda: labs.main(sys.modules[__name__]))
+    labs.main(__name__)

@@ -20,7 +20,6 @@ from PIL import Image
 
 from alexnet_jax import data, evaluate, looking, predict, retrieve
 from alexnet_jax import mesh as meshes
-from alexnet_jax.errors import run as run_command
 from experiments import fig3_filters
 from experiments import lab as labs
 
@@ -162,6 +161,4 @@ def plot(results, file):
 
 
 if __name__ == '__main__':
-    import sys
-
-    run_command(lambda: labs.main(sys.modules[__name__]))
+    labs.main(__name__)

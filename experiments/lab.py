@@ -9,7 +9,7 @@ An experiment is a module with
     RUNS_OF             the experiment whose run directories it looks at, if not its own
     TAKES_RUNS          True where it can also look at runs that are there already, --run=RUN
 
-and is used as
+and, with `labs.main(__name__)` at its end, is used as
 
     python -m experiments.NAME [--scale=smoke|small|full] [--seeds=3] [-- --config.data.source=FOLDER ...]
 
@@ -21,6 +21,7 @@ command, commit, versions and machine of each; `python -m experiments.report` ga
 import argparse
 import concurrent.futures
 import json
+import math
 import multiprocessing
 import pathlib
 import signal
@@ -32,7 +33,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from alexnet_jax import configfile, files, mesh, metrics, rundir
+from alexnet_jax import configfile, errors, files, mesh, metrics, rundir
 from alexnet_jax.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
 from alexnet_jax.train import NOT_FINITE
 
@@ -43,7 +44,7 @@ Rows = list[dict[str, Any]]
 
 
 class Lab:
-    """Runs of one experiment at one scale; results: all that are there, {'NAME-SEED': result}.
+    """Runs of one experiment at one scale, in `folder`; results: all that are there, {'NAME-SEED': result}.
 
     A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
     'commit', 'versions' and 'devices' of the last start; 'data', its 'source' and 'counts'; 'extra',
@@ -60,18 +61,13 @@ class Lab:
     ):  # fmt: skip
         self.scale, self.seeds, self.taken = scale, seeds, list(taken)
         self._extra, self._start = list(extra), start or in_new_process
-        self._runs = runs / f'{runs_of or experiment}-{scale}'
+        self.folder = runs / f'{runs_of or experiment}-{scale}'
         self._file = results / f'{experiment}-{scale}.json'
         self.results = read(self._file)
 
     def workdir(self, name: str, seed: int) -> pathlib.Path:
         """The run directory of a run."""
-        return self._runs / f'{name}-{seed}'.replace(' ', '_')
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """Where the run directories are."""
-        return self._runs
+        return self.folder / f'{name}-{seed}'.replace(' ', '_')
 
     def given(self, field: str) -> str | None:
         """What the command line sets a field to, None if it does not."""
@@ -179,13 +175,8 @@ def _arguments(changes: dict[str, Any] | None) -> list[str]:
 
 
 def _rows(workdir: pathlib.Path, kind: str) -> Rows:
-    """The rows of one kind in a run's metrics.jsonl, without those of a torn last line."""
-    try:
-        lines = (workdir / metrics.FILE).read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    rows = [json.loads(line) for line in lines if line.endswith('\n')]
-    return [row for row in rows if row['kind'] == kind]
+    """The rows of one kind in a run's metrics.jsonl."""
+    return [row for row in metrics.read(workdir) if row['kind'] == kind]
 
 
 def _origin(workdir: pathlib.Path) -> dict[str, Any]:
@@ -242,16 +233,29 @@ def shortened(config: str, part: float) -> dict[str, Any]:
     }
 
 
+def named(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The results of a run, one for each of its seeds."""
+    return [result for result in results.values() if result['name'] == name]
+
+
+def standard_error(values) -> float:
+    """Of the mean, from the sample standard deviation; infinite for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
+
+
 def mean_std(values) -> str:
     """Mean ± sample standard deviation, one decimal."""
     spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
     return f'{statistics.mean(values):.1f}{spread}'
 
 
-def main(module: ModuleType) -> None:
-    """The command line of an experiment."""
-    name = module.__name__ if module.__name__ != '__main__' else pathlib.Path(module.__file__).stem
-    name = name.rpartition('.')[2]
+def main(module: str) -> None:
+    """The command line of an experiment, given its `__name__`."""
+    errors.run(lambda: _main(sys.modules[module]))
+
+
+def _main(module: ModuleType) -> None:
+    name = pathlib.Path(module.__file__).stem
     parser = ArgumentParser(
         prog=f'python -m experiments.{name}', description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -266,6 +270,7 @@ def main(module: ModuleType) -> None:
     options = parser.parse_args(sys.argv[1:split])
     if options.seeds < 1:
         raise UserError(f'--seeds={options.seeds}: must be at least 1')
+
     def stop(number, frame):
         raise KeyboardInterrupt
 

@@ -14,8 +14,7 @@ import re
 import shlex
 
 from alexnet_jax import files
-from alexnet_jax.errors import ArgumentParser
-from alexnet_jax.errors import run as run_command
+from alexnet_jax.errors import ArgumentParser, run
 from experiments import lab as labs
 
 EXPERIMENTS = (
@@ -88,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(main)

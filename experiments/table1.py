@@ -9,7 +9,6 @@ The folder has train/ and test/ and no val/: errors are of test/ then, as in the
 paper's say nothing.
 """
 
-from alexnet_jax.errors import run as run_command
 from experiments import ablations
 from experiments import lab as labs
 
@@ -55,6 +54,4 @@ def report(results) -> str:
 
 
 if __name__ == '__main__':
-    import sys
-
-    run_command(lambda: labs.main(sys.modules[__name__]))
+    labs.main(__name__)

@@ -29,7 +29,6 @@ import shutil
 from alexnet_jax import datasets, evaluate, metrics
 from alexnet_jax.datasets import figures
 from alexnet_jax.errors import UserError
-from alexnet_jax.errors import run as run_command
 from experiments import ablations
 from experiments import lab as labs
 
@@ -139,6 +138,4 @@ def report(results) -> str:
 
 
 if __name__ == '__main__':
-    import sys
-
-    run_command(lambda: labs.main(sys.modules[__name__]))
+    labs.main(__name__)

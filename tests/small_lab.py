@@ -3,22 +3,9 @@
 import ast
 import math
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from alexnet_jax import (
-    checkpoint,
-    checks,
-    configfile,
-    metrics,
-    model,
-    prepare,
-    rundir,
-    switches,
-    train,
-)
+from alexnet_jax import checks, configfile, metrics, prepare, rundir, switches, train
 from experiments import lab
+from tests.tiny_run import random_params, save_params
 
 
 def in_process(command, workdir, until):
@@ -36,17 +23,8 @@ def pretend(command, workdir, until):
     checks.check(config, workdir)
     store = prepare.ensure(**config.data)
     net = switches.build(classes=store.classes, **config.model)
-    rng = np.random.default_rng(config.seed)
-
-    def draw(shape):
-        fan_in = math.prod(shape.shape[1:-1])
-        return jnp.asarray(rng.normal(0, fan_in**-0.5, shape.shape), shape.dtype)
-
-    params = jax.tree.map(draw, jax.eval_shape(lambda: model.init(net, 0, config.augment.crop)))
     rundir.write(config, workdir, store)
-    checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
-    checkpoints.save(4, {'params': params}, {'history': {}, 'running': {}})
-    checkpoints.close()
+    save_params(workdir, 4, random_params(net, config.augment.crop, config.seed))
     writer = metrics.Writer(workdir, start=0)
     values = {'loss': math.log(store.classes), 'top1_error': 90.0, 'top5_error': 50.0}
     writer.write('train', 3, {'epoch': config.optim.epochs, **values})

@@ -6,10 +6,11 @@ import os
 import jax
 import pytest
 
-from alexnet_jax import configfile, data, model, switches
+from alexnet_jax import configfile, model, switches
 from alexnet_jax.errors import UserError
 from experiments import ablations, does_it_train, lab, table1, table2
 from tests.small_lab import in_process, make, pretend
+from tests.tiny_run import without_tensorflow
 from tests.tiny_store import write_store
 
 SIZES = ['--config.data.size=72', '--config.augment.crop=64', '--config.run.eval_batch=8',
@@ -34,8 +35,7 @@ def programs_kept(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_tensorflow(monkeypatch):
-    """Pictures are read without TensorFlow, whose import would take most of the time."""
-    monkeypatch.setattr(data.importlib.util, 'find_spec', lambda name: None)
+    without_tensorflow(monkeypatch)
 
 
 @pytest.fixture(scope='module')
@@ -160,8 +160,8 @@ def test_differences_are_paired_by_seed():
 
 
 def test_what_differences_show():
-    assert ablations.standard_error([2, 3, 4]) == pytest.approx(1 / 3**0.5)
-    assert ablations.standard_error([3]) == math.inf
+    assert lab.standard_error([2, 3, 4]) == pytest.approx(1 / 3**0.5)
+    assert lab.standard_error([3]) == math.inf
     assert ablations.verdict([2, 3, 4]) == 'worse' and ablations.verdict([-2, -3, -4]) == 'better'
     assert ablations.verdict([0, 3, 4]) == 'not resolved'  # 2.33, and twice 1.2
     assert ablations.verdict([5]) == ablations.verdict([0, 0]) == 'not resolved'

@@ -1,29 +1,13 @@
 """What the experiments share: finished runs are kept, others go on; and Figure 1 on a handful of pictures."""
 
-import ast
 import json
 
 import pytest
 
-from alexnet_jax import configfile, train
 from alexnet_jax.errors import UserError
-from experiments import fig1_relu_tanh, lab
+from experiments import fig1_relu_tanh
+from tests.small_lab import make
 from tests.tiny_store import write_store
-
-
-def in_process(command, workdir, until):
-    """A run as `lab.in_new_process` makes it, but here, and always to its end."""
-    values = dict(argument.removeprefix('--').split('=', 1) for argument in command)
-    config = configfile.load(values.pop('config'))
-    values.pop('workdir')
-    known = configfile.fields(config)
-    changes = {
-        name.removeprefix('config.'): text if isinstance(known[name], str) else ast.literal_eval(text)
-        for name, text in values.items()
-    }
-    config.update_from_flattened_dict(changes)
-    train.train(config, workdir)
-    return False
 
 
 @pytest.fixture(scope='module')
@@ -32,11 +16,6 @@ def store(tmp_path_factory):
     write_store(path, format='u8', size=32, classes=10, counts={'train': 64, 'val': 20})
     return [f'--config.data.store={path}', '--config.train.batch=8', '--config.run.eval_batch=8',
             '--config.run.mesh=(1, 1)']  # fmt: skip
-
-
-def make(tmp_path, extra=(), start=in_process):
-    return lab.Lab('trial', 'smoke', seeds=1, extra=extra, runs=tmp_path / 'runs',
-                   results=tmp_path / 'results', start=start)  # fmt: skip
 
 
 def test_figure_1(tmp_path, store):

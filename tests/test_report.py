@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import data, evaluate, looking, visualize
+from alexnet_jax import evaluate, looking, visualize
 from alexnet_jax import mesh as meshes
 from alexnet_jax.errors import UserError
 from alexnet_jax.progress import kernel_picture
@@ -14,15 +14,14 @@ from alexnet_jax.store import open_store
 from experiments import cifar_lrn, fig3_filters, fig4_retrieval, lab, report
 from experiments.lab import Lab
 from tests.small_lab import in_process, make
+from tests.tiny_run import without_tensorflow
 from tests.tiny_store import write_store
 
 
 @pytest.fixture(autouse=True, scope='module')
 def no_tensorflow():
-    """Pictures are read without TensorFlow, whose import would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-        patch.setattr(data, 'importlib', nothing)
+        without_tensorflow(patch)
         yield
 
 

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import pytest
 
 from alexnet_jax import checkpoint, data, model, rundir, switches
+from alexnet_jax.errors import UserError
 from alexnet_jax.store import open_store
 from configs import quickstart
 from tests.tiny_store import write_store
@@ -41,27 +43,49 @@ def write_run(folder: Path) -> TinyRun:
         'augment.crop': CROP, 'model.width': 0.0625,
     })  # fmt: skip
     net = switches.build(classes=CLASSES, **config.model)
-    rng = np.random.default_rng(0)
+    params = random_params(net, CROP, seed=0)
+    rundir.write(config, folder / 'run', store)
+    save_params(folder / 'run', STEP, params)
+    return TinyRun(folder / 'run', folder / 'store', pictures, net, params, store.mean)
+
+
+def random_params(net, crop: int, seed: int) -> dict:
+    """Parameters of a network, normal, of a size that keeps its activations near 1."""
+    rng = np.random.default_rng(seed)
 
     def draw(shape):
         fan_in = math.prod(shape.shape[1:-1])
         return jax.numpy.asarray(rng.normal(0, fan_in**-0.5, shape.shape), shape.dtype)
 
-    params = jax.tree.map(draw, jax.eval_shape(lambda: model.init(net, 0, CROP)))
-    rundir.write(config, folder / 'run', store)
-    checkpoints = checkpoint.Checkpoints(folder / 'run/checkpoints')
-    checkpoints.save(STEP, {'params': params}, {'history': {}, 'running': {}})
+    return jax.tree.map(draw, jax.eval_shape(lambda: model.init(net, 0, crop)))
+
+
+def save_params(run: Path, step: int, params: dict) -> None:
+    """A checkpoint with parameters alone."""
+    checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
+    checkpoints.save(step, {'params': params}, {'history': {}, 'running': {}})
     checkpoints.close()
-    return TinyRun(folder / 'run', folder / 'store', pictures, net, params, store.mean)
+
+
+def without_tensorflow(monkeypatch) -> None:
+    """Pictures are read without TensorFlow, whose import would take most of a short test's time."""
+    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(data, 'importlib', nothing)
+
+
+def refuses(monkeypatch, tmp_path, module, run, arguments, message) -> None:
+    """Asserts that a command, given the run for RUN, ends with one line, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        call(monkeypatch, module, *(run if a == 'RUN' else a for a in arguments))
+    assert '\n' not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def call(monkeypatch, module, *arguments) -> None:
-    """A command's main(), in this process, which it would otherwise start again and set up.
-
-    It reads without TensorFlow, whose import would take most of the time.
-    """
-    no_tensorflow = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr(data, 'importlib', no_tensorflow)
+    """A command's main(), in this process, which it would otherwise start again and set up."""
+    without_tensorflow(monkeypatch)
     monkeypatch.setenv('GLIBC_TUNABLES', '')
     monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
     monkeypatch.setattr(sys, 'argv', [module.__name__, *map(str, arguments)])
