@@ -200,7 +200,7 @@ def make_rates(
     the evaluations up to then; colour is 1 or 0; stop is True when the run is over. Raises
     UserError for values that do not exist, also those of the update: that is made too late for it.
     """
-    del momentum, decay, decays  # of the update, not of the rates
+    del momentum, decay  # of the update, not of the rates
     choose('config.optim.name', name, NAMES)
     if name == 'lars' and trust <= 0:
         raise UserError(f'config.optim.trust={trust}: must be above 0')
@@ -217,6 +217,16 @@ def make_rates(
             f'config.optim.drops={drops} must be epochs, as (25.0, 51.0), and '
             f'config.optim.conv1={conv1} pairs of an epoch and a rate, as ((67.0, 1e-5), (72.0, 0.0))'
         ) from error
+
+    for pair in decays:
+        match pair:
+            case (str(), int() | float()):
+                pass
+            case _:
+                raise UserError(
+                    f'config.optim.decays={decays}: must be pairs of a layer and a weight decay, as '
+                    "(('fc8', 0.001),)"
+                )
 
     # Each schedule gives the part of the rate that is left, whether no drop comes after, and whether
     # the run is over.

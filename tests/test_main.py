@@ -211,6 +211,9 @@ VALUES = {
     ),
     'words for epochs': ({'optim.drops': 'abc'}, ["config.optim.drops=('abc',)", 'float', '(28.0']),
     'words for a rate': ({'optim.conv1': 'abc'}, ["config.optim.conv1=('abc',)", 'an epoch and a rate']),
+    'a layer without its decay': ({'optim.decays': "('fc8',)"}, ["config.optim.decays=('fc8',)", 'pairs']),
+    'words for a decay': ({'optim.decays': "(('fc8', 'x'),)"}, ['config.optim.decays', 'pairs']),
+    'a decay of no layer': ({'optim.decays': "(('fc9', 0.1),)"}, ["decays='fc9'", 'conv1, conv2']),
     'unknown layer': ({'train.freeze': 'conv9'}, ["config.train.freeze='conv9'", 'conv1']),
     'batch 0': ({'train.batch': 0}, ['config.train.batch=0', 'at least 1']),
     'batch over the mesh': (
