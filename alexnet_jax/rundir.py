@@ -122,7 +122,7 @@ def write(config, workdir: files.Path, store: Store) -> None:
         'command': sys.argv,
         'commit': commit(),
         'versions': {name: version(name) for name in packages},
-        'devices': [str(device) for device in jax.devices()],
+        'devices': [f'{device} ({device.device_kind})' for device in jax.devices()],
     }
     files.replace(file, _json([*starts, start]))
 

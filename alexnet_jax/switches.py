@@ -4,6 +4,8 @@
 knows a preset.
 """
 
+import inspect
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -19,6 +21,11 @@ def build(*, net: str, classes: int, **fields):
     """
     nets = {'alexnet': alexnet, 'cuda_convnet': cuda_convnet.build}
     choose('config.model.net', net, nets)
+    if {*inspect.signature(nets[net]).parameters} - {*fields, 'classes'}:
+        raise UserError(
+            f'config.model.net={net!r} has fields of its own: give a config that has them, as '
+            'configs/paper.py for alexnet and configs/cifar10.py for cuda_convnet'
+        )
     return nets[net](classes=classes, **fields)
 
 

@@ -57,6 +57,16 @@ def seeds_of(results, net: str) -> dict:
     return {r['seed']: r for r in labs.named(results, net) if not r['diverged']}
 
 
+def epochs_per_step(result) -> float:
+    row = result['train'][-1]
+    return row['epoch'] / (row['step'] + 1)
+
+
+def made(result) -> float:
+    """The epochs of a finished run: at its end it is evaluated."""
+    return result['eval'][-1]['step'] * epochs_per_step(result)
+
+
 def gains(results, view: str) -> list[float]:
     """By how many points the test error is lower with norms, for every seed that has both."""
     without, with_ = (seeds_of(results, net) for net in PAIR)
@@ -89,7 +99,7 @@ def report(results) -> str:
             labs.mean_std([r['extra'][view] for r in sound]) if view in sound[0]['extra'] else ''
             for view in VIEWS
         ]
-        epochs = f'{sound[0]["train"][-1]["epoch"]:.3g} of {whole:.0f}'
+        epochs = f'{made(sound[0]):.3g} of {whole:.0f}'
         count = f'{len(there)}' + (f', {len(there) - len(sound)} diverged' * (len(there) > len(sound)))
         lines.append(f'| {net} | {epochs} | {known} | {errors[0]} | {errors[1]} | {count} |')
     lines += ['', 'Epochs: made, of those of the full schedule, after which each network is known for its '
@@ -118,9 +128,8 @@ def plot(results, file):
              '13pct': ('#0072b2', ':', '13 % network')}  # fmt: skip
     for net, (colour, style, words) in looks.items():
         for i, result in enumerate(seeds_of(results, net).values()):
-            batch = result['train'][-1]['epoch'] / (result['train'][-1]['step'] + 1)
             rows = result['eval']
-            axes.plot([row['step'] * batch for row in rows], [row['top1_error'] for row in rows],
+            axes.plot([row['step'] * epochs_per_step(result) for row in rows], [row['top1_error'] for row in rows],
                       style, color=colour, lw=1.2, label=words if i == 0 else None)
     axes.set(xlabel='epochs', ylabel='test error, centre crop, %', xlim=(0, None), ylim=(0, None))
     if axes.lines:

@@ -10,8 +10,10 @@ from the text towards the source; `original` differs in more (`configs/original.
 
 A run has learnt something once its training loss leaves ln(classes), that of pure chance: at the end
 of the first interval from which on it stays below 0.95 ln(classes). Rates are those that the presets
-start with, without drops. 400 steps at the small scale are 0.512 epochs of Tiny ImageNet, 3000 at full
-scale 0.3 epochs of ImageNet; for a smaller set give `--config.optim.epochs=STEPS * 128 / PICTURES`.
+start with, without drops. At a quarter of the width, the small scale, every standard deviation but
+conv1's is doubled (`config.model.width`): the table names those of the full width. 400 steps at the
+small scale are 0.512 epochs of Tiny ImageNet, 3000 at full scale 0.3 epochs of ImageNet; for a smaller
+set give `--config.optim.epochs=STEPS * 128 / PICTURES`.
 
 At the start and the end: the mean square of what every layer hands to the next (after its activation,
 norm and pooling), and the standard deviation of the logits across 64 validation pictures.
@@ -23,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import data, evaluate, model, steps
+from alexnet_jax import evaluate, looking, model, steps
 from alexnet_jax import mesh as meshes
 from experiments import lab as labs
 
@@ -69,22 +71,15 @@ def look(workdir) -> dict:
     """The network of a run before and after training: its activations, and the number of classes."""
     mesh = meshes.make((1, 1), towers=1, batches={})
     trained = evaluate.open_run(workdir, mesh)
-    images = pictures(evaluate.open_store([trained]))
+    store = evaluate.open_store([trained])
+    count = store.counts['val']  # over the whole split: it may be sorted
+    images = looking.squares(store, 'val', np.arange(0, count, -(-count // PICTURES)))
     crop = trained.config['augment']['crop']
     x = steps.normalize(steps.centre(images, crop), steps.window_mean(trained.facts.mean, crop))
     first = jax.jit(lambda: model.init(trained.net, trained.config['seed'], crop))()
     measure = jax.jit(lambda params: activations(trained.net, params, x))
     return {'classes': len(trained.facts.names),
             'start': plain(measure(first)), 'end': plain(measure(trained.params))}
-
-
-def pictures(store) -> np.ndarray:
-    """Validation pictures u8[n,S,S,3], n <= PICTURES, spread over the whole split: it may be sorted."""
-    count = store.counts['val']
-    batches = data.eval_batches(store, 'val', batch=PICTURES, rows=np.arange(PICTURES), threads=1)
-    every = -(-count // PICTURES)
-    kept = [batch['image'][batch['mask'] > 0] for batch in batches]
-    return np.concatenate(kept)[::every]
 
 
 def activations(net, params, x) -> dict:

@@ -8,7 +8,7 @@ The paper draws eight test pictures with their labels, and five with the six tra
 activations in the last hidden layer are nearest by Euclidean distance, and says that those are
 "generally not close in L2" by pixels and show the same things. Here this gets a number: of the six
 nearest of every validation picture, how many are of its class; by chance it would be the share of two
-pictures drawn apart. (At full scale that takes the host some 5e14 multiplications.)
+pictures drawn apart. (At full scale that takes the host some 3e14 multiplications.)
 
 The runs are those of `fig3_filters`, with its scales: whichever comes first trains them.
 """

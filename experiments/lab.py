@@ -132,6 +132,7 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
     """One start of `alexnet_jax.main`, to its end or until it may stop -> whether it diverged."""
     log = workdir.parent / f'{workdir.name}.log'
     log.parent.mkdir(parents=True, exist_ok=True)
+    before = _rows(workdir, 'train')  # of earlier starts: this one cannot be stopped yet
     with open(log, 'ab') as out:
         process = subprocess.Popen(
             [sys.executable, '-m', 'alexnet_jax.main', *command], stdout=out, stderr=subprocess.STDOUT
@@ -140,7 +141,8 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
         try:
             while process.poll() is None:
                 time.sleep(0.5)
-                if until and not asked and until(_rows(workdir, 'train')):
+                rows = _rows(workdir, 'train') if until and not asked else before
+                if rows != before and until(rows):
                     process.send_signal(signal.SIGTERM)
                     asked = True
         except KeyboardInterrupt:

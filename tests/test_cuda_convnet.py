@@ -7,7 +7,7 @@ import pytest
 
 from alexnet_jax import layers, model, switches
 from alexnet_jax.errors import UserError
-from configs import cifar10
+from configs import cifar10, paper
 
 
 def build(variant, **changes):
@@ -65,6 +65,13 @@ def test_tanh_is_everywhere():
     *_, out, _ = applied('fig1_tanh')
     for name in ('act1', 'act2', 'act3'):
         assert np.abs(out[name]).max() <= 1 and out[name].min() < 0
+
+
+def test_a_net_with_the_fields_of_another():
+    for config, net in ((cifar10, 'alexnet'), (paper, 'cuda_convnet')):
+        fields = {**config.get_config().model, 'net': net}
+        with pytest.raises(UserError, match=f"net='{net}' has fields of its own: .*cifar10"):
+            switches.build(classes=10, **fields)
 
 
 @pytest.mark.parametrize(

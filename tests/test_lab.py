@@ -94,6 +94,9 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
     changes = {'run.log_every': 2, 'optim.epochs': 100000.0, 'run.eval_every': 100000.0}
     result = trial.run('stops', 0, 'configs/cifar10.py:fig1', changes, until=lambda rows: len(rows) > 3)
     assert 3 < len(result['train']) < 10000 and not result['diverged']
+    del trial.results['stops-0']  # its rows are there: it makes new ones before it can be stopped
+    again = trial.run('stops', 0, 'configs/cifar10.py:fig1', changes, until=lambda rows: len(rows) > 3)
+    assert len(again['train']) > len(result['train'])
     result = trial.run('diverges', 0, 'configs/cifar10.py:fig1', {**changes, 'optim.rate': 1e9})
     assert result['diverged']
     with pytest.raises(UserError, match=r'fails-0: the run ended with 2 \(error: .*norm_n'):
