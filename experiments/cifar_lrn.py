@@ -128,8 +128,8 @@ def plot(results, file):
              '13pct': ('#0072b2', ':', '13 % network')}  # fmt: skip
     for net, (colour, style, words) in looks.items():
         for i, result in enumerate(seeds_of(results, net).values()):
-            rows = result['eval']
-            axes.plot([row['step'] * epochs_per_step(result) for row in rows], [row['top1_error'] for row in rows],
+            rows, batch = result['eval'], epochs_per_step(result)
+            axes.plot([row['step'] * batch for row in rows], [row['top1_error'] for row in rows],
                       style, color=colour, lw=1.2, label=words if i == 0 else None)
     axes.set(xlabel='epochs', ylabel='test error, centre crop, %', xlim=(0, None), ylim=(0, None))
     if axes.lines:
