@@ -33,6 +33,18 @@ def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
     os.environ['XLA_FLAGS'] = ' '.join([*flags, os.environ.get('XLA_FLAGS', '')]).strip()
 
 
+def keep_programs() -> None:
+    """Keeps compiled programs for the next start, on accelerators, where compiling takes long.
+
+    They lie in alexnet_jax/programs below $XDG_CACHE_HOME or ~/.cache. JAX's own settings go before:
+    JAX_COMPILATION_CACHE_DIR, also on CPUs, and JAX_ENABLE_COMPILATION_CACHE=false.
+    """
+    if jax.default_backend() != 'cpu' and not jax.config.jax_compilation_cache_dir:
+        base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+        programs = os.path.join(base, 'alexnet_jax', 'programs')
+        jax.config.update('jax_compilation_cache_dir', programs)
+
+
 def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mesh:
     """The mesh of shape (data, model); a 0 is chosen: a device per tower, the rest for the data.
 
@@ -71,6 +83,7 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
                 f'{field}={batch} cannot be divided over {data} devices along data; '
                 'choose a multiple, or another config.run.mesh'
             )
+    keep_programs()
     return jax.make_mesh(
         (data, model),
         ('data', 'model'),

@@ -46,7 +46,7 @@ def train(config, workdir: str | os.PathLike) -> None:
     distributed.agree({f'the store {config.data.store}': store.identity()})
     rundir.check_store(workdir, store)
     job = Job.make(config, mesh, store)
-    checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints')
+    checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=config.run.keep)
     there = checkpoints.steps()
     state, history, running = job.start(checkpoints, config.train.init_from)
     step = int(state.step)

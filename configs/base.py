@@ -90,6 +90,7 @@ def get_config() -> ConfigDict:
         'eval_every': 1.0,  # epochs
         'eval_batch': 128,  # images
         'checkpoint_every': 1000,  # steps; every evaluation is followed by one as well
+        'keep': 2,  # checkpoints, the latest ones, beside the best
         'log_every': 50,  # steps
         'deterministic': False,  # on GPUs: a stopped run ends with the same bits; CPUs always do
         'threads': 0,  # of the input pipeline; 0: one per core

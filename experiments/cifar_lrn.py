@@ -79,9 +79,8 @@ def verdict(differences: list[float]) -> str:
     mean, n = statistics.mean(differences), len(differences)
     if n < 2:
         return f'{mean:+.2f} points (one seed: not resolved)'
-    error = labs.standard_error(differences)
-    resolved = '' if abs(mean) >= 2 * error else ': not resolved'
-    return f'{mean:+.2f} ± {error:.2f} points ({n} seeds{resolved})'
+    resolved = '' if labs.resolved(differences) else ': not resolved'
+    return f'{mean:+.2f} ± {labs.standard_error(differences):.2f} points ({n} seeds{resolved})'
 
 
 def report(results) -> str:
@@ -113,8 +112,7 @@ def report(results) -> str:
     if not gains(results, 'ten'):
         lines.append('- What norms alone bring: not run.')
     lines.append('- The paper: 13 % without, 11 % with; its two networks differ in more than norms.')
-    lines += ['', 'Points: mean ± standard error over seeds, not resolved below two standard errors. With '
-                  'three seeds chance alone passes that in 18 % of cases.']  # fmt: skip
+    lines += ['', f'Points: mean ± standard error over seeds. {labs.WEAK}']
     return '\n'.join(lines)
 
 

@@ -13,10 +13,11 @@ of the first interval from which on it stays below 0.95 ln(classes). Rates are t
 start with, without drops. At a quarter of the width, the small scale, every standard deviation but
 conv1's is doubled (`config.model.width`): the table names those of the full width. 400 steps at the
 small scale are 0.512 epochs of Tiny ImageNet, 3000 at full scale 0.3 epochs of ImageNet; for a smaller
-set give `--config.optim.epochs=STEPS * 128 / PICTURES`.
+set give `--config.optim.epochs=STEPS * 128 / PICTURES`. A run ends before, once its loss has been well
+below chance for five intervals.
 
-At the start and the end: the mean square of what every layer hands to the next (after its activation,
-norm and pooling), and the standard deviation of the logits across 64 validation pictures.
+At the start and at every checkpoint: the mean square of what every layer hands to the next (after its
+activation, norm and pooling), and the standard deviation of the logits across 64 validation pictures.
 """
 
 import math
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import evaluate, looking, model, steps
+from alexnet_jax import checkpoint, evaluate, looking, model, steps
 from alexnet_jax import mesh as meshes
 from experiments import lab as labs
 
@@ -34,12 +35,12 @@ SOURCE_STD = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
 SMALL_BIAS = (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0)
 RUNS = {  # name: std in conv3 to conv5, bias, alpha, config, its changes
     'paper': ('0.01', '1', '1e-4', 'paper', {}),
+    'original': ('0.03', '1', '1e-4 / 5', 'original', {}),
     'paper std': ('0.03', '1', '1e-4', 'paper', {'model.std': SOURCE_STD}),
     'paper bias': ('0.01', '0.1', '1e-4', 'paper', {'model.bias': SMALL_BIAS}),
     'paper alpha': ('0.01', '1', '1e-4 / 5', 'paper', {'model.norm_alpha_per': 'window'}),
     'paper std alpha': ('0.03', '1', '1e-4 / 5', 'paper',
                         {'model.std': SOURCE_STD, 'model.norm_alpha_per': 'window'}),
-    'original': ('0.03', '1', '1e-4 / 5', 'original', {}),
 }  # fmt: skip
 STYLES = {  # colour-blind safe (Okabe and Ito), and by their lines
     'paper': ('#000000', '-'), 'paper std': ('#d55e00', '--'), 'paper bias': ('#0072b2', '-.'),
@@ -49,9 +50,9 @@ STYLES = {  # colour-blind safe (Okabe and Ito), and by their lines
 SCALES = {
     'smoke': {'data.source': 'alexnet_shapes', 'data.size': 128, 'data.format': 'u8',
               'augment.crop': 112, 'model.width': 0.0625, 'train.batch': 8, 'run.eval_batch': 100,
-              'run.log_every': 1, 'optim.epochs': 0.016},
-    'small': {'model.width': 0.25, 'run.log_every': 10, 'optim.epochs': 0.512},
-    'full': {'run.log_every': 50, 'optim.epochs': 0.3},
+              'run.log_every': 1, 'run.checkpoint_every': 2, 'optim.epochs': 0.016},
+    'small': {'model.width': 0.25, 'run.log_every': 10, 'run.checkpoint_every': 50, 'optim.epochs': 0.512},
+    'full': {'run.log_every': 50, 'run.checkpoint_every': 200, 'optim.epochs': 0.3},
 }  # fmt: skip
 LEFT = 0.95  # of ln(classes)
 PICTURES = 64
@@ -59,18 +60,20 @@ PICTURES = 64
 
 def run(lab):
     common = {'optim.schedule': 'steps', 'optim.drops': (), 'optim.conv1': (), 'optim.colour_off': 0.0,
-              'run.eval_every': 1000.0, 'run.stuck_after': 0, **SCALES[lab.scale]}  # fmt: skip
+              'run.eval_every': 1000.0, 'run.stuck_after': 0, 'run.keep': 20,
+              **SCALES[lab.scale]}  # fmt: skip
     chosen = ('paper', 'original') if lab.scale == 'smoke' else RUNS
     for seed in range(lab.seeds):
         for name in chosen:
             config, changes = RUNS[name][-2:]
-            lab.run(name, seed, f'configs/{config}.py', {**common, **changes}, after=look)
+            lab.run(name, seed, f'configs/{config}.py', {**common, **changes}, until=gone, after=look)
 
 
 def look(workdir) -> dict:
-    """The network of a run before and after training: its activations, and the number of classes."""
+    """The network of a run at its start and at every checkpoint; the number of classes."""
     mesh = meshes.make((1, 1), towers=1, batches={})
     trained = evaluate.open_run(workdir, mesh)
+    kept = checkpoint.Checkpoints(workdir / 'checkpoints').steps()
     store = evaluate.open_store([trained])
     count = store.counts['val']  # over the whole split: it may be sorted
     images = looking.squares(store, 'val', np.arange(0, count, -(-count // PICTURES)))
@@ -78,8 +81,10 @@ def look(workdir) -> dict:
     x = steps.normalize(steps.centre(images, crop), steps.window_mean(trained.facts.mean, crop))
     first = jax.jit(lambda: model.init(trained.net, trained.config['seed'], crop))()
     measure = jax.jit(lambda params: activations(trained.net, params, x))
-    return {'classes': len(trained.facts.names),
-            'start': plain(measure(first)), 'end': plain(measure(trained.params))}
+    measured = {'0': plain(measure(first))}
+    for step in kept:
+        measured[str(step)] = plain(measure(evaluate.open_run(workdir, mesh, step).params))
+    return {'classes': len(trained.facts.names), 'measured': measured}
 
 
 def activations(net, params, x) -> dict:
@@ -108,10 +113,15 @@ def left(rows, classes: int) -> int | None:
     return step
 
 
+def gone(rows) -> bool:
+    """Whether the loss has been well below that of the first interval, chance, for a while."""
+    return len(rows) > 5 and all(row['loss'] < 0.9 * rows[0]['loss'] for row in rows[-5:])
+
+
 def report(results) -> str:
     lines = [
         '| init | std in conv3-5 | bias | alpha | leaves ln(classes) at step, by seed '
-        '| training loss at the end | validation error, % | std of logits, start, end |',
+        '| training loss at the end | validation error at the end, % | std of logits, start, end |',
         '|---|---|---|---|---|---|---|---|',
     ]
     sentences = []
@@ -123,21 +133,24 @@ def report(results) -> str:
             lines.append(f'| {name} | {std} | {bias} | {alpha} | {what} | | | |')
             continue
         steps_left = [left(r['train'], r['extra']['classes']) for r in sound]
-        length = sound[0]['train'][-1]['step'] + 1
+        length = max(r['train'][-1]['step'] + 1 for r in sound)
         each = [f'not within {length:,} steps' if s is None else f'{s:,}' for s in steps_left]
         each += ['diverged'] * (len(runs) - len(sound))
         losses = [f'{r["train"][-1]["loss"]:.2f}' for r in sound]
-        deviations = [np.mean([r['extra'][when]['logits_std'] for r in sound])
-                      for when in ('start', 'end')]  # fmt: skip
+        spreads = [[m['logits_std'] for m in r['extra']['measured'].values()] for r in sound]
+        deviations = np.mean([(each[0], each[-1]) for each in spreads], axis=0)
+        errors = [r['eval'][-1]['top1_error'] for r in sound if r['eval']]
         lines.append(
             f'| {name} | {std} | {bias} | {alpha} | {", ".join(each)} | {", ".join(losses)} '
-            f'| {labs.mean_std([r["eval"][-1]["top1_error"] for r in sound])} '
+            f'| {labs.mean_std(errors) if len(errors) == len(sound) else ""} '
             f'| {deviations[0]:.2g}, {deviations[1]:.2g} |'
         )
         sentences.append(conclusion(name, [s for s in steps_left if s is not None], len(runs), length))
     chance = sorted({r['extra']['classes'] for r in results.values() if r['extra']})
     note = '; '.join(f'ln({n}) = {math.log(n):.3f}' for n in chance)
-    return '\n'.join([*lines, '', *(f'- {text}' for text in sentences), '', f'Chance: {note}.'])
+    stds = ('Standard deviations are those of the full width; at a quarter of it, the small scale, all but '
+            "conv1's are doubled.")  # fmt: skip
+    return '\n'.join([*lines, '', *(f'- {text}' for text in sentences), '', f'Chance: {note}. {stds}'])
 
 
 def conclusion(name: str, steps_left: list[int], seeds: int, length: int) -> str:
@@ -153,26 +166,31 @@ def conclusion(name: str, steps_left: list[int], seeds: int, length: int) -> str
 def plot(results, file):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4), layout='constrained')
-    losses, *moments = figure.subplots(1, 3)
+    figure = Figure(figsize=(10, 8), layout='constrained')
+    (losses, spreads), moments = figure.subplots(2, 2)
     moments[1].sharey(moments[0])
     for name, (colour, style) in STYLES.items():
         for i, result in enumerate(labs.named(results, name)):
             rows = result['train']
             losses.plot([row['step'] + 1 for row in rows], [row['loss'] for row in rows], color=colour,
                         ls=style, lw=1.4, label=name if i == 0 else None)  # fmt: skip
-            for axes, when in zip(moments, ('start', 'end'), strict=True):
-                if i == 0 and result['extra']:
-                    squares = result['extra'][when]['squares']
-                    axes.plot([*squares], [*squares.values()], color=colour, ls=style, lw=1.4, marker='.')
+            if i > 0 or not result['extra']:
+                continue
+            measured = result['extra']['measured']
+            spreads.plot([*map(int, measured)], [m['logits_std'] for m in measured.values()],
+                         color=colour, ls=style, lw=1.4, marker='.')  # fmt: skip
+            for axes, when in zip(moments, ('0', max(measured, key=int)), strict=True):
+                squares = measured[when]['squares']
+                axes.plot([*squares], [*squares.values()], color=colour, ls=style, lw=1.4, marker='.')
     for classes in {r['extra']['classes'] for r in results.values() if r['extra']}:
         losses.axhline(math.log(classes), color='#777777', lw=0.8)
     losses.set(xlabel='steps', ylabel='training loss, nats (the line: chance)', xlim=(0, None))
     losses.legend(frameon=False)
+    spreads.set(xlabel='steps', ylabel='standard deviation of the logits, seed 0', yscale='log')
     for axes, when in zip(moments, ('at the start', 'at the end'), strict=True):
         axes.set(title=f'what a layer hands on, {when}', yscale='log', ylabel='mean square, seed 0')
         axes.tick_params(axis='x', rotation=45)
-    for axes in (losses, *moments):
+    for axes in (losses, spreads, *moments):
         axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(file, dpi=150)
 

@@ -13,6 +13,8 @@ then every seed runs with it until 25 %. Training error: over the last 10,000 pi
 trained on, as cuda-convnet printed it.
 """
 
+import math
+
 import numpy as np
 
 from experiments import lab as labs
@@ -43,8 +45,14 @@ def run(lab):
 
 def best_rate(results, net: str) -> float:
     """The rate whose run in the sweep ended with the lowest training error of its last epoch."""
-    swept = {r['name'].split()[-1]: r for r in results.values() if r['name'].startswith(f'{net} sweep')}
-    return float(min(swept, key=lambda rate: last_epoch(swept[rate])))
+    swept = rates(results, net)
+    return min(swept, key=lambda rate: last_epoch(swept[rate]))
+
+
+def rates(results, net: str) -> dict:
+    """The runs of the sweep by their rates."""
+    return {float(r['name'].split()[-1]): r for r in results.values()
+            if r['name'].startswith(f'{net} sweep')}  # fmt: skip
 
 
 def last_epoch(result) -> float:
@@ -79,16 +87,20 @@ def report(results) -> str:
         each = ', '.join('not reached' if e is None else f'{e:.1f}' for e in epochs)
         text = ''
         if None not in epochs:
-            means[net] = np.mean(epochs)
+            means[net] = np.mean(epochs), labs.standard_error(epochs)
             text = labs.mean_std(epochs)
-        lines.append(f'| {net} | {best_rate(results, net):g} | {each} | {text} |')
+        rate, swept = best_rate(results, net), rates(results, net)
+        edge = ' (at the edge of the sweep)' if rate in (min(swept), max(swept)) else ''
+        lines.append(f'| {net} | {rate:g}{edge} | {each} | {text} |')
     if len(means) == 2:
-        lines += ['', f'tanh needs {means["tanh"] / means["ReLU"]:.1f} times the epochs of ReLU '
-                      '(the paper: about 6).']  # fmt: skip
+        ratio = means['tanh'][0] / means['ReLU'][0]
+        parts = [error / mean for mean, error in means.values()]
+        lines += ['', f'tanh needs {ratio:.1f} ± {ratio * math.hypot(*parts):.1f} times the epochs of ReLU '
+                      '(± standard error over seeds; the paper: about 6).']  # fmt: skip
     lines += ['', 'The sweep, training error in % over its last epoch: ' + '; '.join(
         f'{net}: ' + ', '.join(
-            f'{r["name"].split()[-1]}: {"diverged" if r["diverged"] else f"{last_epoch(r):.1f}"}'
-            for r in results.values() if r['name'].startswith(f'{net} sweep'))
+            f'{rate:g}: {"diverged" if r["diverged"] else f"{last_epoch(r):.1f}"}'
+            for rate, r in rates(results, net).items())
         for net in NETS) + '.']  # fmt: skip
     return '\n'.join(lines)
 

@@ -5,7 +5,8 @@
 `--seeds` is the number of CNNs; there are two CNN*, as in the paper, or one with --seeds=1. Its "5
 CNNs" were of different architectures (`original.md` §7); ours are seeds of `configs/original.py`. "7
 CNNs*" are the two and the five together. Probabilities are averaged, ten crops each. Decide on the
-number before the first start: the networks that go together are put together after the last of them.
+number before the first start: the networks that go together, but for any that diverged, are put
+together after the last of them.
 
 CNN* (`configs/cnn_star.py`, a sixth convolutional layer) is trained on more classes, then its last
 layer is replaced and all of it trained on the fewer classes of the table. At the small scale (that of
@@ -57,23 +58,30 @@ def run(lab):
         fewer = {'data.source': half, 'data.store': f'{half}-store'}
     changes = {'run.eval_every': 5.0, **changes}
     stars = min(STARS, lab.seeds)
-    cnns = [lab.workdir('cnn', seed) for seed in range(lab.seeds)]
-    both = [*(lab.workdir('star', seed) for seed in range(stars)), *cnns]
+    pretrained = [lab.workdir('pretrained', seed) for seed in range(stars)]
+    for first in pretrained if lab.scale == 'full' else ():
+        if not first.exists():
+            raise UserError(f'{first}: a network trained on more classes is to be there; '
+                            'python -m experiments.table2 --help has the commands')
 
     for seed in range(lab.seeds):
+        cnns = [*sound(lab, 'cnn', seed), lab.workdir('cnn', seed)]
         together = {f'{len(cnns)} CNNs': cnns} if 1 < lab.seeds == seed + 1 else {}
         lab.run('cnn', seed, CNN, changes, last=fewer,
                 after=functools.partial(errors, '1 CNN', together))
-    for seed in range(stars):
-        first = lab.workdir('pretrained', seed)
-        if lab.scale == 'full' and not first.exists():
-            raise UserError(f'{first}: a network trained on more classes is to be there; '
-                            'python -m experiments.table2 --help has the commands')
+    for seed, first in enumerate(pretrained):
         if lab.scale != 'full':
             lab.run('pretrained', seed, STAR, changes, last=more)
+        both = [*sound(lab, 'star', seed), lab.workdir('star', seed), *sound(lab, 'cnn', lab.seeds)]
         together = {f'{len(both)} CNNs*': both} if seed + 1 == stars else {}
         lab.run('star', seed, STAR, {**changes, 'train.init_from': str(first)}, last=fewer,
                 after=functools.partial(errors, '1 CNN*', together))
+
+
+def sound(lab, name: str, seeds: int) -> list[pathlib.Path]:
+    """The runs of the first seeds that did not diverge."""
+    return [lab.workdir(name, seed) for seed in range(seeds)
+            if not lab.results[f'{name}-{seed}']['diverged']]  # fmt: skip
 
 
 def errors(name: str, together: dict[str, list], workdir) -> dict:

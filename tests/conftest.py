@@ -2,11 +2,13 @@
 
 import os
 import signal
+import tempfile
 
 import jax
 import jaxlib
 
 from alexnet_jax import mesh
+from experiments.chaos import compilation_cache
 
 # Tests mostly wait for the compiler, and the programs they start inherit this. Without the emitters
 # of fusions it needs two thirds of the time; an XLA that does not know a flag aborts.
@@ -17,6 +19,18 @@ mesh.configure(cpu_devices=8)
 # A shell makes what it starts in the background ignore Ctrl-C, and programs would inherit that, too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What is the same program is compiled once, by each worker of pytest and all that it starts. Another
+# folder every time: nothing old is tested.
+if worker := os.environ.get('PYTEST_XDIST_WORKER'):
+    programs = os.path.join(os.environ['JAX_COMPILATION_CACHE_DIR'], worker)
+else:
+    kept = tempfile.TemporaryDirectory(prefix='alexnet_jax-programs-')  # until the end of the tests
+    programs = kept.name
+for name, value in compilation_cache(programs).items():
+    os.environ[name] = value
+    jax.config.update(name.lower(), value if name.endswith('DIR') else int(value))
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # Files are shared out one by one: the last ones should be short.

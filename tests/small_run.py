@@ -48,7 +48,7 @@ def train_batches(*args, **kwargs):
         kill_at('step')  # while the device computes the step before
         kill_at('SIGTERM', signal.SIGTERM)
         kill_at('SIGINT', signal.SIGINT)
-        if event == 'SIGTERM' and count >= number:
+        if event in ('SIGTERM', 'SIGINT') and count >= number:
             time.sleep(0.3)  # with several processes it takes a second until all have agreed
         yield batch
 data.train_batches = train_batches

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import model, switches
+from alexnet_jax import configfile, model, switches
 from alexnet_jax.errors import UserError
 from configs import original, paper
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import operations, plain, report
+from experiments.benchmark import operations, ours, plain, report
 from experiments.benchmark.protocol import ROOT, Worker, WorkerError
+from tests.tiny_store import write_store
 
 
 def build(preset, **changes):
@@ -86,6 +87,19 @@ def command(*arguments):
         [sys.executable, '-m', 'experiments.benchmark', *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize('cold', [False, True])
+def test_a_turn_begins_without_what_lay_ready(tmp_path, cold):
+    write_store(tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8})
+    config = configfile.load('configs/paper.py')
+    config.augment.crop = 32
+    spec = {'store': str(tmp_path / 'store'), 'batch': 4, 'reader': 'threads', 'cold': cold}
+    pipeline = ours.Pipeline(spec, config)
+    first = next(pipeline.batches)['image']
+    pipeline.drain()
+    again = next(pipeline.batches)['image']  # cold: opened anew, from its beginning
+    assert np.array_equal(first, again) == cold
 
 
 @pytest.mark.parametrize(

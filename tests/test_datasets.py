@@ -68,9 +68,21 @@ def test_tiny_imagenet(tmp_path):
     assert (source.class_names, source.splits) == (['goldfish', 'shark'], {'train': 6, 'val': 2})
     assert [(Path(n).name, label) for n, _, label in source.read('val', 0)] == [(names[0], 1), (names[1], 0)]
     assert not [n for n, _, _ in source.read('train', 0) if n.endswith('.txt')]
-    (tmp_path / 'val/val_annotations.txt').write_text(f'{names[0]}\tn03\t0\n')
-    with pytest.raises(UserError, match='val_annotations.txt: .*n03'):
-        datasets.open_source(str(tmp_path))
+    for listed, complaint in (
+        (f'{names[0]}\tn03\t0\n', 'val: there are no pictures of the classes'),
+        (f'{names[0]} n01\n', 'val_annotations.txt: every line must be'),
+    ):
+        (tmp_path / 'val/val_annotations.txt').write_text(listed)
+        with pytest.raises(UserError, match=complaint):
+            datasets.open_source(str(tmp_path))
+
+
+def test_some_classes_of_tiny_imagenet(tmp_path):
+    names = tiny_imagenet(tmp_path)
+    with open(tmp_path / 'val/val_annotations.txt', 'a') as file:
+        file.write(f'{names[0]}\tn03\t0\n')
+    source = datasets.open_source(str(tmp_path))
+    assert source.splits == {'train': 6, 'val': 2} and source.class_names == ['goldfish', 'shark']
 
 
 @pytest.mark.parametrize('tree', ['.', 'train'])

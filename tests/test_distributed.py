@@ -82,7 +82,7 @@ def evaluated_by_two(workdir, store):
 
 @pytest.mark.slow
 def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_path, start_all):
-    """Stopped by a SIGTERM to one, one killed while saving, stopped while starting, then to the end."""
+    """SIGTERM to one, one killed while saving, one stopped while starting, Ctrl-C to one, to the end."""
     line = command(tmp_path / 'alone', store, '--cpu_devices=4', MESH)
     subprocess.run(line, cwd=ROOT, env=environment(store), check=True, capture_output=True)
     alone = outcome(tmp_path / 'alone')
@@ -107,6 +107,12 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
     events = ('never', 'SIGTERM while starting')
     for code, output in ends(start_all(workdir, store, events=events)):
         assert (code, 'asked before the first step' in output) == (75, True), output[-2000:]
+
+    stopped = ends(start_all(workdir, store, events=('SIGINT', 'never')))
+    step = outcome(workdir)[0]
+    assert step < 20
+    for (code, output), why in zip(stopped, ('Ctrl-C', 'another process was asked to stop'), strict=True):
+        assert (code, f'stopped at step {step} ({why})' in output) == (75, True), output[-2000:]
 
     for code, output in ends(start_all(workdir, store)):
         assert code == 0, output[-2000:]

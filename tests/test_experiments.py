@@ -66,11 +66,12 @@ def test_does_it_train(tmp_path, store):
     assert list(trial.results) == ['paper-0', 'original-0']
     result = trial.results['original-0']
     assert [row['step'] for row in result['train']] == [0, 1, 2, 3]
-    begin, end = result['extra']['start'], result['extra']['end']
+    assert [*result['extra']['measured']] == ['0', '2', '4']
+    begin, _, end = result['extra']['measured'].values()
     assert [*begin['squares']] == ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
     assert result['extra']['classes'] == 10 and begin != end  # four steps at a rate of 0.01
     assert abs(begin['squares']['fc7'] - 1) < 0.5  # biases are 1
-    assert trial.results['paper-0']['extra']['start']['logits_std'] < begin['logits_std'] / 3
+    assert trial.results['paper-0']['extra']['measured']['0']['logits_std'] < begin['logits_std'] / 3
     table = does_it_train.report(trial.results)
     assert '| original | 0.03 | 1 | 1e-4 / 5 | not within 4 steps |' in table
     assert '| paper bias | 0.01 | 0.1 | 1e-4 | not run |' in table
@@ -93,11 +94,17 @@ def test_when_the_loss_leaves_chance():
     assert does_it_train.left([], 10) is None
 
 
+def test_what_has_left_chance_need_not_go_on():
+    assert not does_it_train.gone(losses(1.0, 0.8, 0.8, 0.8, 0.8))
+    assert not does_it_train.gone(losses(1.0, 0.8, 0.8, 0.95, 0.8, 0.8))
+    assert does_it_train.gone(losses(1.0, 0.95, 0.8, 0.8, 0.8, 0.8, 0.8))
+
+
 def test_what_is_said_about_training():
     results = {}
     for seed, values in enumerate([(1, 1, 0.9), (1, 0.9, 0.8), None]):
         measured = {'squares': {'fc8': 1.0}, 'logits_std': 0.5}
-        extra = {'classes': 10, 'start': measured, 'end': measured}
+        extra = {'classes': 10, 'measured': {'0': measured, '3': measured}}
         results[f'original-{seed}'] = {
             'name': 'original', 'seed': seed, 'diverged': values is None, 'train': losses(*values or ()),
             'eval': [{'top1_error': 60.0 + seed}], 'extra': extra if values else None,

@@ -213,6 +213,23 @@ def test_meshes_that_cannot_be(shape, towers, batch, message):
         meshes.make(shape, towers=towers, batches={'batch': batch})
 
 
+@pytest.mark.parametrize(
+    ('backend', 'set_', 'kept'),
+    [('gpu', None, True), ('cpu', None, False), ('gpu', 'elsewhere', False)],
+)
+def test_where_compiled_programs_are_kept(monkeypatch, tmp_path, backend, set_, kept):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update('jax_compilation_cache_dir', set_)
+        meshes.keep_programs()
+        found = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update('jax_compilation_cache_dir', before)
+    assert found == (str(tmp_path / 'alexnet_jax/programs') if kept else set_)
+
+
 def test_a_net_without_towers_trains_on_several_devices():
     config = caffe.get_config()
     config.augment.crop = 67

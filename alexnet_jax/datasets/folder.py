@@ -36,14 +36,16 @@ def _files(tree: str, class_names: list[str]) -> list[tuple[str, int]]:
 
 
 def _listed(val: str, class_names: list[str]) -> list[tuple[str, int]]:
-    """Tiny ImageNet's validation split: a list with a picture and its class in every line."""
+    """Tiny ImageNet's validation split: a list with a picture and its class in every line.
+
+    Pictures of classes without a folder in train/ are left out: some of the classes is a subset.
+    """
     with open(os.path.join(val, LIST), encoding='utf-8') as file:
-        pairs = sorted(line.split('\t')[:2] for line in file)
-    try:
-        return [(os.path.join(val, 'images', name), class_names.index(label)) for name, label in pairs]
-    except ValueError as error:
-        raise UserError(f'{os.path.join(val, LIST)}: {error}: not PICTURE, tab, CLASS, with a class '
-                        'that has a folder in train/') from error
+        rows = sorted(line.split('\t')[:2] for line in file)
+    if any(len(row) != 2 for row in rows):
+        raise UserError(f'{os.path.join(val, LIST)}: every line must be PICTURE, tab, CLASS')
+    return [(os.path.join(val, 'images', name), class_names.index(label)) for name, label in rows
+            if label in class_names]  # fmt: skip
 
 
 def _words(path: str, wnids: list[str]) -> list[str]:
@@ -81,7 +83,7 @@ def open_folder(path: str, *, val_fraction: float, seed: int) -> Source:
         files['val'] = _listed(val, class_names) if listed else _files(val, class_names)
         class_names = _words(path, class_names) if listed else class_names
         if not files['val']:
-            raise UserError(f'{val}: there are no class folders')
+            raise UserError(f'{val}: there are no pictures of the classes in train/')
     else:
         chosen = split_off(len(files['train']), val_fraction, seed, path)
         files = {split: [files['train'][i] for i in chosen[split]] for split in chosen}

@@ -101,6 +101,8 @@ def _arguments():
     parser.add_argument('--deterministic', action='store_true', help='GPUs: the same bits again')
     parser.add_argument('--store', default='', help='folders that prepare wrote, for input and both')
     parser.add_argument('--reader', default='auto', choices=('auto', 'tf', 'threads'))
+    parser.add_argument('--cold', action='store_true', help='each turn of input and both begins without '
+                        'the store in the page cache (Linux)')
     parser.add_argument('--peer', choices=('torch',), help='against the same network in PyTorch')
     parser.add_argument('--peer_python', default=sys.executable, help='a Python that has it')
     parser.add_argument('--peer_form', default='', help='try only these forms of the peer: MODE, '
@@ -174,7 +176,7 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
     ours = sys.executable
     if spec['task'] in ('input', 'both'):
         return {
-            store: (OURS, ours, {**spec, 'store': store, 'reader': args.reader})
+            store: (OURS, ours, {**spec, 'store': store, 'reader': args.reader, 'cold': args.cold})
             for store in args.store
         }
     chosen = {'alexnet_jax': (OURS, ours, spec)}
@@ -252,7 +254,7 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
         for round_ in range(args.repeats):
             shift = round_ % len(names)
             for name in names[shift:] + names[:shift]:
-                if entries[name][2]['task'] == 'input':
+                if entries[name][2]['task'] in ('input', 'both'):
                     workers[name].ask('drain')
                 answers[name].append(workers[name].ask(counts[name]))
         layers = []

@@ -3,6 +3,7 @@
 `__main__` starts it as a process of its own for every task; `protocol` says how they talk.
 """
 
+import os
 import time
 
 import jax
@@ -92,14 +93,14 @@ def _both(spec, config, net):
     """The training step fed by the real pipeline, as the training loop does it."""
     mesh = _mesh(spec, config)
     compiled, state, _, rates, facts = _training(spec, config, net, mesh)
-    batches = _pipeline(spec, crop=config.augment.crop, chunk=config.augment.chunk)
+    pipeline = Pipeline(spec, config)
 
     def repeat(count):
         nonlocal state
         waiting, before = 0.0, None
         for _ in range(count):
             began = time.perf_counter()
-            batch = next(batches)
+            batch = next(pipeline.batches)
             batch['label'] = batch['label'] % spec['classes']
             batch = meshes.global_batch(mesh, spec['batch'], batch)
             waiting += time.perf_counter() - began
@@ -109,32 +110,54 @@ def _both(spec, config, net):
         jax.block_until_ready((state, sums))
         return {'waiting_s': waiting}
 
-    return repeat, facts, {'peak': _peak}
+    return repeat, facts, {'peak': _peak, 'drain': pipeline.drain}
 
 
-def _pipeline(spec, *, crop, chunk):
-    store = open_store(spec['store'])
-    return data.train_batches(
-        store, seed=0, batch=spec['batch'], start=0, stop=2**40, rows=np.arange(spec['batch']),
-        crop=crop, chunk=chunk, random=True, threads=0, reader=spec['reader'],
-    )  # fmt: skip
+class Pipeline:
+    """Augmented batches of a store, whose pages can be cold at the beginning of a turn."""
+
+    def __init__(self, spec, config):
+        self._spec, self._config = spec, config
+        self.batches = self._open()
+
+    def _open(self):
+        size, augment = self._spec['batch'], self._config.augment
+        return data.train_batches(
+            open_store(self._spec['store']), seed=0, batch=size, start=0, stop=2**40,
+            rows=np.arange(size), crop=augment.crop, chunk=augment.chunk, random=True, threads=0,
+            reader=self._spec['reader'],
+        )  # fmt: skip
+
+    def drain(self):
+        """Before a turn: takes away what lies ready, or what the page cache holds."""
+        if self._spec['cold']:
+            self.batches.close()
+            evict(self._spec['store'])
+            self.batches = self._open()
+        else:
+            for _ in range(DRAINED):
+                next(self.batches)
+        return {}
+
+
+def evict(store: str) -> None:
+    """Takes the files of a store out of the page cache (Linux); pages mapped elsewhere stay."""
+    for file in os.scandir(store):
+        if file.is_file():
+            with open(file, 'rb') as opened:
+                os.fsync(opened.fileno())  # what is not yet written stays as well
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _input(spec):
     """Augmented batches u8 in host memory, from a store."""
-    config = configfile.load(spec['config'])
-    batches = _pipeline(spec, crop=config.augment.crop, chunk=config.augment.chunk)
-
-    def drain():
-        for _ in range(DRAINED):
-            next(batches)
-        return {}
+    pipeline = Pipeline(spec, configfile.load(spec['config']))
 
     def repeat(count):
         for _ in range(count):
-            next(batches)
+            next(pipeline.batches)
 
-    return repeat, {}, {'peak': protocol.peak_memory, 'drain': drain}
+    return repeat, {}, {'peak': protocol.peak_memory, 'drain': pipeline.drain}
 
 
 def _infer(spec, config, net):
