@@ -40,6 +40,7 @@ def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np
 def import_tensorflow():
     """TensorFlow, quiet and without accelerators; UserError where it is not installed."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no word about CPU features or missing GPUs
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # not used here, and it says so at every start
     try:
         import tensorflow as tf
     except ImportError as error:
