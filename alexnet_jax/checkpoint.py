@@ -14,6 +14,7 @@ What is damaged later is found by the CRC, by orbax, or by the fingerprints, and
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from alexnet_jax import files, fingerprint, retention
 from alexnet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class SaveError(UserError):
@@ -63,7 +65,7 @@ class Checkpoints:
 
     def shapes(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every leaf of a step (None: the latest readable one), by name."""
-        _, record = self._first_good(step, self._record)
+        _, record = self._first_good(step, self._agreed_record)
         return {
             name: jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'])
             for name, leaf in record['leaves'].items()
@@ -140,7 +142,8 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # a new one removes what is half-written
                 self._open()
         intact = f'the checkpoints here are intact: {self.steps()}'
-        return SaveError(f'{self.directory}: {what}: {_line(error)}; {intact}')
+        full = 'the disk is full, make room: ' if any(text in str(error) for text in FULL) else ''
+        return SaveError(f'{self.directory}: {what}: {full}{_line(error)}; {intact}')
 
     def close(self) -> None:
         """Waits, and ends orbax's threads."""
@@ -154,7 +157,7 @@ class Checkpoints:
         # saves, which must not happen to a run that is only being read.
         if self._manager is None:
             self._policy.errors = {step: self._error(step) for step in self.steps()}
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._policy,
@@ -166,7 +169,7 @@ class Checkpoints:
 
     def _restore(self, target: Any, step: int | None, *, whole: bool) -> tuple[int, Any, dict]:
         def load(step: int) -> tuple[Any, dict]:
-            record = self._record(step)
+            record = self._agreed_record(step)
             leaves = record['leaves']
             fingerprint.check_same_model(self._at(step), leaves, target, whole=whole)
             return self._load(step, record, target), record
@@ -213,6 +216,17 @@ class Checkpoints:
             raise _Damaged(f'meta/metadata cannot be read ({_line(error)})') from error
         if not intact:
             raise _Damaged('meta/metadata has changed since it was written (CRC)')
+        return record
+
+    def _agreed_record(self, step: int) -> dict:
+        """The same; _Damaged in all processes if it is damaged for one."""
+        record, damage = None, None
+        try:
+            record = self._record(step)
+        except _Damaged as error:
+            damage = error
+        if not _all_processes(damage is None):
+            raise damage or _Damaged('meta/metadata cannot be read in another process')
         return record
 
     def _error(self, step: int) -> float | None:
@@ -268,6 +282,13 @@ class Checkpoints:
         return value
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # orbax tells JAX's preemption service the steps that it saves, and `stopping.py` its own
+        # count: a lower number in between can make all pass the one at which they are to stop.
+        return False
+
+
 class _Damaged(Exception):
     """A checkpoint is not as it was saved; the message names the leaf or file."""
 
@@ -285,9 +306,11 @@ def _all_processes(good: bool) -> bool:
 
 
 def _raise_if_lost(error: Exception) -> None:
-    """Raises it if it is of another process that is lost, which is no matter of this directory."""
-    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-        raise error
+    """Raises what is behind an error if that is the loss of another process, no matter of this disk."""
+    while error is not None and jax.process_count() > 1:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise error
+        error = error.__cause__ or error.__context__  # orbax says that it has waited too long
 
 
 def _line(error: BaseException) -> str:

@@ -171,6 +171,7 @@ def compare(
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
     runs = [open_run(path, mesh, step) for path in paths]
+    distributed.agree({f'the step of {r.path}': r.step for r in runs})  # a training may save meanwhile
     opened = open_store(runs, store)
     results = {}
     for view in views:
@@ -224,6 +225,7 @@ def main() -> None:
     distributed.start(args.coordinator, args.num_processes, args.process_id, args.distributed,
                       timeout=args.connect_timeout)
     with distributed.together():
+        distributed.agree({name: value for name, value in vars(args).items() if name != 'process_id'})
         results = compare(
             args.runs,
             views=tuple(steps.VIEWS) if args.views == 'both' else (args.views,),

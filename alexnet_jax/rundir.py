@@ -20,6 +20,8 @@ import pathlib
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -63,7 +65,7 @@ def read_facts(path: str | os.PathLike) -> Facts:
     try:
         with np.load(io.BytesIO((path / 'stats.npz').read_bytes())) as stats:
             return Facts((path / 'names.txt').read_text().splitlines(), stats['mean'])
-    except (OSError, ValueError, KeyError) as error:
+    except (files.failures(path), ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f'{path}: incomplete run directory: {error}') from error
 
 

@@ -1,6 +1,7 @@
 """When a run is stopped before its end: SIGTERM, Ctrl-C, a number of steps or a time."""
 
 import contextlib
+import itertools
 import logging
 import re
 import signal
@@ -8,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from alexnet_jax.errors import UserError
@@ -36,12 +36,15 @@ def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
     """stop(step) -> why to stop before this step, or ''; to be called at every step, from `start` on.
 
     On several processes, of which any may be asked, all stop at the same step: JAX's preemption
-    service agrees on it. Another Ctrl-C after the first one is a KeyboardInterrupt at once.
+    service agrees on it, also if one was asked while it started. Another Ctrl-C after the first one
+    is a KeyboardInterrupt at once.
     """
     steps, seconds = parse(stop_after)
     began, several = time.monotonic(), jax.process_count() > 1
-    early = several and _asked_before()
-    asked = ['asked before the first step'] if early else []
+    asked = []
+    # The service stops everyone where its counter is one above the highest that it was told, 0 at
+    # first: a counter that starts higher, as the steps of a resumed run, could be past that.
+    calls = itertools.count(1)
 
     def ask(reason: str) -> None:
         if not asked:
@@ -59,10 +62,9 @@ def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
             ask(f'stop_after={stop_after}')
         if steps and step == start + steps:
             return f'stop_after={stop_after}'
-        if not several or early:
-            return asked[0] if asked else ''
-        reached = multihost_utils.reached_preemption_sync_point(step)
-        return (asked[0] if asked else 'another process was asked to stop') if reached else ''
+        if several and not multihost_utils.reached_preemption_sync_point(next(calls)):
+            return ''
+        return asked[0] if asked else several * 'one of the processes was asked to stop'
 
     numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
     before = {}
@@ -73,13 +75,3 @@ def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _asked_before() -> bool:
-    """Whether any process was asked while it started.
-
-    The service stops everyone at the step after the highest that it has been told: at 1, then. A run
-    that goes on from a later step would never pass that one.
-    """
-    reached = [multihost_utils.reached_preemption_sync_point(step) for step in (1, 2)]
-    return bool(multihost_utils.process_allgather(np.bool_(any(reached))).any())

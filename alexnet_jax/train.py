@@ -142,6 +142,8 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         log.warning('%s; going on without it', error)
 
     def kept():
+        with contextlib.suppress(checkpoint.SaveError):
+            checkpoints.wait()
         return (
             f'the last good checkpoint is that of step {max(checkpoints.steps(), default=0):,}; '
             f'{diagnosis.CAUSES}'

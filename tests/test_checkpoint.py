@@ -386,7 +386,7 @@ def test_a_disk_that_fills_up(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(UserError, match='saving failed'):
+        with pytest.raises(UserError, match='saving failed: the disk is full, make room: '):
             checkpoints.save(2, state, {})
             checkpoints.wait()
     finally:

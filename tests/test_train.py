@@ -1,11 +1,13 @@
 """The loop: when it evaluates, saves, stops, and what it refuses to save."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import checkpoint, checks, evaluate, metrics, optim, train
+from alexnet_jax import checkpoint, checks, diagnosis, evaluate, metrics, optim, train
 from alexnet_jax import mesh as meshes
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import UserError
@@ -57,6 +59,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(store, tmp_pa
     # The first update is huge, but finite; what it leads to is not.
     assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1]
     assert [row['step'] for row in metrics.read(tmp_path / 'run')] == [0]
+
+
+@pytest.mark.slow
+def test_parameters_that_are_not_finite_are_never_saved(store, tmp_path, monkeypatch):
+    """Whatever made them so: the loss of the step that they come from is still finite."""
+    make = train.Job.make
+
+    def poisoned(*args):
+        job = make(*args)
+
+        def train_step(state, batch, rates):
+            state, sums = job.train_step(state, batch, rates)
+            scale = jnp.nan if int(state.step) == 3 else 1.0
+            return state.replace(params=jax.tree.map(lambda x: x * scale, state.params)), sums
+
+        return dataclasses.replace(job, train_step=train_step)
+
+    monkeypatch.setattr(train.Job, 'make', poisoned)
+    message = 'step 3 is not finite: .*; the last good checkpoint is that of step 2;'
+    with pytest.raises(UserError, match=message):
+        train.train(make_config(store, **{'run.checkpoint_every': 1}), tmp_path / 'run')
+    assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_loss_that_stays_at_chance_is_noticed(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(diagnosis, 'STUCK', 10.0)  # so that any loss counts as chance
+    changes = {'run.stuck_after': 4, 'optim.epochs': 2.0}
+    with caplog.at_level('WARNING'):
+        train.train(make_config(store, **changes), tmp_path / 'run')
+    assert 'step 4: for 4 steps the loss has been that of pure chance' in caplog.text
 
 
 @pytest.mark.slow
