@@ -14,7 +14,6 @@ What is damaged later is found by the CRC, by orbax, or by the fingerprints, and
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -25,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from alexnet_jax import files, fingerprint, retention
+from alexnet_jax import files, fingerprint, manager
 from alexnet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class SaveError(UserError):
@@ -49,9 +48,9 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f'{directory}: {keep} checkpoints to keep; it must be at least 1')
         self.directory = files.absolute(files.path(directory))  # orbax refuses relative ones
-        self._policy = retention.LatestAndBest(keep)
-        self._manager: ocp.CheckpointManager | None = None
-        logging.getLogger('absl').addFilter(_without_orbax_chatter)
+        self._policy = manager.LatestAndBest(keep)
+        self._manager: manager.Manager | None = None
+        logging.getLogger('absl').addFilter(manager.without_chatter)
 
     def steps(self) -> list[int]:
         """The steps that have a finished checkpoint, damaged or not, in ascending order."""
@@ -61,7 +60,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest error among those there; None if none was evaluated."""
-        return retention.best({step: self._error(step) for step in self.steps()})
+        return manager.best({step: self._error(step) for step in self.steps()})
 
     def shapes(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every leaf of a step (None: the latest readable one), by name."""
@@ -86,12 +85,12 @@ class Checkpoints:
         record = {**content, 'crc32': fingerprint.crc32(content)}
         self.wait()
         try:
-            manager = self._open()
-            for later in [s for s in manager.all_steps() if s >= step]:
-                manager.delete(later)
+            orbax = self._open()
+            for later in [s for s in orbax.all_steps() if s >= step]:
+                orbax.delete(later)
                 self._policy.errors.pop(later, None)
             self._policy.errors[step] = _own_error(step, record)
-            manager.save(
+            orbax.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(fingerprint.named_leaves(state)),
@@ -135,15 +134,14 @@ class Checkpoints:
             raise self._failed('saving failed', error) from error
 
     def _failed(self, what: str, error: Exception) -> SaveError:
-        self._manager, manager = None, self._manager
+        self._manager, failed = None, self._manager
         if jax.process_count() == 1:  # several end now: a manager would wait for all of them
             with contextlib.suppress(Exception):  # it reports the same failure again
-                manager.close()
+                failed.close()
             with contextlib.suppress(Exception):  # a new one removes what is half-written
                 self._open()
         intact = f'the checkpoints here are intact: {self.steps()}'
-        full = 'the disk is full, make room: ' if any(text in str(error) for text in FULL) else ''
-        return SaveError(f'{self.directory}: {what}: {full}{_line(error)}; {intact}')
+        return SaveError(f'{self.directory}: {what}: {files.full(error)}{_line(error)}; {intact}')
 
     def close(self) -> None:
         """Waits, and ends orbax's threads."""
@@ -152,19 +150,11 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
-    def _open(self) -> ocp.CheckpointManager:
-        # Made at the first save, not before: making it creates the folder and removes unfinished
-        # saves, which must not happen to a run that is only being read.
+    def _open(self) -> manager.Manager:
+        # Not before the first save: it makes the folder, and removes what is unfinished.
         if self._manager is None:
             self._policy.errors = {step: self._error(step) for step in self.steps()}
-            self._manager = _Manager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self._policy,
-                    cleanup_tmp_directories=True,
-                    enable_async_checkpointing=True,
-                ),
-            )
+            self._manager = manager.Manager(self.directory, self._policy)
         return self._manager
 
     def _restore(self, target: Any, step: int | None, *, whole: bool) -> tuple[int, Any, dict]:
@@ -282,13 +272,6 @@ class Checkpoints:
         return value
 
 
-class _Manager(ocp.CheckpointManager):
-    def reached_preemption(self, step: int) -> bool:
-        # orbax tells JAX's preemption service the steps that it saves, and `stopping.py` its own
-        # count: a lower number in between can make all pass the one at which they are to stop.
-        return False
-
-
 class _Damaged(Exception):
     """A checkpoint is not as it was saved; the message names the leaf or file."""
 
@@ -300,8 +283,6 @@ def _own_error(step: int, record: dict) -> float | None:
 def _all_processes(good: bool) -> bool:
     if jax.process_count() == 1:
         return good
-    from jax.experimental import multihost_utils
-
     return bool(multihost_utils.process_allgather(jnp.array(good)).all())
 
 
@@ -316,8 +297,3 @@ def _raise_if_lost(error: Exception) -> None:
 def _line(error: BaseException) -> str:
     text = ' '.join(str(error).split())
     return f'{type(error).__name__}: {text[:500]}'
-
-
-def _without_orbax_chatter(record: logging.LogRecord) -> bool:
-    """Drops what orbax logs, dozens of lines a save, below the level of an error."""
-    return record.levelno >= logging.ERROR or '/orbax/' not in record.pathname

@@ -4,6 +4,7 @@ A path on a disk is pathlib's; one in a bucket is etils.epath's, which has the s
 bucket nothing can be appended to, locked or renamed, but an object appears whole or not at all.
 """
 
+import errno
 import os
 import pathlib
 import uuid
@@ -62,6 +63,12 @@ def failures(path: Path) -> type[Exception]:
 def reason(error: Exception) -> str:
     """One line about what went wrong with a path."""
     return ' '.join(str(getattr(error, 'strerror', None) or error).split())[:300]
+
+
+def full(error: Exception) -> str:
+    """The start of a message about an error of writing: what to do if the disk is full, or ''."""
+    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return 'the disk is full, make room: ' if any(text in str(error) for text in texts) else ''
 
 
 def try_bucket(path: Path) -> None:

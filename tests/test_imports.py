@@ -19,7 +19,7 @@ MAX_LINES = 300
 LEVELS = {
     'errors': -3, 'allocator': -3,
     'files': -2,
-    'fingerprint': -1, 'retention': -1, 'configfile': -1, 'stopping': -1, 'distributed': -1,
+    'fingerprint': -1, 'manager': -1, 'configfile': -1, 'stopping': -1, 'distributed': -1,
     'layers': -1, 'mesh': 0, 'optim': 0, 'sampler': 0, 'checkpoint': 0, 'metrics': 0, 'store': 0,
     'datasets': 0, 'progress': 0,
     'model': 0, 'cuda_convnet': 1, 'prepare': 1, 'data': 1, 'rundir': 1,
@@ -35,7 +35,7 @@ OUTSIDE = {
     'tensorflow': ({'data', 'datasets', 'prepare'}, True),
     'tensorflow_datasets': ({'data', 'datasets', 'prepare'}, True),
     'optax': ({'optim', 'steps'}, False),
-    'orbax': ({'checkpoint'}, False),
+    'orbax': ({'checkpoint', 'manager'}, False),
     'flax': ({'model', 'cuda_convnet', 'switches', 'steps'}, False),
     'clu': (set(), False),
     'clu.parameter_overview': (set(LEVELS), False),
