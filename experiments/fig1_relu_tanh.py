@@ -21,7 +21,7 @@ from experiments import lab as labs
 
 TITLE = 'Figure 1: ReLU against tanh on CIFAR-10 (§3.1)'
 TARGET = 25.0  # % training error
-RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 NETS = {'ReLU': 'configs/cifar10.py:fig1', 'tanh': 'configs/cifar10.py:fig1_tanh'}
 SCALES = {  # rates, epochs of the sweep and, at the most, to the target, further changes
     'smoke': (RATES[1:3], 1.0, 2.0, {'data.source': 'alexnet_shapes', 'run.log_every': 4}),
