@@ -151,7 +151,7 @@ class Checkpoints:
             self._manager = None
 
     def _open(self) -> manager.Manager:
-        # Not before the first save: it makes the folder, and removes what is unfinished.
+        # Not before the first save: see Manager.
         if self._manager is None:
             self._policy.errors = {step: self._error(step) for step in self.steps()}
             self._manager = manager.Manager(self.directory, self._policy)

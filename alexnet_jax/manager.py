@@ -27,7 +27,10 @@ def best(errors: dict[int, float | None]) -> int | None:
 
 
 class Manager(ocp.CheckpointManager):
-    """Saves in the background whenever it is told to; keeps what `policy` says."""
+    """Saves in the background whenever it is told to; keeps what `policy` says.
+
+    Making one makes the folder and removes unfinished saves: not for a run that is only being read.
+    """
 
     def __init__(self, directory: str | os.PathLike, policy: LatestAndBest):
         options = ocp.CheckpointManagerOptions(

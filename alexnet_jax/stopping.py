@@ -62,9 +62,10 @@ def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
             ask(f'stop_after={stop_after}')
         if steps and step == start + steps:
             return f'stop_after={stop_after}'
-        if several and not multihost_utils.reached_preemption_sync_point(next(calls)):
-            return ''
-        return asked[0] if asked else several * 'one of the processes was asked to stop'
+        if not several:
+            return asked[0] if asked else ''
+        reached = multihost_utils.reached_preemption_sync_point(next(calls))
+        return (asked[0] if asked else 'one of the processes was asked to stop') if reached else ''
 
     numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
     before = {}

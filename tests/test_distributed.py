@@ -98,8 +98,11 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
     # Killed while its part of the second checkpoint from here is being written: the other finds out
     # in a step, or, when it waits for the checkpoint, by the heartbeats, where JAX may be the first
     # to notice, and abort.
-    for victim, saves in ((1, 'background'), (1, 'wait'), (0, 'wait')):
-        words = {76: 'another process of this run was lost', -signal.SIGABRT: 'another task died'}
+    lost = {76: 'another process of this run was lost'}
+    aborted = {-signal.SIGABRT: 'another task died'}
+    for victim, saves, words in (
+        (1, 'background', lost), (1, 'wait', lost | aborted), (0, 'wait', lost | aborted),
+    ):  # fmt: skip
         events = ['never', 'never']
         events[victim] = 'save'
         more = [(f'--config.run.saves={saves}',)] * 2
@@ -110,6 +113,7 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
         assert processes[victim].returncode == -signal.SIGKILL
         assert code in words and words[code] in output, (code, output[-2000:])
         assert time.monotonic() - killed < 60
+        assert outcome(workdir)[0] < STEPS
 
     for event in ('SIGTERM while starting', 'SIGTERM before the first step'):
         for code, output in ends(start_all(workdir, store, events=('never', event))):
