@@ -41,6 +41,11 @@ def params_of(module, kernel_shape, bias_shape=None):
     return kernel.astype(module.dtype), bias.astype(module.dtype)
 
 
+def of_towers(x):
+    """[towers,...] -> [...] of each. Split, and not indexed: then the gradients are joined, not added."""
+    return [part[0] for part in lax.split(x, (1,) * x.shape[0])]
+
+
 def uniform(fan_in: int):
     """PyTorch's default for kernels and biases: uniform within ±1/sqrt(fan-in)."""
     return _drawn(lambda key, shape: fan_in**-0.5 * jax.random.uniform(key, shape, minval=-1))
@@ -90,9 +95,9 @@ class Conv(nn.Module):
 
         if len(xs) > 1 and self.groups == 1 and all(x is xs[0] for x in xs):
             # The towers read the same maps: one wide convolution is faster than several.
-            wide = conv(xs[0], jnp.concatenate([*kernels], axis=-1), biases.reshape(-1))
+            wide = conv(xs[0], jnp.concatenate(of_towers(kernels), axis=-1), biases.reshape(-1))
             return tuple(jnp.split(wide, len(xs), axis=-1))
-        return tuple(one(x, kernels[t], biases[t]) for t, x in enumerate(xs))
+        return tuple(map(one, xs, of_towers(kernels), of_towers(biases)))
 
 
 class Hidden(nn.Module):
@@ -106,7 +111,7 @@ class Hidden(nn.Module):
     @nn.compact
     def __call__(self, xs):
         kernels, biases = params_of(self, (len(xs), xs[0].shape[-1], self.features))
-        return tuple(layers.dense(x, kernels[t], biases[t]) for t, x in enumerate(xs))
+        return tuple(map(layers.dense, xs, of_towers(kernels), of_towers(biases)))
 
 
 class Logits(nn.Module):
@@ -123,7 +128,7 @@ class Logits(nn.Module):
         shape = (len(xs), xs[0].shape[-1], self.classes)
         kernels, bias = params_of(self, shape, bias_shape=(self.classes,))
         wide = jnp.promote_types(jnp.float32, self.dtype)
-        parts = [layers.dense(x, kernels[t]).astype(wide) for t, x in enumerate(xs)]
+        parts = [y.astype(wide) for y in map(layers.dense, xs, of_towers(kernels))]
         total = lax.psum(sum(parts), self.axis) if self.axis else sum(parts)
         return total + bias.astype(total.dtype).reshape(1, -1)
 

@@ -16,8 +16,8 @@ def lines(results: list[dict]) -> list[str]:
         rate, ratio = row['rate'], row['ratio']
         cells = [
             f'{row["name"]:<34}',
-            f'{rate["median"]:>10,.4g}' if row['unit'] else f'{"":>10}',
-            f'{rate["min"]:>9,.4g}-{rate["max"]:<8,.4g}' if row['unit'] else f'{"":>18}',
+            f'{_rate(rate["median"]):>10}' if row['unit'] else f'{"":>10}',
+            f'{_rate(rate["min"]):>9}-{_rate(rate["max"]):<8}' if row['unit'] else f'{"":>18}',
             f'{ratio["median"]:>8.2f}{ratio["min"]:>8.2f}-{ratio["max"]:<5.2f}' if ratio else f'{"":>22}',
             f'{1000 * row["seconds"]["median"]:>9,.1f}',
             f'{row["compile_s"]:>7.1f} s' if row.get('compile_s') else f'{"":>9}',
@@ -28,6 +28,10 @@ def lines(results: list[dict]) -> list[str]:
         ]
         out.append(''.join(cells).rstrip())
     return out
+
+
+def _rate(value: float) -> str:
+    return f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
 
 
 def _share(row, kind):
@@ -75,7 +79,7 @@ def draw(tasks: dict[str, list[dict]], title: str, out: pathlib.Path) -> None:
             ours = row['ratio'] is None
             axes.barh(i, row['rate']['median'], color='#0072b2' if ours else '#bbbbbb', height=0.7)
             axes.plot(row['rates'], [i] * len(row['rates']), 'k|', markersize=7, alpha=0.6)
-            axes.text(0, i, f' {row["rate"]["median"]:,.4g}', va='center', fontsize=8,
+            axes.text(0, i, f' {_rate(row["rate"]["median"])}', va='center', fontsize=8,
                       color='white' if ours else 'black')  # fmt: skip
         axes.set_yticks(range(len(rows)), [row['name'] for row in rows], fontsize=8)
         axes.invert_yaxis()
