@@ -67,9 +67,9 @@ def local(x, kernel, bias) -> jax.Array:
 
 
 def dense(x, kernel, bias=None) -> jax.Array:
-    """x[B,I], kernel[I,O], bias[O] or None -> [B,O]."""
+    """x[B,I], kernel[I,O], bias[O] or None -> [B,O]; all may have one more axis in front, the towers."""
     y = x @ kernel
-    return y if bias is None else y + bias.reshape(1, -1)
+    return y if bias is None else y + bias[..., None, :]
 
 
 def lrn(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:

@@ -42,8 +42,8 @@ def params_of(module, kernel_shape, bias_shape=None):
 
 
 def of_towers(x):
-    """[towers,...] -> [...] of each. Split, and not indexed: then the gradients are joined, not added."""
-    return [part[0] for part in lax.split(x, (1,) * x.shape[0])]
+    """[towers,...] -> [...] of each. Split, not indexed: so the gradients are joined, and not added up."""
+    return tuple(part[0] for part in lax.split(x, (1,) * x.shape[0]))
 
 
 def uniform(fan_in: int):
@@ -111,11 +111,12 @@ class Hidden(nn.Module):
     @nn.compact
     def __call__(self, xs):
         kernels, biases = params_of(self, (len(xs), xs[0].shape[-1], self.features))
-        return tuple(map(layers.dense, xs, of_towers(kernels), of_towers(biases)))
+        # One product for all towers: nothing of these large kernels and gradients is copied.
+        return of_towers(layers.dense(jnp.stack(xs), kernels, biases))
 
 
 class Logits(nn.Module):
-    """The last layer: a partial product per tower, summed over all towers; one bias -> f32[B,K]."""
+    """The last layer: a partial product per device, summed over all towers; one bias -> f32[B,K]."""
 
     classes: int
     kernel_init: Any
@@ -128,8 +129,9 @@ class Logits(nn.Module):
         shape = (len(xs), xs[0].shape[-1], self.classes)
         kernels, bias = params_of(self, shape, bias_shape=(self.classes,))
         wide = jnp.promote_types(jnp.float32, self.dtype)
-        parts = [y.astype(wide) for y in map(layers.dense, xs, of_towers(kernels))]
-        total = lax.psum(sum(parts), self.axis) if self.axis else sum(parts)
+        x, kernel = jnp.concatenate(xs, axis=-1), kernels.reshape(-1, self.classes)
+        total = layers.dense(x, kernel).astype(wide)
+        total = lax.psum(total, self.axis) if self.axis else total
         return total + bias.astype(total.dtype).reshape(1, -1)
 
 

@@ -36,7 +36,8 @@ def test_arithmetic_of_the_paper_s_network():
 def test_operations_are_named_and_complete():
     names = [op.name for op in operations.operations(build(original), batch=2, crop=224)]
     assert names.count('conv1 conv') == names.count('conv3 conv') == 1  # the towers read the same
-    assert names.count('conv2 conv') == names.count('fc8 dense') == 2  # one a tower
+    assert names.count('conv2 conv') == 2  # one a tower
+    assert names.count('fc6 dense') == names.count('fc8 dense') == 1  # both towers at once
     assert names.count('conv2 lrn') == names.count('conv2 map_norm') == 2
     assert [names.count(f'conv{i} max_pool') for i in (1, 2, 3, 4, 5)] == [2, 2, 0, 0, 2]
     assert names.count('fc6 dropout_mask') == 2

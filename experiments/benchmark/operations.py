@@ -67,8 +67,8 @@ def flops(operation: Operation) -> int:
     """Multiplications and additions of one call forward; 0 for all but products."""
     name = operation.name.split()[1]
     if name == 'dense':
-        (batch, inputs), (_, outputs) = (x.shape for x in operation.args[:2])
-        return 2 * batch * inputs * outputs
+        x, kernel = operation.args[:2]
+        return 2 * math.prod(x.shape) * kernel.shape[-1]
     if name == 'conv':
         out = jax.eval_shape(lambda *args: operation.function(*args, **operation.kwargs), *operation.args)
         return 2 * math.prod(out.shape) * math.prod(operation.args[1].shape[:3])
