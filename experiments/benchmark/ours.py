@@ -183,22 +183,27 @@ def _infer(spec, config, net):
 
 
 def _reference(spec, config, net):
-    """Writes spec['file'], npz: parameters, pictures, and our logits and gradients for a peer.
+    """Writes spec['file'], npz: parameters, pictures, and the logits and gradients in float32, for a peer.
 
     Without dropout's masks: units are halved as at test time. Gradients of the mean cross-entropy.
+    Facts: `net`, what it is; `own`, how far our gradients are from those in spec['dtype'].
     """
     params = model.init(net, 0, config.augment.crop)
     batch = _batch(spec, config)
     images, labels = batch['image'], batch['label']
 
-    def loss(params):
-        out = net.apply({'params': params}, images.astype(np.float32) - MEAN)[0]
-        return optax.softmax_cross_entropy_with_integer_labels(out, labels).mean(), out
+    def gradients_of(net):
+        def loss(params):
+            out = net.apply({'params': params}, images.astype(np.float32) - MEAN)[0]
+            return optax.softmax_cross_entropy_with_integer_labels(out, labels).mean(), out
 
-    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    gradients, logits = gradients_of(net.clone(dtype=jnp.float32))
+    own, own_logits = (gradients, logits) if net.dtype == jnp.float32 else gradients_of(net)
     if spec['plain']:
         same = plain.logits(net, params, images.astype(np.float32) - MEAN)
-        if np.linalg.norm(same - logits) > spec['tolerance'] * np.linalg.norm(logits):
+        if protocol.distance(same, own_logits) > spec['tolerance']:
             raise ValueError('the plain form computes another function')
     flat = {
         f'{kind}/{layer}/{name}': np.asarray(value)
@@ -210,7 +215,9 @@ def _reference(spec, config, net):
     names = ('groups', 'exchange', 'remove', 'activation', 'after', 'norm', 'norm_window', 'pooling',
              'dropout', 'dropout_at', 'conv1_padding')  # fmt: skip
     facts = {name: getattr(net, name) for name in names}
-    return lambda count: None, {'net': {**facts, 'towers': net.local_towers, 'mean': MEAN}}, {}
+    facts = {**facts, 'towers': net.local_towers, 'mean': MEAN}
+    worst = max(map(protocol.distance, jax.tree.leaves(own), jax.tree.leaves(gradients)))
+    return lambda count: None, {'net': facts, 'own': worst}, {}
 
 
 def _compile(function, *args):

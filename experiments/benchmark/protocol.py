@@ -19,6 +19,11 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+def distance(x, y) -> float:
+    """How far an array is from another, |x - y| / |y|."""
+    return float(((x - y) ** 2).sum() ** 0.5 / (y**2).sum() ** 0.5)
+
+
 class WorkerError(Exception):
     """A worker ended instead of answering; the text is the error that it printed."""
 
