@@ -26,6 +26,7 @@ from experiments import lab as labs
 TITLE = 'Ablations of the ImageNet network (§3, §4, §7)'
 REFERENCE, ONE_CROP = 'reference', 'one crop'
 ORIGINAL = 'configs/original.py'
+INDEPENDENT = True
 
 
 class Row(NamedTuple):

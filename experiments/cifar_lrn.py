@@ -22,6 +22,7 @@ TITLE = 'Local response normalization on CIFAR-10 (§3.3)'
 CLAIMED = {'80sec': 26, '19pct': 19, '18pct': 18, '13pct': 13, '11pct': 11, '11pct_plain': None}
 PAIR = ('11pct_plain', '11pct')  # without norms, with them
 VIEWS = {'centre': 'centre crop', 'ten': 'ten views'}
+INDEPENDENT = True
 EVALUATIONS = 20  # in a run
 SCALES = {  # networks, part of their schedules, further changes
     'smoke': (PAIR, 0.001, {'model.units': (8, 8, 8, 8), 'data.source': 'alexnet_shapes',

@@ -8,6 +8,7 @@ An experiment is a module with
     def plot(results, file)  its figure, or None where it has none
     RUNS_OF             the experiment whose run directories it looks at, if not its own
     TAKES_RUNS          True where it can also look at runs that are there already, --run=RUN
+    INDEPENDENT         True where no run needs the result of another: --only then chooses some
 
 and, with `labs.main(__name__)` at its end, is used as
 
@@ -15,11 +16,13 @@ and, with `labs.main(__name__)` at its end, is used as
 
 What follows `--` goes to every run, as to `python -m alexnet_jax.main`. A finished run is not run
 again, an interrupted one goes on. Results lie in experiments/results/NAME-SCALE.json, with the
-command, commit, versions and machine of each; `python -m experiments.report` gathers them.
+command, commit, versions and machine of each; `python -m experiments.report` gathers them. Several
+commands may work at one experiment at the same time, each at the runs that its --only names.
 """
 
 import argparse
 import concurrent.futures
+import fcntl
 import json
 import math
 import multiprocessing
@@ -58,9 +61,11 @@ class Lab:
         self, experiment: str, scale: str, *, seeds: int, extra: Iterable[str] = (),
         runs: pathlib.Path = pathlib.Path('runs'), results: pathlib.Path = RESULTS,
         start: Callable | None = None, taken: Iterable[str] = (), runs_of: str = '',
+        only: Iterable[str] = (),
     ):  # fmt: skip
         self.scale, self.seeds, self.taken = scale, seeds, list(taken)
-        self._extra, self._start = list(extra), start or in_new_process
+        self._extra, self._start, self._only = list(extra), start or in_new_process, {*only}
+        self._unseen = {*self._only}  # of what --only names
         self.folder = runs / f'{runs_of or experiment}-{scale}'
         self._file = results / f'{experiment}-{scale}.json'
         self.results = read(self._file)
@@ -79,8 +84,8 @@ class Lab:
         self, name: str, seed: int, config: str, changes: dict[str, Any] | None = None, *,
         last: dict[str, Any] | None = None, until: Callable[[Rows], bool] | None = None,
         after: Callable[[pathlib.Path], dict[str, Any]] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """The result of a run, which is made or continued if it is not there.
+    ) -> dict[str, Any] | None:  # fmt: skip
+        """The result of a run, which is made or continued if it is not there; None if --only leaves it out.
 
         Args:
           config: as given to --config, FILE[:variant].
@@ -91,11 +96,14 @@ class Lab:
             must be a function of a module (or a partial of one), for it runs in a process of its own.
         """
         key = f'{name}-{seed}'
+        self._unseen -= {name, key}
         command = [
             f'--config={config}', f'--workdir={self.workdir(name, seed)}', f'--config.seed={seed}',
             *_arguments(changes), *self._extra, *_arguments(last),
         ]  # fmt: skip
         there = self.results.get(key)
+        if self._only and not {name, key} & self._only:
+            return there
         if there:
             if there['command'] != command:
                 raise UserError(
@@ -106,6 +114,12 @@ class Lab:
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
         diverged = self._start(command, self.workdir(name, seed), until)
         return self._keep(name, seed, self.workdir(name, seed), after, diverged=diverged, command=command)
+
+    def check_only(self) -> None:
+        """After all runs: raises UserError if --only names one that the experiment does not have."""
+        if self._unseen:
+            raise UserError(f'--only={min(self._unseen)}: there is no such run at --scale={self.scale} '
+                            f'--seeds={self.seeds}')
 
     def take(
         self, workdir: str, *, after: Callable[[pathlib.Path], dict[str, Any]]
@@ -118,13 +132,13 @@ class Lab:
 
     def _keep(self, name, seed, workdir, after, *, diverged=False, **others) -> dict[str, Any]:
         call = apart if self._start is in_new_process else _here
-        result = self.results[f'{name}-{seed}'] = {
+        result = {
             'name': name, 'seed': seed, 'diverged': diverged,
             'extra': call(after, workdir) if after and not diverged else None,
             **{kind: _rows(workdir, kind) for kind in ('train', 'eval')},
             **others, 'given': self._extra, **_origin(workdir),
         }  # fmt: skip
-        write(self._file, self.results)
+        self.results = add(self._file, f'{name}-{seed}', result)
         return result
 
 
@@ -197,6 +211,16 @@ def read(file: pathlib.Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise UserError(f'{file}: not JSON ({error}); mend or remove it') from error
+
+
+def add(file: pathlib.Path, key: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Puts a result into a file of results, where others may do the same -> all that are there then."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_suffix('.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = read(file) | {key: result}
+        write(file, results)
+    return results
 
 
 def write(file: pathlib.Path, results: dict[str, Any]) -> None:
@@ -278,6 +302,9 @@ def _main(module: ModuleType) -> None:
     if getattr(module, 'TAKES_RUNS', False):
         parser.add_argument('--run', action='append', default=[], metavar='RUN',
                             help='look at this run directory, and train nothing; may be repeated')
+    if getattr(module, 'INDEPENDENT', False):
+        parser.add_argument('--only', action='append', default=[], metavar='NAME',
+                            help='make only these runs, NAME or NAME-SEED; may be repeated')
     split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:split])
     if options.seeds < 1:
@@ -288,9 +315,11 @@ def _main(module: ModuleType) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :],
-              taken=getattr(options, 'run', []), runs_of=getattr(module, 'RUNS_OF', ''))
+              taken=getattr(options, 'run', []), runs_of=getattr(module, 'RUNS_OF', ''),
+              only=getattr(options, 'only', []))
     if not options.report:
         module.run(lab)
+        lab.check_only()
     if not lab.results:
         raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
     print(module.report(lab.results))

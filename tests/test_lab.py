@@ -103,3 +103,22 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
     with pytest.raises(UserError, match=r'fails-0: the run ended with 2 \(error: .*norm_n'):
         trial.run('fails', 0, 'configs/cifar10.py:fig1', {'model.norm_n': 2})
     assert list(trial.results) == ['stops-0', 'diverges-0']
+
+
+def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
+    def start(command, workdir, until):
+        workdir.mkdir(parents=True)
+        (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
+        (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
+        return False
+
+    labs = [make(tmp_path, start=start, seeds=2, only=only) for only in (['a-1'], ['b'])]
+    for trial in labs:
+        for seed in range(2):
+            for name in ('a', 'b'):
+                trial.run(name, seed, 'configs/paper.py')
+        trial.check_only()
+    kept = json.loads((tmp_path / 'results' / 'trial-smoke.json').read_text())
+    assert [*kept] == ['a-1', 'b-0', 'b-1']
+    with pytest.raises(UserError, match='--only=c'):
+        make(tmp_path, only=['c']).check_only()
