@@ -173,7 +173,10 @@ def plot(results, file):
             axes.plot([*points.values()], [*points], marker, color=colour, mfc='none', ms=8,
                       label={'paper': 'the paper', 'log': 'log of 2012'}[source])
         axes.axvline(0, color='#777777', lw=0.8)
-        axes.set(xlabel=f'top-{(1, 5)[i]} error, points more than the reference', yticks=range(len(shown)),
+        axes.set_xscale('symlog', linthresh=10)  # a row that stays at chance must not squeeze the others
+        ticks = (-5, 0, 5, 10, 50)
+        axes.set(xlabel=f'top-{(1, 5)[i]} error, points more than the reference', xticks=ticks,
+                 xticklabels=ticks, xlim=(-8, 90), yticks=range(len(shown)),
                  yticklabels=shown)
         axes.spines[['top', 'right']].set_visible(False)
     axes.invert_yaxis()
