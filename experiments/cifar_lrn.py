@@ -122,15 +122,19 @@ def plot(results, file):
 
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.add_subplot()
-    looks = {'11pct_plain': ('#d55e00', '--', '11 % network without norms'),
-             '11pct': ('#000000', '-', '11 % network'),
-             '13pct': ('#0072b2', ':', '13 % network')}  # fmt: skip
+    looks = {'80sec': ('#cc79a7', '-', '26 % network'),
+             '19pct': ('#009e73', '-.', '19 % network'),
+             '18pct': ('#e69f00', '-', '18 % network'),
+             '13pct': ('#0072b2', ':', '13 % network'),
+             '11pct_plain': ('#d55e00', '--', '11 % network without norms'),
+             '11pct': ('#000000', '-', '11 % network')}  # fmt: skip
     for net, (colour, style, words) in looks.items():
         for i, result in enumerate(seeds_of(results, net).values()):
             rows, batch = result['eval'], epochs_per_step(result)
             axes.plot([row['step'] * batch for row in rows], [row['top1_error'] for row in rows],
                       style, color=colour, lw=1.2, label=words if i == 0 else None)
-    axes.set(xlabel='epochs', ylabel='test error, centre crop, %', xlim=(0, None), ylim=(0, None))
+    axes.set_xscale('log')  # of 10 to 520 epochs
+    axes.set(xlabel='epochs', ylabel='test error, centre crop, %', ylim=(0, None))
     if axes.lines:
         axes.legend(frameon=False)
     axes.spines[['top', 'right']].set_visible(False)
