@@ -61,11 +61,11 @@ class Lab:
         self, experiment: str, scale: str, *, seeds: int, extra: Iterable[str] = (),
         runs: pathlib.Path = pathlib.Path('runs'), results: pathlib.Path = RESULTS,
         start: Callable | None = None, taken: Iterable[str] = (), runs_of: str = '',
-        only: Iterable[str] = (),
     ):  # fmt: skip
         self.scale, self.seeds, self.taken = scale, seeds, list(taken)
-        self._extra, self._start, self._only = list(extra), start or in_new_process, {*only}
-        self._unseen = {*self._only}  # of what --only names
+        self._extra, self._start = list(extra), start or in_new_process
+        # Names and keys: of the runs to make, none if all; of those that were asked for.
+        self._only, self._asked = set(), set()
         self.folder = runs / f'{runs_of or experiment}-{scale}'
         self._file = results / f'{experiment}-{scale}.json'
         self.results = read(self._file)
@@ -96,7 +96,7 @@ class Lab:
             must be a function of a module (or a partial of one), for it runs in a process of its own.
         """
         key = f'{name}-{seed}'
-        self._unseen -= {name, key}
+        self._asked |= {name, key}
         command = [
             f'--config={config}', f'--workdir={self.workdir(name, seed)}', f'--config.seed={seed}',
             *_arguments(changes), *self._extra, *_arguments(last),
@@ -115,10 +115,16 @@ class Lab:
         diverged = self._start(command, self.workdir(name, seed), until)
         return self._keep(name, seed, self.workdir(name, seed), after, diverged=diverged, command=command)
 
-    def check_only(self) -> None:
-        """After all runs: raises UserError if --only names one that the experiment does not have."""
-        if self._unseen:
-            raise UserError(f'--only={min(self._unseen)}: there is no such run at --scale={self.scale} '
+    def choose(self, run: Callable[['Lab'], Any], only: Iterable[str]) -> None:
+        """Of the runs that run(lab) asks for, makes only those with one of these names or keys.
+
+        Raises UserError, before anything is run, if there is none.
+        """
+        self._only = {''}  # asked like this, it makes nothing
+        run(self)
+        self._only = {*only}
+        for name in sorted(self._only - self._asked):
+            raise UserError(f'--only={name}: there is no such run at --scale={self.scale} '
                             f'--seeds={self.seeds}')
 
     def take(
@@ -315,11 +321,11 @@ def _main(module: ModuleType) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :],
-              taken=getattr(options, 'run', []), runs_of=getattr(module, 'RUNS_OF', ''),
-              only=getattr(options, 'only', []))
+              taken=getattr(options, 'run', []), runs_of=getattr(module, 'RUNS_OF', ''))
+    if getattr(options, 'only', []):
+        lab.choose(module.run, options.only)
     if not options.report:
         module.run(lab)
-        lab.check_only()
     if not lab.results:
         raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
     print(module.report(lab.results))

@@ -112,13 +112,17 @@ def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
         (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
         return False
 
-    labs = [make(tmp_path, start=start, seeds=2, only=only) for only in (['a-1'], ['b'])]
-    for trial in labs:
+    def run(trial):
         for seed in range(2):
             for name in ('a', 'b'):
                 trial.run(name, seed, 'configs/paper.py')
-        trial.check_only()
+
+    labs = [make(tmp_path, start=start, seeds=2) for _ in range(2)]
+    for trial, only in zip(labs, ('a-1', 'b'), strict=True):
+        trial.choose(run, [only])
+        run(trial)
     kept = json.loads((tmp_path / 'results' / 'trial-smoke.json').read_text())
     assert [*kept] == ['a-1', 'b-0', 'b-1']
     with pytest.raises(UserError, match='--only=c'):
-        make(tmp_path, only=['c']).check_only()
+        make(tmp_path, start=start, seeds=2).choose(run, ['c', 'a'])
+    assert len([*(tmp_path / 'runs' / 'trial-smoke').iterdir()]) == 3  # it was found before anything was run
