@@ -18,7 +18,8 @@ from alexnet_jax import layers
 
 SIZES = (11, 5, 3, 3, 3, 3)  # kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146)
 PADDINGS = (None, 2, 1, 1, 1, 1)  # pixels on every side; conv1's is a switch
-# Run #147: pooling without overlap comes with less padding, so that layer 5 again ends at 6 x 6.
+# Run #147: pooling without overlap comes with less padding, so that layer 5 again ends at 6 x 6. From
+# 112-pixel crops it would end at 2 x 2, not at 3 x 3 as with overlap: there conv5 keeps its padding.
 DISJOINT_PADDINGS = (None, 1, 1, 1, 0, 1)
 POOLING = {'overlapping': (3, 2), 'disjoint': (2, 2)}  # window and stride (§3.4)
 ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
@@ -186,6 +187,8 @@ class AlexNet(nn.Module):
                     xs = tuple(self._centres(x) for x in xs)
             else:
                 padding = self.conv1_padding if i == 0 else (paddings[i],) * 2
+                if name == 'conv5' and (xs[0].shape[1] + 2 * paddings[i] - 1) // 2 < wanted:
+                    padding = (PADDINGS[i],) * 2
                 # After conv1 or conv3, which read everything, conv2 and conv4 read halves of it.
                 # Without them they read everything themselves.
                 halves = name in GROUPED and (self.remove, name) not in UNGROUPED
@@ -201,6 +204,8 @@ class AlexNet(nn.Module):
                     name=name,
                 )(xs)
                 out[name] = xs
+            if i == 0:
+                wanted = xs[0].shape[1] // 8  # rows that three poolings with overlap leave
             for op in after:
                 xs = out[f'{op}{i + 1}'] = self._apply(op, xs)
 

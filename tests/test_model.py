@@ -49,6 +49,12 @@ def test_disjoint_pooling_has_the_geometry_of_run_147():
     assert [found[n][0][0] for n in names] == [55, 28, 26, 13, 13, 13, 11, 6]
 
 
+@pytest.mark.parametrize('crop', [64, 112, 192, 224])
+def test_disjoint_pooling_ends_at_the_size_of_overlapping_pooling(crop):
+    ends = [shapes(build(pooling=pooling), crop)['pool5'] for pooling in ('overlapping', 'disjoint')]
+    assert ends[0] == ends[1]
+
+
 def test_other_presets_have_their_shapes():
     assert shapes(build(cnn_star.get_config()), 224)['conv6'] == [(6, 6, 128)] * 2
     found = shapes(build(caffe.get_config()), 227)
