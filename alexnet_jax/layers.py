@@ -27,7 +27,7 @@ def conv(x, kernel, bias, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0)
     y = lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
-    return y + bias.reshape(1, 1, 1, -1)
+    return add(y, bias.reshape(1, 1, 1, -1))
 
 
 def _blocks(x, kernel, stride: int, padding: Padding):
@@ -63,13 +63,21 @@ def local(x, kernel, bias) -> jax.Array:
     views = [
         padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)
     ]
-    return jnp.einsum('bhwi,hwio->bhwo', jnp.concatenate(views, axis=-1), kernel) + bias[None]
+    return add(jnp.einsum('bhwi,hwio->bhwo', jnp.concatenate(views, axis=-1), kernel), bias[None])
 
 
-def dense(x, kernel, bias=None) -> jax.Array:
-    """x[B,I], kernel[I,O], bias[O] or None -> [B,O]; all may have one more axis in front, the towers."""
-    y = x @ kernel
-    return y if bias is None else y + bias[..., None, :]
+def dense(x, kernel, bias) -> jax.Array:
+    """x[B,I], kernel[I,O], bias[O] -> [B,O]; all may have one more axis in front, the towers."""
+    return add(x @ kernel, bias[..., None, :])
+
+
+def add(y, bias) -> jax.Array:
+    """y + bias in the dtype of y, added in that of the bias where it is wider.
+
+    So the bias's gradient is summed in the wider one: in bfloat16 a long sum stops growing once an
+    addend is less than half a unit in its last place.
+    """
+    return (y + bias).astype(y.dtype)
 
 
 def lrn(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
@@ -99,6 +107,11 @@ def _window_sum(x, n: int, axes: tuple[int, ...]):
     return x
 
 
+def _wide(x):
+    """In float32 at least: in bfloat16 the denominator, near 2, would have steps of 1/64."""
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+
+
 def _powers(s, beta: float):
     """s^-beta and 1/s; for the paper's 0.75 by square roots, many times faster than a power."""
     if beta == 0.75:
@@ -111,7 +124,8 @@ def _powers(s, beta: float):
 # symmetric window sum is the same window sum, which autodiff does not know.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _normalize(window_sum: Callable, alpha: float, k: float, beta: float, x):
-    return x * _powers(k + alpha * window_sum(x * x), beta)[0]
+    wide = _wide(x)
+    return (wide * _powers(k + alpha * window_sum(wide * wide), beta)[0]).astype(x.dtype)
 
 
 def _normalize_forward(window_sum, alpha, k, beta, x):
@@ -119,9 +133,10 @@ def _normalize_forward(window_sum, alpha, k, beta, x):
 
 
 def _normalize_backward(window_sum, alpha, k, beta, x, g):
-    scale, inverse = _powers(k + alpha * window_sum(x * x), beta)
+    wide = _wide(x)
+    scale, inverse = _powers(k + alpha * window_sum(wide * wide), beta)
     scaled = g * scale
-    return (scaled - 2 * alpha * beta * x * window_sum(scaled * x * inverse),)
+    return ((scaled - 2 * alpha * beta * wide * window_sum(scaled * wide * inverse)).astype(x.dtype),)
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)

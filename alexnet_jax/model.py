@@ -34,12 +34,12 @@ def dtypes() -> tuple[str, ...]:
 
 
 def params_of(module, kernel_shape, bias_shape=None):
-    """A layer's kernel [towers,...,I,O] and bias, [towers,O] unless given, in the compute dtype."""
+    """A layer's kernel [towers,...,I,O] in the compute dtype, and its bias, [towers,O] unless given."""
     fan_in = math.prod(kernel_shape[1:-1])
     bias_shape = bias_shape or (kernel_shape[0], kernel_shape[-1])
     kernel = module.param('kernel', module.kernel_init(fan_in), kernel_shape)
     bias = module.param('bias', module.bias_init(fan_in), bias_shape)
-    return kernel.astype(module.dtype), bias.astype(module.dtype)
+    return kernel.astype(module.dtype), bias
 
 
 def of_towers(x):
@@ -131,9 +131,9 @@ class Logits(nn.Module):
         kernels, bias = params_of(self, shape, bias_shape=(self.classes,))
         wide = jnp.promote_types(jnp.float32, self.dtype)
         x, kernel = jnp.concatenate(xs, axis=-1), kernels.reshape(-1, self.classes)
-        total = layers.dense(x, kernel).astype(wide)
+        total = jnp.matmul(x, kernel, preferred_element_type=wide)
         total = lax.psum(total, self.axis) if self.axis else total
-        return total + bias.astype(total.dtype).reshape(1, -1)
+        return layers.add(total, bias.reshape(1, -1))
 
 
 class AlexNet(nn.Module):
@@ -177,6 +177,7 @@ class AlexNet(nn.Module):
         out = {}
         paddings = PADDINGS if self.pooling == 'overlapping' else DISJOINT_PADDINGS
         xs = (images.astype(self.dtype),) * self.local_towers
+        wanted = 0  # rows at the end of layer 5, those that three poolings with overlap leave
         for i, features in enumerate(self.kernels):
             name, after = f'conv{i + 1}', self.after[i].split()
             if name in self.exchange:
@@ -205,7 +206,7 @@ class AlexNet(nn.Module):
                 )(xs)
                 out[name] = xs
             if i == 0:
-                wanted = xs[0].shape[1] // 8  # rows that three poolings with overlap leave
+                wanted = xs[0].shape[1] // 8
             for op in after:
                 xs = out[f'{op}{i + 1}'] = self._apply(op, xs)
 

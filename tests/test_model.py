@@ -194,3 +194,4 @@ def test_bfloat16_is_only_the_arithmetic():
     assert (logits.dtype, out['fc7'][0].dtype) == (jnp.float32, jnp.bfloat16)
     plain, _ = build(width=0.25).apply(variables, images())
     np.testing.assert_allclose(logits, plain, atol=0.05)
+    assert (logits != logits.astype(jnp.bfloat16)).any()  # not rounded: there would be ties
