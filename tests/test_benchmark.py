@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 
 from alexnet_jax import configfile, model, switches
 from alexnet_jax.errors import UserError
-from configs import original, paper
+from configs import cifar10, original, paper
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import operations, ours, plain, report
 from experiments.benchmark.protocol import ROOT, Worker, WorkerError
@@ -41,6 +42,27 @@ def test_operations_are_named_and_complete():
     assert names.count('conv2 lrn') == names.count('conv2 map_norm') == 2
     assert [names.count(f'conv{i} max_pool') for i in (1, 2, 3, 4, 5)] == [2, 2, 0, 0, 2]
     assert names.count('fc6 dropout_mask') == 2
+
+
+def test_arithmetic_of_locally_connected_layers():
+    """9 pixels of 64 and 32 channels, 32 kernels, at 36 places."""
+    net = switches.build(classes=10, **cifar10.get_config('13pct').model)
+    found = {op.name: operations.flops(op) for op in operations.operations(net, batch=2, crop=24)}
+    assert found['local3 local'] == 2 * 2 * 36 * 9 * 64 * 32
+    assert found['local4 local'] == 2 * 2 * 36 * 9 * 32 * 32
+    net = switches.build(classes=10, **cifar10.get_config('18pct').model)
+    names = [op.name for op in operations.operations(net, batch=2, crop=32)]
+    assert {'conv2 avg_pool', 'conv3 avg_pool'} < {*names}
+
+
+def test_operations_are_timed_without_waiting_for_each():
+    """Of a device that takes no time, but whose answer takes 10 ms."""
+
+    class Answer:
+        def block_until_ready(self):
+            time.sleep(0.01)
+
+    assert operations._time(Answer, ()) < 0.005
 
 
 def test_table_times_every_operation():
@@ -113,6 +135,7 @@ def test_a_turn_begins_without_what_lay_ready(tmp_path, cold):
         (['--seconds=nan'], '--seconds'),
         (['--peer=torch', '--peer_form=fast'], '--peer_form'),
         (['--config=configs/nothing.py'], 'configs/nothing.py'),
+        (['--config=configs/cifar10.py:13pct', '--plain'], '--plain and --peer'),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, monkeypatch):

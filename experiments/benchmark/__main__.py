@@ -115,7 +115,9 @@ def _arguments():
             raise UserError(f'--tasks={task}: choose some of {",".join(TASKS)}')
     if {'input', 'both'} & {*args.tasks} and not args.store:
         raise UserError('--tasks=input and both need --store=DIR, which alexnet_jax.prepare writes')
-    configfile.load(args.config)
+    config = configfile.load(args.config)
+    if config.model.net != 'alexnet' and (args.plain or args.peer):
+        raise UserError(f'--config={args.config}: --plain and --peer know only nets like the paper\'s')
     for store in args.store:
         open_store(store)
     args.store = [os.path.abspath(store) for store in args.store]

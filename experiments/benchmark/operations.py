@@ -13,7 +13,7 @@ import numpy as np
 
 from alexnet_jax import layers, model
 
-NAMES = ('conv', 'lrn', 'map_norm', 'max_pool', 'dropout_mask', 'dense')
+NAMES = ('conv', 'local', 'lrn', 'map_norm', 'max_pool', 'avg_pool', 'dropout_mask', 'dense')
 
 
 class Operation(NamedTuple):
@@ -69,6 +69,9 @@ def flops(operation: Operation) -> int:
     if name == 'dense':
         x, kernel = operation.args[:2]
         return 2 * math.prod(x.shape) * kernel.shape[-1]
+    if name == 'local':  # a kernel of its own for every place
+        x, kernel = operation.args[:2]
+        return 2 * x.shape[0] * math.prod(kernel.shape)
     if name == 'conv':
         out = jax.eval_shape(lambda *args: operation.function(*args, **operation.kwargs), *operation.args)
         return 2 * math.prod(out.shape) * math.prod(operation.args[1].shape[:3])
@@ -147,10 +150,15 @@ def _programs(op: Operation, first: bool):
 
 
 def _time(function, args) -> float:
-    """Seconds of a call, the mean over at least a tenth of a second."""
-    jax.block_until_ready(function(*args))
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.1:
-        jax.block_until_ready(function(*args))
-        count += 1
-    return (time.perf_counter() - began) / count
+    """Seconds of a call, the mean over about a tenth of a second."""
+
+    def run(count):
+        began = time.perf_counter()
+        for _ in range(count):
+            out = function(*args)
+        jax.block_until_ready(out)  # once: small operations take less time than to hear of their end
+        return time.perf_counter() - began
+
+    run(1)
+    count = math.ceil(0.1 / run(1))
+    return run(count) / count
