@@ -1,6 +1,7 @@
 """The benchmark: what it counts, that its forms compute one function, and the command itself."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import configfile, model, switches
+from alexnet_jax import configfile, data, model, switches
 from alexnet_jax.errors import UserError
 from configs import cifar10, original, paper
 from experiments.benchmark import __main__ as benchmark
@@ -105,6 +106,22 @@ def test_worker_that_ends_says_why():
         Worker(sys.executable, 'experiments.benchmark.ours', {}, {})
 
 
+def test_workers_compile_anew(tmp_path):
+    """What is timed must not be what another worker kept."""
+    environment = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'programs')}
+    spec = {'task': 'copy', 'form': 'plain', 'cpu': True}
+    Worker(sys.executable, 'experiments.benchmark.ours', spec, environment).close()
+    assert not (tmp_path / 'programs').exists()
+
+
+def test_pace_does_not_count_the_wait():
+    class Device:  # a step takes 1 ms, and to hear of the last one's end 20
+        def ask(self, count):
+            return {'seconds': 0.02 + 0.001 * count}
+
+    assert benchmark._pace(Device()) < 0.0011
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, '-m', 'experiments.benchmark', *arguments],
@@ -124,6 +141,23 @@ def test_a_turn_begins_without_what_lay_ready(tmp_path, cold):
     again = next(pipeline.batches)['image']  # cold: opened anew, from its beginning
     assert np.array_equal(first, again) == cold
 
+
+def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 16)
+    made, taken, cut = [], [], data._cut
+    monkeypatch.setattr(data, '_cut', lambda *args: made.append(1) or cut(*args))
+    write_store(tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8})
+    config = configfile.load('configs/paper.py')
+    config.augment.crop = 32
+    spec = {'store': str(tmp_path / 'store'), 'batch': 4, 'reader': 'threads', 'cold': False}
+    pipeline = ours.Pipeline(spec, config)
+    next(pipeline.batches)
+    deadline = time.monotonic() + 10
+    while len(made) < 18 and time.monotonic() < deadline:  # one taken, and 17 ready
+        time.sleep(0.01)
+    pipeline.batches = map(taken.append, pipeline.batches)
+    pipeline.drain()
+    assert len(taken) >= 17
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),

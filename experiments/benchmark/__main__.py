@@ -30,7 +30,7 @@ from alexnet_jax import allocator, configfile, rundir
 from alexnet_jax.errors import ArgumentParser, UserError, run
 from alexnet_jax.store import open_store
 from experiments.benchmark import report
-from experiments.benchmark.protocol import Worker, WorkerError
+from experiments.benchmark.protocol import Worker, WorkerError, drained
 
 OURS, PEER = 'experiments.benchmark.ours', 'experiments.benchmark.peer'
 FORMS = {
@@ -173,6 +173,14 @@ def _start(module: str, python: str, spec: dict) -> Worker:
         raise UserError(f'{spec["task"]} on {python}: {error}') from error
 
 
+def _pace(worker: Worker) -> float:
+    """Seconds of a repetition, the mean over enough of them for the wait for a device not to count."""
+    count = 1
+    while (seconds := worker.ask(count)['seconds']) < 0.3:
+        count *= 2
+    return seconds / count
+
+
 def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str, dict]]:
     """Name -> (module, Python, spec); the first is what the others are compared with."""
     ours = sys.executable
@@ -205,7 +213,7 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
                     print(f'{name}: left out, it computes another function: {kind} '
                           f'{worker.facts[kind]:.2g}', flush=True)  # fmt: skip
                     return math.inf, name, form
-            ratios = [worker.ask(1)['seconds'] / ours.ask(1)['seconds'] for _ in range(4)]
+            ratios = [_pace(worker) / _pace(ours) for _ in range(4)]
         except WorkerError as error:
             raise UserError(f'{name}: it ended: {error}') from error
         finally:
@@ -250,10 +258,9 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
         for name, (module, python, one) in entries.items():
             workers[name] = _start(module, python, one)
             workers[name].ask(1)
-            first = workers[name].ask(1)['seconds']
-            counts[name] = max(1, round(args.seconds / first))
             # Enough for what lies ready at the beginning of a turn not to decide.
-            counts[name] = max({'input': 50, 'both': 5}.get(one['task'], 1), counts[name])
+            least = {'input': 10 * drained(), 'both': drained()}.get(one['task'], 1)
+            counts[name] = max(least, math.ceil(args.seconds / _pace(workers[name])))
         names = list(entries)
         for round_ in range(args.repeats):
             shift = round_ % len(names)

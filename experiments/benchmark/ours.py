@@ -17,7 +17,6 @@ from alexnet_jax.job import make_optimizer
 from alexnet_jax.store import open_store
 from experiments.benchmark import operations, plain, protocol
 
-DRAINED = 8  # batches: more than lie ready when a turn begins
 MEAN = 120.0  # of every pixel, where there is no store
 
 
@@ -135,7 +134,7 @@ class Pipeline:
             evict(self._spec['store'])
             self.batches = self._open()
         else:
-            for _ in range(DRAINED):
+            for _ in range(protocol.drained()):
                 next(self.batches)
         return {}
 
