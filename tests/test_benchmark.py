@@ -97,6 +97,68 @@ def test_plain_form_is_the_same_function():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
 
 
+def test_reference_is_in_full_float32(tmp_path, monkeypatch):
+    """TF32, a GPU's default, is what is timed there: how far that is from the reference is its `own`."""
+    precisions = []
+
+    def grad(loss, has_aux):
+        def gradients(params):
+            precisions.append(jax.config.jax_default_matmul_precision)
+            return params, jnp.ones((1, 10))
+
+        return gradients
+
+    monkeypatch.setattr(jax, 'grad', grad)
+    config = configfile.load('configs/paper.py')
+    config.augment.crop = 64
+    spec = {'batch': 1, 'classes': 10, 'plain': False, 'file': str(tmp_path / 'file.npz')}
+    net = build(paper, width=0.125)
+    for cpu, expected in ((True, ['highest']), (False, ['highest', None])):
+        precisions.clear()
+        ours._reference({**spec, 'cpu': cpu}, config, net)
+        assert precisions == expected
+
+
+def test_peers_must_agree(capsys):
+    assert benchmark._limits(0.02, 0.0)['gradients_difference'] == 0.02
+    assert benchmark._limits(0.2, 0.15)['gradients_difference'] == 0.3
+    assert benchmark._limits(0.2, 0.6)['gradients_difference'] < 1  # what no gradient at all has
+    limits = benchmark._limits(0.02, 0.0)
+    for distance, agrees in ((0.01, True), (0.03, False), (float('nan'), False)):
+        facts = {'logits_difference': 0.0, 'gradients_difference': distance}
+        assert benchmark._agrees('peer', facts, limits) == agrees
+    assert capsys.readouterr().out.count('another function') == 2
+
+
+def test_bytes_of_library_calls():
+    text = """
+  %p.0 = bf16[2,3]{1,0} parameter(0)
+  %f.1 = f32[4]{0} fusion(%p.0), kind=kLoop, calls=%c
+  %conv-bias.2 = (bf16[5]{0}, u8[1000]{0}) custom-call(%p.0, f32[4]{0} %f.1), custom_call_target="cudnn"
+  %gemm.3 = (f32[7]{0}, s8[4096]{0}) custom-call(%f.1), custom_call_target="cublas"
+  ROOT %other.4 = u8[9]{0} custom-call(%f.1)
+"""
+    assert operations.library_bytes(text) == (10 + 12 + 16) + (28 + 16) + (9 + 16)
+
+
+def test_repeats_compares_bits():
+    noise = iter(range(100))
+    step = jax.jit(lambda x: (x + jnp.nan, x), donate_argnums=0)
+    state = jnp.ones(3)
+    assert ours.repeats(step, state)
+    assert not ours.repeats(lambda x: (x, next(noise)), state)
+    assert state.sum() == 3  # still there
+
+
+def test_peers_compile_anew(tmp_path, monkeypatch):
+    environments = []
+    monkeypatch.setattr(benchmark, 'Worker', lambda *args: environments.append(args[-1]))
+    for module in (benchmark.PEER, benchmark.PEER, benchmark.OURS):
+        benchmark._start(module, 'python', {'allocator': True, 'file': str(tmp_path / 'file')})
+    folders = [environment.get('TORCHINDUCTOR_CACHE_DIR') for environment in environments]
+    assert folders[0] != folders[1] and folders[0].startswith(str(tmp_path)) and not folders[2]
+
+
 def test_spread():
     assert report.spread([3.0, 1.0, 2.0]) == {'median': 2.0, 'min': 1.0, 'max': 3.0}
 
@@ -193,15 +255,18 @@ def test_the_command(tmp_path):
     """))
     done = command(
         f'--config={config}', '--batch=2', '--repeats=2', '--seconds=0.01', '--classes=10', '--plain',
-        '--tasks=train', '--layers', f'--out={tmp_path / "out"}',
+        '--tasks=train', '--layers', '--deterministic', f'--out={tmp_path / "out"}',
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
     rows = record['tasks']['train']
-    names = ['alexnet_jax', 'the plain form', 'ceiling: products', 'ceiling: copies']
+    names = ['alexnet_jax', 'alexnet_jax, deterministic', 'the plain form',
+             'ceiling: products', 'ceiling: copies']  # fmt: skip
     assert [row['name'] for row in rows] == names
     assert rows[0]['ratio'] is None and 0 < rows[0]['flops_share'] < 2
     assert rows[1]['ratio']['min'] > 0 and len(rows[1]['rates']) == 2
+    assert rows[0]['repeats'] and rows[1]['repeats'] and 'repeats' not in rows[2]
+    assert done.stdout.count('the same bits') == 2
     assert record['layers'][0]['name'] == 'conv1 conv'
     assert 'the whole step' in done.stdout
     assert (tmp_path / 'out' / 'benchmark.png').stat().st_size > 10_000

@@ -1,6 +1,10 @@
-"""The operations of a network, one by one: how much arithmetic each is, and how long it takes."""
+"""The operations of a network, one by one: how much arithmetic each is, and how long it takes.
+
+And what a compiled program asks of libraries, whose traffic its compiler does not count.
+"""
 
 import math
+import re
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -12,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import layers, model
+from experiments.scaling import hlo
 
 NAMES = ('conv', 'local', 'lrn', 'map_norm', 'max_pool', 'avg_pool', 'dropout_mask', 'dense')
 
@@ -162,3 +167,22 @@ def _time(function, args) -> float:
     run(1)
     count = math.ceil(0.1 / run(1))
     return run(count) / count
+
+
+def library_bytes(text: str) -> int:
+    """Bytes that a program's calls of libraries (cuDNN, cuBLAS) read and write, from its HLO text.
+
+    Without their scratch memory, bytes that are a result beside the real one: it need not be touched.
+    """
+    sizes, total = {}, 0
+    for name, result, kind, operands in re.findall(
+        r'^\s*(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)', text, re.MULTILINE
+    ):
+        sizes[name] = sum(
+            hlo.BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(',') if n)
+            for dtype, shape in hlo.SHAPE.findall(result)
+            if dtype not in ('u8', 's8') or result[0] != '('
+        )
+        if kind == 'custom-call':
+            total += sizes[name] + sum(sizes.get(x, 0) for x in re.findall(r'%([\w.-]+)', operands))
+    return total
