@@ -1,19 +1,21 @@
 """The benchmark: what it counts, that its forms compute one function, and the command itself."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import configfile, model, switches
+from alexnet_jax import configfile, data, model, switches
 from alexnet_jax.errors import UserError
-from configs import original, paper
+from configs import cifar10, original, paper
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import operations, ours, plain, report
 from experiments.benchmark.protocol import ROOT, Worker, WorkerError
@@ -41,6 +43,27 @@ def test_operations_are_named_and_complete():
     assert names.count('conv2 lrn') == names.count('conv2 map_norm') == 2
     assert [names.count(f'conv{i} max_pool') for i in (1, 2, 3, 4, 5)] == [2, 2, 0, 0, 2]
     assert names.count('fc6 dropout_mask') == 2
+
+
+def test_arithmetic_of_locally_connected_layers():
+    """9 pixels of 64 and 32 channels, 32 kernels, at 36 places."""
+    net = switches.build(classes=10, **cifar10.get_config('13pct').model)
+    found = {op.name: operations.flops(op) for op in operations.operations(net, batch=2, crop=24)}
+    assert found['local3 local'] == 2 * 2 * 36 * 9 * 64 * 32
+    assert found['local4 local'] == 2 * 2 * 36 * 9 * 32 * 32
+    net = switches.build(classes=10, **cifar10.get_config('18pct').model)
+    names = [op.name for op in operations.operations(net, batch=2, crop=32)]
+    assert {'conv2 avg_pool', 'conv3 avg_pool'} < {*names}
+
+
+def test_operations_are_timed_without_waiting_for_each():
+    """Of a device that takes no time, but whose answer takes 10 ms."""
+
+    class Answer:
+        def block_until_ready(self):
+            time.sleep(0.01)
+
+    assert operations._time(Answer, ()) < 0.005
 
 
 def test_table_times_every_operation():
@@ -74,6 +97,71 @@ def test_plain_form_is_the_same_function():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
 
 
+def test_reference_is_in_full_float32(tmp_path, monkeypatch):
+    """TF32, a GPU's default, is what is timed there: how far that is from the reference is its `own`."""
+    precisions = []
+
+    def grad(loss, has_aux):
+        def gradients(params):
+            precisions.append(jax.config.jax_default_matmul_precision)
+            return params, jnp.ones((1, 10))
+
+        return gradients
+
+    net = build(paper, width=0.125)
+    shapes = jax.eval_shape(lambda: model.init(net, 0, 64))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    monkeypatch.setattr(model, 'init', lambda *args: params)
+    monkeypatch.setattr(jax, 'grad', grad)
+    config = configfile.load('configs/paper.py')
+    config.augment.crop = 64
+    spec = {'batch': 1, 'classes': 10, 'plain': False, 'file': str(tmp_path / 'file.npz')}
+    for cpu, expected in ((True, ['highest']), (False, ['highest', None])):
+        precisions.clear()
+        ours._reference({**spec, 'cpu': cpu}, config, net)
+        assert precisions == expected
+
+
+def test_peers_must_agree(capsys):
+    assert benchmark._limits(0.02, 0.0)['gradients_difference'] == 0.02
+    assert benchmark._limits(0.2, 0.15)['gradients_difference'] == 0.3
+    assert benchmark._limits(0.2, 0.6)['gradients_difference'] < 1  # what no gradient at all has
+    limits = benchmark._limits(0.02, 0.0)
+    for distance, agrees in ((0.01, True), (0.03, False), (float('nan'), False)):
+        facts = {'logits_difference': 0.0, 'gradients_difference': distance}
+        assert benchmark._agrees('peer', facts, limits) == agrees
+    assert capsys.readouterr().out.count('another function') == 2
+
+
+def test_bytes_of_library_calls():
+    text = """
+  %p.0 = bf16[2,3]{1,0} parameter(0)
+  %f.1 = f32[4]{0} fusion(%p.0), kind=kLoop, calls=%c
+  %conv-bias.2 = (bf16[5]{0}, u8[1000]{0}) custom-call(%p.0, f32[4]{0} %f.1), custom_call_target="cudnn"
+  %gemm.3 = (f32[7]{0}, s8[4096]{0}) custom-call(%f.1), custom_call_target="cublas"
+  ROOT %other.4 = u8[9]{0} custom-call(%f.1)
+"""
+    assert operations.library_bytes(text) == (10 + 12 + 16) + (28 + 16) + (9 + 16)
+
+
+def test_repeats_compares_bits():
+    noise = iter(range(100))
+    step = jax.jit(lambda x: (x + jnp.nan, x), donate_argnums=0)
+    state = jnp.ones(3)
+    assert ours.repeats(step, state)
+    assert not ours.repeats(lambda x: (x, next(noise)), state)
+    assert state.sum() == 3  # still there
+
+
+def test_peers_compile_anew(tmp_path, monkeypatch):
+    environments = []
+    monkeypatch.setattr(benchmark, 'Worker', lambda *args: environments.append(args[-1]))
+    for module in (benchmark.PEER, benchmark.PEER, benchmark.OURS):
+        benchmark._start(module, 'python', {'allocator': True, 'file': str(tmp_path / 'file')})
+    folders = [environment.get('TORCHINDUCTOR_CACHE_DIR') for environment in environments]
+    assert folders[0] != folders[1] and folders[0].startswith(str(tmp_path)) and not folders[2]
+
+
 def test_spread():
     assert report.spread([3.0, 1.0, 2.0]) == {'median': 2.0, 'min': 1.0, 'max': 3.0}
 
@@ -81,6 +169,22 @@ def test_spread():
 def test_worker_that_ends_says_why():
     with pytest.raises(WorkerError, match='KeyError'):
         Worker(sys.executable, 'experiments.benchmark.ours', {}, {})
+
+
+def test_workers_compile_anew(tmp_path):
+    """What is timed must not be what another worker kept."""
+    environment = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'programs')}
+    spec = {'task': 'copy', 'form': 'plain', 'cpu': True}
+    Worker(sys.executable, 'experiments.benchmark.ours', spec, environment).close()
+    assert not (tmp_path / 'programs').exists()
+
+
+def test_pace_does_not_count_the_wait():
+    class Device:  # a step takes 1 ms, and to hear of the last one's end 20
+        def ask(self, count):
+            return {'seconds': 0.02 + 0.001 * count}
+
+    assert benchmark._pace(Device()) < 0.0011
 
 
 def command(*arguments):
@@ -103,6 +207,23 @@ def test_a_turn_begins_without_what_lay_ready(tmp_path, cold):
     assert np.array_equal(first, again) == cold
 
 
+def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 16)
+    made, taken, cut = [], [], data._cut
+    monkeypatch.setattr(data, '_cut', lambda *args: made.append(1) or cut(*args))
+    write_store(tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8})
+    config = configfile.load('configs/paper.py')
+    config.augment.crop = 32
+    spec = {'store': str(tmp_path / 'store'), 'batch': 4, 'reader': 'threads', 'cold': False}
+    pipeline = ours.Pipeline(spec, config)
+    next(pipeline.batches)
+    deadline = time.monotonic() + 10
+    while len(made) < 18 and time.monotonic() < deadline:  # one taken, and 17 ready
+        time.sleep(0.01)
+    pipeline.batches = map(taken.append, pipeline.batches)
+    pipeline.drain()
+    assert len(taken) >= 17
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -113,6 +234,7 @@ def test_a_turn_begins_without_what_lay_ready(tmp_path, cold):
         (['--seconds=nan'], '--seconds'),
         (['--peer=torch', '--peer_form=fast'], '--peer_form'),
         (['--config=configs/nothing.py'], 'configs/nothing.py'),
+        (['--config=configs/cifar10.py:13pct', '--plain'], '--plain and --peer'),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, monkeypatch):
@@ -136,15 +258,18 @@ def test_the_command(tmp_path):
     """))
     done = command(
         f'--config={config}', '--batch=2', '--repeats=2', '--seconds=0.01', '--classes=10', '--plain',
-        '--tasks=train', '--layers', f'--out={tmp_path / "out"}',
+        '--tasks=train', '--layers', '--deterministic', f'--out={tmp_path / "out"}',
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
     rows = record['tasks']['train']
-    names = ['alexnet_jax', 'the plain form', 'ceiling: products', 'ceiling: copies']
+    names = ['alexnet_jax', 'alexnet_jax, deterministic', 'the plain form',
+             'ceiling: products', 'ceiling: copies']  # fmt: skip
     assert [row['name'] for row in rows] == names
     assert rows[0]['ratio'] is None and 0 < rows[0]['flops_share'] < 2
     assert rows[1]['ratio']['min'] > 0 and len(rows[1]['rates']) == 2
+    assert rows[0]['repeats'] and rows[1]['repeats'] and 'repeats' not in rows[2]
+    assert done.stdout.count('the same bits') == 2
     assert record['layers'][0]['name'] == 'conv1 conv'
     assert 'the whole step' in done.stdout
     assert (tmp_path / 'out' / 'benchmark.png').stat().st_size > 10_000

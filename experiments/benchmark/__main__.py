@@ -30,7 +30,7 @@ from alexnet_jax import allocator, configfile, rundir
 from alexnet_jax.errors import ArgumentParser, UserError, run
 from alexnet_jax.store import open_store
 from experiments.benchmark import report
-from experiments.benchmark.protocol import Worker, WorkerError
+from experiments.benchmark.protocol import Worker, WorkerError, drained
 
 OURS, PEER = 'experiments.benchmark.ours', 'experiments.benchmark.peer'
 FORMS = {
@@ -39,9 +39,12 @@ FORMS = {
     'lrn': ('builtin', 'slices'),
 }
 TASKS = ('train', 'infer', 'input', 'both')
-# How far a peer's logits and gradients may lie from ours in float32, relative L2: ReLUs that switch by
-# the last bit change gradients by some thousandths. In bfloat16 twice as far as ours there, if that is more.
+DETERMINISTIC = 'alexnet_jax, deterministic'
+# How far a peer's logits and gradients may lie from ours in full float32, relative L2: ReLUs that switch
+# by the last bit change gradients by some thousandths.
 TOLERANCE = {'float32': 0.02, 'bfloat16': 0.2}
+# A gradient as long as the true one, but unrelated, is sqrt(2) away, and none at all 1.
+UNRELATED = 0.7
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def main() -> None:
     spec = {
         'config': args.config, 'dtype': args.dtype, 'batch': args.batch, 'classes': args.classes,
         'devices': 1, 'form': 'ours', 'cpu': backend == 'cpu', 'threads': os.cpu_count(),
-        'allocator': True, 'deterministic': args.deterministic,
+        'allocator': True, 'deterministic': False,
     }  # fmt: skip
     record = {'command': ['python', '-m', 'experiments.benchmark', *sys.argv[1:]], **spec,
               'machine': _machine(kind), 'tasks': {}}  # fmt: skip
@@ -62,7 +65,7 @@ def main() -> None:
         (out / 'benchmark.json').touch()
     except OSError as error:
         raise UserError(f'--out={out}: cannot be written: {error.strerror}') from error
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         reference = {}
         if args.plain or args.peer:
             file = str(pathlib.Path(folder) / 'reference.npz')
@@ -98,7 +101,8 @@ def _arguments():
     parser.add_argument('--layers', action='store_true', help='time every operation alone as well')
     parser.add_argument('--plain', action='store_true', help='against the form one writes first')
     parser.add_argument('--two_devices', action='store_true', help='against a tower on each of two')
-    parser.add_argument('--deterministic', action='store_true', help='GPUs: the same bits again')
+    parser.add_argument('--deterministic', action='store_true', help='against the GPU mode that gives '
+                        'the same bits again')
     parser.add_argument('--store', default='', help='folders that prepare wrote, for input and both')
     parser.add_argument('--reader', default='auto', choices=('auto', 'tf', 'threads'))
     parser.add_argument('--cold', action='store_true', help='each turn of input and both begins without '
@@ -115,7 +119,9 @@ def _arguments():
             raise UserError(f'--tasks={task}: choose some of {",".join(TASKS)}')
     if {'input', 'both'} & {*args.tasks} and not args.store:
         raise UserError('--tasks=input and both need --store=DIR, which alexnet_jax.prepare writes')
-    configfile.load(args.config)
+    config = configfile.load(args.config)
+    if config.model.net != 'alexnet' and (args.plain or args.peer):
+        raise UserError(f'--config={args.config}: --plain and --peer know only nets like the paper\'s')
     for store in args.store:
         open_store(store)
     args.store = [os.path.abspath(store) for store in args.store]
@@ -164,11 +170,22 @@ def _facts(spec: dict) -> dict:
 
 
 def _start(module: str, python: str, spec: dict) -> Worker:
-    environment = allocator.settings() if spec['allocator'] else {'GLIBC_TUNABLES': ''}
+    environment = dict(allocator.settings()) if spec['allocator'] else {'GLIBC_TUNABLES': ''}
+    if module == PEER:  # compiling is timed: nothing that another worker compiled
+        folder = tempfile.mkdtemp(prefix='inductor-', dir=os.path.dirname(spec['file']))
+        environment['TORCHINDUCTOR_CACHE_DIR'] = folder
     try:
         return Worker(python, module, spec, environment)
     except (WorkerError, OSError) as error:
         raise UserError(f'{spec["task"]} on {python}: {error}') from error
+
+
+def _pace(worker: Worker) -> float:
+    """Seconds of a repetition, the mean over enough of them for the wait for a device not to count."""
+    count = 1
+    while (seconds := worker.ask(count)['seconds']) < 0.3:
+        count *= 2
+    return seconds / count
 
 
 def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str, dict]]:
@@ -182,11 +199,28 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
     chosen = {'alexnet_jax': (OURS, ours, spec)}
     if args.two_devices:
         chosen['alexnet_jax, two devices'] = (OURS, ours, {**spec, 'devices': 2})
+    if args.deterministic:
+        chosen[DETERMINISTIC] = (OURS, ours, {**spec, 'deterministic': True})
     if args.plain:
         chosen['the plain form'] = (OURS, ours, {**spec, 'form': 'plain', 'allocator': False})
     if args.peer:
         chosen |= _peers(args, {**spec, **reference})
     return chosen
+
+
+def _limits(tolerance: float, own: float) -> dict[str, float]:
+    """How far a peer's facts may be from 0: gradients twice as far as ours (own), if that is more."""
+    gradients = min(max(tolerance, 2 * own), UNRELATED)
+    return {'logits_difference': tolerance, 'gradients_difference': gradients}
+
+
+def _agrees(name: str, facts: dict, limits: dict[str, float]) -> bool:
+    """Whether a peer computes our function; says so if it does not."""
+    for kind, limit in limits.items():
+        if not facts[kind] < limit:
+            print(f'{name}: left out, it computes another function: {kind} {facts[kind]:.2g}', flush=True)
+            return False
+    return True
 
 
 def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
@@ -198,12 +232,9 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
         name = f'torch {mode}, {layout}, {lrn} LRN' + (', our malloc' if kept else '')
         worker = _start(PEER, args.peer_python, form)
         try:
-            for kind in ('logits_difference', 'gradients_difference'):
-                if not worker.facts[kind] < limits[kind]:
-                    print(f'{name}: left out, it computes another function: {kind} '
-                          f'{worker.facts[kind]:.2g}', flush=True)  # fmt: skip
-                    return math.inf, name, form
-            ratios = [worker.ask(1)['seconds'] / ours.ask(1)['seconds'] for _ in range(4)]
+            if not _agrees(name, worker.facts, spec['limits']):
+                return math.inf, name, form
+            ratios = [_pace(worker) / _pace(ours) for _ in range(4)]
         except WorkerError as error:
             raise UserError(f'{name}: it ended: {error}') from error
         finally:
@@ -213,8 +244,7 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
               f'of ours, gradients {worker.facts["gradients_difference"]:.0e}', flush=True)  # fmt: skip
         return ratio, name, form
 
-    tolerance = TOLERANCE[args.dtype]
-    limits = {'logits_difference': tolerance, 'gradients_difference': max(tolerance, 2 * spec.pop('own'))}
+    spec['limits'] = _limits(TOLERANCE[args.dtype], spec.pop('own'))
     given = dict(zip(FORMS, args.peer_form, strict=False))
     modes, layouts, norms = ([given[name]] if name in given else FORMS[name] for name in FORMS)
     ours = _start(OURS, sys.executable, spec)
@@ -247,50 +277,35 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
     try:
         for name, (module, python, one) in entries.items():
             workers[name] = _start(module, python, one)
+            if module == PEER and not _agrees(name, workers[name].facts, one['limits']):
+                workers.pop(name).close()
+                continue
             workers[name].ask(1)
-            first = workers[name].ask(1)['seconds']
-            counts[name] = max(1, round(args.seconds / first))
             # Enough for what lies ready at the beginning of a turn not to decide.
-            counts[name] = max({'input': 50, 'both': 5}.get(one['task'], 1), counts[name])
-        names = list(entries)
+            least = {'input': 10 * drained(), 'both': drained()}.get(one['task'], 1)
+            counts[name] = max(least, math.ceil(args.seconds / _pace(workers[name])))
+        names = list(workers)
         for round_ in range(args.repeats):
             shift = round_ % len(names)
             for name in names[shift:] + names[:shift]:
                 if entries[name][2]['task'] in ('input', 'both'):
                     workers[name].ask('drain')
                 answers[name].append(workers[name].ask(counts[name]))
+        facts = {name: worker.facts for name, worker in workers.items()}
+        for name in facts:
+            facts[name] |= workers[name].ask('peak') if name in contestants else {}
+        if DETERMINISTIC in facts and spec['task'] == 'train':
+            for name in (names[0], DETERMINISTIC):
+                facts[name] |= workers[name].ask('repeats')
         layers = []
         if args.layers and spec['task'] == 'train':
             layers = workers[names[0]].ask('layers')['rows']
-        peaks = {name: workers[name].ask('peak') for name in contestants}
-        facts = {name: worker.facts for name, worker in workers.items()}
     except WorkerError as error:
         raise UserError(f'{spec["task"]}: a worker ended: {error}') from error
     finally:
         for worker in workers.values():
             worker.close()
-    rows = []
-    for name in names:
-        seconds = [answer['seconds'] / counts[name] for answer in answers[name]]
-        rates = [args.batch / s for s in seconds]
-        rows.append({'name': name, **facts[name], **peaks.get(name, {}), 'ratio': None,
-                     'seconds': report.spread(seconds), 'rate': report.spread(rates), 'rates': rates,
-                     'unit': 'images' if name in contestants else ''})  # fmt: skip
-        if name in contestants and name != names[0]:
-            pairs = zip(rows[0]['rates'], rows[-1]['rates'], strict=True)
-            rows[-1]['ratio'] = report.spread([ours / other for ours, other in pairs])
-        if 'waiting_s' in answers[name][0]:
-            waited = sum(answer['waiting_s'] for answer in answers[name])
-            rows[-1]['waiting'] = waited / sum(answer['seconds'] for answer in answers[name])
-        for kind in ('flops', 'bytes'):
-            if rows[-1].get(kind):
-                rows[-1][f'{kind}_rate'] = rows[-1][kind] / rows[-1]['seconds']['median']
-    for kind, ceiling in (('flops', 'ceiling: products'), ('bytes', 'ceiling: copies')):
-        top = next((row[f'{kind}_rate'] for row in rows if row['name'] == ceiling), None)
-        for row in rows:
-            if row['unit'] and row.get(f'{kind}_rate') and top:
-                row[f'{kind}_share'] = row[f'{kind}_rate'] / top
-    return rows, layers
+    return report.rows(facts, answers, counts, contestants, args.batch), layers
 
 
 if __name__ == '__main__':

@@ -1,6 +1,10 @@
-"""The operations of a network, one by one: how much arithmetic each is, and how long it takes."""
+"""The operations of a network, one by one: how much arithmetic each is, and how long it takes.
+
+And what a compiled program asks of libraries, whose traffic its compiler does not count.
+"""
 
 import math
+import re
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -12,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import layers, model
+from experiments.scaling import hlo
 
-NAMES = ('conv', 'lrn', 'map_norm', 'max_pool', 'dropout_mask', 'dense')
+NAMES = ('conv', 'local', 'lrn', 'map_norm', 'max_pool', 'avg_pool', 'dropout_mask', 'dense')
 
 
 class Operation(NamedTuple):
@@ -69,6 +74,9 @@ def flops(operation: Operation) -> int:
     if name == 'dense':
         x, kernel = operation.args[:2]
         return 2 * math.prod(x.shape) * kernel.shape[-1]
+    if name == 'local':  # a kernel of its own for every place
+        x, kernel = operation.args[:2]
+        return 2 * x.shape[0] * math.prod(kernel.shape)
     if name == 'conv':
         out = jax.eval_shape(lambda *args: operation.function(*args, **operation.kwargs), *operation.args)
         return 2 * math.prod(out.shape) * math.prod(operation.args[1].shape[:3])
@@ -147,10 +155,34 @@ def _programs(op: Operation, first: bool):
 
 
 def _time(function, args) -> float:
-    """Seconds of a call, the mean over at least a tenth of a second."""
-    jax.block_until_ready(function(*args))
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.1:
-        jax.block_until_ready(function(*args))
-        count += 1
-    return (time.perf_counter() - began) / count
+    """Seconds of a call, the mean over about a tenth of a second."""
+
+    def run(count):
+        began = time.perf_counter()
+        for _ in range(count):
+            out = function(*args)
+        jax.block_until_ready(out)  # once: small operations take less time than to hear of their end
+        return time.perf_counter() - began
+
+    run(1)
+    count = math.ceil(0.1 / run(1))
+    return run(count) / count
+
+
+def library_bytes(text: str) -> int:
+    """Bytes that a program's calls of libraries (cuDNN, cuBLAS) read and write, from its HLO text.
+
+    Without their scratch memory, bytes that are a result beside the real one: it need not be touched.
+    """
+    sizes, total = {}, 0
+    for name, result, kind, operands in re.findall(
+        r'^\s*(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)', text, re.MULTILINE
+    ):
+        sizes[name] = sum(
+            hlo.BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(',') if n)
+            for dtype, shape in hlo.SHAPE.findall(result)
+            if dtype not in ('u8', 's8') or result[0] != '('
+        )
+        if kind == 'custom-call':
+            total += sizes[name] + sum(sizes.get(x, 0) for x in re.findall(r'%([\w.-]+)', operands))
+    return total

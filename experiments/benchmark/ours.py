@@ -17,7 +17,6 @@ from alexnet_jax.job import make_optimizer
 from alexnet_jax.store import open_store
 from experiments.benchmark import operations, plain, protocol
 
-DRAINED = 8  # batches: more than lie ready when a turn begins
 MEAN = 120.0  # of every pixel, where there is no store
 
 
@@ -86,7 +85,21 @@ def _train(spec, config, net):
     def layers():
         return {'rows': operations.table(net, spec['batch'], config.augment.crop)}
 
-    return repeat, facts, {'layers': layers, 'peak': _peak}
+    def same():
+        return {'repeats': repeats(lambda state: compiled(state, batch, rates), state)}
+
+    return repeat, facts, {'layers': layers, 'peak': _peak, 'repeats': same}
+
+
+def repeats(step, state) -> bool:
+    """Whether three steps from one state give the same bits twice; step(state) -> (state, sums)."""
+    ends = []
+    for _ in range(2):
+        now = jax.tree.map(jnp.copy, state)  # what a step is given it may destroy
+        for _ in range(3):
+            now, sums = step(now)
+        ends.append([np.asarray(x).tobytes() for x in jax.tree.leaves((now, sums))])
+    return ends[0] == ends[1]
 
 
 def _both(spec, config, net):
@@ -135,7 +148,7 @@ class Pipeline:
             evict(self._spec['store'])
             self.batches = self._open()
         else:
-            for _ in range(DRAINED):
+            for _ in range(protocol.drained()):
                 next(self.batches)
         return {}
 
@@ -186,7 +199,7 @@ def _reference(spec, config, net):
     """Writes spec['file'], npz: parameters, pictures, and the logits and gradients in float32, for a peer.
 
     Without dropout's masks: units are halved as at test time. Gradients of the mean cross-entropy.
-    Facts: `net`, what it is; `own`, how far our gradients are from those in spec['dtype'].
+    Facts: `net`, what it is; `own`, how far our gradients are from these as they are timed.
     """
     params = model.init(net, 0, config.augment.crop)
     batch = _batch(spec, config)
@@ -199,8 +212,11 @@ def _reference(spec, config, net):
 
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-    gradients, logits = gradients_of(net.clone(dtype=jnp.float32))
-    own, own_logits = (gradients, logits) if net.dtype == jnp.float32 else gradients_of(net)
+    with jax.default_matmul_precision('highest'):  # else float32 is TF32 on a GPU
+        gradients, logits = gradients_of(net.clone(dtype=jnp.float32))
+    own, own_logits = gradients, logits
+    if net.dtype != jnp.float32 or not spec['cpu']:
+        own, own_logits = gradients_of(net)
     if spec['plain']:
         same = plain.logits(net, params, images.astype(np.float32) - MEAN)
         if protocol.distance(same, own_logits) > spec['tolerance']:
@@ -224,10 +240,13 @@ def _compile(function, *args):
     """The compiled program, and what its compiler says of it."""
     began = time.monotonic()
     compiled = function.lower(*args).compile()
-    cost = compiled.cost_analysis() or {}
+    seconds = time.monotonic() - began
+    moved = (compiled.cost_analysis() or {}).get('bytes accessed', 0.0)
+    if jax.default_backend() == 'gpu':  # where the compiler counts -1 for each call of a library
+        moved += operations.library_bytes(compiled.as_text())
     return compiled, {
-        'compile_s': time.monotonic() - began,
-        'bytes': cost.get('bytes accessed', 0.0) * jax.device_count(),  # the program of one device
+        'compile_s': seconds,
+        'bytes': moved * jax.device_count(),  # the program of one device
         'device': jax.devices()[0].device_kind,
     }
 

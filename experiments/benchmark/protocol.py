@@ -19,6 +19,11 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+def drained() -> int:
+    """So many batches are more than lie ready when a turn begins: two more than there are threads."""
+    return os.cpu_count() + 4
+
+
 def distance(x, y) -> float:
     """How far an array is from another, |x - y| / |y|."""
     return float(((x - y) ** 2).sum() ** 0.5 / (y**2).sum() ** 0.5)
@@ -36,7 +41,9 @@ class Worker:
         self._process = subprocess.Popen(
             [python, '-m', module, json.dumps(spec)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT,
-            env={**os.environ, **environment, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},  # several on a GPU
+            env={**os.environ, **environment,
+                 'JAX_ENABLE_COMPILATION_CACHE': 'false',  # compiling is timed, too
+                 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},  # several on a GPU
         )  # fmt: skip
         try:
             self.facts = self._answer()

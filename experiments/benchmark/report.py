@@ -8,6 +8,37 @@ def spread(values: list[float]) -> dict[str, float]:
     return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
+def rows(facts: dict, answers: dict, counts: dict, contestants, batch: int) -> list[dict]:
+    """The results of one task: a row for each worker, by name; ratios to the first, shares of ceilings.
+
+    facts: what is known of it; answers: of its turns; counts: the repetitions of one; contestants:
+    which workers are not ceilings.
+    """
+    rows = []
+    for name, known in facts.items():
+        seconds = [answer['seconds'] / counts[name] for answer in answers[name]]
+        rates = [batch / s for s in seconds]
+        row = {'name': name, **known, 'ratio': None,
+               'seconds': spread(seconds), 'rate': spread(rates), 'rates': rates,
+               'unit': 'images' if name in contestants else ''}  # fmt: skip
+        if name in contestants and rows:
+            pairs = zip(rows[0]['rates'], rates, strict=True)
+            row['ratio'] = spread([ours / other for ours, other in pairs])
+        if 'waiting_s' in answers[name][0]:
+            waited = sum(answer['waiting_s'] for answer in answers[name])
+            row['waiting'] = waited / sum(answer['seconds'] for answer in answers[name])
+        for kind in ('flops', 'bytes'):
+            if row.get(kind):
+                row[f'{kind}_rate'] = row[kind] / row['seconds']['median']
+        rows.append(row)
+    for kind, ceiling in (('flops', 'ceiling: products'), ('bytes', 'ceiling: copies')):
+        top = next((row[f'{kind}_rate'] for row in rows if row['name'] == ceiling), None)
+        for row in rows:
+            if row['unit'] and row.get(f'{kind}_rate') and top:
+                row[f'{kind}_share'] = row[f'{kind}_rate'] / top
+    return rows
+
+
 def lines(results: list[dict]) -> list[str]:
     """The results of one task as a table."""
     out = [f'{"":<34}{"images/s":>10}{"min-max":>18}{"ratio":>8}{"min-max":>14}'
@@ -27,6 +58,10 @@ def lines(results: list[dict]) -> list[str]:
             f'{row["waiting"]:>8.1%} ' if row.get('waiting') is not None else '',
         ]
         out.append(''.join(cells).rstrip())
+    for row in results:
+        if 'repeats' in row:
+            bits = 'the same bits' if row['repeats'] else 'other bits'
+            out.append(f'{row["name"]}: three steps from one state, once more, give {bits}')
     return out
 
 
