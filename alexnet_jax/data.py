@@ -6,7 +6,6 @@ starting at any step costs the same. Pictures leave here as uint8; arithmetic is
 
 import atexit
 import importlib.util
-import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 from alexnet_jax import sampler
 from alexnet_jax.datasets import import_tensorflow
 from alexnet_jax.errors import UserError
-from alexnet_jax.store import Store
+from alexnet_jax.store import Store, cores
 
 Batch = dict[str, np.ndarray]
 
@@ -138,7 +137,7 @@ def _batches(
     """The batches of some steps, through one of the readers."""
     if reader not in ('auto', 'tf', 'threads'):
         raise UserError(f'unknown reader {reader!r}, not one of auto, tf, threads')
-    threads = threads or os.cpu_count()
+    threads = threads or cores()
     if reader == 'auto':
         reader = 'tf' if importlib.util.find_spec('tensorflow') else 'threads'
     if reader == 'threads' and store.format != 'u8':
@@ -158,6 +157,8 @@ def _batches(
 
 def _cut(pixels: np.ndarray, plan: Plan, crop: int) -> Batch:
     """A batch from raw pictures: every crop is copied once, out of the memory map."""
+    if crop == pixels.shape[1] == pixels.shape[2] and not plan.flip.any() and (plan.records >= 0).all():
+        return {'image': pixels[plan.records], **plan.rest}  # whole pictures: ten times as fast
     image = np.zeros((len(plan.records), crop, crop, 3), np.uint8)
     for out, record, y, x, flip in zip(image, plan.records, plan.y, plan.x, plan.flip, strict=True):
         if record < 0:

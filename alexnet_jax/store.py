@@ -154,6 +154,11 @@ def open_store(path: str | os.PathLike) -> Store:
     )
 
 
+def cores() -> int:
+    """The cores that this process may use: fewer than there are where it is bound to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
 def verify(store: Store) -> None:
     """Reads every record of a store.
 
@@ -171,7 +176,7 @@ def verify(store: Store) -> None:
             if not _is_whole(store, split, i)
         ]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         bad = [name for names in pool.map(damaged, jobs) for name in names]
     if bad:
         shown = ', '.join(bad[:5]) + (', ...' if len(bad) > 5 else '')

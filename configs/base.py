@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
         'keep': 2,  # checkpoints, the latest ones, beside the best
         'log_every': 50,  # steps
         'deterministic': False,  # on GPUs: a stopped run ends with the same bits; CPUs always do
-        'threads': 0,  # of the input pipeline; 0: one per core
+        'threads': 0,  # of the input pipeline; 0: one per core that the process may use
         # When this start stops, with a checkpoint: steps ('1000') or a time ('90s', '45m', '23h', '2d'),
         # for a queue's limit; '': never. SIGTERM and Ctrl-C do the same.
         'stop_after': '',

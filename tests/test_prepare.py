@@ -162,7 +162,7 @@ def test_interrupted_equals_uninterrupted(tree, tmp_path, monkeypatch, format, f
     options = {'format': format, 'size': 24}
     prepare.prepare(tree, store=str(tmp_path / 'whole'), **options)
     monkeypatch.setattr(writer, 'FLUSH_SECONDS', flush)
-    monkeypatch.setattr(writer.os, 'cpu_count', lambda: 1)
+    monkeypatch.setattr(writer, 'cores', lambda: 1)
     real, starts, budget = datasets.open_source, [], 0
 
     def killing(*args, **kwargs):

@@ -1,13 +1,14 @@
 """The store: what is written is read, and whatever is wrong with it is one clear line."""
 
 import json
+import os
 import re
 
 import numpy as np
 import pytest
 
 from alexnet_jax.errors import UserError
-from alexnet_jax.store import open_store, verify
+from alexnet_jax.store import cores, open_store, verify
 from tests.tiny_store import decode, write_store
 
 
@@ -156,3 +157,8 @@ def test_a_broken_store_is_one_line(tmp_path, case):
     assert '\n' not in str(caught.value) and str(tmp_path / 'store') in str(caught.value)
     if case not in ('no folder', 'incomplete'):  # prepare alone would find it complete
         assert re.search(again(tmp_path / 'store'), str(caught.value))
+
+
+def test_cores_are_those_that_the_process_is_bound_to(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {1, 3}, raising=False)
+    assert cores() == 2

@@ -22,6 +22,7 @@ from PIL import Image
 from alexnet_jax.datasets.pictures import square, statistics
 from alexnet_jax.datasets.source import Example, Source
 from alexnet_jax.errors import UserError
+from alexnet_jax.store import cores
 
 FLUSH_SECONDS = 5.0  # between the points from which an interrupted pass goes on
 INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one row a record
@@ -116,7 +117,7 @@ def _write_split(path, source, split, *, size, format, progress, began):
 
     total, start = source.splits[split], int(written[0])
     records = _in_order(lambda example: _record(example, size, format, len(source.class_names)),
-                        source.read(split, start), os.cpu_count())
+                        source.read(split, start), cores())
     flushed = began
     try:
         for data, row, pixels, products in tqdm(
