@@ -16,8 +16,10 @@ and, with `labs.main(__name__)` at its end, is used as
 
 What follows `--` goes to every run, as to `python -m alexnet_jax.main`. A finished run is not run
 again, an interrupted one goes on. Results lie in experiments/results/NAME-SCALE.json, with the
-command, commit, versions and machine of each; `python -m experiments.report` gathers them. Several
-commands may work at one experiment at the same time, each at the runs that its --only names.
+command, commit, versions and machine of each; `python -m experiments.report` gathers them. They come with
+the repository: who measures anew, or something else, gives a folder, --results=DIR, for results, figure
+and run directories. Several commands may work at one experiment at the same time, each at the runs that
+its --only names.
 """
 
 import argparse
@@ -54,7 +56,7 @@ class Lab:
     what `after` gave; 'given', the arguments of the command line; 'taken', its directory, where it was
     made elsewhere.
 
-    start: how a run is made; see `in_new_process`.
+    start: how a run is made; see `in_new_process`. UserError if `extra` sets what every run has of its own.
     """
 
     def __init__(
@@ -64,6 +66,10 @@ class Lab:
     ):  # fmt: skip
         self.scale, self.seeds, self.taken = scale, seeds, list(taken)
         self._extra, self._start = list(extra), start or in_new_process
+        for text in self._extra:
+            if text.lstrip('-').partition('=')[0] in ('config', 'workdir', 'config.seed'):
+                raise UserError(f'{text}: every run has its own; an experiment takes --scale, --seeds '
+                                'and --results')  # fmt: skip
         # Names and keys: of the runs to make, none if all; of those that were asked for.
         self._only, self._asked = set(), set()
         self.folder = runs / f'{runs_of or experiment}-{scale}'
@@ -105,10 +111,11 @@ class Lab:
         if self._only and not {name, key} & self._only:
             return there
         if there:
-            if there['command'] != command:
+            if _decisive(there['command']) != _decisive(command):
                 raise UserError(
                     f'{self._file}: {key} was run as {" ".join(there["command"])}, not as '
-                    f'{" ".join(command)}; remove it there, or give the same arguments'
+                    f'{" ".join(command)}; give the same arguments, or a folder for other results, '
+                    '--results=DIR'
                 )
             return there
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
@@ -194,6 +201,11 @@ def _here(function: Callable, *args):
 
 def _arguments(changes: dict[str, Any] | None) -> list[str]:
     return [f'--config.{field}={value}' for field, value in (changes or {}).items()]
+
+
+def _decisive(command: list[str]) -> list[str]:
+    """The arguments that runs of one name must share; how a machine runs them is its own affair."""
+    return [text for text in command if not text.startswith('--config.run.')]
 
 
 def _rows(workdir: pathlib.Path, kind: str) -> Rows:
@@ -304,6 +316,8 @@ def _main(module: ModuleType) -> None:
     )  # fmt: skip
     parser.add_argument('--scale', choices=SCALES, default='small')
     parser.add_argument('--seeds', type=int, default=3, help='runs of everything; default: 3')
+    parser.add_argument('--results', type=pathlib.Path, metavar='DIR',
+                        help='where to keep results, figure and run directories, to measure anew')
     parser.add_argument('--report', action='store_true', help='only the table of what is there')
     if getattr(module, 'TAKES_RUNS', False):
         parser.add_argument('--run', action='append', default=[], metavar='RUN',
@@ -320,8 +334,13 @@ def _main(module: ModuleType) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :],
-              taken=getattr(options, 'run', []), runs_of=getattr(module, 'RUNS_OF', ''))
+    results, figures, runs = RESULTS, FIGURES, pathlib.Path('runs')
+    if options.results:
+        if options.results.exists() and not options.results.is_dir():
+            raise UserError(f'--results={options.results}: not a folder; give another')
+        results, figures, runs = options.results, options.results, options.results / 'runs'
+    lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :], runs=runs,
+              results=results, taken=getattr(options, 'run', []), runs_of=getattr(module, 'RUNS_OF', ''))
     if getattr(options, 'only', []):
         lab.choose(module.run, options.only)
     if not options.report:
@@ -330,7 +349,7 @@ def _main(module: ModuleType) -> None:
         raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
     print(module.report(lab.results))
     if module.plot:
-        file = FIGURES / f'{name}-{options.scale}.png'
+        file = figures / f'{name}-{options.scale}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
         module.plot(lab.results, file)
         print(f'figure: {file}')

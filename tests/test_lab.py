@@ -1,11 +1,12 @@
 """What the experiments share: finished runs are kept, others go on; and Figure 1 on a handful of pictures."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from alexnet_jax.errors import UserError
-from experiments import fig1_relu_tanh
+from experiments import fig1_relu_tanh, lab
 from tests.small_lab import make
 from tests.tiny_store import write_store
 
@@ -64,15 +65,21 @@ def test_the_ratio_and_the_best_rate():
     assert '0.002: diverged' in table
 
 
+def leave(command, workdir, until):
+    """What a start must leave, and nothing more."""
+    workdir.mkdir(parents=True)
+    (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
+    (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
+    return False
+
+
 def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
     made = []
 
     def start(command, workdir, until):
         made.append(command)
-        workdir.mkdir(parents=True)
+        leave(command, workdir, until)
         (workdir / 'metrics.jsonl').write_text('{"kind": "train", "step": 1}\n{"kind": "eval", "st')
-        (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
-        (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
         return True
 
     trial = make(tmp_path, start=start)
@@ -84,6 +91,8 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
     assert len(made) == 1
     with pytest.raises(UserError, match='a-0 was run as .*rate=1.0.*, not as .*rate=2.0'):
         make(tmp_path, start=start).run('a', 0, 'configs/paper.py', {'optim.rate': 2.0})
+    elsewhere = make(tmp_path, ['--config.run.threads=2'], start=start)  # how it is run decides nothing
+    assert elsewhere.run('a', 0, 'configs/paper.py', changes) == result and len(made) == 1
     (tmp_path / 'results' / 'trial-smoke.json').write_text('{')
     with pytest.raises(UserError, match='trial-smoke.json: not JSON'):
         make(tmp_path)
@@ -106,23 +115,63 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
 
 
 def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
-    def start(command, workdir, until):
-        workdir.mkdir(parents=True)
-        (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
-        (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
-        return False
-
     def run(trial):
         for seed in range(2):
             for name in ('a', 'b'):
                 trial.run(name, seed, 'configs/paper.py')
 
-    labs = [make(tmp_path, start=start, seeds=2) for _ in range(2)]
+    labs = [make(tmp_path, start=leave, seeds=2) for _ in range(2)]
     for trial, only in zip(labs, ('a-1', 'b'), strict=True):
         trial.choose(run, [only])
         run(trial)
     kept = json.loads((tmp_path / 'results' / 'trial-smoke.json').read_text())
     assert [*kept] == ['a-1', 'b-0', 'b-1']
     with pytest.raises(UserError, match='--only=c'):
-        make(tmp_path, start=start, seeds=2).choose(run, ['c', 'a'])
+        make(tmp_path, start=leave, seeds=2).choose(run, ['c', 'a'])
     assert len([*(tmp_path / 'runs' / 'trial-smoke').iterdir()]) == 3  # it was found before anything was run
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """command(arguments, ...) runs an experiment of one run of each seed, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab, 'RESULTS', tmp_path / 'committed')
+    monkeypatch.setattr(lab, 'FIGURES', tmp_path / 'committed')
+    monkeypatch.setattr(lab, 'in_new_process', leave)
+    monkeypatch.setattr('signal.signal', lambda *args: None)
+    module = SimpleNamespace(
+        __file__='trial.py', __doc__='What it is.', report=lambda results: f'table of {[*results]}',
+        run=lambda lab: [lab.run('a', seed, 'configs/paper.py') for seed in range(lab.seeds)],
+        plot=lambda results, file: file.write_text('figure'),
+    )  # fmt: skip
+
+    def run(*arguments):
+        monkeypatch.setattr('sys.argv', ['trial', *arguments])
+        lab._main(module)
+
+    return run
+
+
+def test_a_command_and_another_folder_for_results(command, tmp_path, capsys):
+    with pytest.raises(UserError, match='trial, full: nothing has been run'):
+        command('--scale=full', '--report')
+    command('--seeds=1', '--', '--config.data.source=a')
+    assert {*(tmp_path / 'committed').iterdir()} >= {
+        tmp_path / 'committed/trial-small.json', tmp_path / 'committed/trial-small.png'}  # fmt: skip
+    out = capsys.readouterr().out
+    assert "table of ['a-0']\nfigure: " in out and out.splitlines()[0].endswith(
+        '--workdir=runs/trial-small/a-0 --config.seed=0 --config.data.source=a')  # fmt: skip
+    other = ['--seeds=2', '--', '--config.data.source=b']
+    with pytest.raises(UserError, match='a-0 was run as .*--results=DIR'):
+        command(*other)
+    command('--results=mine', *other)
+    assert "table of ['a-0', 'a-1']\nfigure: mine/trial-small.png" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / 'mine/runs/trial-small').iterdir()} == {'a-0', 'a-1'}
+    assert len([*(tmp_path / 'runs/trial-small').iterdir()]) == 1
+
+
+@pytest.mark.parametrize('text', ['--config.seed=5', '--workdir=x', '--config', '-workdir'])
+def test_what_every_run_has_of_its_own_cannot_be_given(command, tmp_path, text):
+    with pytest.raises(UserError, match=f'{text}: every run has its own'):
+        command('--', '--config.data.source=a', text, 'x')
+    assert not [*tmp_path.iterdir()]
