@@ -130,17 +130,21 @@ def write(config, workdir: files.Path, store: Store) -> None:
 
 
 def commit() -> str:
-    try:
-        done = subprocess.run(
-            ['git', 'describe', '--always', '--dirty'],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
+    """The commit this program is of, with '-dirty' if what trains was changed since; 'unknown' without git."""
+
+    def git(*arguments):
+        folder = pathlib.Path(__file__).parent
+        return subprocess.run(
+            ['git', *arguments], cwd=folder, capture_output=True, text=True, check=False
         )
+
+    try:
+        described = git('describe', '--always').stdout.strip()
+        # Not of everything: the results of experiments change while they are measured.
+        changed = git('diff', '--quiet', 'HEAD', '--', ':/alexnet_jax', ':/configs').returncode == 1
     except OSError:  # no git here
         return 'unknown'
-    return done.stdout.strip() or 'unknown'
+    return f'{described}-dirty' if changed else described or 'unknown'
 
 
 @contextlib.contextmanager
