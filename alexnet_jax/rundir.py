@@ -130,7 +130,7 @@ def write(config, workdir: files.Path, store: Store) -> None:
 
 
 def commit() -> str:
-    """The commit this program is of, with '-dirty' if what trains was changed since; 'unknown' without git."""
+    """The commit of this program, with '-dirty' if what trains was changed since; 'unknown' without git."""
 
     def git(*arguments):
         folder = pathlib.Path(__file__).parent

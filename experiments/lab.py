@@ -303,6 +303,15 @@ def mean_std(values) -> str:
     return f'{statistics.mean(values):.1f}{spread}'
 
 
+def draw(module: ModuleType, results: dict[str, Any], file: pathlib.Path) -> pathlib.Path | None:
+    """Draws the figure of some results -> its file; None where there is none to draw."""
+    if not module.plot:
+        return None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    module.plot(results, file)
+    return file if file.exists() else None
+
+
 def main(module: str) -> None:
     """The command line of an experiment, given its `__name__`."""
     errors.run(lambda: _main(sys.modules[module]))
@@ -348,8 +357,5 @@ def _main(module: ModuleType) -> None:
     if not lab.results:
         raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
     print(module.report(lab.results))
-    if module.plot:
-        file = figures / f'{name}-{options.scale}.png'
-        file.parent.mkdir(parents=True, exist_ok=True)
-        module.plot(lab.results, file)
+    if file := draw(module, lab.results, figures / f'{name}-{options.scale}.png'):
         print(f'figure: {file}')

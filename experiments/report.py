@@ -3,8 +3,8 @@
     python -m experiments.report        # writes experiments/RESULTS.md
 
 Of every experiment: what it is about, and at each scale that was run the command, the table, the figure
-and what it was measured on. What has not been run is there too, with the command that would. Smoke runs
-only show that a command works, and are left out.
+(drawn anew) and what it was measured on. What has not been run is there too, with the command that would.
+Smoke runs only show that a command works, and are left out.
 """
 
 import argparse
@@ -47,8 +47,7 @@ def section(name: str) -> str:
             continue
         parts.append('```\n' + '\n'.join(commands(name, scale, there)) + '\n```')
         parts.append(module.report(there))
-        figure = labs.FIGURES / f'{name}-{scale}.png'
-        if figure.exists():
+        if figure := labs.draw(module, there, labs.FIGURES / f'{name}-{scale}.png'):
             parts.append(f'![{module.TITLE}](figures/{figure.name})')
         parts.append(f'Measured: {labs.provenance(there)}')
     return '\n\n'.join(parts) + '\n'
