@@ -155,7 +155,7 @@ def report(results) -> str:
 
 def conclusion(name: str, steps_left: list[int], seeds: int, length: int) -> str:
     """One row in words."""
-    start = f'{name}: the loss left ln(classes) in {len(steps_left)} of {seeds} seeds'
+    start = f'{name}: the loss left ln(classes) in {len(steps_left)} of {labs.count(seeds, "seed")}'
     if not steps_left:
         return f'{start} within {length:,} steps.'
     between = f'{min(steps_left):,} and {max(steps_left):,}'

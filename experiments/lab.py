@@ -260,7 +260,7 @@ def provenance(results: dict[str, Any]) -> str:
         f'{run["data"]["counts"]["val"]:,} test pictures)' for run in runs
     )  # fmt: skip
     return (
-        f'{len(runs)} runs on {data}; devices: {each(" ".join(run["devices"]) for run in runs)}; '
+        f'{count(len(runs), "run")} on {data}; devices: {each(" ".join(run["devices"]) for run in runs)}; '
         f'jax {each(run["versions"]["jax"] for run in runs)}; '
         f'commit {each(run["commit"] for run in runs)}.'
     )
@@ -280,6 +280,11 @@ def shortened(config: str, part: float) -> dict[str, Any]:
 def named(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The results of a run, one for each of its seeds."""
     return [result for result in results.values() if result['name'] == name]
+
+
+def count(number: int, word: str) -> str:
+    """'1 seed', '2 seeds'."""
+    return f'{number} {word}{"s" * (number != 1)}'
 
 
 def standard_error(values) -> float:

@@ -142,7 +142,7 @@ def report(results) -> str:
                          for error in ablations.ERRORS) if values else ''  # fmt: skip
         lines.append(f'| {name} | {theirs} | {ours} | {len(values) or ""} |')
     diverged = sum(result['diverged'] for result in results.values())
-    return '\n'.join([*lines, *(['', f'{diverged} runs diverged.'] if diverged else [])])
+    return '\n'.join([*lines, *(['', f'{labs.count(diverged, "run")} diverged.'] if diverged else [])])
 
 
 if __name__ == '__main__':

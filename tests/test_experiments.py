@@ -75,7 +75,7 @@ def test_does_it_train(tmp_path, store):
     table = does_it_train.report(trial.results)
     assert '| original | 0.03 | 1 | 1e-4 / 5 | not within 4 steps |' in table
     assert '| paper bias | 0.01 | 0.1 | 1e-4 | not run |' in table
-    assert 'original: the loss left ln(classes) in 0 of 1 seeds within 4 steps.' in table
+    assert 'original: the loss left ln(classes) in 0 of 1 seed within 4 steps.' in table
     does_it_train.plot(trial.results, tmp_path / 'figure.png')
     assert (tmp_path / 'figure.png').stat().st_size > 1000
 
@@ -188,7 +188,22 @@ def test_the_table_of_ablations():
             '| +1.4 / +1.2 | +1.37 / +1.15 | yes |') in table
     assert '| no dropout | 3 | +0.00 ± 0.58, not resolved |' in table and '| worse |  | ? |' in table
     assert '| one crop | 3 | +1.00 ± 0.00, worse |' in table
+    assert '| without conv2 | 0 | not measured |  | ≈ 2 |' in table
+    assert '| no weight decay | 0 | not measured |  |  |' in table  # the paper: of the training error
     assert 'has not been run' in ablations.report({})
+    single = ablated(reference=[40], no_norms=[43])
+    assert 'ten crops, 1 seed: ' in ablations.report(single)
+
+
+def test_one_pair_has_no_bar_in_the_figure(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure))
+    ablations.plot(ablated(reference=[40, 44], no_norms=[43], tanh=[50, 53]), tmp_path / 'none.png')
+    one, several = 'measured, one pair', 'measured, ± 2 standard errors'
+    (legend,), axes = drawn[0].legends, drawn[0].axes[0]
+    assert {one, several} <= {text.get_text() for text in legend.get_texts()}
+    bars = {container.get_label(): container.has_xerr for container in axes.containers}
+    assert bars == {one: False, several: True}
 
 
 def test_table_1(tmp_path, store, monkeypatch):

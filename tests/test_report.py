@@ -81,6 +81,11 @@ def test_all_schedules_are_shortened_alike(tmp_path):
     assert (short['optim.epochs'], short['optim.drops']) == (1.0, (0.8,))
 
 
+def test_every_network_has_dashes_of_its_own():
+    assert {*cifar_lrn.LOOKS} == {*cifar_lrn.CLAIMED}
+    assert len({dashes for _, dashes, _ in cifar_lrn.LOOKS.values()}) == len(cifar_lrn.LOOKS)
+
+
 def test_what_norms_bring_is_paired_by_seed():
     """The networks differ by 1 to 3 points within a seed, and by much more between seeds."""
     results = by_key(
