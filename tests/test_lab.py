@@ -59,6 +59,7 @@ def test_the_ratio_and_the_best_rate():
             results[f'{net}-{seed}'] = {'name': net, 'seed': seed, 'diverged': False, 'train': rows(*errors)}
     assert fig1_relu_tanh.best_rate(results, 'ReLU') == 0.004  # the best one diverged
     table = fig1_relu_tanh.report(results)
+    assert 'The paper does not name its network. Ours' in table and 'the first block of 10,000' in table
     # Between 50 and 20 % the target lies 5/6 of an epoch on: 3.8, 4.8; 11.8, 12.8.
     assert '| ReLU | 0.004 (at the edge of the sweep) | 3.8, 4.8 | 4.3 ± 0.7 |' in table
     assert 'tanh needs 2.8 ± 0.3 times the epochs' in table
