@@ -26,8 +26,8 @@ NETS = {'ReLU': 'configs/cifar10.py:fig1', 'tanh': 'configs/cifar10.py:fig1_tanh
 CHOICES = (
     'The paper does not name its network. Ours, by our own choice: the 19 % network of cuda-convnet, three '
     'convolutions and the last layer, without weight decay, crops or flips (`original.md` §8). 25 % is '
-    'reached with the first block of 10,000 successive training pictures, as they are trained on, whose error '
-    'is not above it; from the end of the block before to its own a straight line is drawn.'
+    'reached with the first block of 10,000 successive training pictures, as they are trained on, whose '
+    'error is not above it; from the end of the block before to its own a straight line is drawn.'
 )
 SCALES = {  # rates, epochs of the sweep and, at the most, to the target, further changes
     'smoke': (RATES[1:3], 1.0, 2.0, {'data.source': 'alexnet_shapes', 'run.log_every': 4}),

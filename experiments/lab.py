@@ -7,7 +7,7 @@ An experiment is a module with
     def report(results) -> its table, in Markdown
     def plot(results, file)  its figure, or None where it has none
     RUNS_OF             the experiment whose run directories it looks at, if not its own
-    TAKES_RUNS          True where it can also look at runs that are there already, --run=RUN
+    TAKES_RUNS          True where its `look` can also be given runs that are there already, --run=RUN
     INDEPENDENT         True where no run needs the result of another: --only then chooses some
 
 and, with `labs.main(__name__)` at its end, is used as
@@ -53,8 +53,7 @@ class Lab:
 
     A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
     'commit', 'versions' and 'devices' of the last start; 'data', its 'source' and 'counts'; 'extra',
-    what `after` gave; 'given', the arguments of the command line; 'taken', its directory, where it was
-    made elsewhere.
+    what `after` gave; 'given', the arguments of the command line.
 
     start: how a run is made; see `in_new_process`. UserError if `extra` sets what every run has of its own.
     """
@@ -62,9 +61,9 @@ class Lab:
     def __init__(
         self, experiment: str, scale: str, *, seeds: int, extra: Iterable[str] = (),
         runs: pathlib.Path = pathlib.Path('runs'), results: pathlib.Path = RESULTS,
-        start: Callable | None = None, taken: Iterable[str] = (), runs_of: str = '',
+        start: Callable | None = None, runs_of: str = '',
     ):  # fmt: skip
-        self.scale, self.seeds, self.taken = scale, seeds, list(taken)
+        self.scale, self.seeds = scale, seeds
         self._extra, self._start = list(extra), start or in_new_process
         for text in self._extra:
             if text.lstrip('-').partition('=')[0] in ('config', 'workdir', 'config.seed'):
@@ -119,8 +118,17 @@ class Lab:
                 )
             return there
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
-        diverged = self._start(command, self.workdir(name, seed), until)
-        return self._keep(name, seed, self.workdir(name, seed), after, diverged=diverged, command=command)
+        workdir = self.workdir(name, seed)
+        diverged = self._start(command, workdir, until)
+        call = apart if self._start is in_new_process else _here
+        result = {
+            'name': name, 'seed': seed, 'diverged': diverged,
+            'extra': call(after, workdir) if after and not diverged else None,
+            **{kind: _rows(workdir, kind) for kind in ('train', 'eval')},
+            'command': command, 'given': self._extra, **_origin(workdir),
+        }  # fmt: skip
+        self.results = add(self._file, key, result)
+        return result
 
     def choose(self, run: Callable[['Lab'], Any], only: Iterable[str]) -> None:
         """Of the runs that run(lab) asks for, makes only those with one of these names or keys.
@@ -133,26 +141,6 @@ class Lab:
         for name in sorted(self._only - self._asked):
             raise UserError(f'--only={name}: there is no such run at --scale={self.scale} '
                             f'--seeds={self.seeds}')
-
-    def take(
-        self, workdir: str, *, after: Callable[[pathlib.Path], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """The result of a run that was made elsewhere, called like its directory; looked at anew."""
-        path = pathlib.Path(workdir)
-        seed = rundir.read_config(path)['seed']
-        command = json.loads((path / 'run.json').read_text())[-1]['command']
-        return self._keep(workdir, seed, path, after, command=command, taken=workdir)
-
-    def _keep(self, name, seed, workdir, after, *, diverged=False, **others) -> dict[str, Any]:
-        call = apart if self._start is in_new_process else _here
-        result = {
-            'name': name, 'seed': seed, 'diverged': diverged,
-            'extra': call(after, workdir) if after and not diverged else None,
-            **{kind: _rows(workdir, kind) for kind in ('train', 'eval')},
-            **others, 'given': self._extra, **_origin(workdir),
-        }  # fmt: skip
-        self.results = add(self._file, f'{name}-{seed}', result)
-        return result
 
 
 def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | None) -> bool:
@@ -193,6 +181,16 @@ def apart(function: Callable, *args):
         1, mp_context=spawn, initializer=mesh.configure
     ) as pool:
         return pool.submit(function, *args).result()
+
+
+def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
+    """Results of runs that were made elsewhere, called like their directories; they are not kept."""
+    seeds = {run: rundir.read_config(run)['seed'] for run in runs}
+    return {
+        run: {'name': run, 'seed': seed, 'extra': apart(look, pathlib.Path(run)),
+              'eval': _rows(pathlib.Path(run), 'eval')}
+        for run, seed in seeds.items()
+    }  # fmt: skip
 
 
 def _here(function: Callable, *args):
@@ -335,7 +333,7 @@ def _main(module: ModuleType) -> None:
     parser.add_argument('--report', action='store_true', help='only the table of what is there')
     if getattr(module, 'TAKES_RUNS', False):
         parser.add_argument('--run', action='append', default=[], metavar='RUN',
-                            help='look at this run directory, and train nothing; may be repeated')
+                            help='only look at this run directory, train and keep nothing; may be repeated')
     if getattr(module, 'INDEPENDENT', False):
         parser.add_argument('--only', action='append', default=[], metavar='NAME',
                             help='make only these runs, NAME or NAME-SEED; may be repeated')
@@ -343,24 +341,33 @@ def _main(module: ModuleType) -> None:
     options = parser.parse_args(sys.argv[1:split])
     if options.seeds < 1:
         raise UserError(f'--seeds={options.seeds}: must be at least 1')
+    if options.results and options.results.exists() and not options.results.is_dir():
+        raise UserError(f'--results={options.results}: not a folder; give another')
 
     def stop(number, frame):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    if taken := getattr(options, 'run', []):
+        folder = options.results or pathlib.Path(taken[0])
+        show(module, look_at(taken, module.look), folder / f'{name}.png')
+        return
     results, figures, runs = RESULTS, FIGURES, pathlib.Path('runs')
     if options.results:
-        if options.results.exists() and not options.results.is_dir():
-            raise UserError(f'--results={options.results}: not a folder; give another')
         results, figures, runs = options.results, options.results, options.results / 'runs'
     lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :], runs=runs,
-              results=results, taken=getattr(options, 'run', []), runs_of=getattr(module, 'RUNS_OF', ''))
+              results=results, runs_of=getattr(module, 'RUNS_OF', ''))
     if getattr(options, 'only', []):
         lab.choose(module.run, options.only)
     if not options.report:
         module.run(lab)
     if not lab.results:
         raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
-    print(module.report(lab.results))
-    if file := draw(module, lab.results, figures / f'{name}-{options.scale}.png'):
+    show(module, lab.results, figures / f'{name}-{options.scale}.png')
+
+
+def show(module: ModuleType, results: dict[str, Any], file: pathlib.Path) -> None:
+    """Prints the table of some results, and draws their figure."""
+    print(module.report(results))
+    if draw(module, results, file):
         print(f'figure: {file}')

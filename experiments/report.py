@@ -66,10 +66,9 @@ def commands(name: str, scale: str, results) -> list[str]:
     """The commands that made some results, as many as had other arguments."""
     start = f'python -m experiments.{name} --scale={scale}'
     runs = [*results.values()]
-    lines = [f'{start} --run={shlex.quote(r["taken"])}' for r in runs if 'taken' in r]
-    trained = [r for r in runs if 'taken' not in r]
-    for given in sorted({tuple(r['given']) for r in trained}):
-        seeds = 1 + max(r['seed'] for r in trained if tuple(r['given']) == given)
+    lines = []
+    for given in sorted({tuple(r['given']) for r in runs}):
+        seeds = 1 + max(r['seed'] for r in runs if tuple(r['given']) == given)
         lines.append(f'{start} --seeds={seeds}' + (f' -- {shlex.join(given)}' if given else ''))
     return lines
 
