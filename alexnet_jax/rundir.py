@@ -1,7 +1,7 @@
 """A run directory: one config's run, with all that is needed to go on with it or to use it.
 
     config.json     the config; a later start must have the same, `config.run` aside
-    run.json        one entry a start: time, command, commit, versions, devices
+    run.json        one entry a start: time, command, commit, versions, devices, processor
     store.json      the store's description,
     names.txt       its classes, and
     stats.npz       its mean image and colour PCA
@@ -17,6 +17,7 @@ import io
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import time
@@ -125,8 +126,21 @@ def write(config, workdir: files.Path, store: Store) -> None:
         'commit': commit(),
         'versions': {name: version(name) for name in packages},
         'devices': [f'{device} ({device.device_kind})' for device in jax.devices()],
+        'processor': processor(),
     }
     files.replace(file, _json([*starts, start]))
+
+
+def processor() -> str:
+    """The model of the CPU, and how many of its cores this process may use."""
+    affinity = getattr(os, 'sched_getaffinity', None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    try:
+        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+        model = next(line.partition(': ')[2] for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        model = platform.processor() or platform.machine()
+    return f'{model} ({cores} core{"s" * (cores != 1)})'
 
 
 def commit() -> str:

@@ -52,8 +52,8 @@ class Lab:
     """Runs of one experiment at one scale, in `folder`; results: all that are there, {'NAME-SEED': result}.
 
     A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
-    'commit', 'versions' and 'devices' of the last start; 'data', its 'source' and 'counts'; 'extra',
-    what `after` gave; 'given', the arguments of the command line.
+    'commit', 'versions', 'devices' and 'processor' of the last start; 'data', its 'source' and 'counts';
+    'extra', what `after` gave; 'given', the arguments of the command line.
 
     start: how a run is made; see `in_new_process`. UserError if `extra` sets what every run has of its own.
     """
@@ -216,7 +216,8 @@ def _origin(workdir: pathlib.Path) -> dict[str, Any]:
     last = json.loads((workdir / 'run.json').read_text())[-1]
     store = json.loads((workdir / 'store.json').read_text())
     data = {'source': pathlib.Path(store['source']).name, 'counts': store['counts']}
-    return {**{name: last[name] for name in ('commit', 'versions', 'devices')}, 'data': data}
+    start = ('commit', 'versions', 'devices', 'processor')  # the last is not in older run directories
+    return {**{name: last[name] for name in start if name in last}, 'data': data}
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
@@ -257,9 +258,12 @@ def provenance(results: dict[str, Any]) -> str:
         f'{run["data"]["source"]} ({run["data"]["counts"]["train"]:,} training and '
         f'{run["data"]["counts"]["val"]:,} test pictures)' for run in runs
     )  # fmt: skip
+    processors = ''
+    if any('processor' in run for run in runs):
+        processors = f'processors: {each(run.get("processor", "not noted") for run in runs)}; '
     return (
         f'{count(len(runs), "run")} on {data}; devices: {each(" ".join(run["devices"]) for run in runs)}; '
-        f'jax {each(run["versions"]["jax"] for run in runs)}; '
+        f'{processors}jax {each(run["versions"]["jax"] for run in runs)}; '
         f'commit {each(run["commit"] for run in runs)}.'
     )
 

@@ -27,7 +27,8 @@ def test_figure_1(tmp_path, store):
                      'tanh', 'tanh sweep 0.001', 'tanh sweep 0.002']  # fmt: skip
     result = trial.results['tanh-0']
     assert [row['epoch'] for row in result['train']] == [0.5, 1.0, 1.5, 2.0]
-    assert 'CPU' in str(result['devices']).upper() and result['data']['counts'] == {'train': 64, 'val': 20}
+    assert 'CPU' in str(result['devices']).upper() and 'core' in result['processor']
+    assert result['data']['counts'] == {'train': 64, 'val': 20}
     table = fig1_relu_tanh.report(trial.results)
     assert '| tanh | 0.00' in table and 'not reached' in table
     fig1_relu_tanh.plot(trial.results, tmp_path / 'figure.png')
@@ -113,6 +114,16 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
     with pytest.raises(UserError, match=r'fails-0: the run ended with 2 \(error: .*norm_n'):
         trial.run('fails', 0, 'configs/cifar10.py:fig1', {'model.norm_n': 2})
     assert list(trial.results) == ['stops-0', 'diverges-0']
+
+
+def test_what_results_were_measured_on():
+    older = {'data': {'source': 'a', 'counts': {'train': 1000, 'val': 10}}, 'devices': ['cpu:0'],
+             'versions': {'jax': '1'}, 'commit': 'c'}  # fmt: skip
+    start = '1 run on a (1,000 training and 10 test pictures); devices: cpu:0; '
+    assert lab.provenance({'a': older}) == f'{start}jax 1; commit c.'
+    newer = {**older, 'processor': 'Z80 (1 core)'}
+    assert lab.provenance({'a': newer}) == f'{start}processors: Z80 (1 core); jax 1; commit c.'
+    assert 'processors: Z80 (1 core), not noted; ' in lab.provenance({'a': newer, 'b': older})
 
 
 def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
