@@ -65,6 +65,7 @@ class Lab:
     ):  # fmt: skip
         self.scale, self.seeds = scale, seeds
         self._extra, self._start = list(extra), start or in_new_process
+        self._call = apart if self._start is in_new_process else _here
         for text in self._extra:
             if text.lstrip('-').partition('=')[0] in ('config', 'workdir', 'config.seed'):
                 raise UserError(f'{text}: every run has its own; an experiment takes --scale, --seeds '
@@ -120,15 +121,21 @@ class Lab:
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
         workdir = self.workdir(name, seed)
         diverged = self._start(command, workdir, until)
-        call = apart if self._start is in_new_process else _here
         result = {
             'name': name, 'seed': seed, 'diverged': diverged,
-            'extra': call(after, workdir) if after and not diverged else None,
+            'extra': self._call(after, workdir) if after and not diverged else None,
             **{kind: _rows(workdir, kind) for kind in ('train', 'eval')},
             'command': command, 'given': self._extra, **_origin(workdir),
         }  # fmt: skip
         self.results = add(self._file, key, result)
         return result
+
+    def extend(self, key: str, label: str, find: Callable, *args) -> None:
+        """Keeps find(*args), of several runs, as a label of one's 'extra', unless it is there."""
+        result = self.results[key]
+        if label not in result['extra']:
+            extra = {**result['extra'], label: self._call(find, *args)}
+            self.results = add(self._file, key, {**result, 'extra': extra})
 
     def choose(self, run: Callable[['Lab'], Any], only: Iterable[str]) -> None:
         """Of the runs that run(lab) asks for, makes only those with one of these names or keys.

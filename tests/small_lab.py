@@ -33,6 +33,14 @@ def pretend(command, workdir, until):
     return False
 
 
+def leave(command, workdir, until):
+    """What a start must leave, and nothing more."""
+    workdir.mkdir(parents=True)
+    (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
+    (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
+    return False
+
+
 def configured(command):
     """The config that the arguments of `alexnet_jax.main` describe; of a field's values the last."""
     values = dict(argument.removeprefix('--').split('=', 1) for argument in command)

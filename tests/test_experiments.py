@@ -9,7 +9,7 @@ import pytest
 from alexnet_jax import configfile, model, switches
 from alexnet_jax.errors import UserError
 from experiments import ablations, does_it_train, lab, table1, table2
-from tests.small_lab import in_process, make, pretend
+from tests.small_lab import in_process, leave, make, pretend
 from tests.tiny_run import without_tensorflow
 from tests.tiny_store import write_store
 
@@ -235,34 +235,41 @@ def test_table_2(tmp_path):
              for p in (trial.folder / 'half-of-shapes').glob('val/*/*')]  # fmt: skip
     assert {*pairs} == {(f'{i:05d}', name) for i, name in enumerate(
         ['arrow', 'crescent', 'cross', 'disc', 'heart'])}  # fmt: skip
-    names = [line.split('|')[1].strip() for line in table2.report(trial.results).splitlines()[2:]]
-    assert names == ['1 CNN', '5 CNNs', '1 CNN*', '2 CNNs*', '7 CNNs*']
+    names = [line.split('|')[1].strip() for line in table2.report(trial.results).splitlines()[2:8]]
+    assert names == ['SIFT + FVs', '1 CNN', '5 CNNs', '1 CNN*', '2 CNNs*', '7 CNNs*']
 
 
 def test_which_networks_go_together(tmp_path, monkeypatch):
-    asked = {}
+    """All that did not diverge, also where the last did; when more were run, these."""
+    compared = []
 
     def compare(paths, views):
+        compared.append([path.name for path in paths])
         return {(str(path), 'ten'): {'count': 100, 'loss': 1, 'top1': 60, 'top5': 80} for path in paths}
 
-    class Listing(lab.Lab):
-        def run(self, name, seed, config, changes, *, last, after=None):
-            found = after(self.workdir(name, seed)) if after else {}
-            asked[f'{name}-{seed}'] = found
-            self.results[f'{name}-{seed}'] = {'name': name, 'seed': seed, 'diverged': False, 'extra': found,
-                                              'data': {'source': 'x'}}  # fmt: skip
+    def start(command, workdir, until):
+        leave(command, workdir, until)
+        return workdir.name in ('cnn-4', 'star-0')
+
+    def run(seeds):
+        compared.clear()
+        trial = lab.Lab('trial', 'small', seeds=seeds, runs=tmp_path, results=tmp_path, start=start,
+                        extra=[f'--config.data.source={table2.draw(tmp_path / "shapes")}'])  # fmt: skip
+        table2.run(trial)
+        return trial.results, [names for names in compared if len(names) > 1]
 
     monkeypatch.setattr(table2.evaluate, 'compare', compare)
-    trial = Listing('trial', 'small', seeds=5, runs=tmp_path, results=tmp_path,
-                    extra=[f'--config.data.source={table2.draw(tmp_path / "shapes")}'])
-    table2.run(trial)
-    assert {name: [*found] for name, found in asked.items() if found} == {
-        **{f'cnn-{seed}': ['1 CNN'] for seed in range(4)}, 'cnn-4': ['1 CNN', '5 CNNs'],
-        'star-0': ['1 CNN*'], 'star-1': ['1 CNN*', '7 CNNs*'],
-    }  # fmt: skip
-    table = table2.report(trial.results)
-    assert '| 1 CNN | 40.7 %, 18.2 % | 40.0 ± 0.0 %, 20.0 ± 0.0 % | 5 |' in table
-    assert '| 7 CNNs* | 36.7 %, 15.4 % | 40.0 %, 20.0 % | 1 |' in table
+    cnns = ['cnn-0', 'cnn-1', 'cnn-2', 'cnn-3']
+    assert run(5)[1] == [cnns, ['star-1', *cnns]]
+    assert run(5)[1] == []
+    results, again = run(6)
+    assert again == [[*cnns, 'cnn-5'], ['star-1', *cnns, 'cnn-5']]
+    table = table2.report(results)
+    assert '| SIFT + FVs | –, – | 26.2 % | not measurable here |  |' in table
+    assert '| 1 CNN | 40.7 %, 18.2 % | – | 40.0 ± 0.0 %, 20.0 ± 0.0 % | 5 |' in table
+    assert '| 4 CNNs |  |  | 40.0 %, 20.0 % | 1 |' in table
+    assert '| 5 CNNs | 38.1 %, 16.4 % | 16.4 % | 40.0 %, 20.0 % | 1 |' in table
+    assert '2 runs diverged.' in table
 
 
 def test_what_table_2_needs(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from alexnet_jax.errors import UserError
 from experiments import fig1_relu_tanh, lab
-from tests.small_lab import make
+from tests.small_lab import leave, make
 from tests.tiny_store import write_store
 
 
@@ -65,14 +65,6 @@ def test_the_ratio_and_the_best_rate():
     assert '| ReLU | 0.004 (at the edge of the sweep) | 3.8, 4.8 | 4.3 ± 0.7 |' in table
     assert 'tanh needs 2.8 ± 0.3 times the epochs' in table
     assert '0.002: diverged' in table
-
-
-def leave(command, workdir, until):
-    """What a start must leave, and nothing more."""
-    workdir.mkdir(parents=True)
-    (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
-    (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
-    return False
 
 
 def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
