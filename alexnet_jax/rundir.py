@@ -1,7 +1,7 @@
 """A run directory: one config's run, with all that is needed to go on with it or to use it.
 
     config.json     the config; a later start must have the same, `config.run` aside
-    run.json        one entry a start: time, command, commit, versions, devices
+    run.json        one entry a start: time, command, commit, versions, devices, processor
     store.json      the store's description,
     names.txt       its classes, and
     stats.npz       its mean image and colour PCA
@@ -17,6 +17,7 @@ import io
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import time
@@ -125,22 +126,39 @@ def write(config, workdir: files.Path, store: Store) -> None:
         'commit': commit(),
         'versions': {name: version(name) for name in packages},
         'devices': [f'{device} ({device.device_kind})' for device in jax.devices()],
+        'processor': processor(),
     }
     files.replace(file, _json([*starts, start]))
 
 
-def commit() -> str:
+def processor() -> str:
+    """The model of the CPU, and how many of its cores this process may use."""
+    affinity = getattr(os, 'sched_getaffinity', None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count()
     try:
-        done = subprocess.run(
-            ['git', 'describe', '--always', '--dirty'],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
+        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+        model = next(line.partition(': ')[2] for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        model = platform.processor() or platform.machine()
+    return f'{model} ({cores} core{"s" * (cores != 1)})'
+
+
+def commit() -> str:
+    """The commit of this program, with '-dirty' if what trains was changed since; 'unknown' without git."""
+
+    def git(*arguments):
+        folder = pathlib.Path(__file__).parent
+        return subprocess.run(
+            ['git', *arguments], cwd=folder, capture_output=True, text=True, check=False
         )
+
+    try:
+        described = git('describe', '--always').stdout.strip()
+        # Not of everything: the results of experiments change while they are measured.
+        changed = git('diff', '--quiet', 'HEAD', '--', ':/alexnet_jax', ':/configs').returncode == 1
     except OSError:  # no git here
         return 'unknown'
-    return done.stdout.strip() or 'unknown'
+    return f'{described}-dirty' if changed else described or 'unknown'
 
 
 @contextlib.contextmanager

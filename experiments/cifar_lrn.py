@@ -24,6 +24,14 @@ PAIR = ('11pct_plain', '11pct')  # without norms, with them
 VIEWS = {'centre': 'centre crop', 'ten': 'ten views'}
 INDEPENDENT = True
 EVALUATIONS = 20  # in a run
+LOOKS = {  # colour, dashes (some colours are the same grey in print), words
+    '80sec': ('#cc79a7', (0, (9, 2)), '26 % network'),
+    '19pct': ('#009e73', '-.', '19 % network'),
+    '18pct': ('#e69f00', (0, (5, 1, 1, 1, 1, 1)), '18 % network'),
+    '13pct': ('#0072b2', ':', '13 % network'),
+    '11pct_plain': ('#d55e00', '--', '11 % network without norms'),
+    '11pct': ('#000000', '-', '11 % network'),
+}
 SCALES = {  # networks, part of their schedules, further changes
     'smoke': (PAIR, 0.001, {'model.units': (8, 8, 8, 8), 'data.source': 'alexnet_shapes',
                             'run.log_every': 1, 'run.eval_every': 1.0}),
@@ -122,17 +130,11 @@ def plot(results, file):
 
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.add_subplot()
-    looks = {'80sec': ('#cc79a7', '-', '26 % network'),
-             '19pct': ('#009e73', '-.', '19 % network'),
-             '18pct': ('#e69f00', '-', '18 % network'),
-             '13pct': ('#0072b2', ':', '13 % network'),
-             '11pct_plain': ('#d55e00', '--', '11 % network without norms'),
-             '11pct': ('#000000', '-', '11 % network')}  # fmt: skip
-    for net, (colour, style, words) in looks.items():
+    for net, (colour, style, words) in LOOKS.items():
         for i, result in enumerate(seeds_of(results, net).values()):
             rows, batch = result['eval'], epochs_per_step(result)
             axes.plot([row['step'] * batch for row in rows], [row['top1_error'] for row in rows],
-                      style, color=colour, lw=1.2, label=words if i == 0 else None)
+                      ls=style, color=colour, lw=1.2, label=words if i == 0 else None)
     axes.set_xscale('log')  # of 10 to 520 epochs
     axes.set(xlabel='epochs', ylabel='test error, centre crop, %', ylim=(0, None))
     if axes.lines:

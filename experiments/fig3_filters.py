@@ -2,7 +2,7 @@
 
     python -m experiments.fig3_filters --scale=full                       # `original` on ImageNet
     python -m experiments.fig3_filters --scale=small -- --config.data.source=FOLDER
-    python -m experiments.fig3_filters --run=runs/original                # of a run that is there
+    python -m experiments.fig3_filters --run=runs/original                # keeps nothing of it
 
 The paper: "The kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are largely
 color-specific. This kind of specialization occurs during every run and is independent of any particular
@@ -46,11 +46,9 @@ def run(lab):
 
 def train(lab, after):
     """The runs of figures 3 and 4, and what `after` finds in them."""
-    for workdir in lab.taken:
-        lab.take(workdir, after=after)
     part, changes = SCALES[lab.scale]
     changes = {**labs.shortened(CONFIG, part), **changes}
-    for seed in range(0 if lab.taken else lab.seeds):
+    for seed in range(lab.seeds):
         lab.run('original', seed, CONFIG, changes, after=after)
 
 

@@ -7,7 +7,7 @@ An experiment is a module with
     def report(results) -> its table, in Markdown
     def plot(results, file)  its figure, or None where it has none
     RUNS_OF             the experiment whose run directories it looks at, if not its own
-    TAKES_RUNS          True where it can also look at runs that are there already, --run=RUN
+    TAKES_RUNS          True where its `look` can also be given runs that are there already, --run=RUN
     INDEPENDENT         True where no run needs the result of another: --only then chooses some
 
 and, with `labs.main(__name__)` at its end, is used as
@@ -16,8 +16,10 @@ and, with `labs.main(__name__)` at its end, is used as
 
 What follows `--` goes to every run, as to `python -m alexnet_jax.main`. A finished run is not run
 again, an interrupted one goes on. Results lie in experiments/results/NAME-SCALE.json, with the
-command, commit, versions and machine of each; `python -m experiments.report` gathers them. Several
-commands may work at one experiment at the same time, each at the runs that its --only names.
+command, commit, versions and machine of each; `python -m experiments.report` gathers them. They come with
+the repository: who measures anew, or something else, gives a folder, --results=DIR, for results, figure
+and run directories. Several commands may work at one experiment at the same time, each at the runs that
+its --only names.
 """
 
 import argparse
@@ -50,20 +52,24 @@ class Lab:
     """Runs of one experiment at one scale, in `folder`; results: all that are there, {'NAME-SEED': result}.
 
     A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
-    'commit', 'versions' and 'devices' of the last start; 'data', its 'source' and 'counts'; 'extra',
-    what `after` gave; 'given', the arguments of the command line; 'taken', its directory, where it was
-    made elsewhere.
+    'commit', 'versions', 'devices' and 'processor' of the last start; 'data', its 'source' and 'counts';
+    'extra', what `after` gave; 'given', the arguments of the command line.
 
-    start: how a run is made; see `in_new_process`.
+    start: how a run is made; see `in_new_process`. UserError if `extra` sets what every run has of its own.
     """
 
     def __init__(
         self, experiment: str, scale: str, *, seeds: int, extra: Iterable[str] = (),
         runs: pathlib.Path = pathlib.Path('runs'), results: pathlib.Path = RESULTS,
-        start: Callable | None = None, taken: Iterable[str] = (), runs_of: str = '',
+        start: Callable | None = None, runs_of: str = '',
     ):  # fmt: skip
-        self.scale, self.seeds, self.taken = scale, seeds, list(taken)
+        self.scale, self.seeds = scale, seeds
         self._extra, self._start = list(extra), start or in_new_process
+        self._call = apart if self._start is in_new_process else _here
+        for text in self._extra:
+            if text.lstrip('-').partition('=')[0] in ('config', 'workdir', 'config.seed'):
+                raise UserError(f'{text}: every run has its own; an experiment takes --scale, --seeds '
+                                'and --results')  # fmt: skip
         # Names and keys: of the runs to make, none if all; of those that were asked for.
         self._only, self._asked = set(), set()
         self.folder = runs / f'{runs_of or experiment}-{scale}'
@@ -105,15 +111,31 @@ class Lab:
         if self._only and not {name, key} & self._only:
             return there
         if there:
-            if there['command'] != command:
+            if _decisive(there['command']) != _decisive(command):
                 raise UserError(
                     f'{self._file}: {key} was run as {" ".join(there["command"])}, not as '
-                    f'{" ".join(command)}; remove it there, or give the same arguments'
+                    f'{" ".join(command)}; give the same arguments, or a folder for other results, '
+                    '--results=DIR'
                 )
             return there
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
-        diverged = self._start(command, self.workdir(name, seed), until)
-        return self._keep(name, seed, self.workdir(name, seed), after, diverged=diverged, command=command)
+        workdir = self.workdir(name, seed)
+        diverged = self._start(command, workdir, until)
+        result = {
+            'name': name, 'seed': seed, 'diverged': diverged,
+            'extra': self._call(after, workdir) if after and not diverged else None,
+            **{kind: _rows(workdir, kind) for kind in ('train', 'eval')},
+            'command': command, 'given': self._extra, **_origin(workdir),
+        }  # fmt: skip
+        self.results = add(self._file, key, result)
+        return result
+
+    def extend(self, key: str, label: str, find: Callable, *args) -> None:
+        """Keeps find(*args), of several runs, as a label of one's 'extra', unless it is there."""
+        result = self.results[key]
+        if label not in result['extra']:
+            extra = {**result['extra'], label: self._call(find, *args)}
+            self.results = add(self._file, key, {**result, 'extra': extra})
 
     def choose(self, run: Callable[['Lab'], Any], only: Iterable[str]) -> None:
         """Of the runs that run(lab) asks for, makes only those with one of these names or keys.
@@ -126,26 +148,6 @@ class Lab:
         for name in sorted(self._only - self._asked):
             raise UserError(f'--only={name}: there is no such run at --scale={self.scale} '
                             f'--seeds={self.seeds}')
-
-    def take(
-        self, workdir: str, *, after: Callable[[pathlib.Path], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """The result of a run that was made elsewhere, called like its directory; looked at anew."""
-        path = pathlib.Path(workdir)
-        seed = rundir.read_config(path)['seed']
-        command = json.loads((path / 'run.json').read_text())[-1]['command']
-        return self._keep(workdir, seed, path, after, command=command, taken=workdir)
-
-    def _keep(self, name, seed, workdir, after, *, diverged=False, **others) -> dict[str, Any]:
-        call = apart if self._start is in_new_process else _here
-        result = {
-            'name': name, 'seed': seed, 'diverged': diverged,
-            'extra': call(after, workdir) if after and not diverged else None,
-            **{kind: _rows(workdir, kind) for kind in ('train', 'eval')},
-            **others, 'given': self._extra, **_origin(workdir),
-        }  # fmt: skip
-        self.results = add(self._file, f'{name}-{seed}', result)
-        return result
 
 
 def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | None) -> bool:
@@ -188,12 +190,27 @@ def apart(function: Callable, *args):
         return pool.submit(function, *args).result()
 
 
+def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
+    """Results of runs that were made elsewhere, called like their directories; they are not kept."""
+    seeds = {run: rundir.read_config(run)['seed'] for run in runs}
+    return {
+        run: {'name': run, 'seed': seed, 'extra': apart(look, pathlib.Path(run)),
+              'eval': _rows(pathlib.Path(run), 'eval')}
+        for run, seed in seeds.items()
+    }  # fmt: skip
+
+
 def _here(function: Callable, *args):
     return function(*args)
 
 
 def _arguments(changes: dict[str, Any] | None) -> list[str]:
     return [f'--config.{field}={value}' for field, value in (changes or {}).items()]
+
+
+def _decisive(command: list[str]) -> list[str]:
+    """The arguments that runs of one name must share; how a machine runs them is its own affair."""
+    return [text for text in command if not text.startswith('--config.run.')]
 
 
 def _rows(workdir: pathlib.Path, kind: str) -> Rows:
@@ -206,7 +223,8 @@ def _origin(workdir: pathlib.Path) -> dict[str, Any]:
     last = json.loads((workdir / 'run.json').read_text())[-1]
     store = json.loads((workdir / 'store.json').read_text())
     data = {'source': pathlib.Path(store['source']).name, 'counts': store['counts']}
-    return {**{name: last[name] for name in ('commit', 'versions', 'devices')}, 'data': data}
+    start = ('commit', 'versions', 'devices', 'processor')  # the last is not in older run directories
+    return {**{name: last[name] for name in start if name in last}, 'data': data}
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
@@ -247,9 +265,12 @@ def provenance(results: dict[str, Any]) -> str:
         f'{run["data"]["source"]} ({run["data"]["counts"]["train"]:,} training and '
         f'{run["data"]["counts"]["val"]:,} test pictures)' for run in runs
     )  # fmt: skip
+    processors = ''
+    if any('processor' in run for run in runs):
+        processors = f'processors: {each(run.get("processor", "not noted") for run in runs)}; '
     return (
-        f'{len(runs)} runs on {data}; devices: {each(" ".join(run["devices"]) for run in runs)}; '
-        f'jax {each(run["versions"]["jax"] for run in runs)}; '
+        f'{count(len(runs), "run")} on {data}; devices: {each(" ".join(run["devices"]) for run in runs)}; '
+        f'{processors}jax {each(run["versions"]["jax"] for run in runs)}; '
         f'commit {each(run["commit"] for run in runs)}.'
     )
 
@@ -268,6 +289,11 @@ def shortened(config: str, part: float) -> dict[str, Any]:
 def named(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The results of a run, one for each of its seeds."""
     return [result for result in results.values() if result['name'] == name]
+
+
+def count(number: int, word: str) -> str:
+    """'1 seed', '2 seeds'."""
+    return f'{number} {word}{"s" * (number != 1)}'
 
 
 def standard_error(values) -> float:
@@ -291,6 +317,15 @@ def mean_std(values) -> str:
     return f'{statistics.mean(values):.1f}{spread}'
 
 
+def draw(module: ModuleType, results: dict[str, Any], file: pathlib.Path) -> pathlib.Path | None:
+    """Draws the figure of some results -> its file; None where there is none to draw."""
+    if not module.plot:
+        return None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    module.plot(results, file)
+    return file if file.exists() else None
+
+
 def main(module: str) -> None:
     """The command line of an experiment, given its `__name__`."""
     errors.run(lambda: _main(sys.modules[module]))
@@ -304,10 +339,12 @@ def _main(module: ModuleType) -> None:
     )  # fmt: skip
     parser.add_argument('--scale', choices=SCALES, default='small')
     parser.add_argument('--seeds', type=int, default=3, help='runs of everything; default: 3')
+    parser.add_argument('--results', type=pathlib.Path, metavar='DIR',
+                        help='where to keep results, figure and run directories, to measure anew')
     parser.add_argument('--report', action='store_true', help='only the table of what is there')
     if getattr(module, 'TAKES_RUNS', False):
         parser.add_argument('--run', action='append', default=[], metavar='RUN',
-                            help='look at this run directory, and train nothing; may be repeated')
+                            help='only look at this run directory, train and keep nothing; may be repeated')
     if getattr(module, 'INDEPENDENT', False):
         parser.add_argument('--only', action='append', default=[], metavar='NAME',
                             help='make only these runs, NAME or NAME-SEED; may be repeated')
@@ -315,22 +352,33 @@ def _main(module: ModuleType) -> None:
     options = parser.parse_args(sys.argv[1:split])
     if options.seeds < 1:
         raise UserError(f'--seeds={options.seeds}: must be at least 1')
+    if options.results and options.results.exists() and not options.results.is_dir():
+        raise UserError(f'--results={options.results}: not a folder; give another')
 
     def stop(number, frame):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :],
-              taken=getattr(options, 'run', []), runs_of=getattr(module, 'RUNS_OF', ''))
+    if taken := getattr(options, 'run', []):
+        folder = options.results or pathlib.Path(taken[0])
+        show(module, look_at(taken, module.look), folder / f'{name}.png')
+        return
+    results, figures, runs = RESULTS, FIGURES, pathlib.Path('runs')
+    if options.results:
+        results, figures, runs = options.results, options.results, options.results / 'runs'
+    lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :], runs=runs,
+              results=results, runs_of=getattr(module, 'RUNS_OF', ''))
     if getattr(options, 'only', []):
         lab.choose(module.run, options.only)
     if not options.report:
         module.run(lab)
     if not lab.results:
         raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
-    print(module.report(lab.results))
-    if module.plot:
-        file = FIGURES / f'{name}-{options.scale}.png'
-        file.parent.mkdir(parents=True, exist_ok=True)
-        module.plot(lab.results, file)
+    show(module, lab.results, figures / f'{name}-{options.scale}.png')
+
+
+def show(module: ModuleType, results: dict[str, Any], file: pathlib.Path) -> None:
+    """Prints the table of some results, and draws their figure."""
+    print(module.report(results))
+    if draw(module, results, file):
         print(f'figure: {file}')

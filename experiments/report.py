@@ -3,8 +3,8 @@
     python -m experiments.report        # writes experiments/RESULTS.md
 
 Of every experiment: what it is about, and at each scale that was run the command, the table, the figure
-and what it was measured on. What has not been run is there too, with the command that would. Smoke runs
-only show that a command works, and are left out.
+(drawn anew) and what it was measured on. What has not been run is there too, with the command that would.
+Smoke runs only show that a command works, and are left out.
 """
 
 import argparse
@@ -47,8 +47,7 @@ def section(name: str) -> str:
             continue
         parts.append('```\n' + '\n'.join(commands(name, scale, there)) + '\n```')
         parts.append(module.report(there))
-        figure = labs.FIGURES / f'{name}-{scale}.png'
-        if figure.exists():
+        if figure := labs.draw(module, there, labs.FIGURES / f'{name}-{scale}.png'):
             parts.append(f'![{module.TITLE}](figures/{figure.name})')
         parts.append(f'Measured: {labs.provenance(there)}')
     return '\n\n'.join(parts) + '\n'
@@ -67,10 +66,9 @@ def commands(name: str, scale: str, results) -> list[str]:
     """The commands that made some results, as many as had other arguments."""
     start = f'python -m experiments.{name} --scale={scale}'
     runs = [*results.values()]
-    lines = [f'{start} --run={shlex.quote(r["taken"])}' for r in runs if 'taken' in r]
-    trained = [r for r in runs if 'taken' not in r]
-    for given in sorted({tuple(r['given']) for r in trained}):
-        seeds = 1 + max(r['seed'] for r in trained if tuple(r['given']) == given)
+    lines = []
+    for given in sorted({tuple(r['given']) for r in runs}):
+        seeds = 1 + max(r['seed'] for r in runs if tuple(r['given']) == given)
         lines.append(f'{start} --seeds={seeds}' + (f' -- {shlex.join(given)}' if given else ''))
     return lines
 

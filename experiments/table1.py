@@ -49,7 +49,7 @@ def report(results) -> str:
                              for error in ablations.ERRORS)  # fmt: skip
         lines.append(f'| {name} | {first} %, {fifth} % | {ours} |')
     diverged = len(results) - len(runs)
-    seeds = f'{len(runs)} seeds' + (f', and {diverged} that diverged' if diverged else '')
+    seeds = f'{labs.count(len(runs), "seed")}' + (f', and {diverged} that diverged' if diverged else '')
     return '\n'.join([*lines, '', f'{seeds}; mean ± standard deviation.'])
 
 

@@ -1,11 +1,9 @@
 """Experiments on a handful of pictures, in this process: `from tests.small_lab import in_process, make`."""
 
 import ast
-import math
 
-from alexnet_jax import checks, configfile, metrics, prepare, rundir, switches, train
+from alexnet_jax import configfile, train
 from experiments import lab
-from tests.tiny_run import random_params, save_params
 
 
 def in_process(command, workdir, until):
@@ -14,22 +12,11 @@ def in_process(command, workdir, until):
     return False
 
 
-def pretend(command, workdir, until):
-    """What a run leaves, without training: random parameters, and a row of either kind.
-
-    The config is checked, and a checkpoint to begin with is read, as a training would.
-    """
-    config = configured(command)
-    checks.check(config, workdir)
-    store = prepare.ensure(**config.data)
-    net = switches.build(classes=store.classes, **config.model)
-    rundir.write(config, workdir, store)
-    save_params(workdir, 4, random_params(net, config.augment.crop, config.seed))
-    writer = metrics.Writer(workdir, start=0)
-    values = {'loss': math.log(store.classes), 'top1_error': 90.0, 'top5_error': 50.0}
-    writer.write('train', 3, {'epoch': config.optim.epochs, **values})
-    writer.write('eval', 4, values)
-    writer.close()
+def leave(command, workdir, until):
+    """What a start must leave, and nothing more."""
+    workdir.mkdir(parents=True)
+    (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
+    (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
     return False
 
 

@@ -2,6 +2,9 @@
 
 import math
 import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -9,10 +12,11 @@ import pytest
 from alexnet_jax import configfile, model, switches
 from alexnet_jax.errors import UserError
 from experiments import ablations, does_it_train, lab, table1, table2
-from tests.small_lab import in_process, make, pretend
+from tests.small_lab import in_process, leave, make
 from tests.tiny_run import without_tensorflow
 from tests.tiny_store import write_store
 
+ROOT = pathlib.Path(__file__).parent.parent
 SIZES = ['--config.data.size=72', '--config.augment.crop=64', '--config.run.eval_batch=8',
          '--config.optim.epochs=0.5', '--config.run.mesh=(1, 1)']  # fmt: skip
 
@@ -57,12 +61,17 @@ def losses(*values):
     return [{'step': 10 * i + 9, 'loss': value * math.log(10)} for i, value in enumerate(values)]
 
 
+@pytest.mark.slow
 def test_does_it_train(tmp_path, store):
-    def start(command, workdir, until):  # one of them in earnest
-        return (in_process if 'original' in command[0] else pretend)(command, workdir, until)
+    ends = []
+
+    def start(command, workdir, until):
+        ends.append(until)
+        return in_process(command, workdir, until)
 
     trial = make(tmp_path, store, start=start)
     does_it_train.run(trial)
+    assert ends == [None, None]  # no run is stopped before the end of its schedule
     assert list(trial.results) == ['paper-0', 'original-0']
     result = trial.results['original-0']
     assert [row['step'] for row in result['train']] == [0, 1, 2, 3]
@@ -75,7 +84,7 @@ def test_does_it_train(tmp_path, store):
     table = does_it_train.report(trial.results)
     assert '| original | 0.03 | 1 | 1e-4 / 5 | not within 4 steps |' in table
     assert '| paper bias | 0.01 | 0.1 | 1e-4 | not run |' in table
-    assert 'original: the loss left ln(classes) in 0 of 1 seeds within 4 steps.' in table
+    assert 'original: the loss left ln(classes) in 0 of 1 seed within 4 steps.' in table
     does_it_train.plot(trial.results, tmp_path / 'figure.png')
     assert (tmp_path / 'figure.png').stat().st_size > 1000
 
@@ -94,12 +103,6 @@ def test_when_the_loss_leaves_chance():
     assert does_it_train.left([], 10) is None
 
 
-def test_what_has_left_chance_need_not_go_on():
-    assert not does_it_train.gone(losses(1.0, 0.8, 0.8, 0.8, 0.8))
-    assert not does_it_train.gone(losses(1.0, 0.8, 0.8, 0.95, 0.8, 0.8))
-    assert does_it_train.gone(losses(1.0, 0.95, 0.8, 0.8, 0.8, 0.8, 0.8))
-
-
 def test_what_is_said_about_training():
     results = {}
     for seed, values in enumerate([(1, 1, 0.9), (1, 0.9, 0.8), None]):
@@ -110,32 +113,9 @@ def test_what_is_said_about_training():
             'eval': [{'top1_error': 60.0 + seed}], 'extra': extra if values else None,
         }  # fmt: skip
     table = does_it_train.report(results)
-    assert '| 30, 20, diverged | 2.07, 1.84 | 60.5 ± 0.7 | 0.5, 0.5 |' in table
+    assert '| 30, 20, diverged | 30, 30 | 2.07, 1.84 | 60.5 ± 0.7 | 0.5, 0.5 |' in table
     assert 'original: the loss left ln(classes) in 2 of 3 seeds, between steps 20 and 30.' in table
     assert 'Chance: ln(10) = 2.303.' in table
-
-
-def test_ablations(tmp_path, store, monkeypatch):
-    real, made_up = ablations.errors, {'top1_error': 90.0, 'top5_error': 50.0}
-
-    def errors(workdir):  # one of them in earnest
-        return real(workdir) if workdir.name == 'one_gpu-0' else {'centre': made_up, 'ten': made_up}
-
-    monkeypatch.setattr(ablations, 'errors', errors)
-    trial = make(tmp_path, store, start=pretend, seeds=2)
-    ablations.run(trial)
-    assert list(trial.results) == [f'{name}-{seed}' for seed in (0, 1) for name in ablations.SMOKE]
-    command = trial.results['pooling without overlap-1']['command']
-    assert '--config.model.pooling=disjoint' in command
-    assert '--config.optim.conv1=((0.00589, 1e-05), (0.00633, 0.0))' in command
-    found = trial.results['one gpu-0']['extra']
-    assert [*found] == ['centre', 'ten'] and 0 < found['ten']['top5_error'] < found['ten']['top1_error'] < 100
-    table = ablations.report(trial.results)
-    for name in ('pooling without overlap', 'one gpu', 'without conv1', 'one crop'):
-        assert f'| {name} | 2 | ' in table
-    assert '| tanh | 0 | not measured |  |  |  |  |' in table
-    ablations.plot(trial.results, tmp_path / 'figure.png')
-    assert (tmp_path / 'figure.png').stat().st_size > 1000
 
 
 def test_every_ablation_builds():
@@ -188,68 +168,68 @@ def test_the_table_of_ablations():
             '| +1.4 / +1.2 | +1.37 / +1.15 | yes |') in table
     assert '| no dropout | 3 | +0.00 ± 0.58, not resolved |' in table and '| worse |  | ? |' in table
     assert '| one crop | 3 | +1.00 ± 0.00, worse |' in table
+    assert '| without conv2 | 0 | not measured |  | ≈ 2 |' in table
+    assert '| no weight decay | 0 | not measured |  |  |' in table  # the paper: of the training error
     assert 'has not been run' in ablations.report({})
+    single = ablated(reference=[40], no_norms=[43])
+    assert 'ten crops, 1 seed: ' in ablations.report(single)
 
 
-def test_table_1(tmp_path, store, monkeypatch):
-    made_up = {'centre': {'top1_error': 50.0, 'top5_error': 30.0},
-               'ten': {'top1_error': 45.0, 'top5_error': 25.0}}  # fmt: skip
-    monkeypatch.setattr(ablations, 'errors', lambda workdir: made_up)
-    trial = make(tmp_path, store, start=pretend)
-    table1.run(trial)
-    assert '--config.optim.bias_final=0.0' not in trial.results['CNN-0']['command']
-    trial.results['CNN-1'] = {**trial.results['CNN-0'], 'extra': {
-        view: {'top1_error': 48.0, 'top5_error': 27.0} for view in ('centre', 'ten')}}  # fmt: skip
-    trial.results['CNN-2'] = {**trial.results['CNN-0'], 'extra': None, 'diverged': True}
-    table = table1.report(trial.results)
+def test_one_pair_has_no_bar_in_the_figure(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure))
+    ablations.plot(ablated(reference=[40, 44], no_norms=[43], tanh=[50, 53]), tmp_path / 'none.png')
+    one, several = 'measured, one pair', 'measured, ± 2 standard errors'
+    (legend,), axes = drawn[0].legends, drawn[0].axes[0]
+    assert {one, several} <= {text.get_text() for text in legend.get_texts()}
+    bars = {container.get_label(): container.has_xerr for container in axes.containers}
+    assert bars == {one: False, several: True}
+
+
+def test_table_1():
+    def result(first, fifth):
+        return {'top1_error': first, 'top5_error': fifth}
+
+    runs = [{'centre': result(50.0, 30.0), 'ten': result(45.0, 25.0)},
+            {'centre': result(48.0, 27.0), 'ten': result(48.0, 27.0)}, None]  # fmt: skip
+    table = table1.report({i: {'extra': extra, 'data': {'source': 'x'}} for i, extra in enumerate(runs)})
     assert '| CNN, one crop | 39.0 %, 18.3 % | 49.0 ± 1.4 %, 28.5 ± 2.1 % |' in table
     assert '| CNN, ten crops | 37.5 %, 17.0 % | 46.5 ± 2.1 %, 26.0 ± 1.4 % |' in table
     assert '| sparse coding | 47.1 %, 28.2 % |  |' in table
     assert '2 seeds, and 1 that diverged' in table
 
 
-def test_table_2(tmp_path):
-    trial = make(tmp_path, SIZES, start=pretend)
-    table2.run(trial)
-    assert list(trial.results) == ['cnn-0', 'pretrained-0', 'star-0']
-    counts = [result['data'] for result in trial.results.values()]
-    assert counts[0] == counts[2] == {'source': 'half-of-shapes', 'counts': {'train': 20, 'val': 10}}
-    assert counts[1] == {'source': 'shapes', 'counts': {'train': 40, 'val': 20}}
-    init = f'--config.train.init_from={tmp_path}/runs/trial-smoke/pretrained-0'
-    assert init in trial.results['star-0']['command'] and init not in trial.results['cnn-0']['command']
-    assert [*trial.results['star-0']['extra']] == ['1 CNN*', '2 CNNs*']
-    pairs = [(p.parent.name, p.resolve().parent.name)
-             for p in (trial.folder / 'half-of-shapes').glob('val/*/*')]  # fmt: skip
-    assert {*pairs} == {(f'{i:05d}', name) for i, name in enumerate(
-        ['arrow', 'crescent', 'cross', 'disc', 'heart'])}  # fmt: skip
-    names = [line.split('|')[1].strip() for line in table2.report(trial.results).splitlines()[2:]]
-    assert names == ['1 CNN', '5 CNNs', '1 CNN*', '2 CNNs*', '7 CNNs*']
-
-
 def test_which_networks_go_together(tmp_path, monkeypatch):
-    asked = {}
+    """All that did not diverge, also where the last did; when more were run, these."""
+    compared = []
 
     def compare(paths, views):
+        compared.append([path.name for path in paths])
         return {(str(path), 'ten'): {'count': 100, 'loss': 1, 'top1': 60, 'top5': 80} for path in paths}
 
-    class Listing(lab.Lab):
-        def run(self, name, seed, config, changes, *, last, after=None):
-            found = after(self.workdir(name, seed)) if after else {}
-            asked[f'{name}-{seed}'] = found
-            self.results[f'{name}-{seed}'] = {'name': name, 'seed': seed, 'diverged': False, 'extra': found,
-                                              'data': {'source': 'x'}}  # fmt: skip
+    def start(command, workdir, until):
+        leave(command, workdir, until)
+        return workdir.name in ('cnn-4', 'star-0')
+
+    def run(seeds):
+        compared.clear()
+        trial = lab.Lab('trial', 'small', seeds=seeds, runs=tmp_path, results=tmp_path, start=start,
+                        extra=[f'--config.data.source={table2.draw(tmp_path / "shapes")}'])  # fmt: skip
+        table2.run(trial)
+        return trial.results, [names for names in compared if len(names) > 1]
 
     monkeypatch.setattr(table2.evaluate, 'compare', compare)
-    trial = Listing('trial', 'small', seeds=5, runs=tmp_path, results=tmp_path,
-                    extra=[f'--config.data.source={table2.draw(tmp_path / "shapes")}'])
-    table2.run(trial)
-    assert {name: [*found] for name, found in asked.items() if found} == {
-        **{f'cnn-{seed}': ['1 CNN'] for seed in range(4)}, 'cnn-4': ['1 CNN', '5 CNNs'],
-        'star-0': ['1 CNN*'], 'star-1': ['1 CNN*', '7 CNNs*'],
-    }  # fmt: skip
-    table = table2.report(trial.results)
-    assert '| 1 CNN | 40.7 %, 18.2 % | 40.0 ± 0.0 %, 20.0 ± 0.0 % | 5 |' in table
-    assert '| 7 CNNs* | 36.7 %, 15.4 % | 40.0 %, 20.0 % | 1 |' in table
+    cnns = ['cnn-0', 'cnn-1', 'cnn-2', 'cnn-3']
+    assert run(5)[1] == [cnns, ['star-1', *cnns]]
+    assert run(5)[1] == []
+    results, again = run(6)
+    assert again == [[*cnns, 'cnn-5'], ['star-1', *cnns, 'cnn-5']]
+    table = table2.report(results)
+    assert '| SIFT + FVs | –, – | 26.2 % | not measurable here |  |' in table
+    assert '| 1 CNN | 40.7 %, 18.2 % | – | 40.0 ± 0.0 %, 20.0 ± 0.0 % | 5 |' in table
+    assert '| 4 CNNs |  |  | 40.0 %, 20.0 % | 1 |' in table
+    assert '| 5 CNNs | 38.1 %, 16.4 % | 16.4 % | 40.0 %, 20.0 % | 1 |' in table
+    assert '2 runs diverged.' in table
 
 
 def test_what_table_2_needs(tmp_path):
@@ -268,3 +248,70 @@ def test_what_is_kept_besides_is_found_in_a_process_of_its_own():
     assert lab.apart(os.getpid) != os.getpid()
     with pytest.raises(UserError, match='not a run directory'):
         lab.apart(ablations.errors, 'nowhere')
+
+
+@pytest.fixture
+def smoke(tmp_path, store):
+    """smoke(name, arguments, ...) runs an experiment as users do -> its results, and what it printed."""
+    (tmp_path / 'path').mkdir()  # all stores are raw: importing TensorFlow would only take its time
+    (tmp_path / 'path/sitecustomize.py').write_text("import sys; sys.modules['tensorflow'] = None")
+    path = os.environ | {'PYTHONPATH': str(tmp_path / 'path')}
+
+    def run(name, *given, only=()):
+        command = [sys.executable, '-m', f'experiments.{name}', '--scale=smoke', '--seeds=1',
+                   f'--results={tmp_path}/kept', *(f'--only={name}' for name in only), '--',
+                   *given]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return lab.read(tmp_path / f'kept/{name}-smoke.json'), done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_the_ablations(smoke, store, tmp_path):
+    results, out = smoke('ablations', *store, only=['reference', 'one gpu-0'])  # all take a minute
+    assert list(results) == ['reference-0', 'one gpu-0']
+    command = results['one gpu-0']['command']
+    assert '--config.optim.conv1=((0.00589, 1e-05), (0.00633, 0.0))' in command
+    for result in results.values():
+        assert [*result['extra']] == ['centre', 'ten'] and len(result['train']) == 4
+        assert 0 < result['extra']['ten']['top5_error'] < result['extra']['ten']['top1_error'] <= 100
+    assert '| one gpu | 1 | ' in out and '| one crop | 1 | ' in out
+    assert '| tanh | 0 | not measured |' in out
+    assert f'figure: {tmp_path}/kept/ablations-smoke.png' in out
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_table_1(smoke, store):
+    results, out = smoke('table1', *store)
+    assert list(results) == ['CNN-0'] and len(results['CNN-0']['train']) == 4
+    assert '--config.optim.bias_final=0.0' not in results['CNN-0']['command']
+    assert f'ten crops | 37.5 %, 17.0 % | {results["CNN-0"]["extra"]["ten"]["top1_error"]:.1f} %' in out
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_table_2(smoke, tmp_path):
+    results, out = smoke('table2', *SIZES)
+    assert list(results) == ['cnn-0', 'pretrained-0', 'star-0']
+    counts = [result['data'] for result in results.values()]
+    assert counts[0] == counts[2] == {'source': 'half-of-shapes', 'counts': {'train': 20, 'val': 10}}
+    assert counts[1] == {'source': 'shapes', 'counts': {'train': 40, 'val': 20}}
+    folder = tmp_path / 'kept/runs/table2-smoke'
+    init = f'--config.train.init_from={folder}/pretrained-0'
+    assert init in results['star-0']['command'] and init not in results['cnn-0']['command']
+    assert [*results['star-0']['extra']] == ['1 CNN*', '2 CNNs*']
+    pairs = [(p.parent.name, p.resolve().parent.name) for p in (folder / 'half-of-shapes').glob('val/*/*')]
+    assert {*pairs} == {(f'{i:05d}', name) for i, name in enumerate(
+        ['arrow', 'crescent', 'cross', 'disc', 'heart'])}  # fmt: skip
+    names = ['SIFT + FVs', '1 CNN', '5 CNNs', '1 CNN*', '2 CNNs*', '7 CNNs*']
+    assert [line.split('|')[1].strip() for line in out.splitlines() if line.startswith('| ')][1:] == names
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_the_cifar_pair(smoke, tmp_path):
+    write_store(tmp_path / 'cifar', format='u8', size=32, classes=10, counts={'train': 64, 'val': 20})
+    results, out = smoke('cifar_lrn', f'--config.data.store={tmp_path}/cifar', '--config.data.size=32',
+                         '--config.train.batch=8', '--config.run.eval_batch=4')  # fmt: skip
+    assert list(results) == ['11pct_plain-0', '11pct-0']
+    assert 'ten views: ' in out and 'points (one seed: not resolved)' in out

@@ -1,12 +1,13 @@
 """What the experiments share: finished runs are kept, others go on; and Figure 1 on a handful of pictures."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from alexnet_jax.errors import UserError
-from experiments import fig1_relu_tanh
-from tests.small_lab import make
+from experiments import fig1_relu_tanh, lab
+from tests.small_lab import leave, make
 from tests.tiny_store import write_store
 
 
@@ -26,7 +27,8 @@ def test_figure_1(tmp_path, store):
                      'tanh', 'tanh sweep 0.001', 'tanh sweep 0.002']  # fmt: skip
     result = trial.results['tanh-0']
     assert [row['epoch'] for row in result['train']] == [0.5, 1.0, 1.5, 2.0]
-    assert 'CPU' in str(result['devices']).upper() and result['data']['counts'] == {'train': 64, 'val': 20}
+    assert 'CPU' in str(result['devices']).upper() and 'core' in result['processor']
+    assert result['data']['counts'] == {'train': 64, 'val': 20}
     table = fig1_relu_tanh.report(trial.results)
     assert '| tanh | 0.00' in table and 'not reached' in table
     fig1_relu_tanh.plot(trial.results, tmp_path / 'figure.png')
@@ -58,6 +60,7 @@ def test_the_ratio_and_the_best_rate():
             results[f'{net}-{seed}'] = {'name': net, 'seed': seed, 'diverged': False, 'train': rows(*errors)}
     assert fig1_relu_tanh.best_rate(results, 'ReLU') == 0.004  # the best one diverged
     table = fig1_relu_tanh.report(results)
+    assert 'The paper does not name its network. Ours' in table and 'the first block of 10,000' in table
     # Between 50 and 20 % the target lies 5/6 of an epoch on: 3.8, 4.8; 11.8, 12.8.
     assert '| ReLU | 0.004 (at the edge of the sweep) | 3.8, 4.8 | 4.3 ± 0.7 |' in table
     assert 'tanh needs 2.8 ± 0.3 times the epochs' in table
@@ -69,10 +72,8 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
 
     def start(command, workdir, until):
         made.append(command)
-        workdir.mkdir(parents=True)
+        leave(command, workdir, until)
         (workdir / 'metrics.jsonl').write_text('{"kind": "train", "step": 1}\n{"kind": "eval", "st')
-        (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
-        (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
         return True
 
     trial = make(tmp_path, start=start)
@@ -84,6 +85,8 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
     assert len(made) == 1
     with pytest.raises(UserError, match='a-0 was run as .*rate=1.0.*, not as .*rate=2.0'):
         make(tmp_path, start=start).run('a', 0, 'configs/paper.py', {'optim.rate': 2.0})
+    elsewhere = make(tmp_path, ['--config.run.threads=2'], start=start)  # how it is run decides nothing
+    assert elsewhere.run('a', 0, 'configs/paper.py', changes) == result and len(made) == 1
     (tmp_path / 'results' / 'trial-smoke.json').write_text('{')
     with pytest.raises(UserError, match='trial-smoke.json: not JSON'):
         make(tmp_path)
@@ -105,24 +108,74 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
     assert list(trial.results) == ['stops-0', 'diverges-0']
 
 
-def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
-    def start(command, workdir, until):
-        workdir.mkdir(parents=True)
-        (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
-        (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
-        return False
+def test_what_results_were_measured_on():
+    older = {'data': {'source': 'a', 'counts': {'train': 1000, 'val': 10}}, 'devices': ['cpu:0'],
+             'versions': {'jax': '1'}, 'commit': 'c'}  # fmt: skip
+    start = '1 run on a (1,000 training and 10 test pictures); devices: cpu:0; '
+    assert lab.provenance({'a': older}) == f'{start}jax 1; commit c.'
+    newer = {**older, 'processor': 'Z80 (1 core)'}
+    assert lab.provenance({'a': newer}) == f'{start}processors: Z80 (1 core); jax 1; commit c.'
+    assert 'processors: Z80 (1 core), not noted; ' in lab.provenance({'a': newer, 'b': older})
 
+
+def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
     def run(trial):
         for seed in range(2):
             for name in ('a', 'b'):
                 trial.run(name, seed, 'configs/paper.py')
 
-    labs = [make(tmp_path, start=start, seeds=2) for _ in range(2)]
+    labs = [make(tmp_path, start=leave, seeds=2) for _ in range(2)]
     for trial, only in zip(labs, ('a-1', 'b'), strict=True):
         trial.choose(run, [only])
         run(trial)
     kept = json.loads((tmp_path / 'results' / 'trial-smoke.json').read_text())
     assert [*kept] == ['a-1', 'b-0', 'b-1']
     with pytest.raises(UserError, match='--only=c'):
-        make(tmp_path, start=start, seeds=2).choose(run, ['c', 'a'])
+        make(tmp_path, start=leave, seeds=2).choose(run, ['c', 'a'])
     assert len([*(tmp_path / 'runs' / 'trial-smoke').iterdir()]) == 3  # it was found before anything was run
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """command(arguments, ...) runs an experiment of one run of each seed, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab, 'RESULTS', tmp_path / 'committed')
+    monkeypatch.setattr(lab, 'FIGURES', tmp_path / 'committed')
+    monkeypatch.setattr(lab, 'in_new_process', leave)
+    monkeypatch.setattr('signal.signal', lambda *args: None)
+    module = SimpleNamespace(
+        __file__='trial.py', __doc__='What it is.', report=lambda results: f'table of {[*results]}',
+        run=lambda lab: [lab.run('a', seed, 'configs/paper.py') for seed in range(lab.seeds)],
+        plot=lambda results, file: file.write_text('figure'),
+    )  # fmt: skip
+
+    def run(*arguments):
+        monkeypatch.setattr('sys.argv', ['trial', *arguments])
+        lab._main(module)
+
+    return run
+
+
+def test_a_command_and_another_folder_for_results(command, tmp_path, capsys):
+    with pytest.raises(UserError, match='trial, full: nothing has been run'):
+        command('--scale=full', '--report')
+    command('--seeds=1', '--', '--config.data.source=a')
+    assert {*(tmp_path / 'committed').iterdir()} >= {
+        tmp_path / 'committed/trial-small.json', tmp_path / 'committed/trial-small.png'}  # fmt: skip
+    out = capsys.readouterr().out
+    assert "table of ['a-0']\nfigure: " in out and out.splitlines()[0].endswith(
+        '--workdir=runs/trial-small/a-0 --config.seed=0 --config.data.source=a')  # fmt: skip
+    other = ['--seeds=2', '--', '--config.data.source=b']
+    with pytest.raises(UserError, match='a-0 was run as .*--results=DIR'):
+        command(*other)
+    command('--results=mine', *other)
+    assert "table of ['a-0', 'a-1']\nfigure: mine/trial-small.png" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / 'mine/runs/trial-small').iterdir()} == {'a-0', 'a-1'}
+    assert len([*(tmp_path / 'runs/trial-small').iterdir()]) == 1
+
+
+@pytest.mark.parametrize('text', ['--config.seed=5', '--workdir=x', '--config', '-workdir'])
+def test_what_every_run_has_of_its_own_cannot_be_given(command, tmp_path, text):
+    with pytest.raises(UserError, match=f'{text}: every run has its own'):
+        command('--', '--config.data.source=a', text, 'x')
+    assert not [*tmp_path.iterdir()]

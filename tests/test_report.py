@@ -81,6 +81,11 @@ def test_all_schedules_are_shortened_alike(tmp_path):
     assert (short['optim.epochs'], short['optim.drops']) == (1.0, (0.8,))
 
 
+def test_every_network_has_dashes_of_its_own():
+    assert {*cifar_lrn.LOOKS} == {*cifar_lrn.CLAIMED}
+    assert len({dashes for _, dashes, _ in cifar_lrn.LOOKS.values()}) == len(cifar_lrn.LOOKS)
+
+
 def test_what_norms_bring_is_paired_by_seed():
     """The networks differ by 1 to 3 points within a seed, and by much more between seeds."""
     results = by_key(
@@ -164,21 +169,25 @@ def test_figure_4(figures, tmp_path):
     assert [made['names'][label] for label in made['labels']] == [
         f'class {k}' for k in looking.choose(np.arange(40, 60) % 10, 8, seed=0) % 10]  # fmt: skip
     table = fig4_retrieval.report(figures.fourth.results)
-    assert f'| {np.mean(extra["same"]):.1f} | 100.0 | 10.00 |' in table and '(seeds: 1;' in table
+    assert f'| {np.mean(extra["same"]):.1f} | 100.0 | 10.00 |' in table and '(runs: 1;' in table
     fig4_retrieval.plot(figures.fourth.results, tmp_path / 'figure.png')
     assert Image.open(tmp_path / 'figure.png').size[0] == 1040
 
 
-def test_a_run_that_is_there_already(figures, tmp_path):
+def test_a_run_that_is_there_already(figures, monkeypatch, capsys):
+    """Its table and its figure, and nothing is kept of it among results."""
+    monkeypatch.setattr(lab, 'apart', lambda look, run: look(run))
+    monkeypatch.setattr(lab, 'Lab', None)
+    monkeypatch.setattr('signal.signal', lambda *args: None)
     run = figures.third.workdir('original', 0)
-    trial = Lab('fig3_filters', 'smoke', seeds=1, results=tmp_path, start=in_process, taken=[str(run)])
-    fig3_filters.run(trial)
-    (made,) = trial.results.values()
-    assert (made['name'], made['taken'], made['seed']) == (str(run), str(run), 0)
-    assert made['extra'] == figures.third.results['original-0']['extra'] and made['train']
-    missing = Lab('fig3_filters', 'smoke', seeds=1, results=tmp_path, taken=[str(tmp_path / 'nowhere')])
+    monkeypatch.setattr('sys.argv', ['fig3_filters', f'--run={run}'])
+    lab._main(fig3_filters)
+    out = capsys.readouterr().out
+    assert out.replace(str(run), 'original').startswith(fig3_filters.report(figures.third.results))
+    assert out.endswith(f'figure: {run}/fig3_filters.png\n') and (run / 'fig3_filters.png').exists()
+    monkeypatch.setattr('sys.argv', ['fig3_filters', f'--run={run.parent}/nowhere'])
     with pytest.raises(UserError, match='nowhere: not a run directory'):
-        fig3_filters.run(missing)
+        lab._main(fig3_filters)
 
 
 def gratings():
@@ -261,10 +270,11 @@ def test_a_report_of_some_results(page, tmp_path):
     lab.write(tmp_path / 'results/cifar_lrn-small.json', results)
     lab.write(tmp_path / 'results/cifar_lrn-smoke.json', results)
     lab.write(tmp_path / 'results/fig3_filters-smoke.json', results)
-    section = page()[cifar_lrn.TITLE]
-    assert 'figures/' not in section
-    (tmp_path / 'figures/cifar_lrn-small.png').touch()
+    figure = tmp_path / 'figures/cifar_lrn-small.png'
+    figure.touch()  # of other results: it is drawn anew
     again = page()
+    cifar_lrn.plot(results, tmp_path / 'same.png')
+    assert figure.read_bytes() == (tmp_path / 'same.png').read_bytes()
     section = again.pop(cifar_lrn.TITLE)
     assert all(other.count('**Not run.**') == 2 for other in again.values())
     full, small = section.split('### Small scale')
@@ -278,11 +288,9 @@ def test_a_report_of_some_results(page, tmp_path):
     assert page()[cifar_lrn.TITLE] == section
 
 
-def test_commands_of_runs_that_were_taken_and_of_several_arguments():
+def test_commands_of_several_arguments():
     other = {**result('a', 4), 'given': []}
-    taken = {**result('runs/b c', 0), 'taken': 'runs/b c', 'given': []}
-    assert report.commands('x', 'full', by_key(taken, result('a', 1), other)) == [
-        "python -m experiments.x --scale=full --run='runs/b c'",
+    assert report.commands('x', 'full', by_key(result('a', 1), other)) == [
         'python -m experiments.x --scale=full --seeds=5',
         "python -m experiments.x --scale=full --seeds=2 -- '--config.data.source=/pictures of cats'",
     ]

@@ -45,6 +45,33 @@ def test_a_commit_where_git_is(monkeypatch):
     assert rundir.commit() == 'unknown'
 
 
+def test_a_commit_is_dirty_where_what_trains_was_changed(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ('alexnet_jax/a.py', 'configs/b.py', 'experiments/results/c.json')]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text('as committed')
+    for words in ('init', 'add .', '-c user.name=a -c user.email=a commit -m first'):
+        subprocess.run(['git', *words.split()], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(rundir, '__file__', str(files[0]))
+    clean = rundir.commit()
+    assert clean != 'unknown'
+    files[2].write_text('changed')
+    files[1].write_text('as committed')  # written, not changed
+    assert rundir.commit() == clean
+    files[1].write_text('changed')
+    assert rundir.commit() == f'{clean}-dirty'
+
+
+def test_the_processor_and_its_cores(monkeypatch):
+    monkeypatch.setattr(rundir.os, 'sched_getaffinity', lambda process: {3}, raising=False)
+    monkeypatch.setattr(rundir.pathlib.Path, 'read_text', lambda path: f'model name\t: {path}: 9\n')
+    assert rundir.processor() == '/proc/cpuinfo: 9 (1 core)'
+    monkeypatch.setattr(rundir.pathlib.Path, 'read_text', lambda path: 'CPU part\t: 0xd0c\n')
+    monkeypatch.setattr(rundir.platform, 'processor', lambda: '')
+    monkeypatch.setattr(rundir.platform, 'machine', lambda: 'aarch64')
+    assert rundir.processor() == 'aarch64 (1 core)'
+
+
 def test_a_damaged_run_json_is_named(tmp_path):
     (tmp_path / 'run.json').write_text(json.dumps([])[:1])
     with pytest.raises(UserError, match='run.json: not JSON'):
