@@ -9,12 +9,13 @@ averaged, ten crops each. With another number of seeds other networks go togethe
 directories must still be there.
 
 CNN* (`configs/cnn_star.py`, a sixth convolutional layer) is trained on more classes, then its last
-layer is replaced and all of it trained on the fewer classes of the table. At the small scale (that of
-`experiments/ablations.py`) FOLDER holds the more classes, and the fewer are the first half of them, a
-folder of links that is made here. So unlike the paper's, CNN* sees no other pictures of these classes
-than the CNNs do, but those of the other half, and twice as many epochs. The smoke scale does the same
-with sixty pictures of the embedded set. At full scale the fewer are ILSVRC-2012, and the pre-trained
-networks are to be there: for seeds 0 and 1, with FALL2011 the folder of the larger set,
+layer is replaced and all of it trained on the fewer classes of the table, with the rates that the source
+had for it (`:finetune`). At the small scale (that of `experiments/ablations.py`) FOLDER holds the more
+classes, and the fewer are the first half of them, a folder of links that is made here. So unlike the
+paper's, CNN* sees no other pictures of these classes than the CNNs do, but those of the other half, and
+more epochs. The smoke scale does the same with sixty pictures of the embedded set. At full scale the
+fewer are ILSVRC-2012, and the pre-trained networks are to be there: for seeds 0 and 1, with FALL2011 the
+folder of the larger set,
 
     python -m alexnet_jax.prepare --source=FALL2011
     python -m alexnet_jax.main --config=configs/cnn_star.py --config.data.source=FALL2011 \\
@@ -34,7 +35,7 @@ from experiments import ablations
 from experiments import lab as labs
 
 TITLE = 'Table 2: ensembles, and networks trained on more classes before (§6)'
-CNN, STAR = 'configs/original.py', 'configs/cnn_star.py'
+CNN, STAR, FINETUNE = 'configs/original.py', 'configs/cnn_star.py', 'configs/cnn_star.py:finetune'
 STARS = 2
 SIFT = 'SIFT + FVs'  # what came before
 PAPER = {  # top-1 and top-5 error, %, on ILSVRC-2012 validation; top-5 error on its test set
@@ -47,9 +48,10 @@ plot = None
 
 def run(lab):
     changes, part = ablations.SCALES[lab.scale]
+    finetune = changes
     more, fewer = {}, {}  # where the pictures are
     if lab.scale != 'full':
-        changes = {**changes, **labs.shortened(CNN, part)}
+        changes, finetune = ({**changes, **labs.shortened(config, part)} for config in (CNN, FINETUNE))
         source = lab.given('data.source')
         if lab.scale == 'smoke' and not source:
             source = draw(lab.folder / 'shapes')
@@ -58,7 +60,7 @@ def run(lab):
             raise UserError('table2: give a folder of pictures, -- --config.data.source=FOLDER')
         half = first_half(source, lab.folder / f'half-of-{pathlib.Path(source).name}')
         fewer = {'data.source': half, 'data.store': f'{half}-store'}
-    changes = {'run.eval_every': 5.0, **changes}
+    changes, finetune = ({'run.eval_every': 5.0, **fields} for fields in (changes, finetune))
     stars = min(STARS, lab.seeds)
     pretrained = [lab.workdir('pretrained', seed) for seed in range(stars)]
     for first in pretrained if lab.scale == 'full' else ():
@@ -72,7 +74,7 @@ def run(lab):
     for seed, first in enumerate(pretrained):
         if lab.scale != 'full':
             lab.run('pretrained', seed, STAR, changes, last=more)
-        lab.run('star', seed, STAR, {**changes, 'train.init_from': str(first)}, last=fewer,
+        lab.run('star', seed, FINETUNE, {**finetune, 'train.init_from': str(first)}, last=fewer,
                 after=functools.partial(alone, '1 CNN*'))
     if starred := sound(lab, 'star', stars):
         together(lab, 'CNNs*', {**starred, **cnns})

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax import fingerprint, optim, steps, train
 from alexnet_jax import mesh as meshes
 from alexnet_jax.errors import UserError
-from configs import base, large_batch, original
+from configs import base, cnn_star, large_batch, original
 
 MOMENTUM, DECAY, TRUST = 0.9, 5e-4, 0.02
 SHAPES = {
@@ -297,11 +297,11 @@ def make(examples=1000, batch=100, **changes):
 
 
 @pytest.mark.parametrize(
-    ('variant', 'examples', 'phases', 'end'),
+    ('preset', 'variant', 'examples', 'phases', 'end'),
     [
         # Epoch; rates of weights, biases and conv1; colour noise: original.md §4.
         pytest.param(
-            '', 1_281_167,
+            original, '', 1_281_167,
             [
                 (0, 1e-2, 0.02, 1e-2, 1),
                 (25, 1e-3, 0.02, 1e-3, 1),
@@ -313,7 +313,7 @@ def make(examples=1000, batch=100, **changes):
             91, id='2012',
         ),
         pytest.param(
-            '2010', 1_261_406,
+            original, '2010', 1_261_406,
             [
                 (0, 1e-2, 0.02, 1e-2, 1),
                 (23, 1e-3, 0.02, 1e-3, 1),
@@ -324,10 +324,22 @@ def make(examples=1000, batch=100, **changes):
             ],
             93, id='2010',
         ),
+        pytest.param(  # 146-2012-2011, in the source's layer-params file of that name
+            cnn_star, 'finetune', 1_281_167,
+            [
+                (0, 1e-3, 0.02, 1e-4, 1),
+                (5, 1e-3, 0.02, 1e-5, 1),
+                (7, 1e-3, 0.02, 0, 1),
+                (22, 1e-4, 0.02, 0, 1),
+                (38, 1e-4, 0.02, 0, 0),
+                (42, 1e-5, 0.02, 0, 0),
+            ],
+            54, id='CNN*',
+        ),
     ],
 )  # fmt: skip
-def test_rates_of_net_145(variant, examples, phases, end):
-    rates = optim.make_rates(examples=examples, batch=128, **original.get_config(variant).optim)
+def test_rates_of_the_source(preset, variant, examples, phases, end):
+    rates = optim.make_rates(examples=examples, batch=128, **preset.get_config(variant).optim)
 
     def first_step(epoch):
         return -(-epoch * examples // 128)
