@@ -6,7 +6,8 @@ ILSVRC-2012, two towers, batch 128, learning rate 0.01, divided by 10 when the v
 stops improving, three times. In the paper: 90 epochs, five to six days on two GTX 580;
 top-1/top-5 error 40.7/18.2 % with ten crops. Not yet run in full here.
 Variants: `paper.py:tanh`; `paper.py:source_std`, with the source's standard deviation of 0.03 in conv3
-to conv5, which leaves chance in half the steps (`experiments/does_it_train.py`).
+to conv5, which left chance in half the steps on twenty classes, at a quarter of the width
+(`experiments/does_it_train.py`).
 """
 
 from configs import base
