@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import data, evaluate, looking, rundir, steps
+from alexnet_jax import data, evaluate, looking, rundir, steps, words
 from alexnet_jax import mesh as meshes
 from alexnet_jax.errors import UserError, run
 from alexnet_jax.store import Store
@@ -150,11 +150,11 @@ def main() -> None:
         asked += of_split('val')
     found, distances = nearest(np.concatenate(asked), of_split('train'), k)
     classes = store.labels('train')[found]
-    n = len(images)
+    n, names = len(images), words.shown(store.names)
     for i, title in enumerate(titles):
-        known = '' if labels[i] is None else f' ({store.names[labels[i]]})'
+        known = '' if labels[i] is None else f' ({names[labels[i]]})'
         pairs = zip(classes[i], distances[i], strict=True)
-        print(f'{title}{known}: ' + ', '.join(f'{store.names[c]} {d:.4g}' for c, d in pairs))
+        print(f'{title}{known}: ' + ', '.join(f'{names[c]} {d:.4g}' for c, d in pairs))
     print(shared(labels, classes[:n]))
     if args.score:
         print(f'the whole validation split: {shared(store.labels("val").tolist(), classes[n:])}')

@@ -18,7 +18,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import data, evaluate, looking, predict, retrieve
+from alexnet_jax import data, evaluate, looking, predict, retrieve, words
 from alexnet_jax import mesh as meshes
 from experiments import fig3_filters
 from experiments import lab as labs
@@ -116,8 +116,9 @@ def report(results) -> str:
                       'among five. Below, each row: a validation picture, and to its right the training '
                       'pictures nearest to it.', '']  # fmt: skip
         for query in first['extra']['queries']:
-            pairs = zip(query['names'], query['distances'], strict=True)
-            lines.append(f'- {query["name"]}: ' + ', '.join(f'{n} ({d:.4g})' for n, d in pairs))
+            name, *names = words.shown([query['name'], *query['names']])
+            pairs = zip(names, query['distances'], strict=True)
+            lines.append(f'- {name}: ' + ', '.join(f'{n} ({d:.4g})' for n, d in pairs))
     return '\n'.join(lines)
 
 

@@ -1,0 +1,26 @@
+"""What the classes of ImageNet are called: its data sets know them by WordNet's numbers, as n01440764.
+
+`imagenet_words.txt` has the first word of each of the 1,000 synsets of ILSVRC-2012 (WordNet 3.0,
+copyright 2006 by Princeton University).
+"""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+
+@functools.cache
+def _table() -> dict[str, str]:
+    text = pathlib.Path(__file__).with_name('imagenet_words.txt').read_text(encoding='utf-8')
+    return dict(line.split('\t') for line in text.splitlines())
+
+
+def shown(names: Sequence[str]) -> list[str]:
+    """Names of classes for people: a number of WordNet becomes its word; other names stay.
+
+    Two classes of ILSVRC-2012 are called crane and two maillot: they keep their numbers behind it.
+    """
+    table = _table()
+    count = list(table.values()).count
+    return [f'{table[name]} {name}' if name in table and count(table[name]) > 1 else table.get(name, name)
+            for name in names]
