@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import configfile, files
 from alexnet_jax.errors import UserError
-from alexnet_jax.store import Store
+from alexnet_jax.store import Store, cores
 
 LATER = {  # fields that older runs do not have, with what they mean by it
     'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': []},
@@ -133,14 +133,13 @@ def write(config, workdir: files.Path, store: Store) -> None:
 
 def processor() -> str:
     """The model of the CPU, and how many of its cores this process may use."""
-    affinity = getattr(os, 'sched_getaffinity', None)  # Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count()
     try:
         lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
         model = next(line.partition(': ')[2] for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):  # not Linux, or not x86
         model = platform.processor() or platform.machine()
-    return f'{model} ({cores} core{"s" * (cores != 1)})'
+    count = cores()
+    return f'{model} ({count} core{"s" * (count != 1)})'
 
 
 def commit() -> str:
