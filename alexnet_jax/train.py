@@ -95,6 +95,11 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
     stuck = diagnosis.Stuck(run.stuck_after, job.store.classes)
     tracing = False
 
+    def fetch():
+        with clock.waiting():
+            local = next(batches, None)
+            return local and meshes.global_batch(job.mesh, job.config.train.batch, local)
+
     def account():
         nonlocal pending, running, images
         if pending is None:
@@ -149,6 +154,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
             f'{diagnosis.CAUSES}'
         )
 
+    batch = fetch()  # None after the last step
     while True:
         rates = job.rates(step, history)
         over = step == job.total or rates['stop']
@@ -181,13 +187,12 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         if not tracing and run.profile[0] <= step < run.profile[1]:
             jax.profiler.start_trace(workdir / 'profile')
             tracing = True
-        with clock.waiting():
-            batch = meshes.global_batch(job.mesh, job.config.train.batch, next(batches))
         scalars = {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
         state, sums = job.train_step(state, batch, scalars)
+        following = fetch()  # it travels to the device while this step runs, and the one before
         account()
         pending = step, rates, scalars, sums, batch
-        step += 1
+        step, batch = step + 1, following
         if tracing and step >= run.profile[1]:
             account()
             jax.profiler.stop_trace()

@@ -111,13 +111,20 @@ def _both(spec, config, net):
     def repeat(count):
         nonlocal state
         waiting, before = 0.0, None
-        for _ in range(count):
+
+        def fetch():
+            nonlocal waiting
             began = time.perf_counter()
             batch = next(pipeline.batches)
             batch['label'] = batch['label'] % spec['classes']
             batch = meshes.global_batch(mesh, spec['batch'], batch)
             waiting += time.perf_counter() - began
+            return batch
+
+        batch = fetch()
+        for left in reversed(range(count)):
             state, sums = compiled(state, batch, rates)
+            batch = fetch() if left else None
             jax.block_until_ready(before)  # the step before: never more than two in flight
             before = sums
         jax.block_until_ready((state, sums))
