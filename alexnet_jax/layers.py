@@ -66,9 +66,13 @@ def local(x, kernel, bias) -> jax.Array:
     return add(jnp.einsum('bhwi,hwio->bhwo', jnp.concatenate(views, axis=-1), kernel), bias[None])
 
 
-def dense(x, kernel, bias) -> jax.Array:
-    """x[B,I], kernel[I,O], bias[O] -> [B,O]; all may have one more axis in front, the towers."""
-    return add(x @ kernel, bias[..., None, :])
+def dense(x, kernel, bias=None, *, dtype=None) -> jax.Array:
+    """x[B,I], kernel[I,O], bias[O] or None -> [B,O]; all may have one more axis in front, the towers.
+
+    dtype: of the result, that of x if None; a wider one is not rounded to x's in between.
+    """
+    y = jnp.matmul(x, kernel, preferred_element_type=dtype)
+    return y if bias is None else add(y, bias[..., None, :])
 
 
 def add(y, bias) -> jax.Array:

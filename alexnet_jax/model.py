@@ -18,8 +18,7 @@ from alexnet_jax import layers
 
 SIZES = (11, 5, 3, 3, 3, 3)  # kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146)
 PADDINGS = (None, 2, 1, 1, 1, 1)  # pixels on every side; conv1's is a switch
-# Run #147: pooling without overlap comes with less padding, so that layer 5 again ends at 6 x 6. From
-# 112-pixel crops it would end at 2 x 2, not at 3 x 3 as with overlap: there conv5 keeps its padding.
+# Run #147: pooling without overlap comes with less padding, so that layer 5 again ends at 6 x 6.
 DISJOINT_PADDINGS = (None, 1, 1, 1, 0, 1)
 POOLING = {'overlapping': (3, 2), 'disjoint': (2, 2)}  # window and stride (§3.4)
 ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
@@ -31,6 +30,18 @@ UNGROUPED = (('conv1', 'conv2'), ('conv3', 'conv4'))  # without the first, the s
 def dtypes() -> tuple[str, ...]:
     """The compute dtypes; float64 for tests, since JAX has it off by default."""
     return ('float32', 'bfloat16', *(('float64',) if jax.config.jax_enable_x64 else ()))
+
+
+def padding_of(i: int, pooling: str, size: int, first: int) -> int:
+    """Padding of conv{i + 1}, i > 0, pixels, where it reads `size` rows and conv1 gives `first`.
+
+    From 112-pixel crops run #147's would end at 2 x 2, not at 3 x 3 as pooling with overlap does:
+    there conv5 keeps its padding.
+    """
+    if pooling == 'overlapping':
+        return PADDINGS[i]
+    small = i == 4 and (size + 2 * DISJOINT_PADDINGS[i] - 1) // 2 < first // 8
+    return (PADDINGS if small else DISJOINT_PADDINGS)[i]
 
 
 def params_of(module, kernel_shape, bias_shape=None):
@@ -131,7 +142,7 @@ class Logits(nn.Module):
         kernels, bias = params_of(self, shape, bias_shape=(self.classes,))
         wide = jnp.promote_types(jnp.float32, self.dtype)
         x, kernel = jnp.concatenate(xs, axis=-1), kernels.reshape(-1, self.classes)
-        total = jnp.matmul(x, kernel, preferred_element_type=wide)
+        total = layers.dense(x, kernel, dtype=wide)
         total = lax.psum(total, self.axis) if self.axis else total
         return layers.add(total, bias.reshape(1, -1))
 
@@ -175,9 +186,8 @@ class AlexNet(nn.Module):
     def __call__(self, images, dropout_key=None, rows=None):
         """With a dropout key and the images' rows i32[B] in the global batch: as in training."""
         out = {}
-        paddings = PADDINGS if self.pooling == 'overlapping' else DISJOINT_PADDINGS
         xs = (images.astype(self.dtype),) * self.local_towers
-        wanted = 0  # rows at the end of layer 5, those that three poolings with overlap leave
+        first = 0  # rows that conv1 gives
         for i, features in enumerate(self.kernels):
             name, after = f'conv{i + 1}', self.after[i].split()
             if name in self.exchange:
@@ -187,9 +197,9 @@ class AlexNet(nn.Module):
                 if i == 0:
                     xs = tuple(self._centres(x) for x in xs)
             else:
-                padding = self.conv1_padding if i == 0 else (paddings[i],) * 2
-                if name == 'conv5' and (xs[0].shape[1] + 2 * paddings[i] - 1) // 2 < wanted:
-                    padding = (PADDINGS[i],) * 2
+                padding = self.conv1_padding
+                if i > 0:
+                    padding = (padding_of(i, self.pooling, xs[0].shape[1], first),) * 2
                 # After conv1 or conv3, which read everything, conv2 and conv4 read halves of it.
                 # Without them they read everything themselves.
                 halves = name in GROUPED and (self.remove, name) not in UNGROUPED
@@ -206,7 +216,7 @@ class AlexNet(nn.Module):
                 )(xs)
                 out[name] = xs
             if i == 0:
-                wanted = xs[0].shape[1] // 8
+                first = xs[0].shape[1]
             for op in after:
                 xs = out[f'{op}{i + 1}'] = self._apply(op, xs)
 

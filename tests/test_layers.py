@@ -162,6 +162,7 @@ def test_dense():
     close(y, references.dense(x, kernel, bias))
     for actual, expected in zip(gradients, references.dense_grad(x, kernel, g), strict=True):
         close(actual, expected)
+    close(value_and_gradients(layers.dense, g, x, kernel)[0], references.dense(x, kernel, 0 * bias))
 
 
 def test_dense_reference():

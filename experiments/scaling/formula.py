@@ -38,7 +38,6 @@ def layers(net: model.AlexNet, crop: int) -> list[Layer]:
     out = []
     size, channels = crop, 3  # of what one tower reads
     window, stride = model.POOLING[net.pooling]
-    paddings = model.PADDINGS if net.pooling == 'overlapping' else model.DISJOINT_PADDINGS
     for i, features in enumerate(net.kernels):
         name, k = f'conv{i + 1}', model.SIZES[i]
         kernel = macs = 0
@@ -46,9 +45,10 @@ def layers(net: model.AlexNet, crop: int) -> list[Layer]:
         if name in net.exchange:
             channels *= towers
             gathered.append(size * size * channels)
-        padding = sum(net.conv1_padding) if i == 0 else 2 * paddings[i]
-        if i == 0 or name != net.remove:
-            size = (size + padding - k) // (4 if i == 0 else 1) + 1
+        if i == 0:
+            first = size = (size + sum(net.conv1_padding) - k) // 4 + 1
+        elif name != net.remove:
+            size += 2 * model.padding_of(i, net.pooling, size, first) - k + 1
         if name != net.remove:
             halves = name in model.GROUPED and (net.remove, name) not in model.UNGROUPED
             kernel = towers * k * k * channels // (net.groups if halves else 1) * features
@@ -88,7 +88,7 @@ def train_step(
     """What `steps.make_train_step` must move on a (data, model) mesh, `images` for each device.
 
     The gradient of every parameter is summed over `data`, in the dtype of the arithmetic (that of
-    fc8's bias in float32, as the logits it is added to), and the metrics. With a tower on each
+    biases in float32, in which they are added), and the metrics. With a tower on each
     device of `model`: what the towers exchange is gathered forward, its gradient is reduced and
     scattered backward, and the logits are summed, in float32. LARS sums two squared norms for each
     parameter that is divided over `model`.
@@ -107,11 +107,18 @@ def train_step(
             arrays = 2 * sum(layer.kernel > 0 for layer in plan) - 1  # all but fc8's bias
             moves += [Move('all-reduce', 'model', 'f32', 1, 'norm')] * 2 * arrays
     if data > 1:
-        divided = sum(layer.kernel + layer.bias for layer in plan) - net.classes
-        moves.append(Move('all-reduce', 'data', dtype, divided // shards, 'gradient'))
+        moves += gradients('data', dtype, plan[:-1], shards)
+        moves.append(Move('all-reduce', 'data', dtype, plan[-1].kernel // shards, 'gradient'))
         moves.append(Move('all-reduce', 'data', 'f32', net.classes, 'gradient'))
         moves += [Move('all-reduce', 'data', 'f32', 1, 'metrics')] * METRICS
     return moves
+
+
+def gradients(axis: str, dtype: str, plan: list[Layer], shards: int = 1) -> list[Move]:
+    """Sums of the gradients of some layers, each divided over `shards` devices; biases' in float32."""
+    kernels, biases = sum(layer.kernel for layer in plan), sum(layer.bias for layer in plan)
+    return [Move('all-reduce', axis, dtype, kernels // shards, 'gradient'),
+            Move('all-reduce', axis, 'f32', biases // shards, 'gradient')]
 
 
 def hybrid_step(net: model.AlexNet, crop: int, images: int, mesh: tuple[int, int]) -> list[Move]:
@@ -124,17 +131,17 @@ def hybrid_step(net: model.AlexNet, crop: int, images: int, mesh: tuple[int, int
     data, shards = mesh
     dtype, rows = _dtype(net), images * shards
     plan = layers(net, crop)
-    convs = sum(layer.kernel + layer.bias for layer in plan if layer.name.startswith('conv'))
+    convs = [layer for layer in plan if layer.name.startswith('conv')]
     fc6, fc7, fc8 = plan[-3:]
     towers = net.local_towers
     moves = []
     if data * shards > 1:
         every = 'data' if shards == 1 else 'model' if data == 1 else 'both'
-        moves.append(Move('all-reduce', every, dtype, convs, 'gradient'))
+        moves += gradients(every, dtype, convs)
         moves.append(Move('all-reduce', every, 'f32', net.classes, 'gradient'))
     if data > 1:
-        divided = sum(layer.kernel + layer.bias for layer in (fc6, fc7, fc8)) - net.classes
-        moves.append(Move('all-reduce', 'data', dtype, divided // shards, 'gradient'))
+        moves += gradients('data', dtype, [fc6, fc7], shards)
+        moves.append(Move('all-reduce', 'data', dtype, fc8.kernel // shards, 'gradient'))
     if shards > 1:
         for units in (fc6.kernel // fc6.bias * (1 if 'fc6' in net.exchange else towers), fc6.bias):
             moves.append(Move('all-gather', 'model', dtype, rows * units, 'exchange'))

@@ -51,20 +51,20 @@ def make_gradients(net: model.AlexNet, mesh: Mesh, *, crop: int) -> tuple[Callab
         return net.apply({'params': {**params, **zeros}}, images)[1][last]
 
     def loss(params, images, labels):
-        def cast(layer, name):
-            return params[layer][name].astype(net.dtype)
+        def cast(layer):
+            return params[layer]['kernel'].astype(net.dtype)
 
         def hidden(layer, x):
-            y = jnp.einsum('bi,tio->bto', x, cast(layer, 'kernel')) + cast(layer, 'bias')[None]
-            return model.ACTIVATIONS[net.activation](y)
+            y = jnp.einsum('bi,tio->bto', x, cast(layer))
+            return model.ACTIVATIONS[net.activation](layers.add(y, params[layer]['bias'][None]))
 
         x = layers.exchange(trunk(params, images))
         x = lax.all_gather(x.reshape(x.shape[0], -1), 'model', axis=0, tiled=True)
         x = lax.all_gather(hidden('fc6', x), 'model', axis=2, tiled=True)
         x = hidden('fc7', x.reshape(x.shape[0], -1))
-        parts = jnp.einsum('bti,tio->bo', x, cast('fc8', 'kernel')).astype(jnp.float32)
+        parts = jnp.einsum('bti,tio->bo', x, cast('fc8')).astype(jnp.float32)
         logits = lax.psum_scatter(parts, 'model', scatter_dimension=0, tiled=True)
-        logits = logits + cast('fc8', 'bias').astype(jnp.float32).reshape(1, -1)
+        logits = logits + params['fc8']['bias'].reshape(1, -1)
         truth = jax.nn.one_hot(labels, logits.shape[1])
         return -jnp.sum(truth * jax.nn.log_softmax(logits)) / (len(labels) * mesh.size)
 
