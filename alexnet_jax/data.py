@@ -17,7 +17,8 @@ import numpy as np
 from alexnet_jax import sampler
 from alexnet_jax.datasets import import_tensorflow
 from alexnet_jax.errors import UserError
-from alexnet_jax.store import Store, cores
+from alexnet_jax.machine import cores
+from alexnet_jax.store import Store
 
 Batch = dict[str, np.ndarray]
 

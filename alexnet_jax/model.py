@@ -33,15 +33,10 @@ def dtypes() -> tuple[str, ...]:
 
 
 def padding_of(i: int, pooling: str, size: int, first: int) -> int:
-    """Padding of conv{i + 1}, i > 0, pixels, where it reads `size` rows and conv1 gives `first`.
-
-    From 112-pixel crops run #147's would end at 2 x 2, not at 3 x 3 as pooling with overlap does:
-    there conv5 keeps its padding.
-    """
-    if pooling == 'overlapping':
-        return PADDINGS[i]
+    """Padding of conv{i + 1}, i > 0, pixels, where it reads `size` rows and conv1 gives `first`."""
+    # From 112-pixel crops #147 would end at 2 x 2, not at 3 x 3 as with overlap: conv5 keeps its padding.
     small = i == 4 and (size + 2 * DISJOINT_PADDINGS[i] - 1) // 2 < first // 8
-    return (PADDINGS if small else DISJOINT_PADDINGS)[i]
+    return (PADDINGS if small or pooling == 'overlapping' else DISJOINT_PADDINGS)[i]
 
 
 def params_of(module, kernel_shape, bias_shape=None):
@@ -197,9 +192,8 @@ class AlexNet(nn.Module):
                 if i == 0:
                     xs = tuple(self._centres(x) for x in xs)
             else:
-                padding = self.conv1_padding
-                if i > 0:
-                    padding = (padding_of(i, self.pooling, xs[0].shape[1], first),) * 2
+                size = xs[0].shape[1]
+                padding = (padding_of(i, self.pooling, size, first),) * 2 if i else self.conv1_padding
                 # After conv1 or conv3, which read everything, conv2 and conv4 read halves of it.
                 # Without them they read everything themselves.
                 halves = name in GROUPED and (self.remove, name) not in UNGROUPED
@@ -215,8 +209,7 @@ class AlexNet(nn.Module):
                     name=name,
                 )(xs)
                 out[name] = xs
-            if i == 0:
-                first = xs[0].shape[1]
+            first = first or xs[0].shape[1]
             for op in after:
                 xs = out[f'{op}{i + 1}'] = self._apply(op, xs)
 

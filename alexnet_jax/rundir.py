@@ -32,7 +32,8 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import configfile, files
 from alexnet_jax.errors import UserError
-from alexnet_jax.store import Store, cores
+from alexnet_jax.machine import cores
+from alexnet_jax.store import Store
 
 LATER = {  # fields that older runs do not have, with what they mean by it
     'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': []},

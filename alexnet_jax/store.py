@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_jax.errors import UserError
+from alexnet_jax.machine import cores
 
 FORMATS = ('jpg', 'u8')
 
@@ -152,11 +153,6 @@ def open_store(path: str | os.PathLike) -> Store:
         sigma=sigma.astype(np.float32),
         splits=splits,
     )
-
-
-def cores() -> int:
-    """The cores that this process may use: fewer than there are where it is bound to some."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def verify(store: Store) -> None:
