@@ -17,7 +17,6 @@ import io
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -30,9 +29,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import configfile, files
+from alexnet_jax import configfile, files, machine
 from alexnet_jax.errors import UserError
-from alexnet_jax.machine import cores
 from alexnet_jax.store import Store
 
 LATER = {  # fields that older runs do not have, with what they mean by it
@@ -134,13 +132,8 @@ def write(config, workdir: files.Path, store: Store) -> None:
 
 def processor() -> str:
     """The model of the CPU, and how many of its cores this process may use."""
-    try:
-        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-        model = next(line.partition(': ')[2] for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):  # not Linux, or not x86
-        model = platform.processor() or platform.machine()
-    count = cores()
-    return f'{model} ({count} core{"s" * (count != 1)})'
+    count = machine.cores()
+    return f'{machine.processor()} ({count} core{"s" * (count != 1)})'
 
 
 def commit() -> str:

@@ -4,6 +4,7 @@
 copyright 2006 by Princeton University).
 """
 
+import collections
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 @functools.cache
 def _table() -> dict[str, str]:
     text = pathlib.Path(__file__).with_name('imagenet_words.txt').read_text(encoding='utf-8')
-    return dict(line.split('\t') for line in text.splitlines())
+    words = dict(line.split('\t') for line in text.splitlines())
+    count = collections.Counter(words.values())
+    return {number: word if count[word] == 1 else f'{word} {number}' for number, word in words.items()}
 
 
 def shown(names: Sequence[str]) -> list[str]:
@@ -20,7 +23,4 @@ def shown(names: Sequence[str]) -> list[str]:
 
     Two classes of ILSVRC-2012 are called crane and two maillot: they keep their numbers behind it.
     """
-    table = _table()
-    count = list(table.values()).count
-    return [f'{table[name]} {name}' if name in table and count(table[name]) > 1 else table.get(name, name)
-            for name in names]
+    return [_table().get(name, name) for name in names]

@@ -1,6 +1,7 @@
 """Run directories: one start at a time, and what is written about each."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -67,8 +68,8 @@ def test_the_processor_and_its_cores(monkeypatch):
     monkeypatch.setattr(rundir.pathlib.Path, 'read_text', lambda path: f'model name\t: {path}: 9\n')
     assert rundir.processor() == '/proc/cpuinfo: 9 (1 core)'
     monkeypatch.setattr(rundir.pathlib.Path, 'read_text', lambda path: 'CPU part\t: 0xd0c\n')
-    monkeypatch.setattr(rundir.platform, 'processor', lambda: '')
-    monkeypatch.setattr(rundir.platform, 'machine', lambda: 'aarch64')
+    monkeypatch.setattr(platform, 'processor', lambda: '')
+    monkeypatch.setattr(platform, 'machine', lambda: 'aarch64')
     assert rundir.processor() == 'aarch64 (1 core)'
 
 

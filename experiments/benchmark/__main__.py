@@ -26,7 +26,7 @@ import tempfile
 import time
 from importlib.metadata import version
 
-from alexnet_jax import allocator, configfile, rundir
+from alexnet_jax import allocator, configfile, machine, rundir
 from alexnet_jax.errors import ArgumentParser, UserError, run
 from alexnet_jax.store import open_store
 from experiments.benchmark import report
@@ -149,18 +149,10 @@ def _device() -> tuple[str, str]:
 
 def _machine(kind: str) -> dict:
     return {
-        'device': kind, 'cores': os.cpu_count(), 'processor': _processor(),
+        'device': kind, 'cores': os.cpu_count(), 'processor': machine.processor(),
         'python': platform.python_version(), 'jax': version('jax'), 'jaxlib': version('jaxlib'),
         'commit': rundir.commit(), 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
     }  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(': ')[1] for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration, IndexError):
-        return platform.processor()
 
 
 def _facts(spec: dict) -> dict:
