@@ -19,7 +19,7 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
     """The mesh, the shapes of a network for one class, and the name of its last layer."""
     net = switches.build(classes=1, **config.model)
     optim.make_rates(examples=1, batch=1, **config.optim)
-    for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep'):
+    for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep', 'dispatch'):
         if config.run[field] <= 0:
             raise UserError(f'config.run.{field}={config.run[field]}: must be above 0')
     stopping.parse(config.run.stop_after)

@@ -1,6 +1,7 @@
 """Everything that a config fixes before the first step of a training."""
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -51,6 +52,7 @@ class Job:
     rates: Callable
     total: int  # steps, at the most
     train_step: Callable
+    train_steps: Callable  # several at once
     predict: Callable
     all_finite: Callable
     find_broken: Callable
@@ -66,6 +68,9 @@ class Job:
             'sigma': store.sigma,
             **config.colour,
         }
+        make_step = functools.partial(
+            steps.make_train_step, net, optimizer, mesh, seed=config.seed, **inputs_of
+        )
         return cls(
             config=config,
             mesh=mesh,
@@ -74,7 +79,8 @@ class Job:
             optimizer=optimizer,
             rates=optim.make_rates(examples=examples, batch=config.train.batch, **config.optim),
             total=optim.steps_per(config.optim.epochs, examples, config.train.batch),
-            train_step=steps.make_train_step(net, optimizer, mesh, seed=config.seed, **inputs_of),
+            train_step=make_step(),
+            train_steps=make_step(several=True),
             predict=steps.make_predict(net, mesh, mean=store.mean, views='centre', crop=crop),
             all_finite=steps.make_all_finite(mesh),
             find_broken=diagnosis.make_find_broken(net, seed=config.seed, **inputs_of),
@@ -120,6 +126,15 @@ class Job:
             threads=self.config.run.threads,
         )
         return metrics.errors(sums)
+
+    def dispatched(self, step: int) -> int:
+        """How many steps the next dispatch makes: `run.dispatch`, or 1 where the run looks up meanwhile.
+
+        It follows from the number of the step alone: a run that is resumed makes the same groups.
+        """
+        count = self.config.run.dispatch
+        whole = step % count == 0 and step + count <= self.total
+        return count if whole and not any(map(self.evaluation_due, range(step + 1, step + count))) else 1
 
     def evaluation_due(self, step: int) -> bool:
         examples, batch = self.store.counts['train'], self.config.train.batch

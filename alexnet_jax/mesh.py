@@ -114,6 +114,16 @@ def global_batch(mesh: Mesh, batch: int, local: dict[str, np.ndarray]) -> dict[s
     }
 
 
+def global_batches(mesh: Mesh, batch: int, local: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+    """This process's rows of several batches -> arrays [batches, rows, ...], the rows over `data`."""
+    sharding = NamedSharding(mesh, P(None, 'data'))
+    stacked = {name: np.stack([one[name] for one in local]) for name in local[0]}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (len(local), batch, *x.shape[2:]))
+        for name, x in stacked.items()
+    }
+
+
 def shardings(mesh: Mesh, specs):
     """A tree of partition specs -> the same tree of shardings."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))

@@ -148,6 +148,7 @@ def make_train_step(
     mesh: Mesh,
     *,
     seed: int,
+    several: bool = False,
     **inputs_of,
 ) -> Callable:
     """step(state, batch, rates) -> (state, sums): one update on a global batch.
@@ -155,7 +156,8 @@ def make_train_step(
     batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`; rates: f32
     scalars by name; inputs_of: what `make_inputs` takes. sums: count, loss, top1, top5 over the
     batch, in training mode. Where the loss is not finite nothing is updated, so that it can be found
-    out why (`diagnosis.py`). The state given is donated, except on CPUs.
+    out why (`diagnosis.py`). The state given is donated, except on CPUs. several: one program makes
+    several updates; every array of batch, rates and sums then has a leading axis, the updates.
     """
     local = model.localize(net, mesh.shape['model'])
     shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, inputs_of['mean'].shape[0]))
@@ -184,10 +186,14 @@ def make_train_step(
     mapped = step if alone else jax.shard_map(
         step, mesh=mesh, in_specs=(specs, P('data'), P()), out_specs=(specs, P()), check_vma=True
     )  # fmt: skip
+
+    def chain(state, batches, rates):
+        return lax.scan(lambda now, one: mapped(now, *one), state, (batches, rates))
+
     out = meshes.shardings(mesh, specs), NamedSharding(mesh, P())
     # On CPUs every array that is donated is first copied, for the update reads it more than once.
     donated = () if mesh.devices.flat[0].platform == 'cpu' else 0
-    return jax.jit(mapped, donate_argnums=donated, out_shardings=out)
+    return jax.jit(chain if several else mapped, donate_argnums=donated, out_shardings=out)
 
 
 def make_predict(

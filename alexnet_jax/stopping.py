@@ -33,7 +33,7 @@ def parse(stop_after: str) -> tuple[int | None, float | None]:
 
 @contextlib.contextmanager
 def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
-    """stop(step) -> why to stop before this step, or ''; to be called at every step, from `start` on.
+    """stop(step) -> why to stop before this step, or ''; to be called at every dispatch, from `start` on.
 
     On several processes, of which any may be asked, all stop at the same step: JAX's preemption
     service agrees on it, also if one was asked while it started. Another Ctrl-C after the first one
@@ -60,7 +60,7 @@ def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
     def stop(step: int) -> str:
         if seconds and time.monotonic() - began >= seconds:
             ask(f'stop_after={stop_after}')
-        if steps and step == start + steps:
+        if steps and step >= start + steps:
             return f'stop_after={stop_after}'
         if not several:
             return asked[0] if asked else ''

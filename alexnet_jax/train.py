@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -90,37 +91,44 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
     run = job.config.run
     step = first = int(state.step)
     batches = job.batches(step)
-    pending = None  # the step before, its sums still on the device: it never waits for us
+    count = 0  # steps of the last dispatch
+    pending = None  # the dispatch before, its sums still on the device: it never waits for us
     clock, images = progress.Clock(), 0
     stuck = diagnosis.Stuck(run.stuck_after, job.store.classes)
     tracing = False
 
-    def fetch():
+    def fetch(at):
+        """What the dispatch at a step is given: a batch, or several as one; None after the last."""
         with clock.waiting():
-            local = next(batches, None)
-            return local and meshes.global_batch(job.mesh, job.config.train.batch, local)
+            local = [*itertools.islice(batches, job.dispatched(at))]
+            if len(local) > 1:
+                return meshes.global_batches(job.mesh, job.config.train.batch, local)
+            return local and meshes.global_batch(job.mesh, job.config.train.batch, local[0])
 
     def account():
         nonlocal pending, running, images
         if pending is None:
             return
-        done, rates, scalars, sums, batch = pending
+        begin, group, scalars, all_sums, batch = pending
         pending = None
-        sums = {name: float(value) for name, value in jax.device_get(sums).items()}
-        if not math.isfinite(sums['loss']):
-            broken = job.find_broken(state.params, done, batch, scalars)
-            raise UserError(f'{workdir}: the loss of step {done:,} {NOT_FINITE}: {broken}; {kept()}')
-        running = {name: running.get(name, 0.0) + sums[name] for name in sums}
-        images += sums['count']  # of this start alone: `running` may go back to before a restart
-        if (done + 1) % run.log_every == 0:
-            values = metrics.errors(running) | {n: rate for n, rate in rates.items() if n != 'stop'}
-            epoch = (done + 1) * job.config.train.batch / job.store.counts['train']
-            values = {'epoch': epoch, **values, **clock.interval(images)}
-            writer.write('train', done, values)
-            log.info(progress.line(done + 1, job.total, job.config.train.batch, values))
-            if stuck(values['loss'], run.log_every):
-                log.warning('step %s: %s', f'{done + 1:,}', stuck.advice)
-            running, images = {}, 0
+        all_sums = jax.device_get(all_sums)
+        for i, rates in enumerate(group):
+            done = begin + i
+            sums = {name: float(value) for name, value in _of(i, group, all_sums).items()}
+            if not math.isfinite(sums['loss']):
+                broken = job.find_broken(state.params, done, *_of(i, group, (batch, scalars)))
+                raise UserError(f'{workdir}: the loss of step {done:,} {NOT_FINITE}: {broken}; {kept()}')
+            running = {name: running.get(name, 0.0) + sums[name] for name in sums}
+            images += sums['count']  # of this start alone: `running` may go back to before a restart
+            if (done + 1) % run.log_every == 0:
+                values = metrics.errors(running) | {n: rate for n, rate in rates.items() if n != 'stop'}
+                epoch = (done + 1) * job.config.train.batch / job.store.counts['train']
+                values = {'epoch': epoch, **values, **clock.interval(images)}
+                writer.write('train', done, values)
+                log.info(progress.line(done + 1, job.total, job.config.train.batch, values))
+                if stuck(values['loss'], run.log_every):
+                    log.warning('step %s: %s', f'{done + 1:,}', stuck.advice)
+                running, images = {}, 0
 
     def save(last):
         account()
@@ -154,7 +162,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
             f'{diagnosis.CAUSES}'
         )
 
-    batch = fetch()  # None after the last step
+    batch = fetch(step)
     while True:
         rates = job.rates(step, history)
         over = step == job.total or rates['stop']
@@ -179,7 +187,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         if step == first:  # the checkpoint that this start began with stays
             saves = due and not checkpoints.steps()
         else:
-            saves = due or over or asked or step % run.checkpoint_every == 0
+            saves = due or over or asked or step % run.checkpoint_every < count
         if saves:
             save(last=over or asked)
         if over or asked:
@@ -187,12 +195,19 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         if not tracing and run.profile[0] <= step < run.profile[1]:
             jax.profiler.start_trace(workdir / 'profile')
             tracing = True
-        scalars = {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
-        state, sums = job.train_step(state, batch, scalars)
-        following = fetch()  # it travels to the device while this step runs, and the one before
+        count = job.dispatched(step)
+        group = [job.rates(step + i, history) for i in range(count)]
+        names = [name for name in rates if name != 'stop']
+        scalars = {name: np.float32([one[name] for one in group]) for name in names}
+        if count > 1:
+            state, sums = job.train_steps(state, batch, scalars)
+        else:
+            scalars = {name: value[0] for name, value in scalars.items()}
+            state, sums = job.train_step(state, batch, scalars)
+        following = fetch(step + count)  # it travels to the device while this and the one before run
         account()
-        pending = step, rates, scalars, sums, batch
-        step, batch = step + 1, following
+        pending = step, group, scalars, sums, batch
+        step, batch = step + count, following
         if tracing and step >= run.profile[1]:
             account()
             jax.profiler.stop_trace()
@@ -206,3 +221,8 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         )
     log.info('%s: ended at step %s; to evaluate: python -m alexnet_jax.evaluate %s',
              workdir, f'{step:,}', workdir)  # fmt: skip
+
+
+def _of(i: int, group: list, tree):
+    """What arrays of a dispatch hold of its step i: where there are several, that is the first axis."""
+    return jax.tree.map(lambda x: x[i], tree) if len(group) > 1 else tree

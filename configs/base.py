@@ -93,6 +93,9 @@ def get_config() -> ConfigDict:
         'keep': 2,  # checkpoints, the latest ones, beside the best
         'log_every': 50,  # steps
         'deterministic': False,  # on GPUs: a stopped run ends with the same bits; CPUs always do
+        # Steps that are handed over to the device as one program, for networks so small that a GPU would
+        # wait for the next; a run then stops and saves only where such a group ends.
+        'dispatch': 1,
         'threads': 0,  # of the input pipeline; 0: one per core that the process may use
         # When this start stops, with a checkpoint: steps ('1000') or a time ('90s', '45m', '23h', '2d'),
         # for a queue's limit; '': never. SIGTERM and Ctrl-C do the same.

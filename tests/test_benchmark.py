@@ -231,6 +231,7 @@ def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
         (['--tasks=input'], '--store'),
         (['--tasks=input', '--store=/nowhere'], '/nowhere'),
         (['--batch=0'], 'at least 1'),
+        (['--dispatch=0'], 'at least 1'),
         (['--seconds=nan'], '--seconds'),
         (['--peer=torch', '--peer_form=fast'], '--peer_form'),
         (['--config=configs/nothing.py'], 'configs/nothing.py'),
@@ -258,12 +259,12 @@ def test_the_command(tmp_path):
     """))
     done = command(
         f'--config={config}', '--batch=2', '--repeats=2', '--seconds=0.01', '--classes=10', '--plain',
-        '--tasks=train', '--layers', '--deterministic', f'--out={tmp_path / "out"}',
+        '--tasks=train', '--layers', '--deterministic', '--dispatch=3', f'--out={tmp_path / "out"}',
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
     rows = record['tasks']['train']
-    names = ['alexnet_jax', 'alexnet_jax, deterministic', 'the plain form',
+    names = ['alexnet_jax', 'alexnet_jax, deterministic', 'alexnet_jax, 3 steps at once', 'the plain form',
              'ceiling: products', 'ceiling: copies']  # fmt: skip
     assert [row['name'] for row in rows] == names
     assert rows[0]['ratio'] is None and 0 < rows[0]['flops_share'] < 2

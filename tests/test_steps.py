@@ -1,5 +1,7 @@
 """The training and prediction steps on one device: what the network is given, and what is counted."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +102,25 @@ def make_batch(count=4):
 
 RATES = {name: np.float32(value) for name, value in
          {'weights': 0.01, 'biases': 0.02, 'conv1': 0.01, 'colour': 1}.items()}
+
+
+def test_several_steps_of_one_program_are_those_of_one_each(net, mesh):
+    step, state, settings = make_step(net, mesh)
+    several, alone, _ = make_step(net, mesh, several=True)
+    batches = [{**make_batch(), 'label': np.int32([i, 1, 2, 0])} for i in range(3)]
+    rates = [{**RATES, 'weights': np.float32(rate)} for rate in (0.01, 0.002, 0.05)]
+    sums = []
+    for batch, one in zip(batches, rates, strict=True):
+        state, done = step(state, batch, one)
+        sums.append(done)
+
+    def stack(trees):
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+    alone, together = several(alone, stack(batches), stack(rates))
+    assert alone.step == 3
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), alone, state)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), together, stack(sums))
 
 
 @pytest.mark.parametrize('colour', [1.0, 0.0])

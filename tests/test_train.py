@@ -10,9 +10,10 @@ import pytest
 from alexnet_jax import checkpoint, checks, diagnosis, evaluate, metrics, optim, train
 from alexnet_jax import mesh as meshes
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import Stopped, UserError
 from alexnet_jax.store import open_store
 from configs import quickstart
+from tests.small_run import assert_same, outcome
 from tests.tiny_store import write_store
 
 EXAMPLES, BATCH = 20, 8
@@ -47,6 +48,52 @@ def test_plateau_drops_the_rate_and_then_ends_the_run(store, tmp_path):
     rates = [r['weights'] for r in rows if r['kind'] == 'train']
     assert rates == pytest.approx([0.02] * 5 + [0.002] * 3 + [0.0002] * 2)
     assert Checkpoints(tmp_path / 'run/checkpoints').steps()[-1] == 10
+
+
+@pytest.mark.slow
+def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
+    """Groups of three, but for steps 3 to 5, since step 5 is evaluated, and the last one.
+
+    Stopped and resumed: the same bits; one at a time: the same numbers, but for rounding.
+    """
+    groups, make = [], train.Job.make
+
+    def watched(*args):
+        job = make(*args)
+
+        def train_steps(state, batches, rates):
+            groups.append((int(state.step), len(batches['label'])))
+            return job.train_steps(state, batches, rates)
+
+        return dataclasses.replace(job, train_steps=train_steps)
+
+    monkeypatch.setattr(train.Job, 'make', watched)
+    config = make_config(store, **{'run.eval_every': 2.0, 'run.checkpoint_every': 2, 'run.dispatch': 3})
+    train.train(config, tmp_path / 'whole')
+    assert groups == [(0, 3), (6, 3)]
+    config.run.stop_after = '1'
+    with pytest.raises(Stopped, match='stopped at step 3 '):
+        train.train(config, tmp_path / 'stopped')
+    assert Checkpoints(tmp_path / 'stopped/checkpoints').steps() == [3]
+    config.run.stop_after = ''
+    train.train(config, tmp_path / 'stopped')
+    assert Checkpoints(tmp_path / 'stopped/checkpoints').steps()[-2:] == [9, 10]
+    whole = outcome(tmp_path / 'whole')
+    assert_same(outcome(tmp_path / 'stopped'), whole)
+    config.run.dispatch = 1
+    train.train(config, tmp_path / 'one')
+    one = outcome(tmp_path / 'one')[3]
+    assert len(one) == 12
+    for single, grouped in zip(one, whole[3], strict=True):
+        assert single.pop('kind') == grouped.pop('kind')
+        assert single == pytest.approx(grouped, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_within_a_dispatch_is_found(store, tmp_path):
+    config = make_config(store, **{'optim.rate': 1e30, 'run.dispatch': 2, 'run.eval_every': 9.0})
+    with pytest.raises(UserError, match='the loss of step 1 is not finite: the activations'):
+        train.train(config, tmp_path / 'run')
 
 
 @pytest.mark.slow

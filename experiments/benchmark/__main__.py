@@ -54,7 +54,7 @@ def main() -> None:
     spec = {
         'config': args.config, 'dtype': args.dtype, 'batch': args.batch, 'classes': args.classes,
         'devices': 1, 'form': 'ours', 'cpu': backend == 'cpu', 'threads': os.cpu_count(),
-        'allocator': True, 'deterministic': False,
+        'allocator': True, 'deterministic': False, 'dispatch': 1,
     }  # fmt: skip
     record = {'command': ['python', '-m', 'experiments.benchmark', *sys.argv[1:]], **spec,
               'machine': _machine(kind), 'tasks': {}}  # fmt: skip
@@ -103,6 +103,8 @@ def _arguments():
     parser.add_argument('--two_devices', action='store_true', help='against a tower on each of two')
     parser.add_argument('--deterministic', action='store_true', help='against the GPU mode that gives '
                         'the same bits again')
+    parser.add_argument('--dispatch', type=int, default=1, help='against so many training steps as one '
+                        'program, config.run.dispatch')
     parser.add_argument('--store', default='', help='folders that prepare wrote, for input and both')
     parser.add_argument('--reader', default='auto', choices=('auto', 'tf', 'threads'))
     parser.add_argument('--cold', action='store_true', help='each turn of input and both begins without '
@@ -127,7 +129,7 @@ def _arguments():
     args.store = [os.path.abspath(store) for store in args.store]
     if not 0 < args.seconds < math.inf:
         raise UserError(f'--seconds={args.seconds}: must be above 0')
-    for name in ('batch', 'repeats', 'classes'):
+    for name in ('batch', 'repeats', 'classes', 'dispatch'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name}={getattr(args, name)}: must be at least 1')
     args.peer_form = args.peer_form.split(',') if args.peer_form else []
@@ -193,6 +195,9 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
         chosen['alexnet_jax, two devices'] = (OURS, ours, {**spec, 'devices': 2})
     if args.deterministic:
         chosen[DETERMINISTIC] = (OURS, ours, {**spec, 'deterministic': True})
+    if args.dispatch > 1 and spec['task'] == 'train':
+        name = f'alexnet_jax, {args.dispatch} steps at once'
+        chosen[name] = (OURS, ours, {**spec, 'dispatch': args.dispatch})
     if args.plain:
         chosen['the plain form'] = (OURS, ours, {**spec, 'form': 'plain', 'allocator': False})
     if args.peer:
@@ -275,7 +280,8 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
             workers[name].ask(1)
             # Enough for what lies ready at the beginning of a turn not to decide.
             least = {'input': 10 * drained(), 'both': drained()}.get(one['task'], 1)
-            counts[name] = max(least, math.ceil(args.seconds / _pace(workers[name])))
+            count = max(least, math.ceil(args.seconds / _pace(workers[name])))
+            counts[name] = one['dispatch'] * math.ceil(count / one['dispatch'])
         names = list(workers)
         for round_ in range(args.repeats):
             shift = round_ % len(names)

@@ -3,6 +3,7 @@
 `__main__` starts it as a process of its own for every task; `protocol` says how they talk.
 """
 
+import math
 import os
 import time
 
@@ -63,12 +64,20 @@ def _training(spec, config, net, mesh):
         step = steps.make_train_step(
             net, optimizer, mesh, seed=0, mean=_mean(config),
             eigenvectors=np.eye(3), sigma=np.array([120.0, 37.0, 20.0]), **config.colour,
+            several=spec['dispatch'] > 1,
         )  # fmt: skip
     rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)(0, {})
     rates = {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
-    batch = meshes.global_batch(mesh, spec['batch'], _batch(spec, config))
+    batch = _batch(spec, config)
+    if spec['dispatch'] > 1:
+        rates = {name: np.repeat(value, spec['dispatch']) for name, value in rates.items()}
+        batch = meshes.global_batches(mesh, spec['batch'], [batch] * spec['dispatch'])
+    else:
+        batch = meshes.global_batch(mesh, spec['batch'], batch)
     compiled, facts = _compile(step, state, batch, rates)
     facts['flops'] = operations.totals(net, spec['batch'], crop)['train']
+    if spec['dispatch'] > 1:
+        del facts['bytes']  # the compiler counts a loop once
     return compiled, state, batch, rates, facts
 
 
@@ -78,7 +87,7 @@ def _train(spec, config, net):
 
     def repeat(count):
         nonlocal state
-        for _ in range(count):
+        for _ in range(math.ceil(count / spec['dispatch'])):
             state, sums = compiled(state, batch, rates)
         jax.block_until_ready((state, sums))
 
