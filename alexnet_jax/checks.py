@@ -22,6 +22,12 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
     for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep', 'dispatch'):
         if config.run[field] <= 0:
             raise UserError(f'config.run.{field}={config.run[field]}: must be above 0')
+    for field in ('log_every', 'checkpoint_every'):
+        if config.run[field] % config.run.dispatch:
+            raise UserError(
+                f'config.run.{field}={config.run[field]}: must be a multiple of '
+                f'config.run.dispatch={config.run.dispatch}, the steps that are made at once'
+            )
     stopping.parse(config.run.stop_after)
     choose('config.run.saves', config.run.saves, ('background', 'wait'))
     choose('config.run.failed_save', config.run.failed_save, ('stop', 'warn'))

@@ -46,14 +46,19 @@ def evaluate(
     """
     score = steps.make_score(mesh)
     rows = meshes.rows(mesh, batch)
+    # One program at a time on CPUs: virtual devices that each begin another one of several programs
+    # with collectives wait for each other for ever. Elsewhere the next batch is read meanwhile.
+    on_cpu = mesh.devices.flat[0].platform == 'cpu'
+    finish = jax.block_until_ready if on_cpu else lambda x: x
     parts = []
     for local in data.eval_batches(store, split, batch=batch, rows=rows, threads=threads):
         arrays = meshes.global_batch(mesh, batch, local)
-        # One program at a time: virtual CPU devices that each begin another one of several programs
-        # with collectives wait for each other for ever.
-        members = [jax.block_until_ready(p(arrays['image'])) for p in predicts]
-        probabilities = jax.block_until_ready(sum(members) / len(members))
-        parts.append(jax.device_get(score(probabilities, arrays['label'], arrays['mask'])))
+        members = [finish(p(arrays['image'])) for p in predicts]
+        probabilities = finish(sum(members) / len(members))
+        parts.append(finish(score(probabilities, arrays['label'], arrays['mask'])))
+        if len(parts) > 1:  # never more than two batches in flight
+            jax.block_until_ready(parts[-2])
+    parts = jax.device_get(parts)
     sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
     if sums['count'] != store.counts[split]:
         raise AssertionError(f'{sums["count"]:g} pictures counted, {store.counts[split]} are there')

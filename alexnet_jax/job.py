@@ -130,7 +130,7 @@ class Job:
     def dispatched(self, step: int) -> int:
         """How many steps the next dispatch makes: `run.dispatch`, or 1 where the run looks up meanwhile.
 
-        It follows from the number of the step alone: a run that is resumed makes the same groups.
+        It follows from the step's number and `config.run`: a run that is resumed makes the same groups.
         """
         count = self.config.run.dispatch
         whole = step % count == 0 and step + count <= self.total

@@ -157,7 +157,8 @@ def make_train_step(
     scalars by name; inputs_of: what `make_inputs` takes. sums: count, loss, top1, top5 over the
     batch, in training mode. Where the loss is not finite nothing is updated, so that it can be found
     out why (`diagnosis.py`). The state given is donated, except on CPUs. several: one program makes
-    several updates; every array of batch, rates and sums then has a leading axis, the updates.
+    several updates, none after a loss that is not finite; every array of batch, rates and sums then has
+    a leading axis, the updates.
     """
     local = model.localize(net, mesh.shape['model'])
     shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, inputs_of['mean'].shape[0]))
@@ -188,7 +189,14 @@ def make_train_step(
     )  # fmt: skip
 
     def chain(state, batches, rates):
-        return lax.scan(lambda now, one: mapped(now, *one), state, (batches, rates))
+        def one(carry, inputs):
+            (state, finite), (batch, rates) = carry, inputs
+            rates = {name: jnp.where(finite, rate, 0.0) for name, rate in rates.items()}
+            state, sums = mapped(state, batch, rates)
+            return (state, finite & jnp.isfinite(sums['loss'])), sums
+
+        (state, _), sums = lax.scan(one, (state, True), (batches, rates))
+        return state, sums
 
     out = meshes.shardings(mesh, specs), NamedSharding(mesh, P())
     # On CPUs every array that is donated is first copied, for the update reads it more than once.

@@ -91,14 +91,13 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
     run = job.config.run
     step = first = int(state.step)
     batches = job.batches(step)
-    count = 0  # steps of the last dispatch
     pending = None  # the dispatch before, its sums still on the device: it never waits for us
     clock, images = progress.Clock(), 0
     stuck = diagnosis.Stuck(run.stuck_after, job.store.classes)
     tracing = False
 
     def fetch(at):
-        """What the dispatch at a step is given: a batch, or several as one; None after the last."""
+        """What the dispatch at a step is given: a batch, or several as one; none after the last."""
         with clock.waiting():
             local = [*itertools.islice(batches, job.dispatched(at))]
             if len(local) > 1:
@@ -187,15 +186,15 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         if step == first:  # the checkpoint that this start began with stays
             saves = due and not checkpoints.steps()
         else:
-            saves = due or over or asked or step % run.checkpoint_every < count
+            saves = due or over or asked or step % run.checkpoint_every == 0
         if saves:
             save(last=over or asked)
         if over or asked:
             break
-        if not tracing and run.profile[0] <= step < run.profile[1]:
+        count = job.dispatched(step)
+        if not tracing and run.profile[0] < step + count and step < run.profile[1]:
             jax.profiler.start_trace(workdir / 'profile')
             tracing = True
-        count = job.dispatched(step)
         group = [job.rates(step + i, history) for i in range(count)]
         names = [name for name in rates if name != 'stop']
         scalars = {name: np.float32([one[name] for one in group]) for name in names}

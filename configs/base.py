@@ -94,7 +94,9 @@ def get_config() -> ConfigDict:
         'log_every': 50,  # steps
         'deterministic': False,  # on GPUs: a stopped run ends with the same bits; CPUs always do
         # Steps that are handed over to the device as one program, for networks so small that a GPU would
-        # wait for the next; a run then stops and saves only where such a group ends.
+        # wait for the next: far fewer than between two evaluations, and a divisor of log_every and
+        # checkpoint_every. A run then stops only where such a group ends; three groups of batches are in
+        # the device's memory. Other numbers may change the last bit.
         'dispatch': 1,
         'threads': 0,  # of the input pipeline; 0: one per core that the process may use
         # When this start stops, with a checkpoint: steps ('1000') or a time ('90s', '45m', '23h', '2d'),

@@ -102,7 +102,7 @@ def test_reference_is_in_full_float32(tmp_path, monkeypatch):
     precisions = []
 
     def grad(loss, has_aux):
-        def gradients(params):
+        def gradients(params, x, labels):
             precisions.append(jax.config.jax_default_matmul_precision)
             return params, jnp.ones((1, 10))
 

@@ -199,6 +199,7 @@ VALUES = {
     'crop too small for the net': ({'augment.crop': 20}, ['config.augment.crop=20', 'nothing is left']),
     'seed too large': ({'seed': 2**32}, ['config.seed=4294967296', 'below 2^32']),
     'chunk 0': ({'augment.chunk': 0}, ['config.augment.chunk=0', 'at least 1']),
+    'dispatch': ({'run.dispatch': 8}, ['config.run.log_every=', 'a multiple of config.run.dispatch=8']),
     'log_every 0': ({'run.log_every': 0}, ['config.run.log_every=0', 'above 0']),
     'keep 0': ({'run.keep': 0}, ['config.run.keep=0', 'above 0']),
     'one number for the mesh': ({'run.mesh': 2}, ['config.run.mesh=(2,)', 'two numbers']),

@@ -42,7 +42,7 @@ def train(*args, **kwargs):
         return train_in_float64(*args, **kwargs)
 
 
-def train_in_float64(shape, config, wrap=lambda optimizer: optimizer, count=5):
+def train_in_float64(shape, config, wrap=lambda optimizer: optimizer, count=5, several=False):
     config = config.copy_and_resolve_references()
     config.model.dtype = 'float64'
     crop = config.augment.crop
@@ -55,6 +55,7 @@ def train_in_float64(shape, config, wrap=lambda optimizer: optimizer, count=5):
         optimizer,
         mesh,
         seed=0,
+        several=several,
         mean=images.astype(np.float32).mean(axis=0),
         eigenvectors=np.eye(3, dtype=np.float32),
         sigma=np.array([121.8, 37.1, 19.7], np.float32),
@@ -65,16 +66,23 @@ def train_in_float64(shape, config, wrap=lambda optimizer: optimizer, count=5):
     assert all(x.dtype == 'float64' for x in jax.tree.leaves(start))
     rates = {'weights': 0.01, 'biases': 0.02, 'conv1': 0.01, 'colour': 1.0}
     rates = {name: np.float32(value) for name, value in rates.items()}
-    losses = []
+    batches = []
     for i in range(count):
         rng = np.random.default_rng(i)
-        batch = {
+        batches.append({
             'image': images,
             'z': rng.normal(size=(BATCH, 3)).astype(np.float32),
             'label': rng.integers(0, CLASSES, BATCH).astype(np.int32),
-        }
-        state, sums = step(state, meshes.global_batch(mesh, BATCH, batch), rates)
-        losses.append(float(sums['loss']) / BATCH)
+        })
+    if several:
+        rates = {name: np.repeat(rate, count) for name, rate in rates.items()}
+        state, sums = step(state, meshes.global_batches(mesh, BATCH, batches), rates)
+        losses = [float(loss) / BATCH for loss in sums['loss']]
+    else:
+        losses = []
+        for batch in batches:
+            state, sums = step(state, meshes.global_batch(mesh, BATCH, batch), rates)
+            losses.append(float(sums['loss']) / BATCH)
     moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, start)
     return losses, moved, jax.tree.map(np.asarray, optim.velocity(state.opt_state))
 
@@ -111,6 +119,11 @@ def narrow_alone(narrow):
 @pytest.mark.parametrize('shape', [(1, 2), (2, 1), (4, 2)], ids=str)
 def test_narrow_net_trains_the_same_on_every_mesh(narrow, narrow_alone, shape):
     losses, distance = differences(narrow_alone, train(shape, narrow))
+    assert losses < 1e-9 and distance < 1e-7, (losses, distance)
+
+
+def test_several_steps_as_one_program_are_the_same_on_four_devices(narrow, narrow_alone):
+    losses, distance = differences(narrow_alone, train((2, 2), narrow, several=True))
     assert losses < 1e-9 and distance < 1e-7, (losses, distance)
 
 

@@ -68,7 +68,8 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
         return dataclasses.replace(job, train_steps=train_steps)
 
     monkeypatch.setattr(train.Job, 'make', watched)
-    config = make_config(store, **{'run.eval_every': 2.0, 'run.checkpoint_every': 2, 'run.dispatch': 3})
+    every = {'run.eval_every': 2.0, 'run.checkpoint_every': 3, 'run.log_every': 3}
+    config = make_config(store, **every, **{'run.dispatch': 3})
     train.train(config, tmp_path / 'whole')
     assert groups == [(0, 3), (6, 3)]
     config.run.stop_after = '1'
@@ -83,7 +84,9 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
     config.run.dispatch = 1
     train.train(config, tmp_path / 'one')
     one = outcome(tmp_path / 'one')[3]
-    assert len(one) == 12
+    assert [(r['kind'], r['step']) for r in one] == [
+        ('train', 2), ('eval', 5), ('train', 5), ('train', 8), ('eval', 10)
+    ]
     for single, grouped in zip(one, whole[3], strict=True):
         assert single.pop('kind') == grouped.pop('kind')
         assert single == pytest.approx(grouped, rel=1e-4)
@@ -91,7 +94,8 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_within_a_dispatch_is_found(store, tmp_path):
-    config = make_config(store, **{'optim.rate': 1e30, 'run.dispatch': 2, 'run.eval_every': 9.0})
+    changes = {'run.dispatch': 2, 'run.log_every': 2, 'run.eval_every': 9.0}
+    config = make_config(store, **changes, **{'optim.rate': 1e30})
     with pytest.raises(UserError, match='the loss of step 1 is not finite: the activations'):
         train.train(config, tmp_path / 'run')
 

@@ -53,7 +53,7 @@ def main() -> None:
     backend, kind = _device()
     spec = {
         'config': args.config, 'dtype': args.dtype, 'batch': args.batch, 'classes': args.classes,
-        'devices': 1, 'form': 'ours', 'cpu': backend == 'cpu', 'threads': os.cpu_count(),
+        'devices': 1, 'form': 'ours', 'cpu': backend == 'cpu', 'threads': machine.cores(),
         'allocator': True, 'deterministic': False, 'dispatch': 1,
     }  # fmt: skip
     record = {'command': ['python', '-m', 'experiments.benchmark', *sys.argv[1:]], **spec,
@@ -151,7 +151,7 @@ def _device() -> tuple[str, str]:
 
 def _machine(kind: str) -> dict:
     return {
-        'device': kind, 'cores': os.cpu_count(), 'processor': machine.processor(),
+        'device': kind, 'cores': machine.cores(), 'processor': machine.processor(),
         'python': platform.python_version(), 'jax': version('jax'), 'jaxlib': version('jaxlib'),
         'commit': rundir.commit(), 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
     }  # fmt: skip
@@ -174,9 +174,11 @@ def _start(module: str, python: str, spec: dict) -> Worker:
         raise UserError(f'{spec["task"]} on {python}: {error}') from error
 
 
-def _pace(worker: Worker) -> float:
-    """Seconds of a repetition, the mean over enough of them for the wait for a device not to count."""
-    count = 1
+def _pace(worker: Worker, count: int = 1) -> float:
+    """Seconds of a repetition, the mean over enough of them for the wait for a device not to count.
+
+    count: how many are made at once.
+    """
     while (seconds := worker.ask(count)['seconds']) < 0.3:
         count *= 2
     return seconds / count
@@ -186,10 +188,14 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
     """Name -> (module, Python, spec); the first is what the others are compared with."""
     ours = sys.executable
     if spec['task'] in ('input', 'both'):
-        return {
-            store: (OURS, ours, {**spec, 'store': store, 'reader': args.reader, 'cold': args.cold})
-            for store in args.store
-        }
+        chosen = {}
+        for store in args.store:
+            one = {**spec, 'store': store, 'reader': args.reader, 'cold': args.cold}
+            chosen[store] = (OURS, ours, one)
+            if args.dispatch > 1 and spec['task'] == 'both':
+                name = f'{store}, {args.dispatch} steps at once'
+                chosen[name] = (OURS, ours, {**one, 'dispatch': args.dispatch})
+        return chosen
     chosen = {'alexnet_jax': (OURS, ours, spec)}
     if args.two_devices:
         chosen['alexnet_jax, two devices'] = (OURS, ours, {**spec, 'devices': 2})
@@ -280,7 +286,7 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
             workers[name].ask(1)
             # Enough for what lies ready at the beginning of a turn not to decide.
             least = {'input': 10 * drained(), 'both': drained()}.get(one['task'], 1)
-            count = max(least, math.ceil(args.seconds / _pace(workers[name])))
+            count = max(least, math.ceil(args.seconds / _pace(workers[name], one['dispatch'])))
             counts[name] = one['dispatch'] * math.ceil(count / one['dispatch'])
         names = list(workers)
         for round_ in range(args.repeats):

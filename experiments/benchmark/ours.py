@@ -68,17 +68,21 @@ def _training(spec, config, net, mesh):
         )  # fmt: skip
     rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)(0, {})
     rates = {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
-    batch = _batch(spec, config)
+    batch = _place(mesh, spec, [_batch(spec, config)] * spec['dispatch'])
     if spec['dispatch'] > 1:
         rates = {name: np.repeat(value, spec['dispatch']) for name, value in rates.items()}
-        batch = meshes.global_batches(mesh, spec['batch'], [batch] * spec['dispatch'])
-    else:
-        batch = meshes.global_batch(mesh, spec['batch'], batch)
     compiled, facts = _compile(step, state, batch, rates)
     facts['flops'] = operations.totals(net, spec['batch'], crop)['train']
     if spec['dispatch'] > 1:
         del facts['bytes']  # the compiler counts a loop once
     return compiled, state, batch, rates, facts
+
+
+def _place(mesh, spec, batches):
+    """What a dispatch is given, on the device."""
+    if spec['dispatch'] > 1:
+        return meshes.global_batches(mesh, spec['batch'], batches)
+    return meshes.global_batch(mesh, spec['batch'], batches[0])
 
 
 def _train(spec, config, net):
@@ -124,14 +128,15 @@ def _both(spec, config, net):
         def fetch():
             nonlocal waiting
             began = time.perf_counter()
-            batch = next(pipeline.batches)
-            batch['label'] = batch['label'] % spec['classes']
-            batch = meshes.global_batch(mesh, spec['batch'], batch)
+            batch = [next(pipeline.batches) for _ in range(spec['dispatch'])]
+            for one in batch:
+                one['label'] = one['label'] % spec['classes']
+            batch = _place(mesh, spec, batch)
             waiting += time.perf_counter() - began
             return batch
 
         batch = fetch()
-        for left in reversed(range(count)):
+        for left in reversed(range(math.ceil(count / spec['dispatch']))):
             state, sums = compiled(state, batch, rates)
             batch = fetch() if left else None
             jax.block_until_ready(before)  # the step before: never more than two in flight
@@ -219,14 +224,14 @@ def _reference(spec, config, net):
     """
     params = model.init(net, 0, config.augment.crop)
     batch = _batch(spec, config)
-    images, labels = batch['image'], batch['label']
+    x = batch['image'].astype(np.float32) - np.float32(MEAN)
 
     def gradients_of(net):
-        def loss(params):
-            out = net.apply({'params': params}, images.astype(np.float32) - MEAN)[0]
+        def loss(params, x, labels):
+            out = net.apply({'params': params}, x)[0]
             return optax.softmax_cross_entropy_with_integer_labels(out, labels).mean(), out
 
-        return jax.jit(jax.grad(loss, has_aux=True))(params)
+        return jax.jit(jax.grad(loss, has_aux=True))(params, x, batch['label'])
 
     with jax.default_matmul_precision('highest'):  # else float32 is TF32 on a GPU
         gradients, logits = gradients_of(net.clone(dtype=jnp.float32))
@@ -234,7 +239,7 @@ def _reference(spec, config, net):
     if net.dtype != jnp.float32 or not spec['cpu']:
         own, own_logits = gradients_of(net)
     if spec['plain']:
-        same = plain.logits(net, params, images.astype(np.float32) - MEAN)
+        same = plain.logits(net, params, x)
         if protocol.distance(same, own_logits) > spec['tolerance']:
             raise ValueError('the plain form computes another function')
     flat = {

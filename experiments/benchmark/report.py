@@ -62,6 +62,9 @@ def lines(results: list[dict]) -> list[str]:
         if 'repeats' in row:
             bits = 'the same bits' if row['repeats'] else 'other bits'
             out.append(f'{row["name"]}: three steps from one state, once more, give {bits}')
+        if 'waiting' in row:
+            hours = 90 * 1_281_167 / row['rate']['median'] / 3600
+            out.append(f'{row["name"]}: 90 epochs of ImageNet (1,281,167 images) in {hours:,.1f} hours')
     return out
 
 
