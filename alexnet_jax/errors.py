@@ -6,6 +6,7 @@
     75   stopped before the end, with a checkpoint: the same command goes on (`Stopped`)
     76   another process of the run was lost: start all of them again (`distributed.py`)
     130  Ctrl-C, twice
+    141  nobody reads the output any more, as after `| head`
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-DONE, BUG, MISTAKE, STOPPED, LOST, INTERRUPTED = 0, 1, 2, 75, 76, 130
+DONE, BUG, MISTAKE, STOPPED, LOST, INTERRUPTED, UNREAD = 0, 1, 2, 75, 76, 130, 141
 
 
 class UserError(Exception):
@@ -49,6 +50,10 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command; what is no bug becomes one line on stderr and its exit code, no traceback."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it
+        sys.exit(UNREAD)
     except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
         line, code = end(error)
         print(line, file=sys.stderr, flush=True)

@@ -246,6 +246,15 @@ def test_towers_on_devices_that_do_not_fit(place):
 # Data
 
 
+@pytest.mark.parametrize('lines', [1, 100_000])
+def test_output_that_nobody_reads(lines):
+    script = f'from alexnet_jax.errors import run; run(lambda: print({lines} * "line\\n"))'
+    process = subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == '' and process.wait(60) == 141
+
+
 def test_paper_without_imagenet(place):
     """Which two files go where, how large they are, and what needs none of this."""
     line = place.refuses(('main', PAPER), 'imagenet2012', '`make quickstart`', 'data.dir')
