@@ -52,7 +52,7 @@ class Job:
     rates: Callable
     total: int  # steps, at the most
     train_step: Callable
-    train_steps: Callable  # several at once
+    train_steps: Callable | None  # several at once, where `run.dispatch` is above 1
     predict: Callable
     all_finite: Callable
     find_broken: Callable
@@ -80,7 +80,7 @@ class Job:
             rates=optim.make_rates(examples=examples, batch=config.train.batch, **config.optim),
             total=optim.steps_per(config.optim.epochs, examples, config.train.batch),
             train_step=make_step(),
-            train_steps=make_step(several=True),
+            train_steps=make_step(several=True) if config.run.dispatch > 1 else None,
             predict=steps.make_predict(net, mesh, mean=store.mean, views='centre', crop=crop),
             all_finite=steps.make_all_finite(mesh),
             find_broken=diagnosis.make_find_broken(net, seed=config.seed, **inputs_of),

@@ -115,7 +115,9 @@ def global_batch(mesh: Mesh, batch: int, local: dict[str, np.ndarray]) -> dict[s
 
 
 def global_batches(mesh: Mesh, batch: int, local: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
-    """This process's rows of several batches -> arrays [batches, rows, ...], the rows over `data`."""
+    """This process's rows of several batches -> arrays [batches, rows, ...]; of one: as `global_batch`."""
+    if len(local) == 1:
+        return global_batch(mesh, batch, local[0])
     sharding = NamedSharding(mesh, P(None, 'data'))
     stacked = {name: np.stack([one[name] for one in local]) for name in local[0]}
     return {

@@ -100,9 +100,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         """What the dispatch at a step is given: a batch, or several as one; none after the last."""
         with clock.waiting():
             local = [*itertools.islice(batches, job.dispatched(at))]
-            if len(local) > 1:
-                return meshes.global_batches(job.mesh, job.config.train.batch, local)
-            return local and meshes.global_batch(job.mesh, job.config.train.batch, local[0])
+            return local and meshes.global_batches(job.mesh, job.config.train.batch, local)
 
     def account():
         nonlocal pending, running, images

@@ -24,6 +24,7 @@ from tests.small_run import (
 
 MESH = '--config.run.mesh=(2,2)'
 EPOCHS, STEPS = '--config.optim.epochs=8.0', 40
+GROUPS = ('--config.run.dispatch=2', '--config.run.checkpoint_every=4')  # of an epoch's five steps two pairs
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +43,7 @@ def start_all():
             zip(arguments or ((), ()), processes, events, strict=True)
         ):
             line = command(
-                workdir, store, '--cpu_devices=2', MESH, EPOCHS, f'--coordinator=localhost:{port}',
+                workdir, store, '--cpu_devices=2', MESH, EPOCHS, *GROUPS, f'--coordinator=localhost:{port}',
                 f'--num_processes={count}', f'--process_id={process}', '--connect_timeout=10', *more,
                 event=event, number=number,
             )  # fmt: skip
@@ -84,7 +85,7 @@ def evaluated_by_two(workdir, store):
 @pytest.mark.slow
 def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_path, start_all):
     """SIGTERM to one, each killed while saving, one stopped as it starts, Ctrl-C, a time, to the end."""
-    line = command(tmp_path / 'alone', store, '--cpu_devices=4', MESH, EPOCHS)
+    line = command(tmp_path / 'alone', store, '--cpu_devices=4', MESH, EPOCHS, *GROUPS)
     subprocess.run(line, cwd=ROOT, env=environment(store), check=True, capture_output=True)
     alone = outcome(tmp_path / 'alone')
 

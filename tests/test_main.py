@@ -112,6 +112,15 @@ def place(tmp_path, cache):
     return Place(tmp_path, cache)
 
 
+@pytest.mark.parametrize('lines', [1, 100_000])
+def test_output_that_nobody_reads(lines):
+    script = f'from alexnet_jax.errors import run; run(lambda: print({lines} * "line\\n"))'
+    process = subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == '' and process.wait(60) == 141
+
+
 # What is wrong with the flags or the config file is said before JAX is imported
 
 PAPER = '--config=configs/paper.py'
@@ -244,15 +253,6 @@ def test_towers_on_devices_that_do_not_fit(place):
 
 
 # Data
-
-
-@pytest.mark.parametrize('lines', [1, 100_000])
-def test_output_that_nobody_reads(lines):
-    script = f'from alexnet_jax.errors import run; run(lambda: print({lines} * "line\\n"))'
-    process = subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    process.stdout.close()
-    assert process.stderr.read() == '' and process.wait(60) == 141
 
 
 def test_paper_without_imagenet(place):

@@ -68,7 +68,7 @@ def _training(spec, config, net, mesh):
         )  # fmt: skip
     rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)(0, {})
     rates = {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
-    batch = _place(mesh, spec, [_batch(spec, config)] * spec['dispatch'])
+    batch = meshes.global_batches(mesh, spec['batch'], [_batch(spec, config)] * spec['dispatch'])
     if spec['dispatch'] > 1:
         rates = {name: np.repeat(value, spec['dispatch']) for name, value in rates.items()}
     compiled, facts = _compile(step, state, batch, rates)
@@ -76,13 +76,6 @@ def _training(spec, config, net, mesh):
     if spec['dispatch'] > 1:
         del facts['bytes']  # the compiler counts a loop once
     return compiled, state, batch, rates, facts
-
-
-def _place(mesh, spec, batches):
-    """What a dispatch is given, on the device."""
-    if spec['dispatch'] > 1:
-        return meshes.global_batches(mesh, spec['batch'], batches)
-    return meshes.global_batch(mesh, spec['batch'], batches[0])
 
 
 def _train(spec, config, net):
@@ -131,7 +124,7 @@ def _both(spec, config, net):
             batch = [next(pipeline.batches) for _ in range(spec['dispatch'])]
             for one in batch:
                 one['label'] = one['label'] % spec['classes']
-            batch = _place(mesh, spec, batch)
+            batch = meshes.global_batches(mesh, spec['batch'], batch)
             waiting += time.perf_counter() - began
             return batch
 
