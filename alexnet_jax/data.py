@@ -195,7 +195,7 @@ def _read_with_tensorflow(
     tf = import_tensorflow()
     raw = store.format == 'u8'
     pixels = store.pixels(split) if raw else None
-    failures = []
+    failures, held = [], []
 
     def read(step: np.ndarray) -> tuple[np.ndarray, ...]:
         # TensorFlow turns an exception into text: keep it, for `_iterate` to raise.
@@ -237,8 +237,12 @@ def _read_with_tensorflow(
         kinds = (tf.string, tf.int32, tf.int32, tf.bool)
         specs = [*(tf.TensorSpec([b], kind) for kind in kinds), *rest]
 
+    # TensorFlow never lets go of a function; this one of what it reads, the mapped file among it.
+    held.append(read)
+
     def read_step(step):
-        values = tf.numpy_function(read, [step], [s.dtype for s in specs], stateful=False)
+        types = [s.dtype for s in specs]
+        values = tf.numpy_function(lambda step: held[0](step), [step], types, stateful=False)
         return tuple(tf.ensure_shape(v, s.shape) for v, s in zip(values, specs, strict=True))
 
     dataset = tf.data.Dataset.range(steps.start, steps.stop)
@@ -253,17 +257,26 @@ def _read_with_tensorflow(
     options.autotune.enabled = False
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
-    return _iterate(dataset.with_options(options), failures, tf.errors.OpError)
+    return _iterate(dataset.with_options(options), held, failures, tf.errors.OpError)
 
 
-def _iterate(dataset, failures: list[Exception], op_error: type[Exception]) -> Iterator[Batch]:
-    """A dataset's elements; an exception raised inside its functions is raised as it was."""
+def _iterate(
+    dataset, held: list, failures: list[Exception], op_error: type[Exception]
+) -> Iterator[Batch]:
+    """A dataset's elements; an exception raised inside its functions is raised as it was.
+
+    held: what they need until the end.
+    """
+    elements = dataset.as_numpy_iterator()
     try:
-        yield from dataset.as_numpy_iterator()
+        yield from elements
     except op_error:
         if failures:
             raise failures[0] from None
         raise
+    finally:
+        del elements  # its threads end
+        held.clear()
 
 
 def _closed_at_exit(batches: Generator) -> Generator:

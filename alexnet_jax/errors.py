@@ -11,7 +11,9 @@
 
 import argparse
 import errno
+import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -46,15 +48,36 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f'{message}; --help lists the options')
 
 
+class Log(logging.StreamHandler):
+    """A training goes on where nobody reads its log any more, quietly."""
+
+    def handleError(self, record):  # noqa: N802
+        if isinstance(sys.exception(), BrokenPipeError):
+            _discard_output()
+        else:
+            super().handleError(record)
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_unread() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # an error is reported unasked
+    return bool(poll.poll(0))
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command; what is no bug becomes one line on stderr and its exit code, no traceback."""
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output has enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it
-        sys.exit(UNREAD)
     except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():  # who reads it has enough, as `head` has
+            _discard_output()
+            sys.exit(UNREAD)
         line, code = end(error)
         print(line, file=sys.stderr, flush=True)
         if code == INTERRUPTED:  # at once: a usual end waits for threads that save or read

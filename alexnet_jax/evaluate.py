@@ -30,8 +30,9 @@ from alexnet_jax import (
     switches,
 )
 from alexnet_jax import mesh as meshes
+from alexnet_jax.backend import choices
 from alexnet_jax.datasets import pictures
-from alexnet_jax.errors import ArgumentParser, UserError, choose, run
+from alexnet_jax.errors import ArgumentParser, Log, UserError, choose, run
 from alexnet_jax.store import Store
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
@@ -46,10 +47,8 @@ def evaluate(
     """
     score = steps.make_score(mesh)
     rows = meshes.rows(mesh, batch)
-    # One program at a time on CPUs: virtual devices that each begin another one of several programs
-    # with collectives wait for each other for ever. Elsewhere the next batch is read meanwhile.
-    on_cpu = mesh.devices.flat[0].platform == 'cpu'
-    finish = jax.block_until_ready if on_cpu else lambda x: x
+    # One program at a time where they cannot overlap; elsewhere the next batch is read meanwhile.
+    finish = (lambda x: x) if choices(mesh).overlap else jax.block_until_ready
     parts = []
     for local in data.eval_batches(store, split, batch=batch, rows=rows, threads=threads):
         arrays = meshes.global_batch(mesh, batch, local)
@@ -222,7 +221,7 @@ def main() -> None:
     parser.add_argument('--distributed', action='store_true', help='all three from SLURM, TPU pods')
     parser.add_argument('--connect_timeout', type=int, default=120, help='seconds to wait for all')
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', handlers=[Log(sys.stdout)], force=True)
     if args.threads < 0 or args.cpu_devices < 0:
         raise UserError('--threads and --cpu_devices must not be below 0')
     allocator.keep_memory()

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from alexnet_jax.backend import choices
+
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -21,7 +23,7 @@ def conv(x, kernel, bias, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0)
     in pixels. The source's first layer pads ((0, 3), (0, 3)): its last window reaches 3 pixels
     beyond the right and lower edges of the 224-pixel crop.
     """
-    if stride > 1 and jax.default_backend() != 'cpu':
+    if stride > 1 and choices().blocks:
         x, kernel = _blocks(x, kernel, stride, padding)
         stride, padding = 1, ((0, 0), (0, 0))
     y = lax.conv_general_dilated(
@@ -33,8 +35,8 @@ def conv(x, kernel, bias, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0)
 def _blocks(x, kernel, stride: int, padding: Padding):
     """The same convolution with stride 1 on blocks of stride x stride pixels, taken as channels.
 
-    Exact: the kernel gets rows and columns of zeros up to a multiple of the stride. For accelerators,
-    whose matrix units want many channels and get 48 instead of 3 in conv1; CPUs are faster without.
+    Exact: the kernel gets rows and columns of zeros up to a multiple of the stride. Matrix units get
+    48 channels instead of 3 in conv1; CPUs are faster without.
     """
     k, cells = kernel.shape[0], -(-kernel.shape[0] // stride)
     pads = [(0, 0, 0)]

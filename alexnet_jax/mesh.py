@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax.backend import choices
 from alexnet_jax.errors import UserError
 
 
@@ -39,7 +40,7 @@ def keep_programs() -> None:
     They lie in alexnet_jax/programs below $XDG_CACHE_HOME or ~/.cache. JAX's own settings go before:
     JAX_COMPILATION_CACHE_DIR, also on CPUs, and JAX_ENABLE_COMPILATION_CACHE=false.
     """
-    if jax.default_backend() != 'cpu' and not jax.config.jax_compilation_cache_dir:
+    if choices().keep_programs and not jax.config.jax_compilation_cache_dir:
         base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
         programs = os.path.join(base, 'alexnet_jax', 'programs')
         jax.config.update('jax_compilation_cache_dir', programs)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import mesh as meshes
 from alexnet_jax import model
+from alexnet_jax.backend import choices
 
 VIEWS = {  # windows as fractions of the room, and flips; in the source's order (`original.md` §5)
     'centre': [(0.5, 0.5, False)],
@@ -164,7 +165,7 @@ def make_train_step(
     shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, inputs_of['mean'].shape[0]))
     specs = state_specs(shapes, mesh)
     inputs = make_inputs(**inputs_of)
-    on_cpu = mesh.devices.flat[0].platform == 'cpu'
+    backend = choices(mesh)
     alone = mesh.size == 1  # nothing to exchange: even a sum over one device copies every gradient
 
     def step(state, batch, rates):
@@ -189,20 +190,18 @@ def make_train_step(
         step, mesh=mesh, in_specs=(specs, P('data'), P()), out_specs=(specs, P()), check_vma=True
     )  # fmt: skip
 
-    def chain(state, batches, rates):  # not a loop on CPUs, where XLA's convolutions in one are slow
-
+    def chain(state, batches, rates):
         def one(carry, inputs):
             (state, finite), (batch, rates) = carry, inputs
             rates = {name: jnp.where(finite, rate, 0.0) for name, rate in rates.items()}
             state, sums = mapped(state, batch, rates)
             return (state, finite & jnp.isfinite(sums['loss'])), sums
 
-        (state, _), sums = lax.scan(one, (state, True), (batches, rates), unroll=on_cpu)
+        (state, _), sums = lax.scan(one, (state, True), (batches, rates), unroll=not backend.loop)
         return state, sums
 
     out = meshes.shardings(mesh, specs), NamedSharding(mesh, P())
-    # On CPUs every array that is donated is first copied, for the update reads it more than once.
-    donated = () if on_cpu else 0
+    donated = 0 if backend.donate else ()
     return jax.jit(chain if several else mapped, donate_argnums=donated, out_shardings=out)
 
 

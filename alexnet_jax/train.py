@@ -58,6 +58,12 @@ def train(config, workdir: str | os.PathLike) -> None:
 
     log.info(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     log.info(meshes.describe(mesh))
+    group = config.run.dispatch
+    if group > 1 and not any(job.dispatched(at) > 1 for at in range(0, job.total, group)):
+        log.warning(
+            'config.run.dispatch=%s: so many steps do not fit between two evaluations, so each is made '
+            'alone', group,
+        )  # fmt: skip
     if checkpoints.steps():
         log.info('resuming at step %s', f'{step:,}')
     main_process = jax.process_index() == 0
@@ -112,7 +118,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         for i, rates in enumerate(group):
             done = begin + i
             sums = {name: float(value) for name, value in _of(i, group, all_sums).items()}
-            if not math.isfinite(sums['loss']):
+            if not math.isfinite(sums['loss']):  # `state` may be that after the next dispatch
                 broken = job.find_broken(state.params, done, *_of(i, group, (batch, scalars)))
                 raise UserError(f'{workdir}: the loss of step {done:,} {NOT_FINITE}: {broken}; {kept()}')
             running = {name: running.get(name, 0.0) + sums[name] for name in sums}

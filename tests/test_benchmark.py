@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from alexnet_jax import configfile, data, model, switches
 from alexnet_jax.errors import UserError
+from alexnet_jax.store import open_store
 from configs import cifar10, original, paper
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import operations, ours, plain, report
@@ -123,10 +125,11 @@ def test_reference_is_in_full_float32(tmp_path, monkeypatch):
 
 
 def test_peers_must_agree(capsys):
-    assert benchmark._limits(0.02, 0.0)['gradients_difference'] == 0.02
-    assert benchmark._limits(0.2, 0.15)['gradients_difference'] == 0.3
-    assert benchmark._limits(0.2, 0.6)['gradients_difference'] < 1  # what no gradient at all has
-    limits = benchmark._limits(0.02, 0.0)
+    assert benchmark._limits('infer', 0.02, 0.0) == {'logits_difference': 0.02}
+    assert benchmark._limits('train', 0.02, 0.0)['gradients_difference'] == 0.02
+    assert benchmark._limits('train', 0.2, 0.15)['gradients_difference'] == 0.3
+    assert benchmark._limits('train', 0.2, 0.6)['gradients_difference'] < 1  # what no gradient at all has
+    limits = benchmark._limits('train', 0.02, 0.0)
     for distance, agrees in ((0.01, True), (0.03, False), (float('nan'), False)):
         facts = {'logits_difference': 0.0, 'gradients_difference': distance}
         assert benchmark._agrees('peer', facts, limits) == agrees
@@ -194,35 +197,75 @@ def command(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize('reader', ['tf', 'threads'])
 @pytest.mark.parametrize('cold', [False, True])
-def test_a_turn_begins_without_what_lay_ready(tmp_path, cold):
+def test_a_turn_begins_without_what_lay_ready(tmp_path, cold, reader):
     write_store(tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8})
     config = configfile.load('configs/paper.py')
     config.augment.crop = 32
-    spec = {'store': str(tmp_path / 'store'), 'batch': 4, 'reader': 'threads', 'cold': cold}
+    spec = {'store': str(tmp_path / 'store'), 'batch': 4, 'reader': reader, 'cold': cold, 'threads': 2}
     pipeline = ours.Pipeline(spec, config)
-    first = next(pipeline.batches)['image']
+    first = next(pipeline)['image']
+    pipeline.rest()
+    if os.path.exists('/proc/self/maps'):  # a page that is mapped stays in the cache
+        assert (spec['store'] in pathlib.Path('/proc/self/maps').read_text()) != cold
     pipeline.drain()
-    again = next(pipeline.batches)['image']  # cold: opened anew, from its beginning
+    again = next(pipeline)['image']  # cold: opened anew, from its beginning
     assert np.array_equal(first, again) == cold
 
 
+@pytest.mark.parametrize('random', [False, True])
+def test_the_input_is_that_of_the_preset(tmp_path, random):
+    write_store(tmp_path / 'store', format='u8', size=32, classes=10, counts={'train': 64, 'val': 8})
+    config = configfile.load('configs/paper.py')
+    config.augment.update(crop=32, random=random)
+    spec = {'store': str(tmp_path / 'store'), 'batch': 64, 'reader': 'threads', 'cold': False}
+    images = next(ours.Pipeline(spec, config))['image']
+    pixels = open_store(spec['store']).pixels('train')
+    unchanged = {image.tobytes() for image in images} == {image.tobytes() for image in pixels}
+    assert unchanged != random  # flipped, half of them
+
+
 def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, 'cpu_count', lambda: 16)
+    monkeypatch.setattr(data, 'cores', lambda: 16)
     made, taken, cut = [], [], data._cut
     monkeypatch.setattr(data, '_cut', lambda *args: made.append(1) or cut(*args))
     write_store(tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8})
     config = configfile.load('configs/paper.py')
     config.augment.crop = 32
-    spec = {'store': str(tmp_path / 'store'), 'batch': 4, 'reader': 'threads', 'cold': False}
+    spec = {'store': str(tmp_path / 'store'), 'batch': 4, 'reader': 'threads', 'cold': False,
+            'threads': 16}  # fmt: skip
     pipeline = ours.Pipeline(spec, config)
-    next(pipeline.batches)
+    next(pipeline)
     deadline = time.monotonic() + 10
     while len(made) < 18 and time.monotonic() < deadline:  # one taken, and 17 ready
         time.sleep(0.01)
-    pipeline.batches = map(taken.append, pipeline.batches)
+    assert len(made) >= 18
+    pipeline._batches = map(taken.append, pipeline._batches)
     pipeline.drain()
     assert len(taken) >= 17
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('changes', [
+    {'task': 'infer'}, {'task': 'infer', 'devices': 2}, {'task': 'train', 'devices': 2},
+    {'task': 'both'}, {'task': 'both', 'dispatch': 3, 'cold': True},
+], ids=str)  # fmt: skip
+def test_every_task_makes_what_it_counts(tmp_path, changes):
+    write_store(tmp_path / 'store', format='u8', size=72, classes=10, counts={'train': 64, 'val': 8})
+    config = configfile.load('configs/paper.py')
+    config.model.width, config.augment.crop = 0.125, 64
+    net = switches.build(classes=10, **config.model)
+    spec = {'batch': 4, 'classes': 10, 'devices': 1, 'form': 'ours', 'dispatch': 1, 'cpu': True, 'threads': 1,
+            'store': str(tmp_path / 'store'), 'reader': 'threads', 'cold': False, **changes}  # fmt: skip
+    task = {'train': ours._train, 'infer': ours._infer, 'both': ours._both}[spec['task']]
+    repeat, facts, commands = task(spec, config, net)
+    more = repeat(4)
+    assert facts['flops'] > 0 and commands['peak']()['peak_bytes'] > 0
+    if spec['task'] == 'both':
+        assert 0 < more['waiting_s'] < 60 and commands['drain']() == {}
+        assert ('bytes' in facts) == (spec['dispatch'] == 1)
+
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
@@ -233,7 +276,10 @@ def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
         (['--batch=0'], 'at least 1'),
         (['--dispatch=0'], 'at least 1'),
         (['--seconds=nan'], '--seconds'),
-        (['--peer=torch', '--peer_form=fast'], '--peer_form'),
+        (['--peer=torch', '--peer_form=fast'], '--peer_form=fast: choose eager or compile, contiguous'),
+        (['--layers', '--tasks=infer'], '--layers is for --tasks=train'),
+        (['--cold'], '--cold is for --tasks=both and input'),
+        (['--two_devices', '--config=configs/one_gpu.py'], 'two towers'),
         (['--config=configs/nothing.py'], 'configs/nothing.py'),
         (['--config=configs/cifar10.py:13pct', '--plain'], '--plain and --peer'),
     ],

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -269,6 +270,21 @@ def running() -> list:
     """TensorFlow's iterators and our threads that are alive."""
     iterators = [o for o in gc.get_objects() if type(o).__name__ == 'OwnedIterator']
     return iterators + [t for t in threading.enumerate() if t.name.startswith('batches')]
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='asks Linux')
+@pytest.mark.parametrize('reader', ['tf', 'threads'])
+def test_a_reader_that_ended_lets_go_of_the_file(tmp_path, reader):
+    def mapped():
+        return str(tmp_path) in pathlib.Path('/proc/self/maps').read_text()
+
+    write_store(tmp_path, format='u8', size=SIZE, classes=3, counts={'train': 8, 'val': 5})
+    store = open_store(tmp_path)
+    batches = data.eval_batches(store, 'val', batch=2, rows=np.arange(2), threads=1, reader=reader)
+    next(batches)
+    assert mapped()
+    assert len(list(batches)) == 2
+    assert not mapped()
 
 
 @pytest.mark.parametrize('ending', ['close', 'collect'])

@@ -18,6 +18,7 @@ MAX_LINES = 300
 
 LEVELS = {
     'errors': -3, 'allocator': -3, 'machine': -3, 'words': -3,
+    'backend': -3,
     'files': -2,
     'fingerprint': -1, 'manager': -1, 'configfile': -1, 'stopping': -1, 'distributed': -1,
     'layers': -1, 'mesh': 0, 'optim': 0, 'sampler': 0, 'checkpoint': 0, 'metrics': 0, 'store': 0,

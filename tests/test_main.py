@@ -112,13 +112,23 @@ def place(tmp_path, cache):
     return Place(tmp_path, cache)
 
 
-@pytest.mark.parametrize('lines', [1, 100_000])
-def test_output_that_nobody_reads(lines):
-    script = f'from alexnet_jax.errors import run; run(lambda: print({lines} * "line\\n"))'
+@pytest.mark.parametrize(('line', 'code', 'words'), [
+    ('print("line")', 141, ''),
+    ('print(100_000 * "line\\n")', 141, ''),
+    ('[logging.warning("line") for _ in range(3)]', 0, ''),  # a training goes on
+    ('raise BrokenPipeError(32, "Broken pipe", "gs://bucket")', 1, 'gs://bucket'),  # of something else
+])  # fmt: skip
+def test_output_that_nobody_reads(line, code, words):
+    script = (
+        'import logging, sys\nfrom alexnet_jax.errors import Log, run\n'
+        f'def main():\n    logging.basicConfig(handlers=[Log(sys.stdout)])\n    {line}\nrun(main)'
+    )
     process = subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
-    process.stdout.close()
-    assert process.stderr.read() == '' and process.wait(60) == 141
+    if not words:
+        process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(60) == code and words in said and bool(said) == bool(words), said
 
 
 # What is wrong with the flags or the config file is said before JAX is imported

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alexnet_jax import backend, model, optim, steps, switches
 from alexnet_jax import mesh as meshes
-from alexnet_jax import model, optim, steps, switches
 from configs import base
 
 SIZE, CROP, CLASSES = 72, 64, 10
@@ -104,7 +104,10 @@ RATES = {name: np.float32(value) for name, value in
          {'weights': 0.01, 'biases': 0.02, 'conv1': 0.01, 'colour': 1}.items()}
 
 
-def test_several_steps_of_one_program_are_those_of_one_each(net, mesh):
+@pytest.mark.parametrize('form', [backend.CPU, backend.ACCELERATOR], ids=['cpu', 'accelerator'])
+def test_several_steps_of_one_program_are_those_of_one_each(net, mesh, monkeypatch, form):
+    """On CPUs written out: their convolutions are slow within a loop."""
+    monkeypatch.setattr(backend, 'CPU', form)
     step, state, settings = make_step(net, mesh)
     several, alone, _ = make_step(net, mesh, several=True)
     batches = [{**make_batch(), 'label': np.int32([i, 1, 2, 0])} for i in range(3)]
@@ -117,7 +120,9 @@ def test_several_steps_of_one_program_are_those_of_one_each(net, mesh):
     def stack(trees):
         return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
-    alone, together = several(alone, stack(batches), stack(rates))
+    compiled = several.lower(alone, stack(batches), stack(rates)).compile()
+    assert ('jit(chain)/while/body' in compiled.as_text()) == form.loop
+    alone, together = compiled(alone, stack(batches), stack(rates))
     assert alone.step == 3
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), alone, state)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), together, stack(sums))

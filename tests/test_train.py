@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import checkpoint, checks, diagnosis, evaluate, metrics, optim, train
+from alexnet_jax import backend, checkpoint, checks, diagnosis, evaluate, metrics, optim, train
 from alexnet_jax import mesh as meshes
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import Stopped, UserError
@@ -90,6 +90,14 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
     for single, grouped in zip(one, whole[3], strict=True):
         assert single.pop('kind') == grouped.pop('kind')
         assert single == pytest.approx(grouped, rel=1e-4)
+
+
+def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
+    config = make_config(store, **{'run.dispatch': 20, 'run.log_every': 20, 'run.checkpoint_every': 20})
+    config.run.stop_after = '1'
+    with pytest.raises(Stopped):
+        train.train(config, tmp_path / 'run')
+    assert 'config.run.dispatch=20: so many steps do not fit' in caplog.text
 
 
 @pytest.mark.slow
@@ -233,9 +241,12 @@ def test_profile_and_frozen_layers(store, tmp_path):
     assert [layer for layer in same if same[layer]] == ['conv1', 'conv2']
 
 
-@pytest.mark.parametrize('devices', [1, 2, 4, 8])
-def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, devices):
+@pytest.mark.parametrize('devices, form', [
+    (1, backend.CPU), (2, backend.CPU), (4, backend.CPU), (8, backend.CPU), (1, backend.ACCELERATOR),
+])  # fmt: skip
+def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, monkeypatch, devices, form):
     """37 of them, eight at a time: the last batch is mostly padding, on some devices nothing else."""
+    monkeypatch.setattr(backend, 'CPU', form)
     pictures = np.arange(37, dtype=np.uint8)[:, None, None, None] + np.zeros((8, 8, 3), np.uint8)
     labels = np.arange(37, dtype=np.int32) % 3
     write_store(tmp_path / 's', format='u8', size=8, pictures={'train': pictures, 'val': pictures},

@@ -71,7 +71,7 @@ def _training(spec, config, net, mesh):
     batch = meshes.global_batches(mesh, spec['batch'], [_batch(spec, config)] * spec['dispatch'])
     if spec['dispatch'] > 1:
         rates = {name: np.repeat(value, spec['dispatch']) for name, value in rates.items()}
-    compiled, facts = _compile(step, state, batch, rates)
+    compiled, facts = _compile(step, state, batch, rates, devices=mesh.size)
     facts['flops'] = operations.totals(net, spec['batch'], crop)['train']
     if spec['dispatch'] > 1:
         del facts['bytes']  # the compiler counts a loop once
@@ -121,7 +121,7 @@ def _both(spec, config, net):
         def fetch():
             nonlocal waiting
             began = time.perf_counter()
-            batch = [next(pipeline.batches) for _ in range(spec['dispatch'])]
+            batch = [next(pipeline) for _ in range(spec['dispatch'])]
             for one in batch:
                 one['label'] = one['label'] % spec['classes']
             batch = meshes.global_batches(mesh, spec['batch'], batch)
@@ -135,6 +135,7 @@ def _both(spec, config, net):
             jax.block_until_ready(before)  # the step before: never more than two in flight
             before = sums
         jax.block_until_ready((state, sums))
+        pipeline.rest()
         return {'waiting_s': waiting}
 
     return repeat, facts, {'peak': _peak, 'drain': pipeline.drain}
@@ -144,27 +145,35 @@ class Pipeline:
     """Augmented batches of a store, whose pages can be cold at the beginning of a turn."""
 
     def __init__(self, spec, config):
-        self._spec, self._config = spec, config
-        self.batches = self._open()
+        self._spec, self._config, self._batches = spec, config, None
+
+    def __next__(self):
+        self._batches = self._batches or self._open()
+        return next(self._batches)
 
     def _open(self):
         size, augment = self._spec['batch'], self._config.augment
         return data.train_batches(
             open_store(self._spec['store']), seed=0, batch=size, start=0, stop=2**40,
-            rows=np.arange(size), crop=augment.crop, chunk=augment.chunk, random=True, threads=0,
-            reader=self._spec['reader'],
+            rows=np.arange(size), crop=augment.crop, chunk=augment.chunk, random=augment.random,
+            threads=0, reader=self._spec['reader'],
         )  # fmt: skip
 
     def drain(self):
         """Before a turn: takes away what lies ready, or what the page cache holds."""
         if self._spec['cold']:
-            self.batches.close()
+            self.rest()
             evict(self._spec['store'])
-            self.batches = self._open()
         else:
-            for _ in range(protocol.drained()):
-                next(self.batches)
+            for _ in range(protocol.drained(self._spec['threads'])):
+                next(self)
         return {}
+
+    def rest(self):
+        """After a turn: a file that any worker holds mapped would stay in the page cache."""
+        if self._spec['cold'] and self._batches:
+            self._batches.close()
+            self._batches = None
 
 
 def evict(store: str) -> None:
@@ -182,7 +191,8 @@ def _input(spec):
 
     def repeat(count):
         for _ in range(count):
-            next(pipeline.batches)
+            next(pipeline)
+        pipeline.rest()
 
     return repeat, {}, {'peak': protocol.peak_memory, 'drain': pipeline.drain}
 
@@ -198,7 +208,7 @@ def _infer(spec, config, net):
         predict = plain.make_predict(net, _mean(config))
     else:
         predict = steps.make_predict(net, mesh, mean=_mean(config), views='centre', crop=crop)
-    compiled, facts = _compile(predict, params, images)
+    compiled, facts = _compile(predict, params, images, devices=mesh.size)
     facts['flops'] = operations.totals(net, spec['batch'], crop)['infer']
 
     def repeat(count):
@@ -250,7 +260,7 @@ def _reference(spec, config, net):
     return lambda count: None, {'net': facts, 'own': worst}, {}
 
 
-def _compile(function, *args):
+def _compile(function, *args, devices: int):
     """The compiled program, and what its compiler says of it."""
     began = time.monotonic()
     compiled = function.lower(*args).compile()
@@ -260,7 +270,7 @@ def _compile(function, *args):
         moved += operations.library_bytes(compiled.as_text())
     return compiled, {
         'compile_s': seconds,
-        'bytes': moved * jax.device_count(),  # the program of one device
+        'bytes': moved * devices,  # the program is that of one
         'device': jax.devices()[0].device_kind,
     }
 

@@ -19,9 +19,9 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def drained() -> int:
+def drained(threads: int) -> int:
     """So many batches are more than lie ready when a turn begins: two more than there are threads."""
-    return os.cpu_count() + 4
+    return threads + 4
 
 
 def distance(x, y) -> float:

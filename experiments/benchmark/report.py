@@ -39,7 +39,7 @@ def rows(facts: dict, answers: dict, counts: dict, contestants, batch: int) -> l
     return rows
 
 
-def lines(results: list[dict]) -> list[str]:
+def lines(results: list[dict], classes: int) -> list[str]:
     """The results of one task as a table."""
     out = [f'{"":<34}{"images/s":>10}{"min-max":>18}{"ratio":>8}{"min-max":>14}'
            f'{"ms":>9}{"compile":>9}{"peak":>9}{"FLOP/s":>9}{"bytes/s":>9}{"waiting":>9}']  # fmt: skip
@@ -62,7 +62,7 @@ def lines(results: list[dict]) -> list[str]:
         if 'repeats' in row:
             bits = 'the same bits' if row['repeats'] else 'other bits'
             out.append(f'{row["name"]}: three steps from one state, once more, give {bits}')
-        if 'waiting' in row:
+        if 'waiting' in row and classes == 1000:
             hours = 90 * 1_281_167 / row['rate']['median'] / 3600
             out.append(f'{row["name"]}: 90 epochs of ImageNet (1,281,167 images) in {hours:,.1f} hours')
     return out
