@@ -195,7 +195,7 @@ def _read_with_tensorflow(
     tf = import_tensorflow()
     raw = store.format == 'u8'
     pixels = store.pixels(split) if raw else None
-    failures, held = [], []
+    failures = []
 
     def read(step: np.ndarray) -> tuple[np.ndarray, ...]:
         # TensorFlow turns an exception into text: keep it, for `_iterate` to raise.
@@ -237,12 +237,17 @@ def _read_with_tensorflow(
         kinds = (tf.string, tf.int32, tf.int32, tf.bool)
         specs = [*(tf.TensorSpec([b], kind) for kind in kinds), *rest]
 
-    # TensorFlow never lets go of a function; this one of what it reads, the mapped file among it.
-    held.append(read)
+    # TensorFlow never lets go of a function; this one lets go of what it reads, as the mapped file.
+    held = [read]
+
+    def call(step):
+        for read in held[:1]:
+            return read(step)
+        # After the end, to a thread that still runs.
+        return tuple(np.zeros(s.shape, 'S' if s.dtype == tf.string else s.dtype.name) for s in specs)
 
     def read_step(step):
-        types = [s.dtype for s in specs]
-        values = tf.numpy_function(lambda step: held[0](step), [step], types, stateful=False)
+        values = tf.numpy_function(call, [step], [s.dtype for s in specs], stateful=False)
         return tuple(tf.ensure_shape(v, s.shape) for v, s in zip(values, specs, strict=True))
 
     dataset = tf.data.Dataset.range(steps.start, steps.stop)
@@ -260,9 +265,7 @@ def _read_with_tensorflow(
     return _iterate(dataset.with_options(options), held, failures, tf.errors.OpError)
 
 
-def _iterate(
-    dataset, held: list, failures: list[Exception], op_error: type[Exception]
-) -> Iterator[Batch]:
+def _iterate(dataset, held: list, failures: list[Exception], op_error: type[Exception]) -> Iterator[Batch]:
     """A dataset's elements; an exception raised inside its functions is raised as it was.
 
     held: what they need until the end.

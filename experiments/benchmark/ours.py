@@ -5,6 +5,7 @@
 
 import math
 import os
+import threading
 import time
 
 import jax
@@ -174,6 +175,9 @@ class Pipeline:
         if self._spec['cold'] and self._batches:
             self._batches.close()
             self._batches = None
+            for thread in threading.enumerate():
+                if thread.name.startswith('batches'):  # it may still read
+                    thread.join()
 
 
 def evict(store: str) -> None:
