@@ -18,7 +18,7 @@ from alexnet_jax import sampler
 from alexnet_jax.datasets import import_tensorflow
 from alexnet_jax.errors import UserError
 from alexnet_jax.machine import cores
-from alexnet_jax.store import Store
+from alexnet_jax.store import Jpegs, Store
 
 Batch = dict[str, np.ndarray]
 
@@ -57,11 +57,10 @@ def train_batches(
     Args:
       rows: the indices, in the global batch of `batch` rows, of the rows that are wanted.
       threads: how many threads read and decode; 0: one per core.
-      reader: 'tf' (tf.data), 'threads' (without TensorFlow; raw stores only) or 'auto' (tf.data
-        where TensorFlow is installed). They give equal bytes.
+      reader: 'tf' (tf.data), 'threads' (without TensorFlow) or 'auto' (tf.data where TensorFlow is
+        installed). They give equal bytes.
     Raises:
-      UserError: the crop is larger than the pictures, the reader can't read this store, or, while
-        iterating, a damaged record.
+      UserError: the crop is larger than the pictures or, while iterating, a record is damaged.
     """
     if not 0 < crop <= store.size:
         raise UserError(
@@ -141,30 +140,26 @@ def _batches(
     threads = threads or cores()
     if reader == 'auto':
         reader = 'tf' if importlib.util.find_spec('tensorflow') else 'threads'
-    if reader == 'threads' and store.format != 'u8':
-        raise UserError(
-            f'{store.path} holds JPEG records, which need TensorFlow to be read; '
-            'install tensorflow-cpu or prepare a raw store (--format=u8)'
-        )
     if not steps:
         return iter(())
     if reader == 'tf':
         batches = _read_with_tensorflow(store, split, plan, steps, crop, threads)
     else:
-        pixels = store.pixels(split)
-        batches = _read_with_threads(lambda step: _cut(pixels, plan(step), crop), steps, threads)
+        pictures = store.pictures(split)
+        batches = _read_with_threads(lambda step: _cut(pictures, plan(step), crop), steps, threads)
     return _closed_at_exit(batches)
 
 
-def _cut(pixels: np.ndarray, plan: Plan, crop: int) -> Batch:
-    """A batch from raw pictures: every crop is copied once, out of the memory map."""
-    if crop == pixels.shape[1] == pixels.shape[2] and not plan.flip.any() and (plan.records >= 0).all():
-        return {'image': pixels[plan.records], **plan.rest}  # whole pictures: ten times as fast
+def _cut(pictures: np.ndarray | Jpegs, plan: Plan, crop: int) -> Batch:
+    """A batch: every crop is copied once, of a raw store out of the memory map."""
+    whole = isinstance(pictures, np.ndarray) and crop == pictures.shape[1]
+    if whole and not plan.flip.any() and (plan.records >= 0).all():
+        return {'image': pictures[plan.records], **plan.rest}  # ten times as fast
     image = np.zeros((len(plan.records), crop, crop, 3), np.uint8)
     for out, record, y, x, flip in zip(image, plan.records, plan.y, plan.x, plan.flip, strict=True):
         if record < 0:
             continue
-        window = pixels[record, y : y + crop, x : x + crop]
+        window = pictures[record][y : y + crop, x : x + crop]
         if flip:
             for channel in range(3):  # three times as fast as copying window[:, ::-1] at once
                 out[..., channel] = window[:, ::-1, channel]

@@ -11,6 +11,7 @@
 `prepare` writes it; training and evaluation read nothing else.
 """
 
+import io
 import json
 import os
 import zipfile
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from alexnet_jax.errors import UserError
 from alexnet_jax.machine import cores
@@ -94,6 +96,10 @@ class Store:
                 )
         return records
 
+    def pictures(self, split: str) -> 'np.ndarray | Jpegs':
+        """Pictures by the number of their record, u8[S,S,3] each; safe to use from several threads."""
+        return self.pixels(split) if self.format == 'u8' else Jpegs(self, split)
+
     def pixels(self, split: str) -> np.ndarray:
         """All pictures of a split of a raw store, u8[N,S,S,3], mapped from the file, unchecked."""
         if self.format != 'u8':
@@ -101,6 +107,18 @@ class Store:
         shape = (self.counts[split], self.size, self.size, 3)
         # As a plain array: every window of a np.memmap costs 5 microseconds, more than to copy a small one.
         return np.asarray(np.memmap(self.splits[split].file, np.uint8, 'r', shape=shape))
+
+
+@dataclass(frozen=True)
+class Jpegs:
+    """The pictures of a split of a JPEG store, u8[S,S,3] each: read and decoded when asked for."""
+
+    store: Store
+    split: str
+
+    def __getitem__(self, record: int) -> np.ndarray:
+        (data,) = self.store.records(self.split, [record])
+        return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def open_store(path: str | os.PathLike) -> Store:
