@@ -48,7 +48,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f'{message}; --help lists the options')
 
 
-class Log(logging.StreamHandler):
+def log_to_stdout() -> None:
+    """Warnings, and what a command lowers the level for, a line each on standard output."""
+    handlers = [_Log(sys.stdout)]
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', handlers=handlers, force=True)
+
+
+class _Log(logging.StreamHandler):
     """A training goes on where nobody reads its log any more, quietly."""
 
     def handleError(self, record):  # noqa: N802

@@ -6,9 +6,7 @@ prints a table of the top-1 and top-5 errors of every run, and of all of them to
 """
 
 import argparse
-import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -32,7 +30,7 @@ from alexnet_jax import (
 from alexnet_jax import mesh as meshes
 from alexnet_jax.backend import choices
 from alexnet_jax.datasets import pictures
-from alexnet_jax.errors import ArgumentParser, Log, UserError, choose, run
+from alexnet_jax.errors import ArgumentParser, UserError, choose, log_to_stdout, run
 from alexnet_jax.store import Store
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
@@ -221,7 +219,7 @@ def main() -> None:
     parser.add_argument('--distributed', action='store_true', help='all three from SLURM, TPU pods')
     parser.add_argument('--connect_timeout', type=int, default=120, help='seconds to wait for all')
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format='%(message)s', handlers=[Log(sys.stdout)], force=True)
+    log_to_stdout()
     if args.threads < 0 or args.cpu_devices < 0:
         raise UserError('--threads and --cpu_devices must not be below 0')
     allocator.keep_memory()

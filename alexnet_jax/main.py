@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from alexnet_jax import allocator, configfile
-from alexnet_jax.errors import Log, UserError, run
+from alexnet_jax.errors import UserError, log_to_stdout, run
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file(
@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> None:
 def main() -> None:
     parse(sys.argv)
     allocator.keep_memory()
-    logging.basicConfig(level=logging.WARNING, format='%(message)s', handlers=[Log(sys.stdout)], force=True)
+    log_to_stdout()
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS tells of every file
 
     from alexnet_jax import distributed, mesh, train  # later: errors in the flags come at once

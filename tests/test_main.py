@@ -120,8 +120,8 @@ def place(tmp_path, cache):
 ])  # fmt: skip
 def test_output_that_nobody_reads(line, code, words):
     script = (
-        'import logging, sys\nfrom alexnet_jax.errors import Log, run\n'
-        f'def main():\n    logging.basicConfig(handlers=[Log(sys.stdout)])\n    {line}\nrun(main)'
+        'import logging\nfrom alexnet_jax.errors import log_to_stdout, run\n'
+        f'def main():\n    log_to_stdout()\n    {line}\nrun(main)'
     )
     process = subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip

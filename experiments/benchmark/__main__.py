@@ -73,7 +73,7 @@ def main() -> None:
         raise UserError(f'--out={out}: cannot be written: {error.strerror}') from error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         reference = {}
-        if (args.plain or args.peer) and {'train', 'infer'} & {*args.tasks}:
+        if args.plain or args.peer:
             file = str(pathlib.Path(folder) / 'reference.npz')
             asked = {**spec, 'task': 'reference', 'file': file, 'plain': args.plain,
                      'tolerance': TOLERANCE[args.dtype]}  # fmt: skip
