@@ -91,16 +91,16 @@ def errors(workdir) -> dict:
     return {view: metrics.errors(value) for (_, view), value in sums.items()}
 
 
-def of_seeds(results, name: str, error: str, view: str = 'ten') -> dict[int, float]:
+def of_seeds(results, name: str, error: str, view: str) -> dict[int, float]:
     """An error of each seed of a row; runs that diverged have none."""
     if name == ONE_CROP:
         name, view = REFERENCE, 'centre'
     return {r['seed']: r['extra'][view][error] for r in labs.named(results, name) if r['extra']}
 
 
-def differences(results, name: str, error: str) -> list[float]:
+def differences(results, name: str, error: str, view: str = 'ten') -> list[float]:
     """How much worse than the reference with the same seed, points, for the seeds that both have."""
-    own, reference = of_seeds(results, name, error), of_seeds(results, REFERENCE, error)
+    own, reference = (of_seeds(results, row, error, view) for row in (name, REFERENCE))
     return [own[seed] - reference[seed] for seed in sorted(own) if seed in reference]
 
 
@@ -124,8 +124,11 @@ def agrees(values, row: Row) -> str:
 
 
 def measured(values) -> str:
-    spread = f' ± {labs.standard_error(values):.2f}' if len(values) > 1 else ''
-    return f'{np.mean(values):+.2f}{spread}, {verdict(values)}'
+    """Mean ± standard error, the verdict, and how often chance alone goes as far."""
+    if len(values) < 2:
+        return f'{np.mean(values):+.2f}, {verdict(values)}' if values else 'not measured'
+    p = f'{labs.p_value(values):.2g}'
+    return f'{np.mean(values):+.2f} ± {labs.standard_error(values):.2f}, {verdict(values)} (p = {p})'
 
 
 def theirs(values: tuple, digits: int) -> str:
@@ -135,27 +138,39 @@ def theirs(values: tuple, digits: int) -> str:
 
 
 def report(results) -> str:
-    reference = [[*of_seeds(results, REFERENCE, error).values()] for error in ERRORS]
+    reference = [[*of_seeds(results, REFERENCE, error, 'ten').values()] for error in ERRORS]
     if not reference[0]:
         return 'The reference has not been run, or always diverged.'
     lines = [
         f'Reference (`original`), ten crops, {labs.count(len(reference[0]), "seed")}: top-1 error '
         f'{labs.mean_std(reference[0])} %, top-5 error {labs.mean_std(reference[1])} %. The others, in '
         'points more than it (positive: worse), mean ± standard error of the pairs:', '',
-        '| row | pairs | top-1 | top-5 | the paper | log of 2012 | same sign |',
-        '|---|---|---|---|---|---|---|',
+        '| row | pairs | top-1 | top-5 | the paper | log of 2012 | same sign | top-1, centre crop |',
+        '|---|---|---|---|---|---|---|---|',
     ]  # fmt: skip
     for name, row in ROWS.items():
         if name == REFERENCE:
             continue
         first, fifth = (differences(results, name, error) for error in ERRORS)
-        diverged = sum(r['diverged'] for r in labs.named(results, name))
-        pairs = f'{len(first)}, {diverged} diverged' if diverged else str(len(first))
-        ours = f'{measured(first)} | {measured(fifth)}' if first else 'not measured | '
+        runs = labs.named(results, name)
+        pairs = [str(len(first))]
+        for word, many in (('diverged', sum(r['diverged'] for r in runs)),
+                           ('never left chance', sum(map(labs.at_chance, runs)))):  # fmt: skip
+            pairs += [f'{many} {word}'] if many else []
         sign = agrees(first, row) if first else ''
-        lines.append(f'| {name} | {pairs} | {ours} | {row.words or theirs(row.paper, 1)} '
-                     f'| {theirs(row.log, 2)} | {sign} |')
-    return '\n'.join([*lines, '', labs.WEAK])
+        centre = '' if name == ONE_CROP else measured(differences(results, name, ERRORS[0], 'centre'))
+        lines.append(f'| {name} | {", ".join(pairs)} | {measured(first)} | {measured(fifth)} '
+                     f'| {row.words or theirs(row.paper, 1)} | {theirs(row.log, 2)} | {sign} | {centre} |')
+    return '\n'.join([*lines, '', f'{labs.WEAK} {same_pictures(results)}'])
+
+
+def same_pictures(results) -> str:
+    """What the spread over seeds leaves out."""
+    pictures = labs.named(results, REFERENCE)[0]['data']['counts']['val']
+    error = np.mean([*of_seeds(results, REFERENCE, ERRORS[0], 'ten').values()]) / 100
+    alone = 100 * (error * (1 - error) / pictures) ** 0.5
+    return (f'All seeds are judged by the same {pictures:,} pictures: what other pictures would have said is '
+            f'in no ± (of one network by itself: ± {alone:.1f} points, which a pair mostly shares).')
 
 
 def plot(results, file):
@@ -175,12 +190,18 @@ def plot(results, file):
             points = {y: value[0] for y, value in there.items() if value and value[0] is not None}
             axes.plot([*points.values()], [*points], marker, color=colour, mfc='none', ms=8,
                       label={'paper': 'the paper', 'log': 'log of 2012'}[source])
+        for y, name in enumerate(shown):  # the paper, where it gives no number, or not quite one
+            paper = (*ROWS[name].paper, None, None)[:2]
+            words = ROWS[name].words if paper[i] is not None else ''
+            words = 'worse' if ROWS[name].paper == (None, None) else words
+            axes.text(85, y, words, ha='right', va='center', color='#d55e00', size=8)
         axes.axvline(0, color='#777777', lw=0.8)
         axes.set_xscale('symlog', linthresh=10)  # a row that stays at chance must not squeeze the others
         ticks = (-5, 0, 5, 10, 50)
-        axes.set(xlabel=f'top-{(1, 5)[i]} error, points more than the reference', xticks=ticks,
-                 xticklabels=ticks, xlim=(-8, 90), yticks=range(len(shown)),
-                 yticklabels=shown)
+        axes.set(xlabel=f'top-{(1, 5)[i]} error, points more than the reference\n(above 10: logarithmic)',
+                 xticks=ticks, xticklabels=ticks, xlim=(-8, 90), yticks=range(len(shown)),
+                 yticklabels=[name + ' (at chance)' * any(map(labs.at_chance, labs.named(results, name)))
+                              for name in shown])  # fmt: skip
         axes.spines[['top', 'right']].set_visible(False)
     axes.invert_yaxis()
     handles, labels = axes.get_legend_handles_labels()

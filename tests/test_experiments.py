@@ -85,8 +85,6 @@ def test_does_it_train(tmp_path, store):
     assert '| original | 0.03 | 1 | 1e-4 / 5 | not within 4 steps |' in table
     assert '| paper bias | 0.01 | 0.1 | 1e-4 | not run |' in table
     assert 'original: the loss left ln(classes) in 0 of 1 seed within 4 steps.' in table
-    does_it_train.plot(trial.results, tmp_path / 'figure.png')
-    assert (tmp_path / 'figure.png').stat().st_size > 1000
 
 
 def test_every_initialisation_builds():
@@ -118,6 +116,27 @@ def test_what_is_said_about_training():
     assert 'Chance: ln(10) = 2.303.' in table
 
 
+def test_the_figure_of_does_it_train(drawn, tmp_path):
+    """Losses of every seed and chance; of seed 0 the first layer-by-layer values, and those over training."""
+    results = {}
+    for seed, end in enumerate((1.0, 3.0)):
+        measured = {'0': {'squares': {'conv1': 1.0, 'fc8': 2.0}, 'logits_std': 0.5},
+                    '3': {'squares': {'conv1': 4.0, 'fc8': end}, 'logits_std': end}}  # fmt: skip
+        results[f'paper-{seed}'] = {'name': 'paper', 'seed': seed, 'train': losses(1, 0.9),
+                                    'extra': {'classes': 10, 'measured': measured}}  # fmt: skip
+    does_it_train.plot(results, tmp_path / 'none.png')
+    curves, spreads, start, *panels = drawn[0].axes
+    assert [panel.get_title() for panel in panels] == [*does_it_train.STYLES]
+    assert [[*line.get_xdata()] for line in curves.lines] == [[10, 20], [10, 20], [0, 1]]
+    assert [*curves.lines[2].get_ydata()] == [math.log(10)] * 2
+    assert [[*line.get_ydata()] for line in spreads.lines] == [[0.5, 1.0]]
+    assert [[*line.get_ydata()] for line in start.lines] == [[1.0, 2.0]]
+    assert [[*line.get_ydata()] for line in panels[0].lines] == [[1.0, 2.0], [4.0, 1.0]]
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ['step 0', 'step 3']
+    assert not panels[1].lines and panels[1].get_ylim() == start.get_ylim()
+    assert len({str(style) for _, style in does_it_train.STYLES.values()}) == len(does_it_train.RUNS)
+
+
 def test_every_ablation_builds():
     for row in ablations.ROWS.values():
         assert builds(row.config, row.changes)
@@ -131,8 +150,10 @@ def ablated(**rows):
             extra = {view: {'top1_error': error + more, 'top5_error': error / 2}
                      for view, more in (('ten', 0), ('centre', 1))}  # fmt: skip
             name = name.replace('_', ' ')
-            results[f'{name}-{seed}'] = {'name': name, 'seed': seed, 'diverged': False,
-                                         'extra': extra}  # fmt: skip
+            results[f'{name}-{seed}'] = {
+                'name': name, 'seed': seed, 'diverged': False, 'extra': extra, 'train': losses(1.3, 0.5),
+                'data': {'counts': {'val': 1000}},
+            }  # fmt: skip
     return results
 
 
@@ -149,6 +170,9 @@ def test_differences_are_paired_by_seed():
 def test_what_differences_show():
     assert lab.standard_error([2, 3, 4]) == pytest.approx(1 / 3**0.5)
     assert lab.standard_error([3]) == math.inf
+    assert lab.p_value([2, 3, 4]) == pytest.approx(0.0351, abs=1e-4)  # a table of Student's t
+    assert lab.p_value([-2, -3, -4]) == lab.p_value([2, 3, 4])
+    assert lab.p_value([3]) == lab.p_value([0, 0]) == 1.0 and lab.p_value([1, 1]) == 0.0
     assert ablations.verdict([2, 3, 4]) == 'worse' and ablations.verdict([-2, -3, -4]) == 'better'
     assert ablations.verdict([0, 3, 4]) == 'not resolved'  # 2.33, and twice 1.2
     assert ablations.verdict([5]) == ablations.verdict([0, 0]) == 'not resolved'
@@ -161,29 +185,53 @@ def test_what_differences_show():
 
 def test_the_table_of_ablations():
     results = ablated(reference=[40, 44, 42], no_norms=[43, 46, 46], no_dropout=[41, 44, 41])
-    results['no norms-3'] = {'name': 'no norms', 'seed': 3, 'diverged': True, 'extra': None}
+    results['no norms-3'] = {'name': 'no norms', 'seed': 3, 'diverged': True, 'extra': None, 'train': []}
+    results |= ablated(tanh=[95, 94])
+    results['tanh-1']['train'] = losses(1.1, 1.05)
     table = ablations.report(results)
     assert '3 seeds: top-1 error 42.0 ± 2.0 %, top-5 error 21.0 ± 1.0 %' in table
-    assert ('| no norms | 3, 1 diverged | +3.00 ± 0.58, worse | +1.50 ± 0.29, worse '
-            '| +1.4 / +1.2 | +1.37 / +1.15 | yes |') in table
-    assert '| no dropout | 3 | +0.00 ± 0.58, not resolved |' in table and '| worse |  | ? |' in table
-    assert '| one crop | 3 | +1.00 ± 0.00, worse |' in table
-    assert '| without conv2 | 0 | not measured |  | ≈ 2 |' in table
-    assert '| no weight decay | 0 | not measured |  |  |' in table  # the paper: of the training error
+    assert ('| no norms | 3, 1 diverged | +3.00 ± 0.58, worse (p = 0.035) | +1.50 ± 0.29, worse (p = 0.035) '
+            '| +1.4 / +1.2 | +1.37 / +1.15 | yes | +3.00 ± 0.58, worse (p = 0.035) |') in table
+    assert '| no dropout | 3 | +0.00 ± 0.58, not resolved (p = 1) |' in table and '| worse |  | ? |' in table
+    assert '| one crop | 3 | +1.00 ± 0.00, worse (p = 0) |' in table
+    assert '| tanh | 2, 1 never left chance | +52.50' in table
+    assert '| without conv2 | 0 | not measured | not measured | ≈ 2 |' in table
+    assert '| no weight decay | 0 | not measured | not measured |  |' in table  # the paper: training error
+    assert 'by the same 1,000 pictures' in table and 'of one network by itself: ± 1.6 points,' in table
     assert 'has not been run' in ablations.report({})
     single = ablated(reference=[40], no_norms=[43])
     assert 'ten crops, 1 seed: ' in ablations.report(single)
 
 
-def test_one_pair_has_no_bar_in_the_figure(monkeypatch, tmp_path):
-    drawn = []
-    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure))
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn."""
+    figures = []
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def test_one_pair_has_no_bar_in_the_figure(drawn, tmp_path):
     ablations.plot(ablated(reference=[40, 44], no_norms=[43], tanh=[50, 53]), tmp_path / 'none.png')
     one, several = 'measured, one pair', 'measured, ± 2 standard errors'
     (legend,), axes = drawn[0].legends, drawn[0].axes[0]
     assert {one, several} <= {text.get_text() for text in legend.get_texts()}
     bars = {container.get_label(): container.has_xerr for container in axes.containers}
     assert bars == {one: False, several: True}
+
+
+def test_the_paper_in_the_figure(drawn, tmp_path):
+    """Its numbers as marks, what is not quite one beside it, and 'worse' where it has none."""
+    results = ablated(reference=[40, 44], no_norms=[43, 46], no_colour_noise=[41, 44], no_dropout=[42, 46])
+    results['no norms-0']['train'] = losses(1, 1)
+    ablations.plot(results, tmp_path / 'none.png')
+    first, fifth = drawn[0].axes
+    names = ['no norms (at chance)', 'no colour noise', 'no dropout', 'one crop']
+    assert [tick.get_text() for tick in first.get_yticklabels()] == names
+    assert [text.get_text() for text in first.texts] == ['', '> 1', 'worse', '']
+    assert [text.get_text() for text in fifth.texts] == ['', '', 'worse', '']
+    (paper,) = (line for line in first.lines if line.get_label() == 'the paper')
+    assert [*zip(paper.get_xdata(), paper.get_ydata(), strict=True)] == [(1.4, 0), (1.0, 1), (1.5, 3)]
 
 
 def test_table_1():

@@ -31,8 +31,6 @@ def test_figure_1(tmp_path, store):
     assert result['data']['counts'] == {'train': 64, 'val': 20}
     table = fig1_relu_tanh.report(trial.results)
     assert '| tanh | 0.00' in table and 'not reached' in table
-    fig1_relu_tanh.plot(trial.results, tmp_path / 'figure.png')
-    assert (tmp_path / 'figure.png').stat().st_size > 1000
     again = make(tmp_path, store, start=None)  # nothing is left to start
     fig1_relu_tanh.run(again)
     assert again.results == json.loads(json.dumps(trial.results))
@@ -60,11 +58,60 @@ def test_the_ratio_and_the_best_rate():
             results[f'{net}-{seed}'] = {'name': net, 'seed': seed, 'diverged': False, 'train': rows(*errors)}
     assert fig1_relu_tanh.best_rate(results, 'ReLU') == 0.004  # the best one diverged
     table = fig1_relu_tanh.report(results)
-    assert 'The paper does not name its network. Ours' in table and 'the first block of 10,000' in table
-    # Between 50 and 20 % the target lies 5/6 of an epoch on: 3.8, 4.8; 11.8, 12.8.
-    assert '| ReLU | 0.004 (at the edge of the sweep) | 3.8, 4.8 | 4.3 ± 0.7 |' in table
-    assert 'tanh needs 2.8 ± 0.3 times the epochs' in table
+    assert 'The paper does not name its network. Ours' in table
+    # Between 50 and 20 % the target lies 5/6 of an epoch on: 3.8, 4.8; 11.8, 12.8. A row is an epoch.
+    for over in ('the epoch before', '10,000 pictures'):
+        assert (f'| ReLU | 0.004 (at the edge of the sweep) | {over} | 3.8, 4.8 | 4.3 ± 0.7 | 20.0, 20.0 |'
+                ) in table  # fmt: skip
+        assert f'By the error over {over} tanh needs 2.8 ± 0.3 times the epochs' in table
     assert '0.002: diverged' in table
+
+
+def fifths(*errors):
+    return [{'epoch': 0.19968 * (i + 1), 'top1_error': error} for i, error in enumerate(errors)]
+
+
+def test_the_training_error_over_an_epoch():
+    """What comes first in an epoch has the lowest error: one block of it says less than the whole."""
+    rows = fifths(40, 40, 40, 40, 40, 24, 30, 30, 30, 30, 19, 25, 25)
+    over = fig1_relu_tanh.over_an_epoch(rows)
+    assert [row['top1_error'] for row in over] == [40, 36.8, 34.8, 32.8, 30.8, 28.8, 27.8, 26.8, 25.8]
+    assert [row['epoch'] for row in over] == [row['epoch'] for row in rows[4:]]
+    assert fig1_relu_tanh.reached(rows) < 1.2 and fig1_relu_tanh.reached(over) is None
+    assert fig1_relu_tanh.last_epoch({'diverged': False, 'train': rows}) == 25.8
+    assert fig1_relu_tanh.last_epoch({'diverged': False, 'train': rows[:4]}) == float('inf')
+    assert fig1_relu_tanh.over_an_epoch([]) == []
+
+
+def test_when_figure_1_stops_a_run():
+    ends, swept = {}, []
+
+    class Lab:
+        scale, seeds, results = 'full', 1, {}
+
+        def run(self, name, seed, config, changes, *, until=None):
+            swept.append(changes['optim.rate'])
+            ends[name] = until
+            error = abs(changes['optim.rate'] - 0.004)
+            self.results[name] = {'name': name, 'seed': 0, 'diverged': False, 'train': rows(error)}
+
+    fig1_relu_tanh.run(Lab())
+    assert ends.pop('ReLU')(fifths(*[24] * 5)) and not ends.pop('tanh')(fifths(*[26] * 5, 22))
+    assert {*ends.values()} == {None}  # those of the sweep go to their end
+    assert swept == [*fig1_relu_tanh.RATES, 0.004] * 2
+
+
+def test_the_figure_of_figure_1(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure))
+    results = {f'{net}-{seed}': {'name': net, 'seed': seed, 'diverged': False, 'train': rows(50, 40 - seed)}
+               for net in ('ReLU', 'tanh', 'tanh sweep 0.001') for seed in (0, 1)}  # fmt: skip
+    fig1_relu_tanh.plot(results, tmp_path / 'none.png')
+    (axes,) = drawn[0].axes
+    *curves, target = axes.lines
+    assert [[*line.get_ydata()] for line in curves] == [[50, 40], [50, 39]] * 2
+    assert [*target.get_ydata()] == [25, 25]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ['ReLU', 'tanh']
 
 
 def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
@@ -76,6 +123,10 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
         (workdir / 'metrics.jsonl').write_text('{"kind": "train", "step": 1}\n{"kind": "eval", "st')
         return True
 
+    def empty(command, workdir, until):
+        leave(command, workdir, until)
+        (workdir / 'metrics.jsonl').write_text('')
+
     trial = make(tmp_path, start=start)
     changes = {'optim.rate': 1.0}
     result = trial.run('a', 0, 'configs/paper.py', changes)
@@ -83,6 +134,8 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
     assert result['diverged'] and result['data']['source'] == 'b'
     assert make(tmp_path, start=start).run('a', 0, 'configs/paper.py', changes) == result
     assert len(made) == 1
+    with pytest.raises(UserError, match='b-0: the run ended within its first interval'):
+        make(tmp_path, start=empty).run('b', 0, 'configs/paper.py')
     with pytest.raises(UserError, match='a-0 was run as .*rate=1.0.*, not as .*rate=2.0'):
         make(tmp_path, start=start).run('a', 0, 'configs/paper.py', {'optim.rate': 2.0})
     elsewhere = make(tmp_path, ['--config.run.threads=2'], start=start)  # how it is run decides nothing
@@ -111,7 +164,7 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
 def test_what_results_were_measured_on():
     older = {'data': {'source': 'a', 'counts': {'train': 1000, 'val': 10}}, 'devices': ['cpu:0'],
              'versions': {'jax': '1'}, 'commit': 'c'}  # fmt: skip
-    start = '1 run on a (1,000 training and 10 test pictures); devices: cpu:0; '
+    start = '1 run on a (1,000 training and 10 validation pictures); devices: cpu:0; '
     assert lab.provenance({'a': older}) == f'{start}jax 1; commit c.'
     newer = {**older, 'processor': 'Z80 (1 core)'}
     assert lab.provenance({'a': newer}) == f'{start}processors: Z80 (1 core); jax 1; commit c.'

@@ -47,6 +47,19 @@ def by_key(*results):
     return {f'{r["name"]}-{r["seed"]}': r for r in results}
 
 
+@pytest.fixture
+def figure_of(tmp_path, monkeypatch):
+    """figure_of(experiment, results) -> its figure."""
+    drawn = []
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure))
+
+    def figure(module, results):
+        module.plot(results, tmp_path / 'none.png')
+        return drawn[-1]
+
+    return figure
+
+
 def test_cifar_lrn(tmp_path, monkeypatch):
     part, changes = cifar_lrn.SCALES['smoke'][1:]
     monkeypatch.setitem(cifar_lrn.SCALES, 'smoke', (('11pct_plain',), part, changes))
@@ -59,8 +72,6 @@ def test_cifar_lrn(tmp_path, monkeypatch):
     table = cifar_lrn.report(trial.results)
     assert f'| 11pct_plain | 0.625 of 520 |  | {made["extra"]["centre"]:.1f} | ' in table
     assert '| 13pct | | 13 | not run | | 0 |' in table and 'norms alone bring: not run' in table
-    cifar_lrn.plot(trial.results, tmp_path / 'figure.png')
-    assert (tmp_path / 'figure.png').stat().st_size > 1000
 
 
 def test_all_schedules_are_shortened_alike(tmp_path):
@@ -101,6 +112,18 @@ def test_what_norms_bring_is_paired_by_seed():
     assert '| 11pct | 52 of 520 | 11 | 25.0 ± 12.9 | 24.0 ± 12.9 | 4 |' in table
     assert '| 11pct_plain | 52 of 520 |  | 22.0 ± 9.5 | 19.0 ± 9.2 | 4, 1 diverged |' in table
     assert '| 18pct | 52 of 140 | 18 | 17.2 |  | 1 |' in table
+
+
+def test_the_figure_of_cifar_lrn(figure_of):
+    """A line for every seed, one name for each network, and a bar at the error that it is known for."""
+    (axes,) = figure_of(cifar_lrn, by_key(*(result(net, s, centre=20.0) for net in ('18pct', '11pct_plain')
+                                            for s in (0, 1)), result('11pct', diverged=True))).axes
+    curves = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() < 2]
+    (bar,) = (line for line in axes.lines if line not in curves)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ['18 % network', '11 % network without norms'] and len(curves) == 4
+    assert [*curves[0].get_ydata()] == [30.0, 25.0] and [*curves[0].get_xdata()] == [26.0, 52.0]
+    assert [*bar.get_ydata()] == [18, 18] and bar.get_color() == curves[0].get_color()
 
 
 @pytest.mark.parametrize(
@@ -245,6 +268,8 @@ def page(tmp_path, monkeypatch):
     def make():
         report.main()
         intro, *sections = (tmp_path / 'RESULTS.md').read_text().split('\n## ')
+        pictures, *sections = sections
+        assert pictures.startswith('The pictures')
         return {section.partition('\n')[0]: section for section in sections}
 
     return make
@@ -279,18 +304,38 @@ def test_a_report_of_some_results(page, tmp_path):
     assert all(other.count('**Not run.**') == 2 for other in again.values())
     full, small = section.split('### Small scale')
     assert '**Not run.**' in full and 'smoke' not in section
-    assert ("python -m experiments.cifar_lrn --scale=small --seeds=2 -- "
+    assert ("python -m experiments.cifar_lrn --scale=small --seeds=2 --only=11pct --only=11pct_plain -- "
             "'--config.data.source=/pictures of cats'\n") in small  # fmt: skip
     assert cifar_lrn.report(results) in small
     assert '(figures/cifar_lrn-small.png)' in small
-    assert 'Measured: 4 runs on cifar (50,000 training and 10,000 test pictures)' in small
+    assert 'Measured: 4 runs on cifar (50,000 training and 10,000 validation pictures)' in small
     assert 'GPU_0; jax 0.10.2; commit abc1234.' in small
     assert page()[cifar_lrn.TITLE] == section
 
 
 def test_commands_of_several_arguments():
     other = {**result('a', 4), 'given': []}
-    assert report.commands('x', 'full', by_key(result('a', 1), other)) == [
+    module = SimpleNamespace(__name__='experiments.x')
+    assert report.commands(module, 'full', by_key(result('a', 1), other)) == [
         'python -m experiments.x --scale=full --seeds=5',
         "python -m experiments.x --scale=full --seeds=2 -- '--config.data.source=/pictures of cats'",
     ]
+
+
+def test_commands_name_the_runs_that_are_there():
+    """By name where all seeds are, by seed where some are; all of them need no name."""
+    def run(lab):
+        for seed in range(lab.seeds):
+            lab.run('a b', seed, 'configs/paper.py')
+            lab.run('c', seed, 'configs/paper.py')
+
+    module = SimpleNamespace(__name__='experiments.x', run=run, INDEPENDENT=True)
+    all_of_a = [result('a b', 0), result('a b', 1)]
+
+    def options(*results):
+        (line,) = report.commands(module, 'full', by_key(*results))
+        return line.partition(' -- ')[0].removeprefix('python -m experiments.x --scale=full ')
+
+    assert options(*all_of_a) == "--seeds=2 '--only=a b'"
+    assert options(*all_of_a, result('c', 1)) == "--seeds=2 '--only=a b' --only=c-1"
+    assert options(*all_of_a, result('c', 1), result('c', 0)) == '--seeds=2'
