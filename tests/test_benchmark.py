@@ -37,6 +37,19 @@ def test_arithmetic_of_the_paper_s_network():
     assert totals['train'] / 2e9 == pytest.approx(4.136, abs=5e-4)
 
 
+def test_the_first_layer_that_is_there_needs_no_gradient_of_the_images():
+    net = build(paper, width=0.125, remove='conv1')
+    ops = operations.operations(net, batch=2, crop=224)
+    assert [op.name for op in ops][:3] == ['images max_pool', 'images max_pool', 'conv2 conv']
+    totals = operations.totals(net, batch=2, crop=224)
+    conv2 = sum(operations.flops(op) for op in ops if op.name == 'conv2 conv')
+    assert conv2 == 2 * 2 * 2 * (27 * 27 * 16) * (5 * 5 * 3)  # images, towers, products and sums
+    assert totals['train'] == 3 * totals['infer'] - conv2
+    rows = {row['name']: row for row in operations.table(net, batch=1, crop=96, repeats=1)}
+    assert rows['conv2 conv']['products'] == 2 and rows['conv3 conv']['products'] == 3
+    assert rows['images max_pool']['backward_s'] == 0
+
+
 def test_operations_are_named_and_complete():
     names = [op.name for op in operations.operations(build(original), batch=2, crop=224)]
     assert names.count('conv1 conv') == names.count('conv3 conv') == 1  # the towers read the same
