@@ -23,6 +23,6 @@ ACCELERATOR = Backend(blocks=True, donate=True, loop=True, overlap=True, keep_pr
 
 
 def choices(mesh: Mesh | None = None) -> Backend:
-    """Those for a mesh, or for JAX's default devices."""
+    """Those for a mesh, or, where none is known, for JAX's default devices; commands use no others."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return CPU if platform == 'cpu' else ACCELERATOR

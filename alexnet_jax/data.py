@@ -4,7 +4,6 @@ A batch is a pure function of (store, seed, step, rows): there is no iterator st
 starting at any step costs the same. Pictures leave here as uint8; arithmetic is the device's.
 """
 
-import atexit
 import importlib.util
 import weakref
 from collections import deque
@@ -283,8 +282,8 @@ def _closed_at_exit(batches: Generator) -> Generator:
     TensorFlow's threads call into Python: if they do so while the interpreter ends, it hangs or
     aborts, and nothing else closes a generator that is then still referenced.
     """
-    # A weak reference, so that a reader that nobody holds any more is closed at once.
-    atexit.register(_close, weakref.ref(batches))
+    # A weak reference, so that a reader that nobody holds any more is closed at once, and forgotten.
+    weakref.finalize(batches, _close, weakref.ref(batches))
     return batches
 
 

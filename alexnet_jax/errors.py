@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable
 
 DONE, BUG, MISTAKE, STOPPED, LOST, INTERRUPTED, UNREAD = 0, 1, 2, 75, 76, 130, 141
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)  # to a path
 
 
 class UserError(Exception):
@@ -98,8 +100,10 @@ def end(error: BaseException) -> tuple[str, int]:
         return f'error: {error}', MISTAKE
     if isinstance(error, Stopped):
         return str(error), STOPPED
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f'error: {error.filename or "writing"}: {error.strerror}; make room, and start again', MISTAKE
+    if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
+        return f'error: {error.filename}: {error.strerror}; give another path, or get access to it', MISTAKE
     if isinstance(error, KeyboardInterrupt):
         return 'interrupted', INTERRUPTED  # what shells report for it
     return ''.join(traceback.format_exception(error)), BUG

@@ -21,7 +21,8 @@ def conv(x, kernel, bias, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0)
 
     x[B,H,W,C], kernel[k,k,C,O], bias[O] -> [B,H',W',O]; the padding is (top, bottom), (left, right),
     in pixels. The source's first layer pads ((0, 3), (0, 3)): its last window reaches 3 pixels
-    beyond the right and lower edges of the 224-pixel crop.
+    beyond the right and lower edges of the 224-pixel crop. Whether it is made on blocks is decided by
+    JAX's default devices: a layer does not know its mesh.
     """
     if stride > 1 and choices().blocks:
         x, kernel = _blocks(x, kernel, stride, padding)

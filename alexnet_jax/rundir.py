@@ -137,7 +137,10 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this program, with '-dirty' if what trains was changed since; 'unknown' without git."""
+    """The commit of this program, with '-dirty' if its code is another now; 'unknown' without git.
+
+    Its code: the library, the presets, and the Python files of the experiments, new ones included.
+    """
 
     def git(*arguments):
         folder = pathlib.Path(__file__).parent
@@ -148,10 +151,11 @@ def commit() -> str:
     try:
         described = git('describe', '--always').stdout.strip()
         # Not of everything: the results of experiments change while they are measured.
-        changed = git('diff', '--quiet', 'HEAD', '--', ':/alexnet_jax', ':/configs').returncode == 1
+        code = (':/alexnet_jax', ':/configs', ':/experiments/*.py')
+        changed = git('status', '--porcelain', '--', *code).stdout != ''
     except OSError:  # no git here
         return 'unknown'
-    return f'{described}-dirty' if changed else described or 'unknown'
+    return f'{described}-dirty' if described and changed else described or 'unknown'
 
 
 @contextlib.contextmanager

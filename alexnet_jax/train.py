@@ -101,6 +101,7 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
     clock, images = progress.Clock(), 0
     stuck = diagnosis.Stuck(run.stuck_after, job.store.classes)
     tracing = False
+    compiled = set()  # how many steps the dispatches make that were made before
 
     def fetch(at):
         """What the dispatch at a step is given: a batch, or several as one; none after the last."""
@@ -196,6 +197,9 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         if over or asked:
             break
         count = job.dispatched(step)
+        if count not in compiled:  # which takes time, but not that of the steps before
+            account()
+            compiled.add(count)
         if not tracing and run.profile[0] < step + count and step < run.profile[1]:
             jax.profiler.start_trace(workdir / 'profile')
             tracing = True

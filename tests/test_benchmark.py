@@ -37,6 +37,19 @@ def test_arithmetic_of_the_paper_s_network():
     assert totals['train'] / 2e9 == pytest.approx(4.136, abs=5e-4)
 
 
+def test_the_first_layer_that_is_there_needs_no_gradient_of_the_images():
+    net = build(paper, width=0.125, remove='conv1')
+    ops = operations.operations(net, batch=2, crop=224)
+    assert [op.name for op in ops][:3] == ['images max_pool', 'images max_pool', 'conv2 conv']
+    totals = operations.totals(net, batch=2, crop=224)
+    conv2 = sum(operations.flops(op) for op in ops if op.name == 'conv2 conv')
+    assert conv2 == 2 * 2 * 2 * (27 * 27 * 16) * (5 * 5 * 3)  # images, towers, products and sums
+    assert totals['train'] == 3 * totals['infer'] - conv2
+    rows = {row['name']: row for row in operations.table(net, batch=1, crop=96, repeats=1)}
+    assert rows['conv2 conv']['products'] == 2 and rows['conv3 conv']['products'] == 3
+    assert rows['images max_pool']['backward_s'] == 0
+
+
 def test_operations_are_named_and_complete():
     names = [op.name for op in operations.operations(build(original), batch=2, crop=224)]
     assert names.count('conv1 conv') == names.count('conv3 conv') == 1  # the towers read the same
@@ -158,9 +171,10 @@ def test_repeats_compares_bits():
 
 def test_peers_compile_anew(tmp_path, monkeypatch):
     environments = []
-    monkeypatch.setattr(benchmark, 'Worker', lambda *args: environments.append(args[-1]))
+    monkeypatch.setattr(benchmark, 'Worker', lambda *args: environments.append(args[4]))
     for module in (benchmark.PEER, benchmark.PEER, benchmark.OURS):
-        benchmark._start(module, 'python', {'allocator': True, 'file': str(tmp_path / 'file')})
+        spec = {'allocator': True, 'file': str(tmp_path / 'file'), 'patience': 1}
+        benchmark._start('worker', module, 'python', spec)
     folders = [environment.get('TORCHINDUCTOR_CACHE_DIR') for environment in environments]
     assert folders[0] != folders[1] and folders[0].startswith(str(tmp_path)) and not folders[2]
 
@@ -170,15 +184,33 @@ def test_spread():
 
 
 def test_worker_that_ends_says_why():
-    with pytest.raises(WorkerError, match='KeyError'):
-        Worker(sys.executable, 'experiments.benchmark.ours', {}, {})
+    with pytest.raises(WorkerError, match='^ours: it ended: KeyError'):
+        Worker('ours', sys.executable, 'experiments.benchmark.ours', {}, {}, patience=5)
+
+
+@pytest.mark.parametrize('ready', [False, True])
+def test_a_worker_that_hangs_is_named(tmp_path, ready):
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\n' + ready * 'echo {}\n' + 'exec sleep 600\n')
+    python.chmod(0o755)
+    spec = {'task': 'train', 'allocator': True, 'file': str(tmp_path / 'file'), 'patience': 0.01}
+    began = time.monotonic()
+    if ready:
+        worker = benchmark._start('torch eager', benchmark.PEER, str(python), {**spec, 'patience': 0.1})
+        with pytest.raises(WorkerError, match='^torch eager: no answer in 0.1 minutes'):
+            worker.ask(1)
+        worker.close()
+    else:
+        with pytest.raises(UserError, match='^train on .*: torch eager: no answer in 0.01 minutes'):
+            benchmark._start('torch eager', benchmark.PEER, str(python), spec)
+    assert time.monotonic() - began < 25  # killed, not waited for
 
 
 def test_workers_compile_anew(tmp_path):
     """What is timed must not be what another worker kept."""
     environment = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'programs')}
     spec = {'task': 'copy', 'form': 'plain', 'cpu': True}
-    Worker(sys.executable, 'experiments.benchmark.ours', spec, environment).close()
+    Worker('ours', sys.executable, 'experiments.benchmark.ours', spec, environment, patience=5).close()
     assert not (tmp_path / 'programs').exists()
 
 
@@ -276,6 +308,9 @@ def test_every_task_makes_what_it_counts(tmp_path, changes):
         (['--batch=0'], 'at least 1'),
         (['--dispatch=0'], 'at least 1'),
         (['--seconds=nan'], '--seconds'),
+        (['--patience=0'], '--patience=0.0: must be above 0'),
+        (['--peer_form=compile'], '--peer_form is for --peer'),
+        (['--peer_python=/usr/bin/python'], '--peer_python is for --peer'),
         (['--peer=torch', '--peer_form=fast'], '--peer_form=fast: choose eager or compile, contiguous'),
         (['--layers', '--tasks=infer'], '--layers is for --tasks=train'),
         (['--cold'], '--cold is for --tasks=both and input'),
@@ -290,6 +325,16 @@ def test_bad_arguments(arguments, message, tmp_path, monkeypatch):
         benchmark.main()
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
+
+
+def test_earlier_results_stay(tmp_path, monkeypatch):
+    file = tmp_path / 'benchmark.json'
+    assert benchmark._folder(str(tmp_path)) == benchmark._folder(str(tmp_path)) == tmp_path  # nothing yet
+    file.write_text('{}')
+    monkeypatch.setattr(sys, 'argv', ['benchmark', f'--out={tmp_path}'])
+    with pytest.raises(UserError, match='holds the results of an earlier command; give another folder'):
+        benchmark.main()
+    assert file.read_text() == '{}'
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Batches: the pixels of an independent decode, whatever the reader, the rows and the start."""
 
+import atexit
 import gc
 import itertools
 import os
@@ -303,6 +304,13 @@ def test_an_abandoned_iterator_stops_reading(stores, format, reader, ending):
         if thread.name.startswith('batches'):
             thread.join(5)
     assert len(running()) <= before
+
+
+def test_nothing_is_left_to_do_at_exit_for_a_reader_that_ended(stores):
+    assert len(list(train(stores['u8'][0], reader='threads'))) == 4
+    before = atexit._ncallbacks()
+    assert len(list(train(stores['u8'][0], reader='threads'))) == 4
+    assert atexit._ncallbacks() == before
 
 
 @pytest.mark.slow

@@ -46,20 +46,28 @@ def test_a_commit_where_git_is(monkeypatch):
     assert rundir.commit() == 'unknown'
 
 
-def test_a_commit_is_dirty_where_what_trains_was_changed(tmp_path, monkeypatch):
-    files = [tmp_path / name for name in ('alexnet_jax/a.py', 'configs/b.py', 'experiments/results/c.json')]
-    for file in files:
-        file.parent.mkdir(parents=True)
+def test_a_commit_is_dirty_where_code_was_changed(tmp_path, monkeypatch):
+    code = ['alexnet_jax/a.py', 'configs/b.py', 'experiments/c.py', 'experiments/d/e.py']
+    written = ['experiments/results/c.json', 'experiments/figures/c.png', 'experiments/LOG.md', 'README.md']
+    for file in [tmp_path / name for name in code + written]:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text('as committed')
     for words in ('init', 'add .', '-c user.name=a -c user.email=a commit -m first'):
         subprocess.run(['git', *words.split()], cwd=tmp_path, check=True, capture_output=True)
-    monkeypatch.setattr(rundir, '__file__', str(files[0]))
+    monkeypatch.setattr(rundir, '__file__', str(tmp_path / code[0]))
     clean = rundir.commit()
     assert clean != 'unknown'
-    files[2].write_text('changed')
-    files[1].write_text('as committed')  # written, not changed
+    for name in written:
+        (tmp_path / name).write_text('changed')
+    (tmp_path / 'experiments/results/new.json').touch()
+    (tmp_path / code[1]).write_text('as committed')  # written, not changed
     assert rundir.commit() == clean
-    files[1].write_text('changed')
+    for name in code:
+        (tmp_path / name).write_text('changed')
+        assert rundir.commit() == f'{clean}-dirty'
+        (tmp_path / name).write_text('as committed')
+    assert rundir.commit() == clean
+    (tmp_path / 'experiments/new.py').touch()
     assert rundir.commit() == f'{clean}-dirty'
 
 

@@ -92,6 +92,32 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
         assert single == pytest.approx(grouped, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, monkeypatch):
+    """Step 4 is the first that is made alone: else its compilation would be in the rate of steps 2 and 3."""
+    events, make, line = [], train.Job.make, train.progress.line
+
+    def watched(*args):
+        job = make(*args)
+
+        def train_step(*args):
+            events.append('one')
+            return job.train_step(*args)
+
+        def train_steps(*args):
+            events.append('two')
+            return job.train_steps(*args)
+
+        return dataclasses.replace(job, train_step=train_step, train_steps=train_steps)
+
+    monkeypatch.setattr(train.Job, 'make', watched)
+    monkeypatch.setattr(train.progress, 'line', lambda *args: events.append('rate') or line(*args))
+    every = {'run.eval_every': 2.0, 'run.checkpoint_every': 100, 'run.log_every': 2, 'run.stop_after': '6'}
+    with pytest.raises(Stopped):
+        train.train(make_config(store, **every, **{'run.dispatch': 2}), tmp_path / 'run')
+    assert events == ['two', 'two', 'rate', 'rate', 'one', 'one', 'rate']
+
+
 def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
     config = make_config(store, **{'run.dispatch': 20, 'run.log_every': 20, 'run.checkpoint_every': 20})
     config.run.stop_after = '1'

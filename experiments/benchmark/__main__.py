@@ -2,14 +2,14 @@
 
     python -m experiments.benchmark                                     # training and prediction
     python -m experiments.benchmark --layers --plain --two_devices      # what each form gains
-    python -m experiments.benchmark --peer=torch --peer_python=~/torch/bin/python
-    python -m experiments.benchmark --tasks=input,both --store=data/flowers-256-u8
+    python -m experiments.benchmark --peer=torch --peer_python=~/torch/bin/python --out=runs/torch
+    python -m experiments.benchmark --tasks=input,both --store=data/flowers-256-u8 --out=runs/input
 
 Everything that is compared stays ready in a process of its own and takes its turn, in rotating
 order, `--repeats` times: the ratios are taken within a round, so that a machine whose speed drifts
 does not decide them. Printed are medians, with the least and the largest; FLOP/s and bytes/s as
 shares of what large matrix products and copies reach in the same rounds. Bytes are the compiler's
-estimate. The results go to `--out`: benchmark.json and benchmark.png.
+estimate. The results go to `--out`, a folder without earlier ones: benchmark.json and benchmark.png.
 """
 
 import argparse
@@ -55,22 +55,17 @@ UNRELATED = 0.7
 
 def main() -> None:
     args = _arguments()
-    out = pathlib.Path(args.out)
+    out = _folder(args.out)
     backend, kind = _device()
     spec = {
         'config': args.config, 'dtype': args.dtype, 'batch': args.batch, 'classes': args.classes,
         'devices': 1, 'form': 'ours', 'cpu': backend == 'cpu', 'threads': machine.cores(),
-        'allocator': True, 'deterministic': False, 'dispatch': 1,
+        'allocator': True, 'deterministic': False, 'dispatch': 1, 'patience': args.patience,
     }  # fmt: skip
     record = {'command': ['python', '-m', 'experiments.benchmark', *sys.argv[1:]], **spec,
               'machine': _machine(kind), 'tasks': {}}  # fmt: skip
     print(f'{args.config}, batch {args.batch}, {args.dtype}, {record["machine"]}', flush=True)
     title = f'{args.config}, batch {args.batch}, {args.dtype}: {record["machine"]["device"]}'
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / 'benchmark.json').touch()
-    except OSError as error:
-        raise UserError(f'--out={out}: cannot be written: {error.strerror}') from error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         reference = {}
         if args.plain or args.peer:
@@ -104,6 +99,8 @@ def _arguments():
     parser.add_argument('--classes', type=int, default=1000)
     parser.add_argument('--repeats', type=int, default=10, help='rounds')
     parser.add_argument('--seconds', type=float, default=2.0, help='of a turn, at least')
+    parser.add_argument('--patience', type=float, default=30.0, help='minutes that a worker may take to be '
+                        'ready, and for each answer')
     parser.add_argument('--layers', action='store_true', help='time every operation alone as well')
     parser.add_argument('--plain', action='store_true', help='against the form one writes first')
     parser.add_argument('--two_devices', action='store_true', help='against a tower on each of two')
@@ -130,6 +127,9 @@ def _arguments():
     for name, tasks in NEEDS.items():
         if getattr(args, name) != parser.get_default(name) and not tasks & {*args.tasks}:
             raise UserError(f'--{name} is for --tasks={" and ".join(sorted(tasks))}')
+    for name in ('peer_form', 'peer_python'):
+        if getattr(args, name) != parser.get_default(name) and not args.peer:
+            raise UserError(f'--{name} is for --peer')
     config = configfile.load(args.config)
     if args.two_devices and config.model.towers == 1:
         raise UserError(f'--config={args.config}: --two_devices needs a net of two towers')
@@ -138,8 +138,9 @@ def _arguments():
     args.store = [os.path.abspath(os.path.expanduser(s)) for s in args.store.split(',') if s]
     for store in args.store:
         open_store(store)
-    if not 0 < args.seconds < math.inf:
-        raise UserError(f'--seconds={args.seconds}: must be above 0')
+    for name in ('seconds', 'patience'):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f'--{name}={getattr(args, name)}: must be above 0')
     for name in ('batch', 'repeats', 'classes', 'dispatch'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name}={getattr(args, name)}: must be at least 1')
@@ -149,6 +150,20 @@ def _arguments():
         raise UserError(f'--peer_form={",".join(args.peer_form)}: choose {choices}, in this order')
     args.peer_python = os.path.expanduser(args.peer_python)
     return args
+
+
+def _folder(name: str) -> pathlib.Path:
+    """The folder for the results, made if it is not there; UserError if it holds some already."""
+    out = pathlib.Path(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / 'benchmark.json').touch()
+    except OSError as error:
+        raise UserError(f'--out={out}: cannot be written: {error.strerror}') from error
+    if (out / 'benchmark.json').stat().st_size:
+        raise UserError(f'--out={out}: holds the results of an earlier command; give another folder, or '
+                        'remove them')
+    return out
 
 
 def _device() -> tuple[str, str]:
@@ -171,18 +186,18 @@ def _machine(kind: str) -> dict:
 
 
 def _facts(spec: dict) -> dict:
-    worker = _start(OURS, sys.executable, spec)
+    worker = _start('the reference', OURS, sys.executable, spec)
     worker.close()
     return worker.facts
 
 
-def _start(module: str, python: str, spec: dict) -> Worker:
+def _start(name: str, module: str, python: str, spec: dict) -> Worker:
     environment = dict(allocator.settings()) if spec['allocator'] else {'GLIBC_TUNABLES': ''}
     if module == PEER:  # compiling is timed: nothing that another worker compiled
         folder = tempfile.mkdtemp(prefix='inductor-', dir=os.path.dirname(spec['file']))
         environment['TORCHINDUCTOR_CACHE_DIR'] = folder
     try:
-        return Worker(python, module, spec, environment)
+        return Worker(name, python, module, spec, environment, spec['patience'])
     except (WorkerError, OSError) as error:
         mistake = str(error).partition('UserError: ')[2]
         raise UserError(mistake or f'{spec["task"]} on {python}: {error}') from error
@@ -252,13 +267,13 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
         """(time as a multiple of ours in the same minute, name, spec) of a form."""
         form = {**spec, 'mode': mode, 'layout': layout, 'lrn': lrn, 'allocator': kept, 'stock': False}
         name = f'torch {mode}, {layout}, {lrn} LRN' + (', our malloc' if kept else '')
-        worker = _start(PEER, args.peer_python, form)
+        worker = _start(name, PEER, args.peer_python, form)
         try:
             if not _agrees(name, worker.facts, spec['limits']):
                 return math.inf, name, form
             ratios = [_pace(worker) / _pace(ours) for _ in range(4)]
         except WorkerError as error:
-            raise UserError(f'{name}: it ended: {error}') from error
+            raise UserError(f'{spec["task"]}: {error}') from error
         finally:
             worker.close()
         ratio = statistics.median(ratios[1:])
@@ -269,7 +284,7 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
     spec['limits'] = _limits(spec['task'], TOLERANCE[args.dtype], spec.pop('own'))
     given = dict(zip(FORMS, args.peer_form, strict=False))
     modes, layouts, norms = ([given[name]] if name in given else FORMS[name] for name in FORMS)
-    ours = _start(OURS, sys.executable, spec)
+    ours = _start('alexnet_jax', OURS, sys.executable, spec)
     stock = {'mode': 'eager', 'layout': 'contiguous', 'lrn': 'builtin', 'allocator': False, 'stock': True}
     chosen = {'torch eager, stock': {**spec, **stock}}
     kept = bool(allocator.settings())
@@ -298,7 +313,7 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
     workers, answers, counts = {}, {name: [] for name in entries}, {}
     try:
         for name, (module, python, one) in entries.items():
-            workers[name] = _start(module, python, one)
+            workers[name] = _start(name, module, python, one)
             if module == PEER and not _agrees(name, workers[name].facts, one['limits']):
                 workers.pop(name).close()
                 continue
@@ -325,7 +340,7 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
         if args.layers and spec['task'] == 'train':
             layers = workers[names[0]].ask('layers')['rows']
     except WorkerError as error:
-        raise UserError(f'{spec["task"]}: a worker ended: {error}') from error
+        raise UserError(f'{spec["task"]}: {error}') from error
     finally:
         for worker in workers.values():
             worker.close()

@@ -32,7 +32,7 @@ class Operation(NamedTuple):
 
 def operations(net: model.AlexNet, batch: int, crop: int) -> list[Operation]:
     """All calls of `layers` in one training pass, in order; a layer has one for each tower."""
-    calls, layer = [], ['']
+    calls, layer = [], ['images']  # what comes before the first layer works on them
 
     def abstract(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
@@ -85,27 +85,35 @@ def flops(operation: Operation) -> int:
 
 def totals(net: model.AlexNet, batch: int, crop: int) -> dict[str, int]:
     """FLOP of a batch, by task: the first layer needs no gradient of its input."""
-    counts = [(op.name, flops(op)) for op in operations(net, batch, crop)]
-    forward = sum(count for _, count in counts)
+    ops = operations(net, batch, crop)
+    forward, first = sum(map(flops, ops)), first_product(ops)
     return {
         'infer': forward,
-        'train': 3 * forward - sum(count for name, count in counts if name == 'conv1 conv'),
+        'train': 3 * forward - sum(flops(op) for op in ops if op.name == first),
     }
 
 
-def table(net: model.AlexNet, batch: int, crop: int, repeats: int = 5) -> list[dict]:
-    """Times every operation alone: rows of name, calls, flops, forward and backward in seconds.
+def first_product(ops: list[Operation]) -> str:
+    """The name of the first product, whose input, the images, needs no gradient."""
+    return next(op.name for op in ops if flops(op))
 
+
+def table(net: model.AlexNet, batch: int, crop: int, repeats: int = 5) -> list[dict]:
+    """Times every operation alone: rows of name, calls, flops, products, forward and backward in seconds.
+
+    `products`: how many of `flops` a training step makes, 2 where the input needs no gradient, else 3.
     `backward` is forward and backward together minus forward. Medians over rounds in which every
     operation has its turn.
     """
-    kinds = {}
-    for op in operations(net, batch, crop):
+    kinds, calls = {}, operations(net, batch, crop)
+    first = first_product(calls)
+    for op in calls:
         kinds.setdefault(op.name, []).append(op)
     rows, programs = [], {}
     for name, ops in kinds.items():
-        rows.append({'name': name, 'calls': len(ops), 'flops': sum(map(flops, ops))})
-        programs[name] = _programs(ops[0], first=name.startswith('conv1 '))
+        rows.append({'name': name, 'calls': len(ops), 'flops': sum(map(flops, ops)),
+                     'products': 2 if name == first else 3})  # fmt: skip
+        programs[name] = _programs(ops[0], first=name == first)
     times = {(name, kind): [] for name in programs for kind in ('forward', 'both')}
     for _ in range(repeats):
         for name, kind in times:
@@ -139,12 +147,12 @@ def _programs(op: Operation, first: bool):
         return op.function(*args, **op.kwargs)
 
     programs = {'forward': (jax.jit(forward), arrays)}
-    if op.name.endswith('dropout_mask'):
+    if op.name.endswith('dropout_mask') or op.name.startswith('images '):
         return programs
     gradient = jnp.ones_like(jax.eval_shape(forward, *arrays))
 
     def both(x, rest, gradient):
-        if first and rest:  # no gradient of the images
+        if first:  # no gradient of the images
             out, pullback = jax.vjp(lambda *rest: forward(x, *rest), *rest)
         else:
             out, pullback = jax.vjp(forward, x, *rest)

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import resource
+import select
 import subprocess
 import sys
 import tempfile
@@ -30,13 +31,20 @@ def distance(x, y) -> float:
 
 
 class WorkerError(Exception):
-    """A worker ended instead of answering; the text is the error that it printed."""
+    """A worker ended instead of answering, or took too long: one line, with its name and its last words."""
 
 
 class Worker:
-    """One worker, from the side of who asks; `facts` is what it says once it is ready."""
+    """One worker, from the side of who asks; `facts` is what it says once it is ready.
 
-    def __init__(self, python: str, module: str, spec: dict, environment: dict[str, str]):
+    patience: minutes that it may take for that, and for every answer. Raises WorkerError, here and
+    when asked.
+    """
+
+    def __init__(
+        self, name: str, python: str, module: str, spec: dict, environment: dict[str, str], patience: float
+    ):
+        self._name, self._patience = name, patience
         self._errors = tempfile.TemporaryFile('w+')
         self._process = subprocess.Popen(
             [python, '-m', module, json.dumps(spec)],
@@ -60,13 +68,17 @@ class Worker:
         return self._answer()
 
     def _answer(self) -> dict:
+        if not select.select([self._process.stdout], [], [], 60 * self._patience)[0]:
+            self._process.kill()
+            raise WorkerError(f'{self._name}: no answer in {self._patience:g} minutes; give more, --patience')
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
             self._errors.seek(0)
             text = self._errors.read()
             lines = re.findall(r'^[\w.]*(?:Error|Exception): .*', text, re.MULTILINE) or text.splitlines()
-            raise WorkerError(lines[-1] if lines else f'exit code {self._process.returncode}')
+            said = lines[-1] if lines else f'exit code {self._process.returncode}'
+            raise WorkerError(f'{self._name}: it ended: {said}')
         return json.loads(line)
 
     def close(self) -> None:

@@ -87,8 +87,7 @@ def layer_lines(rows: list[dict], batch: int, ceiling: float, step_s: float) -> 
            f'{"backward ms":>13}{"share of the ceiling":>22}']  # fmt: skip
     for row in rows:
         seconds = row['forward_s'] + row['backward_s']
-        passes = 2 if row['name'] == 'conv1 conv' else 3
-        share = f'{passes * row["flops"] / seconds / ceiling:>22.0%}' if row['flops'] else ''
+        share = f'{row["products"] * row["flops"] / seconds / ceiling:>22.0%}' if row['flops'] else ''
         gflop = f'{row["flops"] / 1e9:>9.2f}' if row['flops'] else f'{"":>9}'
         out.append(f'{row["name"]:<24}{row["calls"]:>6}{gflop}{1000 * row["forward_s"]:>12.1f}'
                    f'{1000 * row["backward_s"]:>13.1f}{share}')  # fmt: skip

@@ -1,0 +1,46 @@
+"""How commands end: one line for what is the user's to mend, a traceback for a bug."""
+
+import errno
+import os
+import pathlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from alexnet_jax import errors
+from experiments import lab
+
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR])
+def test_a_path_without_access_is_one_line(number):
+    line, code = errors.end(OSError(number, os.strerror(number), pathlib.Path('folder/file')))
+    assert line == f'error: folder/file: {os.strerror(number)}; give another path, or get access to it'
+    assert code == errors.MISTAKE
+    line, code = errors.end(OSError(number, os.strerror(number)))  # of a process, say
+    assert code == errors.BUG
+
+
+def test_a_full_disk_is_one_line():
+    line, code = errors.end(OSError(errno.ENOSPC, 'No space left on device'))
+    assert (line, code) == ('error: writing: No space left on device; make room, and start again', 2)
+
+
+@pytest.mark.parametrize('folder', ['file/results', 'results'])
+def test_results_of_an_experiment_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys, folder):
+    def write(file, content):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(file))
+
+    def run(trial):
+        lab.add(trial._file, 'a-0', {})
+
+    monkeypatch.setattr(lab.files, 'replace', write)
+    monkeypatch.setattr(lab.signal, 'signal', lambda number, handler: None)
+    monkeypatch.setattr(sys, 'argv', ['trial', f'--results={tmp_path / folder}'])
+    (tmp_path / 'file').touch()
+    module = SimpleNamespace(__file__='trial.py', __doc__='', run=run)
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda: lab._main(module))
+    said = capsys.readouterr().err
+    assert ended.value.code == errors.MISTAKE and said.count('\n') == 1
+    assert said.startswith(f'error: {tmp_path / folder}/trial-small.json: ')
