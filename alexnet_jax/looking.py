@@ -21,8 +21,8 @@ from alexnet_jax.store import Store
 DRAWN = 100  # pictures that are drawn below each other at the most
 
 
-def parser(name: str, description: str, *, output: str) -> ArgumentParser:
-    """The arguments that all have; output: the default of --output, '' for none."""
+def parser(name: str, description: str, *, output: str | None) -> ArgumentParser:
+    """The arguments that all have; output: the default of --output, None for no picture."""
     made = ArgumentParser(prog=f'python -m alexnet_jax.{name}', description=description,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument('run', metavar='RUN', help='a run directory')
@@ -46,7 +46,7 @@ def start(made: ArgumentParser) -> argparse.Namespace:
     args = made.parse_intermixed_args()  # options may stand between pictures
     if args.cpu_devices < 0 or getattr(args, 'seed', 0) < 0:
         raise UserError('--cpu_devices and --seed must not be below 0')
-    if args.output:
+    if args.output is not None:
         check_output(args.output)
     allocator.keep_memory()
     meshes.configure(args.cpu_devices)

@@ -96,7 +96,7 @@ def _short(text: str) -> str:
 
 
 def main() -> None:
-    parser = looking.parser('predict', __doc__, output='')
+    parser = looking.parser('predict', __doc__, output=None)
     looking.add_pictures(parser)
     parser.add_argument('--val', type=int, help='instead: so many pictures of the validation split')
     parser.add_argument('--views', default='ten', choices=tuple(steps.VIEWS), help='crops (§4.1)')

@@ -120,6 +120,7 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
         (['RUN', 'text.jpg'], 'text.jpg: not a picture, or a damaged one'),
         (['RUN', '--val=1', '--output=nowhere/p.png'], 'nowhere is not a folder'),
         (['RUN', '--val=1', '--views=two'], 'invalid choice'),
+        (['nowhere', 'text.jpg', '--output='], '--output=: pictures are written as PNG'),  # first of all
     ],
 )  # fmt: skip
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):

@@ -168,6 +168,7 @@ def test_choose():
         (['RUN', 'text.jpg'], 'text.jpg: not a picture, or a damaged one'),
         (['RUN', *['text.jpg'] * 101], '101 pictures are too many'),
         (['RUN', '--output=nowhere/n.png'], 'nowhere is not a folder'),
+        (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # first of all
     ],
 )  # fmt: skip
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
