@@ -103,9 +103,12 @@ def read(path: str, size: int) -> np.ndarray:
 
 
 def label_of(path: str, names: list[str]) -> int | None:
-    """The label of a picture whose folder is called like a class; None for others."""
-    folder = pathlib.Path(path).absolute().parent.name
-    return names.index(folder) if folder in names else None
+    """The label of a picture whose folder, or the one above it, is called like a class; else None.
+
+    The one above: Tiny ImageNet has its training pictures in CLASS/images.
+    """
+    folders = [folder.name for folder in pathlib.Path(path).absolute().parents[:2]]
+    return next((names.index(name) for name in folders if name in names), None)
 
 
 def choose(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -151,6 +151,14 @@ def test_choose():
     assert looking.choose(labels, 8, 0).tolist() != looking.choose(labels, 8, 1).tolist()
 
 
+def test_the_folder_of_a_class():
+    """The nearest of a file's folder and the one above it; not the file, and none further up."""
+    names = ['cat', 'dog', 'images']
+    found = {path: looking.label_of(path, names) for path in (
+        '/cat/dog/a.jpg', '/cat/1/a.jpg', '/dog/images/a.jpg', '/cat/1/2/a.jpg', '/1/2/cat', '/dog')}
+    assert [*found.values()] == [1, 0, 2, None, None, None]
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
