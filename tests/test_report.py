@@ -1,12 +1,13 @@
 """CIFAR-10 with and without norms, figures 3 and 4, and the report: arithmetic, and smoke runs."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import evaluate, looking, visualize
+from alexnet_jax import evaluate, looking, predict, retrieve, visualize
 from alexnet_jax import mesh as meshes
 from alexnet_jax.errors import UserError
 from alexnet_jax.progress import kernel_picture
@@ -153,7 +154,7 @@ def test_figure_3(figures, tmp_path):
     np.testing.assert_array_equal(drawn[: -12 * 5 : 5, ::5], kernel_picture(kernels))
 
 
-def test_figure_4(figures, tmp_path):
+def test_figure_4(figures, tmp_path, monkeypatch):
     """The nearest picture is the same picture: its class, its name, and nothing between them."""
     extra = figures.fourth.results['original-0']['extra']
     assert extra['same'][0] == 100.0 and len(extra['same']) == 6 and extra['same'][5] < 50
@@ -170,8 +171,27 @@ def test_figure_4(figures, tmp_path):
         f'class {k}' for k in looking.choose(np.arange(40, 60) % 10, 8, seed=0) % 10]  # fmt: skip
     table = fig4_retrieval.report(figures.fourth.results)
     assert f'| {np.mean(extra["same"]):.1f} | 100.0 | 10.00 |' in table and '(runs: 1;' in table
-    fig4_retrieval.plot(figures.fourth.results, tmp_path / 'figure.png')
-    assert Image.open(tmp_path / 'figure.png').size[0] == 1040
+
+    # Drawn: eight pictures with their bars; below, pictures and classes of five queries.
+    results = copy.deepcopy(figures.fourth.results)
+    asked = results['original-0']['extra']['queries']
+    asked[0]['name'] = 'n01440764'
+    above, plain = [], predict.figure
+    monkeypatch.setattr(predict, 'figure', lambda *args: above.append(plain(*args)) or above[-1])
+    fig4_retrieval.plot(results, tmp_path / 'figure.png')
+    pictures, bars = (np.array(above[0].axes).reshape(2, 2, 4)[:, i].ravel() for i in (0, 1))
+    assert [axes.get_title() for axes in bars] == [made['names'][label] for label in made['labels']]
+    for axes, picture in zip(pictures, made['pictures'], strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), fig3_filters.unpacked(picture))
+    names = [[query['name'], *query['names']] for query in asked]
+    assert names[0][0] == 'n01440764'
+    names[0][0] = 'tench'
+    tiles = np.array([[fig3_filters.unpacked(one) for one in (query['picture'], *query['pictures'])]
+                      for query in asked])  # fmt: skip
+    below = retrieve.draw(tiles[:, 0], tiles[:, 1:], names)
+    drawn = np.asarray(Image.open(tmp_path / 'figure.png'))
+    np.testing.assert_array_equal(drawn[-20 - len(below) : -20, : below.shape[1]], below)
+    assert len(drawn) == 860 + 20 + len(below)  # the part above is of that size
 
 
 def test_a_run_that_is_there_already(figures, monkeypatch, capsys):
