@@ -21,8 +21,8 @@ from alexnet_jax.store import Store
 DRAWN = 100  # pictures that are drawn below each other at the most
 
 
-def parser(name: str, description: str, *, output: str) -> ArgumentParser:
-    """The arguments that all have; output: the default of --output, '' for none."""
+def parser(name: str, description: str, *, output: str | None) -> ArgumentParser:
+    """The arguments that all have; output: the default of --output, None for no picture."""
     made = ArgumentParser(prog=f'python -m alexnet_jax.{name}', description=description,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument('run', metavar='RUN', help='a run directory')
@@ -46,7 +46,7 @@ def start(made: ArgumentParser) -> argparse.Namespace:
     args = made.parse_intermixed_args()  # options may stand between pictures
     if args.cpu_devices < 0 or getattr(args, 'seed', 0) < 0:
         raise UserError('--cpu_devices and --seed must not be below 0')
-    if args.output:
+    if args.output is not None:
         check_output(args.output)
     allocator.keep_memory()
     meshes.configure(args.cpu_devices)
@@ -103,9 +103,12 @@ def read(path: str, size: int) -> np.ndarray:
 
 
 def label_of(path: str, names: list[str]) -> int | None:
-    """The label of a picture whose folder is called like a class; None for others."""
-    folder = pathlib.Path(path).absolute().parent.name
-    return names.index(folder) if folder in names else None
+    """The label of a picture whose folder, or the one above it, is called like a class; else None.
+
+    The one above: Tiny ImageNet has its training pictures in CLASS/images.
+    """
+    folders = [folder.name for folder in pathlib.Path(path).absolute().parents[:2]]
+    return next((names.index(name) for name in folders if name in names), None)
 
 
 def choose(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

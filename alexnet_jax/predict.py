@@ -3,8 +3,8 @@
     python -m alexnet_jax.predict RUN a.jpg b.png
     python -m alexnet_jax.predict RUN --val=8 --output=predictions.png
 
-prints the five most probable classes of each picture. A picture in a folder that is called like a
-class counts as one of that class.
+prints the five most probable classes of each picture. A picture counts as one of the class that its
+folder, or the folder above that, is called like.
 """
 
 import io
@@ -96,7 +96,7 @@ def _short(text: str) -> str:
 
 
 def main() -> None:
-    parser = looking.parser('predict', __doc__, output='')
+    parser = looking.parser('predict', __doc__, output=None)
     looking.add_pictures(parser)
     parser.add_argument('--val', type=int, help='instead: so many pictures of the validation split')
     parser.add_argument('--views', default='ten', choices=tuple(steps.VIEWS), help='crops (§4.1)')

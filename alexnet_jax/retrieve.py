@@ -5,13 +5,16 @@
     python -m alexnet_jax.retrieve RUN --score             # and a number over the whole split
 
 Nearest is by the Euclidean distance of the last hidden layer's activations (§6.1), or of the last
-map where a network has no hidden layer. The first column of the picture has the queries.
+map where a network has no hidden layer. The first column of the picture has the queries; below each
+is its class, or the file's name where that is unknown.
 """
 
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image, ImageDraw, ImageFont
 
 from alexnet_jax import data, evaluate, looking, rundir, steps, words
 from alexnet_jax import mesh as meshes
@@ -75,22 +78,39 @@ def nearest(
     return rows, np.sqrt(distances.clip(0))  # of equal rows rounding may leave less than 0
 
 
-def draw(queries: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+def draw(queries: np.ndarray, neighbours: np.ndarray, names: Sequence[Sequence[str]]) -> np.ndarray:
     """Queries u8[N,S,S,3], and their neighbours u8[N,k,S,S,3] to the right of each -> u8[H,W,3].
 
-    Small pictures are enlarged; white lines between, and a wider gap after the queries.
+    names: of each query and its neighbours, 1 + k; one is written below each picture, and cut where it
+    is wider. Small pictures are enlarged; white lines between, and a wider gap after the queries.
     """
+    import matplotlib  # has a font for most alphabets
+
     n, k, size = neighbours.shape[:3]
-    scale = max(1, 128 // size)
+    scale = -(-128 // size)
     side, line, gap = scale * size, 4, 16
-    height, width = n * (side + line) + line, (k + 1) * (side + line) + gap
-    picture = np.full((height, width + line, 3), 255, np.uint8)
+    text = side // 6  # the height of a name
+    file = pathlib.Path(matplotlib.get_data_path(), 'fonts/ttf/DejaVuSans.ttf')
+    font = ImageFont.truetype(file, round(0.55 * text))
+    width = (k + 1) * (side + line) + gap + line
+    picture = Image.new('RGB', (width, n * (side + text + line) + line), 'white')
+    pen = ImageDraw.Draw(picture)
     for i in range(n):
-        y = line + i * (side + line)
+        y = line + i * (side + text + line)
         for j, image in enumerate([queries[i], *neighbours[i]]):
             x = line + j * (side + line) + gap * (j > 0)
-            picture[y : y + side, x : x + side] = image.repeat(scale, 0).repeat(scale, 1)
-    return picture
+            picture.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (x, y))
+            name = _cut(names[i][j], side, font)
+            pen.text((x + side / 2, y + side + text / 2), name, 'black', font, anchor='mm')
+    return np.asarray(picture)
+
+
+def _cut(name: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """A name on one line, without its end if it is wider than so many pixels."""
+    name = ' '.join(name.split())
+    while font.getlength(name) > width:
+        name = f'{name[:-2]}…'
+    return name
 
 
 def shared(labels: Sequence[int | None], neighbours: np.ndarray) -> str:
@@ -158,8 +178,12 @@ def main() -> None:
     print(shared(labels, classes[:n]))
     if args.score:
         print(f'the whole validation split: {shared(store.labels("val").tolist(), classes[n:])}')
-    neighbours = looking.squares(store, 'train', found[:n].ravel())
-    looking.write(args.output, looking.png(draw(images, neighbours.reshape(n, k, *images.shape[1:]))))
+    neighbours = looking.squares(store, 'train', found[:n].ravel()).reshape(n, k, *images.shape[1:])
+    captions = [
+        [title.rpartition('/')[2] if label is None else names[label], *(names[c] for c in row)]
+        for title, label, row in zip(titles, labels, classes[:n], strict=True)
+    ]
+    looking.write(args.output, looking.png(draw(images, neighbours, captions)))
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import data, evaluate, looking, predict, retrieve, words
+from alexnet_jax import data, evaluate, files, looking, predict, retrieve, words
 from alexnet_jax import mesh as meshes
 from experiments import fig3_filters
 from experiments import lab as labs
@@ -114,7 +114,7 @@ def report(results) -> str:
         lines += ['', f'Figure ({fig3_filters.called(first)}): of the {len(ranks)} pictures above '
                       f'{sum(r < 1 for r in ranks)} have their class first, {sum(r < 5 for r in ranks)} '
                       'among five. Below, each row: a validation picture, and to its right the training '
-                      'pictures nearest to it.', '']  # fmt: skip
+                      'pictures nearest to it, with the class of each.', '']  # fmt: skip
         for query in first['extra']['queries']:
             name, *names = words.shown([query['name'], *query['names']])
             pairs = zip(names, query['distances'], strict=True)
@@ -154,11 +154,12 @@ def plot(results, file):
     below = retrieve.draw(
         np.stack([fig3_filters.unpacked(query['picture']) for query in queries]),
         np.stack([[fig3_filters.unpacked(one) for one in query['pictures']] for query in queries]),
+        [words.shown([query['name'], *query['names']]) for query in queries],
     )
     width = max(above.shape[1], below.shape[1])
     both = [np.pad(part, ((0, 20), (0, width - part.shape[1]), (0, 0)), constant_values=255)
             for part in (above, below)]  # fmt: skip
-    Image.fromarray(np.concatenate(both)).save(file)
+    files.replace(file, looking.png(np.concatenate(both)))
 
 
 if __name__ == '__main__':

@@ -210,8 +210,8 @@ def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
     """Results of runs that were made elsewhere, called like their directories; they are not kept."""
     seeds = {run: rundir.read_config(run)['seed'] for run in runs}
     return {
-        run: {'name': run, 'seed': seed, 'extra': apart(look, pathlib.Path(run)),
-              'eval': _rows(pathlib.Path(run), 'eval')}
+        run: {'name': run, 'seed': seed, 'extra': apart(look, files.path(run)),
+              'eval': _rows(files.path(run), 'eval')}
         for run, seed in seeds.items()
     }  # fmt: skip
 
@@ -319,7 +319,12 @@ def standard_error(values) -> float:
 
 def resolved(values) -> bool:
     """Whether the mean is more than two standard errors from 0; never for a single value."""
-    return abs(statistics.mean(values)) > 2 * standard_error(values)
+    return apart_from_0(statistics.mean(values), standard_error(values))
+
+
+def apart_from_0(value: float, error: float) -> bool:
+    """Whether a value is more than two of its standard errors from 0."""
+    return abs(value) > 2 * error
 
 
 def p_value(values) -> float:
@@ -389,7 +394,7 @@ def _main(module: ModuleType) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     if taken := getattr(options, 'run', []):
-        folder = options.results or pathlib.Path(taken[0])
+        folder = options.results or files.path(taken[0])
         show(module, look_at(taken, module.look), folder / f'{name}.png')
         return
     results, figures, runs = RESULTS, FIGURES, pathlib.Path('runs')

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import datasets
+from alexnet_jax import datasets, looking
 from alexnet_jax.datasets import figures, tfds_sets
 from alexnet_jax.errors import UserError
 from tests import fixtures
@@ -58,16 +58,18 @@ def tiny_imagenet(root):
     names = sorted(path.name for path in (root / 'val/images').iterdir())
     lines = [f'{name}\t{wnid}\t0\t0\t9\t9\n' for name, wnid in zip(names, ('n02', 'n01'), strict=True)]
     (root / 'val/val_annotations.txt').write_text(''.join(lines))
-    (root / 'words.txt').write_text('n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\tshark\n')
     return names
 
 
 def test_tiny_imagenet(tmp_path):
     names = tiny_imagenet(tmp_path)
     source = datasets.open_source(str(tmp_path))
-    assert (source.class_names, source.splits) == (['goldfish', 'shark'], {'train': 6, 'val': 2})
+    assert (source.class_names, source.splits) == (['n01', 'n02'], {'train': 6, 'val': 2})
     assert [(Path(n).name, label) for n, _, label in source.read('val', 0)] == [(names[0], 1), (names[1], 0)]
-    assert not [n for n, _, _ in source.read('train', 0) if n.endswith('.txt')]
+    pictures = [*source.read('train', 0)]
+    assert not [name for name, *_ in pictures if name.endswith('.txt')]
+    for name, _, label in pictures:  # in CLASS/images
+        assert looking.label_of(name, source.class_names) == label
     for listed, complaint in (
         (f'{names[0]}\tn03\t0\n', 'val: there are no pictures of the classes'),
         (f'{names[0]} n01\n', 'val_annotations.txt: every line must be'),
@@ -82,7 +84,7 @@ def test_some_classes_of_tiny_imagenet(tmp_path):
     with open(tmp_path / 'val/val_annotations.txt', 'a') as file:
         file.write(f'{names[0]}\tn03\t0\n')
     source = datasets.open_source(str(tmp_path))
-    assert source.splits == {'train': 6, 'val': 2} and source.class_names == ['goldfish', 'shark']
+    assert source.splits == {'train': 6, 'val': 2} and source.class_names == ['n01', 'n02']
 
 
 @pytest.mark.parametrize('tree', ['.', 'train'])

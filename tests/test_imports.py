@@ -42,7 +42,7 @@ OUTSIDE = {
     'clu.parameter_overview': (set(LEVELS), False),
     'clu.metric_writers': ({'metrics'}, True),  # needs TensorFlow
     'tensorboard': ({'metrics'}, False),
-    'matplotlib': ({'predict'}, True),  # for what draws
+    'matplotlib': ({'predict', 'retrieve'}, True),  # for what draws
     'etils': ({'files'}, False),
     'google.cloud': ({'files'}, True),
     'ml_collections.config_flags': ({'main'}, False),  # the library has no flags

@@ -35,13 +35,13 @@ def test_describe(prediction):
 
 def test_figure(prediction):
     """Bars from the top down as long as probable; the correct one alone is hatched and coloured."""
-    names = [*NAMES[:4], '$_{e', *NAMES[5:]]  # which matplotlib could take for a formula
-    unknown = prediction._replace(label=None, title='folder/$_{y.png')
+    names = [*NAMES[:4], '$_{e$', *NAMES[5:]]  # which matplotlib could take for a formula
+    unknown = prediction._replace(label=None, title='folder/$_{y$.png')
     drawn = predict.figure([prediction, unknown], names)
-    drawn.canvas.draw()
+    drawn.draw_without_rendering()
     above = drawn.axes[:2]
     assert [axes.images[0].get_array().shape for axes in above] == [(8, 8, 3)] * 2
-    for axes, correct, title in zip(drawn.axes[2:], (2, None), ('$_{e', '$_{y.png'), strict=True):
+    for axes, correct, title in zip(drawn.axes[2:], (2, None), ('$_{e$', '$_{y$.png'), strict=True):
         assert axes.get_title() == title
         bars = sorted(axes.patches, key=lambda bar: -axes.transData.transform((0, bar.get_y()))[1])
         assert [bar.get_width() for bar in bars] == pytest.approx([0.4, 0.3, 0.2, 0.05, 0.05])
@@ -49,7 +49,7 @@ def test_figure(prediction):
         assert hatched == ([] if correct is None else [correct])
         assert len({bar.get_facecolor() for bar in bars}) == 1 + len(hatched)
         words = [t.get_text() for t in sorted(axes.texts, key=lambda t: (t.get_position()[::-1]))]
-        assert words == ['b', '40 %', 'f', '30 %', '$_{e', '20 %', 'a', '5 %', 'd', '5 %']
+        assert words == ['b', '40 %', 'f', '30 %', '$_{e$', '20 %', 'a', '5 %', 'd', '5 %']
 
 
 def parse(said):
@@ -120,6 +120,7 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
         (['RUN', 'text.jpg'], 'text.jpg: not a picture, or a damaged one'),
         (['RUN', '--val=1', '--output=nowhere/p.png'], 'nowhere is not a folder'),
         (['RUN', '--val=1', '--views=two'], 'invalid choice'),
+        (['nowhere', 'text.jpg', '--output='], '--output=: pictures are written as PNG'),  # first of all
     ],
 )  # fmt: skip
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):

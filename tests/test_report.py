@@ -1,12 +1,16 @@
 """CIFAR-10 with and without norms, figures 3 and 4, and the report: arithmetic, and smoke runs."""
 
+import copy
+import io
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from etils.epath import gpath
 from PIL import Image
 
-from alexnet_jax import evaluate, looking, visualize
+from alexnet_jax import evaluate, looking, predict, retrieve, visualize
 from alexnet_jax import mesh as meshes
 from alexnet_jax.errors import UserError
 from alexnet_jax.progress import kernel_picture
@@ -14,6 +18,7 @@ from alexnet_jax.store import open_store
 from experiments import cifar_lrn, fig3_filters, fig4_retrieval, lab, report
 from experiments.lab import Lab
 from tests.small_lab import in_process, make
+from tests.test_cloud import Bucket, FileSystem
 from tests.tiny_run import without_tensorflow
 from tests.tiny_store import write_store
 
@@ -171,12 +176,48 @@ def test_figure_3(figures, tmp_path):
     np.testing.assert_array_equal(fig3_filters.unpacked(extra['picture']), kernel_picture(kernels))
     table = fig3_filters.report(figures.third.results)
     assert f'| original, seed 0 | 1 | 3 | {np.mean(extra["end"]["colour"][1]):.2f} | ' in table
+    (axes,) = fig3_filters.figure(figures.third.results).axes
+    np.testing.assert_array_equal(axes.images[0].get_array(), kernel_picture(kernels))
+    assert axes.get_title('left') == ''  # of a single run
     fig3_filters.plot(figures.third.results, tmp_path / 'figure.png')
-    drawn = np.asarray(Image.open(tmp_path / 'figure.png'))
-    np.testing.assert_array_equal(drawn[: -12 * 5 : 5, ::5], kernel_picture(kernels))
+    drawn = np.asarray(Image.open(tmp_path / 'figure.png').convert('RGB'))
+    assert colours(kernel_picture(kernels)) <= colours(drawn)
 
 
-def test_figure_4(figures, tmp_path):
+def colours(picture):
+    return {*map(tuple, picture.reshape(-1, 3).tolist())}
+
+
+def test_figure_3_of_several_runs(tmp_path):
+    """Each by its name, its towers by theirs, with more room between runs than between towers."""
+    rng = np.random.default_rng(0)
+
+    def of(towers, count):
+        kernels = rng.normal(size=(towers, 11, 11, 3, count)).astype(np.float32)
+        picture = fig3_filters.packed(kernel_picture(kernels), 'PNG')
+        return {'picture': picture, 'end': fig3_filters.measures(kernels)}
+
+    results = by_key(result('a', 0, **of(2, 12)), result('a', 1, diverged=True), result('a', 2, **of(2, 12)),
+                     result('$_{x$', 0, **of(1, 20)))  # fmt: skip
+    drawn = fig3_filters.figure(results)
+    drawn.draw_without_rendering()
+    assert [axes.get_title('left') for axes in drawn.axes] == ['a, seed 0', 'a, seed 2', '$_{x$, seed 0']
+    first, second, single = drawn.axes
+    # Kernels are in the rows 1 to 11 and, two lines and a gap of 5 below, 19 to 29.
+    for axes, towers in ((first, {6: 'tower 0', 24: 'tower 1'}), (second, {6: 'tower 0', 24: 'tower 1'}),
+                         (single, {12: 'tower 0'})):  # fmt: skip
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert dict(zip(axes.get_yticks(), labels, strict=True)) == towers
+    upper, lower = (axes.get_window_extent() for axes in (first, second))
+    between_towers = 7 / 31 * upper.height
+    assert upper.y0 - lower.y1 > 2 * between_towers
+    title = second._left_title.get_window_extent()
+    assert lower.y1 < title.y0 and title.y1 < upper.y0
+    fig3_filters.plot(by_key(result('a', 1, diverged=True)), tmp_path / 'none.png')
+    assert not (tmp_path / 'none.png').exists()
+
+
+def test_figure_4(figures, tmp_path, monkeypatch):
     """The nearest picture is the same picture: its class, its name, and nothing between them."""
     extra = figures.fourth.results['original-0']['extra']
     assert extra['same'][0] == 100.0 and len(extra['same']) == 6 and extra['same'][5] < 50
@@ -193,8 +234,27 @@ def test_figure_4(figures, tmp_path):
         f'class {k}' for k in looking.choose(np.arange(40, 60) % 10, 8, seed=0) % 10]  # fmt: skip
     table = fig4_retrieval.report(figures.fourth.results)
     assert f'| {np.mean(extra["same"]):.1f} | 100.0 | 10.00 |' in table and '(runs: 1;' in table
-    fig4_retrieval.plot(figures.fourth.results, tmp_path / 'figure.png')
-    assert Image.open(tmp_path / 'figure.png').size[0] == 1040
+
+    # Drawn: eight pictures with their bars; below, pictures and classes of five queries.
+    results = copy.deepcopy(figures.fourth.results)
+    asked = results['original-0']['extra']['queries']
+    asked[0]['name'] = 'n01440764'
+    above, plain = [], predict.figure
+    monkeypatch.setattr(predict, 'figure', lambda *args: above.append(plain(*args)) or above[-1])
+    fig4_retrieval.plot(results, tmp_path / 'figure.png')
+    pictures, bars = (np.array(above[0].axes).reshape(2, 2, 4)[:, i].ravel() for i in (0, 1))
+    assert [axes.get_title() for axes in bars] == [made['names'][label] for label in made['labels']]
+    for axes, picture in zip(pictures, made['pictures'], strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), fig3_filters.unpacked(picture))
+    names = [[query['name'], *query['names']] for query in asked]
+    assert names[0][0] == 'n01440764'
+    names[0][0] = 'tench'
+    tiles = np.array([[fig3_filters.unpacked(one) for one in (query['picture'], *query['pictures'])]
+                      for query in asked])  # fmt: skip
+    below = retrieve.draw(tiles[:, 0], tiles[:, 1:], names)
+    drawn = np.asarray(Image.open(tmp_path / 'figure.png'))
+    np.testing.assert_array_equal(drawn[-20 - len(below) : -20, : below.shape[1]], below)
+    assert len(drawn) == 860 + 20 + len(below)  # the part above is of that size
 
 
 def test_a_run_that_is_there_already(figures, monkeypatch, capsys):
@@ -211,6 +271,32 @@ def test_a_run_that_is_there_already(figures, monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['fig3_filters', f'--run={run.parent}/nowhere'])
     with pytest.raises(UserError, match='nowhere: not a run directory'):
         lab._main(fig3_filters)
+
+
+@pytest.mark.parametrize('module', [fig3_filters, fig4_retrieval])
+def test_a_run_in_a_bucket(figures, monkeypatch, capsys, module):
+    """It is read from there, and its figure is put beside it."""
+    name = module.__name__.rpartition('.')[2]
+    made = {fig3_filters: figures.third, fig4_retrieval: figures.fourth}[module].results['original-0']
+    bucket, address = Bucket(), 'gs://bucket/run'
+    monkeypatch.setattr(gpath, '_is_tf_installed', lambda: False)
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, 'gs', FileSystem(bucket))
+    for file in ('config.json', 'metrics.jsonl'):
+        bucket.put(f'bucket/run/{file}', (figures.third.workdir('original', 0) / file).read_bytes())
+
+    def apart(look, path):
+        path = pickle.loads(pickle.dumps(path))  # on its way to another process
+        assert look == module.look and str(path / 'names.txt') == f'{address}/names.txt'
+        return made['extra']
+
+    monkeypatch.setattr(lab, 'apart', apart)
+    monkeypatch.setattr('signal.signal', lambda *args: None)
+    monkeypatch.setattr('sys.argv', [name, f'--run={address}'])
+    lab._main(module)
+    table = module.report({address: {**made, 'name': address}})
+    assert capsys.readouterr().out == f'{table}\nfigure: {address}/{name}.png\n'
+    with Image.open(io.BytesIO(bucket.objects[f'bucket/run/{name}.png'][0])) as drawn:
+        assert drawn.format == 'PNG' and min(drawn.size) > 100
 
 
 def gratings():
@@ -247,13 +333,16 @@ def test_the_difference_between_towers():
         result('a', 0, **of([0.0, 0.2], [0.8, 0.8])), result('a', 1, **of([0.9, 1.0], [0.1, 0.0])),
         result('a', 2, **of([0.1, 0.3], [0.2, 0.3])), result('one tower', 0, **of([0.5, 0.5])),
         result('a', 3, diverged=True), result('a', 4, **of([0.0, 0.2], [0.6, 0.6])),
+        result('a', 5, **of([0.0, 0.0], [0.25, 0.75])),  # by two standard errors, and no more
     ))  # fmt: skip
     assert '| a, seed 0 | 0 | 2 | 0.10 | 0.15 | 0.65 |' in table
     assert 'a, seed 0, tower 1 minus tower 0: colour +0.70 ± 0.10, at the start +0.00 ± 0.07' in table
     assert 'a, seed 2, tower 1 minus tower 0: colour +0.05 ± 0.11 (not resolved)' in table
-    assert 'in 3 of 4 runs (tower 0 in 1, tower 1 in 2)' in table
+    assert 'a, seed 5, tower 1 minus tower 0: colour +0.50 ± 0.25 (not resolved)' in table
+    assert 'by more than two standard errors, in 3 of 5 runs (tower 0 in 1, tower 1 in 2)' in table
     assert '| a, seed 3 | diverged |' in table and 'one tower, seed 0, tower 1' not in table
-    assert 'from the top: a, seed 0; a, seed 1; a, seed 2; one tower, seed 0; a, seed 4.' in table
+    assert 'Each is rescaled by itself' in table
+    assert 'Figure' not in fig3_filters.report(by_key(result('a', 3, diverged=True)))
 
 
 @pytest.fixture

@@ -60,18 +60,22 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
     assert queries == looking.choose(np.arange(VAL) % CLASSES, 4, seed=1).tolist()
     same = 0
     picture = np.asarray(Image.open(output))
-    assert picture.shape == (4 * 76 + 4, 4 * 76 + 4 + 16, 3)
+    assert picture.shape == (4 * 172 + 4, 4 * 148 + 4 + 16, 3)  # of pictures enlarged to 144
+    captions = {}
     for i, (line, query) in enumerate(zip(lines, queries, strict=False)):
         nearest = zip(found[query], distances[query], strict=True)
         pairs = [f'class {r % CLASSES} {d:.4g}' for r, d in nearest]
         assert line == f'validation picture {query} (class {query % CLASSES}): {", ".join(pairs)}'
         same += sum(r % CLASSES == query % CLASSES for r in found[query])
-        y = 4 + 76 * i
-        np.testing.assert_array_equal(picture[y : y + 72, 4:76], run.pictures['val'][query])
-        for j, record in enumerate(found[query]):
-            x = 4 + 76 * (j + 1) + 16
-            drawn = picture[y : y + 72, x : x + 72]
-            np.testing.assert_array_equal(drawn, run.pictures['train'][record])
+        y = 4 + 172 * i
+        for j, record in enumerate([query, *found[query]]):
+            x = 4 + 148 * j + 16 * (j > 0)
+            original = run.pictures['train' if j else 'val'][record]
+            drawn = picture[y : y + 144, x : x + 144]
+            np.testing.assert_array_equal(drawn, original.repeat(2, 0).repeat(2, 1))
+            caption = picture[y + 144 : y + 168, x : x + 144].tobytes()
+            assert captions.setdefault(record % CLASSES, caption) == caption
+    assert len({*captions.values()}) == len(captions) > 2  # each class has its own
     words = 'neighbours are of the class of their query'
     assert lines[4] == f'{same} of 12 {words}: {100 * same / 12:.1f} %'
     same = (found % CLASSES == np.arange(VAL)[:, None] % CLASSES).sum()
@@ -84,18 +88,35 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
 def test_pictures_from_files(run, tmp_path, monkeypatch, capsys):
     """A training picture finds itself; only in a folder called like a class is its class known."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'class 1').mkdir()
-    for name, record in (('class 1/a.bin', 13), ('b.bin', 8)):
+    for name, record in (('class 1/a.bin', 13), ('other/b.bin', 8)):
+        (tmp_path / name).parent.mkdir()
         Image.fromarray(run.pictures['train'][record]).save(tmp_path / name, 'PNG')
-    call(monkeypatch, retrieve, run.path, 'class 1/a.bin', 'b.bin', '--neighbours=1', '--batch=8')
+    call(monkeypatch, retrieve, run.path, 'class 1/a.bin', 'other/b.bin', '--neighbours=1', '--batch=8')
     first, second, share, _ = capsys.readouterr().out.splitlines()
     found = [re.fullmatch(r'(.*): (class \d) (.*)', line).groups() for line in (first, second)]
     assert found[0][:2] == ('class 1/a.bin (class 1)', 'class 1')
-    assert found[1][:2] == ('b.bin', 'class 2')
+    assert found[1][:2] == ('other/b.bin', 'class 2')
     assert max(float(distance) for *_, distance in found) < 1e-4
     assert share == '1 of 1 neighbours are of the class of their query: 100.0 %'
-    drawn = np.asarray(Image.open('neighbours.png'))[4:76]
-    np.testing.assert_array_equal(drawn[:, 4:76], drawn[:, 96:168])
+    pictures, names = run.pictures['train'][[13, 8]], [['class 1'] * 2, ['b.bin', 'class 2']]
+    drawn = retrieve.draw(pictures, pictures[:, None], names)
+    np.testing.assert_array_equal(np.asarray(Image.open('neighbours.png')), drawn)
+
+
+def test_names_stay_below_their_pictures():
+    """What is wider is cut, what has more lines is put on one, and nothing is written for no name."""
+
+    def below(*names):
+        black = np.zeros((1, 3, 32, 32, 3), np.uint8)
+        return retrieve.draw(black[0, :1], black, [names])[4 + 128 : -4]
+
+    strip = below('W' * 40, '', 'two\nlines', 'three')
+    ink = (strip < 255).any((0, 2))
+    assert [ink[x : x + 128].any() for x in (4, 152, 284, 416)] == [True, False, True, True]
+    assert not (strip[[0, -1]] < 255).any() and not ink[[*range(4), *range(132, 152), *range(412, 416)]].any()
+    assert (np.flatnonzero(ink[4:132])[[0, -1]] // 10).tolist() == [0, 12]  # nearly as wide as the picture
+    np.testing.assert_array_equal(strip, below('W' * 50, '', 'two lines', 'three'))
+    assert (strip != below('W' * 5, '', 'two lines', 'three')).any()
 
 
 class Maps(nn.Module):
@@ -151,6 +172,14 @@ def test_choose():
     assert looking.choose(labels, 8, 0).tolist() != looking.choose(labels, 8, 1).tolist()
 
 
+def test_the_folder_of_a_class():
+    """The nearest of a file's folder and the one above it; not the file, and none further up."""
+    names = ['cat', 'dog', 'images']
+    found = {path: looking.label_of(path, names) for path in (
+        '/cat/dog/a.jpg', '/cat/1/a.jpg', '/dog/images/a.jpg', '/cat/1/2/a.jpg', '/1/2/cat', '/dog')}
+    assert [*found.values()] == [1, 0, 2, None, None, None]
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -168,6 +197,7 @@ def test_choose():
         (['RUN', 'text.jpg'], 'text.jpg: not a picture, or a damaged one'),
         (['RUN', *['text.jpg'] * 101], '101 pictures are too many'),
         (['RUN', '--output=nowhere/n.png'], 'nowhere is not a folder'),
+        (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # first of all
     ],
 )  # fmt: skip
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):

@@ -83,6 +83,7 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
         (['RUN', '--output=nowhere/k.png'], '--output=nowhere/k.png: nowhere is not a folder'),
         (['RUN', '--output=k.jpg'], '--output=k.jpg: pictures are written as PNG'),
         (['RUN', '--output=folder.png'], '--output=folder.png: this is a folder'),
+        (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # first of all
         (['RUN', '--scale=0'], '--scale=0: give a number'),
         (['RUN', '--cpu_devices=-1'], '--cpu_devices'),
         (['RUN', '--unknown'], 'unrecognized arguments'),

@@ -48,22 +48,13 @@ def _listed(val: str, class_names: list[str]) -> list[tuple[str, int]]:
             if label in class_names]  # fmt: skip
 
 
-def _words(path: str, wnids: list[str]) -> list[str]:
-    """The first word of WordNet for every class, with its number where two classes share it."""
-    with open(os.path.join(path, 'words.txt'), encoding='utf-8') as file:
-        words = dict(line.rstrip('\n').split('\t')[:2] for line in file)
-    first = [words.get(wnid, wnid).split(',')[0] for wnid in wnids]
-    return [name if first.count(name) == 1 else f'{name} {wnid}'
-            for name, wnid in zip(first, wnids, strict=True)]
-
-
 def open_folder(path: str, *, val_fraction: float, seed: int) -> Source:
     """Opens ROOT/train/CLASS/... with ROOT/val/CLASS/..., ROOT/train alone, or ROOT/CLASS/...
 
-    Labels follow the sorted names of the class folders. All files below them that are not hidden
-    count as pictures, whatever they are called. Without val/ the validation split is test/ (as of
-    CIFAR-10), and without either `val_fraction` of the pictures, chosen by `seed`, is held out.
-    Tiny ImageNet is read as it is distributed, with the classes' names from words.txt.
+    Labels follow the sorted names of the class folders, which are the classes' names. All files below
+    them that are not hidden count as pictures, whatever they are called. Without val/ the validation
+    split is test/ (as of CIFAR-10), and without either `val_fraction` of the pictures, chosen by `seed`,
+    is held out. Tiny ImageNet is read as it is distributed; its classes are called by WordNet's numbers.
     """
     if not os.path.isdir(path):
         raise UserError(f'{path}: there is no such folder')
@@ -81,7 +72,6 @@ def open_folder(path: str, *, val_fraction: float, seed: int) -> Source:
     if os.path.isdir(val):
         listed = os.path.exists(os.path.join(val, LIST))
         files['val'] = _listed(val, class_names) if listed else _files(val, class_names)
-        class_names = _words(path, class_names) if listed else class_names
         if not files['val']:
             raise UserError(f'{val}: there are no pictures of the classes in train/')
     else:
