@@ -161,7 +161,8 @@ def report(results) -> str:
         centre = '' if name == ONE_CROP else measured(differences(results, name, ERRORS[0], 'centre'))
         lines.append(f'| {name} | {", ".join(pairs)} | {measured(first)} | {measured(fifth)} '
                      f'| {row.words or theirs(row.paper, 1)} | {theirs(row.log, 2)} | {sign} | {centre} |')
-    return '\n'.join([*lines, '', f'{labs.WEAK} {same_pictures(results)}'])
+    p = "p: how often chance alone would go as far as here (Student's t test over the seeds)."
+    return '\n'.join([*lines, '', f'{labs.WEAK} {p} {same_pictures(results)}'])
 
 
 def same_pictures(results) -> str:

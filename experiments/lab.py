@@ -341,8 +341,9 @@ def at_chance(result: dict[str, Any]) -> bool:
     return not result['diverged'] and rows[-1]['loss'] > 0.95 * rows[0]['loss']
 
 
+# By chance alone: Student's distribution with 2 degrees of freedom.
 WEAK = ('Not resolved: no more than two standard errors. With three seeds chance alone passes that in 18 % '
-        "of cases; p: how often it goes as far as here (Student's t test of the seeds).")  # fmt: skip
+        'of cases.')  # fmt: skip
 
 
 def mean_std(values) -> str:
