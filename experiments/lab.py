@@ -17,9 +17,9 @@ and, with `labs.main(__name__)` at its end, is used as
 What follows `--` goes to every run, as to `python -m alexnet_jax.main`. A finished run is not run
 again, an interrupted one goes on. Results lie in experiments/results/NAME-SCALE.json, with the
 command, commit, versions and machine of each; `python -m experiments.report` gathers them. They come with
-the repository: who measures anew, or something else, gives a folder, --results=DIR, for results, figure
-and run directories. Several commands may work at one experiment at the same time, each at the runs that
-its --only names.
+the repository: to measure anew, or on other pictures, give a folder of your own, --results=DIR, for
+results, figure and run directories. Several commands may work at one experiment at the same time, each
+at the runs that its --only names.
 """
 
 import argparse
