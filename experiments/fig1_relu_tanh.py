@@ -113,6 +113,7 @@ def report(results) -> str:
             continue
         rate, swept = best_rate(results, net), rates(results, net)
         edge = ' (at the edge of the sweep)' if rate in (min(swept), max(swept)) else ''
+        ends = ', '.join(f'{last_epoch(result):.1f}' for result in runs)
         for over, rows_of in OVER.items():
             epochs = [reached(rows_of(result['train'])) for result in runs]
             each = ', '.join('not reached' if e is None else f'{e:.1f}' for e in epochs)
@@ -120,7 +121,6 @@ def report(results) -> str:
             if None not in epochs:
                 means[over][net] = np.mean(epochs), labs.standard_error(epochs)
                 text = labs.mean_std(epochs)
-            ends = ', '.join(f'{last_epoch(result):.1f}' for result in runs)
             lines.append(f'| {net} | {rate:g}{edge} | {over} | {each} | {text} | {ends} |')
     lines += ['']
     for over, of_nets in means.items():

@@ -38,8 +38,6 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from scipy import stats
-
 from alexnet_jax import configfile, errors, files, mesh, metrics, rundir
 from alexnet_jax.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
 from alexnet_jax.train import NOT_FINITE
@@ -329,6 +327,8 @@ def apart_from_0(value: float, error: float) -> bool:
 
 def p_value(values) -> float:
     """How often chance alone takes the mean so far from 0, either way (Student's t test); 1 for one value."""
+    from scipy import stats  # takes a second; only some tables need it
+
     error = standard_error(values)
     if len(values) < 2 or not error:
         return float(len(values) < 2 or not statistics.mean(values))

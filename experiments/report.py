@@ -40,7 +40,7 @@ that costs was not measured.
 
 ```
 mkdir -p tiny-imagenet-20/train
-ln -s /data/tiny-imagenet-200/val /data/tiny-imagenet-200/words.txt tiny-imagenet-20/
+ln -s /data/tiny-imagenet-200/val tiny-imagenet-20/
 ls -d /data/tiny-imagenet-200/train/* | awk 'NR % 10 == 1' | xargs -I{} ln -s {} tiny-imagenet-20/train/
 ```
 """
