@@ -18,7 +18,7 @@ from alexnet_jax.datasets import pictures
 from alexnet_jax.errors import ArgumentParser, UserError
 from alexnet_jax.store import Store
 
-DRAWN = 100  # pictures that are drawn below each other at the most
+DRAWN = 100  # pictures that are drawn below, or beside, each other at the most
 
 
 def parser(name: str, description: str, *, output: str | None) -> ArgumentParser:

@@ -157,6 +157,7 @@ def main() -> None:
     if not 1 <= k <= there:
         raise UserError(f'--neighbours={k}: the training split of {store.path} has {there:,} '
                         'pictures; give a number from 1 to that')
+    looking.check_drawn(k)
     titles, labels, images = _queries(args, store)
     features = make_features(trained, mesh)
 

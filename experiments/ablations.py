@@ -7,13 +7,10 @@ its error with ten crops at the end minus that of the reference with the same se
 standard error over the seeds; positive is worse than the reference.
 
 Beside it the paper's difference and that of the log of 2012, where there are any (`original.md` §0,
-§7); 'worse' where the paper gives no number. Theirs are of one run each, and some were measured
-otherwise: two GPUs on ILSVRC-2010, the first norm only (#167) with a later schedule. Of weight decay the
-paper says only that it lowers the training error, and this is of the validation error. `one gpu` and
-`no talk` are the nets of the source, with other numbers of kernels.
+§7); 'worse' where the paper gives no number. Of weight decay the paper says only that it lowers the
+training error, and this is of the validation error.
 
-The small scale: a quarter of the width, 112-pixel crops of 128-pixel pictures, 30 epochs, with every
-change of rate at the same part of them as in the source. It says what a part is worth there. At full
+The small scale says what a part is worth in a small network. At full
 scale the presets have their own schedules, 96 epochs for `one gpu`.
 """
 
@@ -63,12 +60,20 @@ TINY = {  # of smoke runs: two steps on the embedded set
     'data.source': 'alexnet_shapes', 'data.size': 128, 'data.format': 'u8', 'augment.crop': 112,
     'model.width': 0.0625, 'train.batch': 8, 'run.eval_batch': 100, 'run.log_every': 1,
 }  # fmt: skip
+NOTES = {'small': 'The networks have a quarter of the width and are trained for 30 epochs, with every change '
+                  'of rate at the same part of them as in the source, on 112-pixel crops of 128-pixel '
+                  'pictures.'}
 SMALL = {'data.size': 128, 'augment.crop': 112, 'model.width': 0.25}
 SCALES = {  # changes, and the part of the source's epochs
     'smoke': (TINY, 0.008 / 91),
     'small': (SMALL, 30 / 91),
     'full': ({}, 1),
 }
+THEIRS = (
+    '`tanh` has the rates and biases that were chosen for ReLU; `one gpu` and `no talk` are the nets of the '
+    "source, with other numbers of kernels. The paper's and the log's differences are of one run each, and "
+    'some were measured otherwise: two GPUs on ILSVRC-2010, the first norm only (#167) with a later schedule.'
+)
 SMOKE = (REFERENCE, 'pooling without overlap', 'one gpu', 'without conv1')
 ERRORS = ('top1_error', 'top5_error')
 
@@ -161,8 +166,10 @@ def report(results) -> str:
         centre = '' if name == ONE_CROP else measured(differences(results, name, ERRORS[0], 'centre'))
         lines.append(f'| {name} | {", ".join(pairs)} | {measured(first)} | {measured(fifth)} '
                      f'| {row.words or theirs(row.paper, 1)} | {theirs(row.log, 2)} | {sign} | {centre} |')
-    p = "p: how often chance alone would go as far as here (Student's t test over the seeds)."
-    return '\n'.join([*lines, '', f'{labs.WEAK} {p} {same_pictures(results)}'])
+    tested = sum(len(differences(results, name, ERRORS[0])) > 1 for name in ROWS) - 1  # not the reference
+    p = ("p: how often chance alone would go as far as here (Student's t test over the seeds); of "
+         f'{labs.count(tested, "row")} it takes {0.05 * tested:.1f} below 0.05.')  # fmt: skip
+    return '\n'.join([*lines, '', f'{labs.WEAK} {p} {same_pictures(results)}', '', THEIRS])
 
 
 def same_pictures(results) -> str:
@@ -171,7 +178,7 @@ def same_pictures(results) -> str:
     error = np.mean([*of_seeds(results, REFERENCE, ERRORS[0], 'ten').values()]) / 100
     alone = 100 * (error * (1 - error) / pictures) ** 0.5
     return (f'All seeds are judged by the same {pictures:,} pictures: what other pictures would have said is '
-            f'in no ± (of one network by itself: ± {alone:.1f} points, which a pair mostly shares).')
+            f'in no ± (of one network by itself: ± {alone:.1f} points).')
 
 
 def plot(results, file):

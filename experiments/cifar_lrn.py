@@ -8,7 +8,7 @@ come with the test errors that the first table repeats. But the 13 % and the 11 
 more than norms: in their units, weight decay and length (`original.md` §8). So the 11 % network is also
 trained without its norms, and the two are compared seed by seed: same first parameters, same batches.
 
-small: every schedule, its drops included, is a tenth as long. What the files of 2012 did with parts of
+What the files of 2012 did with parts of
 the training pictures is simplified as `configs/cifar10.py` says. Test error: by the centre crop, and
 for the cropped networks by cuda-convnet's ten views (four corners and centre, and their mirror images).
 """
@@ -23,6 +23,7 @@ CLAIMED = {'80sec': 26, '19pct': 19, '18pct': 18, '13pct': 13, '11pct': 11, '11p
 PAIR = ('11pct_plain', '11pct')  # without norms, with them
 VIEWS = {'centre': 'centre crop', 'ten': 'ten views'}
 INDEPENDENT = True
+NOTES = {'small': 'Every schedule, its drops included, is a tenth as long.'}
 EVALUATIONS = 20  # in a run
 LOOKS = {  # colour, dashes (some colours are the same grey in print), words
     '80sec': ('#cc79a7', (0, (9, 2)), '26 % network'),
@@ -104,7 +105,7 @@ def report(results) -> str:
             lines.append(f'| {net} | | {known} | {what} | | {len(there)} |')
             continue
         centre, ten = (
-            labs.mean_std([r['extra'][view] for r in sound]) if view in sound[0]['extra'] else ''
+            labs.mean_std([r['extra'][view] for r in sound], 2) if view in sound[0]['extra'] else ''
             for view in VIEWS
         )
         epochs = f'{made(sound[0]):.3g} of {whole:.0f}'

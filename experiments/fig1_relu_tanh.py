@@ -143,6 +143,8 @@ def report(results) -> str:
 def plot(results, file):
     from matplotlib.figure import Figure
 
+    if not any(labs.named(results, net) for net in NETS):
+        return  # the sweep only
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.add_subplot()
     for net, colour, style in (('ReLU', '#000000', '-'), ('tanh', '#d55e00', '--')):

@@ -13,9 +13,8 @@ random weight initialization (modulo a renumbering of the GPUs)." Two numbers of
     orientation   1 minus the circular variance of the directions of its gradients, each weighing as its
                   square: 1 of edges in one direction, whichever, near 0 of a spot and of noise
 
-small: a quarter of the width, 112-pixel crops of 128-pixel pictures, a third of the schedule (30.33
-epochs), a raw store. The reference of `ablations` is nearly that (30 epochs, a JPEG store): they were
-chosen apart, and the results that are kept hold each to its own. `fig4_retrieval` looks at the same runs.
+The small scale is nearly that of the reference of `ablations` (30 epochs, a JPEG store): they were chosen
+apart, and the results that are kept hold each to its own. `fig4_retrieval` looks at the same runs.
 """
 
 import base64
@@ -32,6 +31,8 @@ from experiments import lab as labs
 TITLE = 'Figure 3: what the two towers specialise in (§6.1)'
 TAKES_RUNS = True
 CONFIG = 'configs/original.py'
+NOTES = {'small': 'The network is `original` with a quarter of the width, trained for a third of its '
+                  'schedule (30.33 epochs) on 112-pixel crops of 128-pixel pictures, from a raw store.'}
 SMALL = {'data.size': 128, 'data.format': 'u8', 'augment.crop': 112}
 SCALES = {  # part of the schedule, changes
     'smoke': (0.0002, {**SMALL, 'data.source': 'alexnet_shapes', 'model.width': 0.0625,
@@ -143,8 +144,8 @@ def report(results) -> str:
             'in every run, largely.'
         )
     if drawn(results):
-        lines.append('- Figure: of each run the kernels of tower 0, below them those of tower 1. Each is '
-                     'rescaled by itself: black is the least weight of the run, white the greatest.')
+        lines.append('- Figure: of each run the kernels of tower 0, below them those of tower 1. All '
+                     'kernels of a run share one scale: black is its least weight, white its greatest.')
     return '\n'.join(lines)
 
 

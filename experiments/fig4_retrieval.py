@@ -25,6 +25,7 @@ from experiments import lab as labs
 
 TITLE = 'Figure 4: labels, and nearest training pictures (§6.1)'
 RUNS_OF, TAKES_RUNS = 'fig3_filters', True
+NOTES = fig3_filters.NOTES
 LABELLED, QUERIES, NEIGHBOURS = 8, 5, 6  # as in the paper
 BATCH = 100
 SIDE = 128  # pixels at the most, of pictures that are kept
@@ -43,7 +44,7 @@ def look(workdir) -> dict:
 
 def predictions(classify, store) -> dict:
     """Some validation pictures; of the classes only those that are named in the figure."""
-    records = looking.chosen(store, 'pictures', LABELLED, seed=0)
+    records = looking.choose(store.labels('val'), min(LABELLED, store.counts['val']), seed=0)
     labels, images = store.labels('val')[records], looking.squares(store, 'val', records)
     made = predict.predict(classify, [''] * len(records), labels.tolist(), images)
     kept = sorted({*labels.tolist()}.union(*(one.top().tolist() for one in made)))
@@ -67,7 +68,7 @@ def neighbours(trained, store) -> dict:
     found, distances = retrieve.nearest(np.concatenate([*of_split('val')]), of_split('train'), NEIGHBOURS)
     train, val = store.labels('train'), store.labels('val')
     shares = [np.bincount(labels, minlength=store.classes) / len(labels) for labels in (train, val)]
-    records = looking.chosen(store, 'queries', QUERIES, seed=1)
+    records = looking.choose(val, min(QUERIES, store.counts['val']), seed=1)
     return {
         'same': [float(x) for x in 100 * (train[found] == val[:, None]).mean(0)],  # %, by rank
         'chance': 100 * float(shares[0] @ shares[1]),

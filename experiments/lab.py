@@ -6,6 +6,7 @@ An experiment is a module with
     def run(lab)        asks the lab for its runs, one after another
     def report(results) -> its table, in Markdown
     def plot(results, file)  its figure, or None where it has none
+    NOTES               {scale: what is otherwise than in the paper there}, above the table; not needed
     RUNS_OF             the experiment whose run directories it looks at, if not its own
     TAKES_RUNS          True where its `look` can also be given runs that are there already, --run=RUN
     INDEPENDENT         True where no run needs the result of another: --only then chooses some
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
 from typing import Any
 
@@ -52,8 +54,8 @@ class Lab:
     """Runs of one experiment at one scale, in `folder`; results: all that are there, {'NAME-SEED': result}.
 
     A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
-    'commit', 'versions', 'devices' and 'processor' of the last start; 'data', its 'source' and 'counts';
-    'extra', what `after` gave; 'given', the arguments of the command line.
+    'starts', their 'commit', 'versions', 'devices' and 'processor', as many as differ; 'data', its 'source',
+    'counts' and number of 'classes'; 'extra', what `after` gave; 'given', the arguments of the command line.
 
     start: how a run is made; see `in_new_process`. UserError if `extra` sets what every run has of its own.
     """
@@ -201,7 +203,15 @@ def apart(function: Callable, *args):
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=spawn, initializer=mesh.configure
     ) as pool:
-        return pool.submit(function, *args).result()
+        try:
+            return pool.submit(function, *args).result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise Stopped('stopped after a run; the same command goes on') from None
+        except BrokenProcessPool:
+            raise UserError('what looks at a run was killed, perhaps for want of memory; make room, the same '
+                            'command goes on') from None  # fmt: skip
 
 
 def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
@@ -234,11 +244,15 @@ def _rows(workdir: pathlib.Path, kind: str) -> Rows:
 
 def _origin(workdir: pathlib.Path) -> dict[str, Any]:
     """What a run was made with, from its run directory."""
-    last = json.loads((workdir / 'run.json').read_text())[-1]
+    starts = []
+    for start in json.loads((workdir / 'run.json').read_text()):
+        start = {'processor': 'not noted'} | start  # it is not in older run directories
+        kept = {name: start[name] for name in ('commit', 'versions', 'devices', 'processor')}
+        starts += [kept] if kept not in starts else []
     store = json.loads((workdir / 'store.json').read_text())
-    data = {'source': pathlib.Path(store['source']).name, 'counts': store['counts']}
-    start = ('commit', 'versions', 'devices', 'processor')  # the last is not in older run directories
-    return {**{name: last[name] for name in start if name in last}, 'data': data}
+    data = {'source': pathlib.Path(store['source']).name, 'counts': store['counts'],
+            'classes': store['classes']}  # fmt: skip
+    return {'starts': starts, 'data': data}
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
@@ -271,6 +285,7 @@ def write(file: pathlib.Path, results: dict[str, Any]) -> None:
 def provenance(results: dict[str, Any]) -> str:
     """On what some results were measured, one sentence in Markdown."""
     runs = list(results.values())
+    starts = [start for run in runs for start in run['starts']]
 
     def each(values):
         return ', '.join(sorted({*values}))
@@ -279,13 +294,12 @@ def provenance(results: dict[str, Any]) -> str:
         f'{run["data"]["source"]} ({run["data"]["counts"]["train"]:,} training and '
         f'{run["data"]["counts"]["val"]:,} validation pictures)' for run in runs
     )  # fmt: skip
-    processors = ''
-    if any('processor' in run for run in runs):
-        processors = f'processors: {each(run.get("processor", "not noted") for run in runs)}; '
     return (
-        f'{count(len(runs), "run")} on {data}; devices: {each(" ".join(run["devices"]) for run in runs)}; '
-        f'{processors}jax {each(run["versions"]["jax"] for run in runs)}; '
-        f'commit {each(run["commit"] for run in runs)}.'
+        f'{count(len(runs), "run")} on {data}; '
+        f'devices: {each(" ".join(start["devices"]) for start in starts)}; '
+        f'processors: {each(start["processor"] for start in starts)}; '
+        f'jax {each(start["versions"]["jax"] for start in starts)}; '
+        f'commit {each(start["commit"] for start in starts)}.'
     )
 
 
@@ -335,10 +349,14 @@ def p_value(values) -> float:
     return 2 * float(stats.t.sf(abs(statistics.mean(values)) / error, len(values) - 1))
 
 
+def chance(result: dict[str, Any]) -> float:
+    """The training loss, nats, below which a run has learnt something: 0.95 of that of pure chance."""
+    return 0.95 * math.log(result['data']['classes'])
+
+
 def at_chance(result: dict[str, Any]) -> bool:
-    """Whether a run never learnt: its last interval's training loss is above 0.95 of the first's."""
-    rows = result['train']
-    return not result['diverged'] and rows[-1]['loss'] > 0.95 * rows[0]['loss']
+    """Whether a run did not diverge, and never learnt: its last interval's training loss is chance's."""
+    return not result['diverged'] and result['train'][-1]['loss'] > chance(result)
 
 
 # By chance alone: Student's distribution with 2 degrees of freedom.
@@ -346,10 +364,16 @@ WEAK = ('Not resolved: no more than two standard errors. With three seeds chance
         'of cases.')  # fmt: skip
 
 
-def mean_std(values) -> str:
-    """Mean ± sample standard deviation, one decimal."""
-    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.1f}{spread}'
+def mean_std(values, digits: int = 1) -> str:
+    """Mean ± sample standard deviation, with so many decimals."""
+    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}'
+
+
+def table(module: ModuleType, results: dict[str, Any], scale: str = '') -> str:
+    """An experiment's table, after what is to be known about the scale."""
+    note = getattr(module, 'NOTES', {}).get(scale)
+    return '\n\n'.join([*([note] if note else []), module.report(results)])
 
 
 def draw(module: ModuleType, results: dict[str, Any], file: pathlib.Path) -> pathlib.Path | None:
@@ -357,6 +381,7 @@ def draw(module: ModuleType, results: dict[str, Any], file: pathlib.Path) -> pat
     if not module.plot:
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)  # of other results
     module.plot(results, file)
     return file if file.exists() else None
 
@@ -409,11 +434,11 @@ def _main(module: ModuleType) -> None:
         module.run(lab)
     if not lab.results:
         raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
-    show(module, lab.results, figures / f'{name}-{options.scale}.png')
+    show(module, lab.results, figures / f'{name}-{options.scale}.png', options.scale)
 
 
-def show(module: ModuleType, results: dict[str, Any], file: pathlib.Path) -> None:
+def show(module: ModuleType, results: dict[str, Any], file: pathlib.Path, scale: str = '') -> None:
     """Prints the table of some results, and draws their figure."""
-    print(module.report(results))
+    print(table(module, results, scale))
     if draw(module, results, file):
         print(f'figure: {file}')

@@ -27,7 +27,8 @@ INTRO = """# Results
 Made by `python -m experiments.report` out of [results/](results), where every run is kept with its rows,
 command and versions; not edited by hand. What did not work: [LOG.md](LOG.md). *full* is the data of a
 claim and a whole schedule; *small* is something like it that a small machine can do, and does not speak
-for it.
+for it. Under each: what it was measured on; *not noted* are processors of runs from before they were noted,
+and a commit is *dirty* where some code was not committed.
 
 ## The pictures
 
@@ -39,9 +40,14 @@ that costs was not measured.
 50 validation pictures; 64 x 64 pixels, enlarged to the size that the network is trained on:
 
 ```
+T=/data/tiny-imagenet-200
 mkdir -p tiny-imagenet-20/train
-ln -s /data/tiny-imagenet-200/val tiny-imagenet-20/
-ls -d /data/tiny-imagenet-200/train/* | awk 'NR % 10 == 1' | xargs -I{} ln -s {} tiny-imagenet-20/train/
+ls $T/train | awk 'NR % 10 == 1' | while read c; do
+    ln -s $T/train/$c tiny-imagenet-20/train/
+    mkdir -p tiny-imagenet-20/val/$c
+    awk -v c=$c '$2 == c {print $1}' $T/val/val_annotations.txt |
+        while read f; do ln -s $T/val/images/$f tiny-imagenet-20/val/$c/; done
+done
 ```
 """
 
@@ -62,7 +68,7 @@ def section(name: str) -> str:
             parts.append(f'**Not run.** It would be:\n\n```\n{usage(module, scale)}\n```')
             continue
         parts.append('```\n' + '\n'.join(commands(module, scale, there)) + '\n```')
-        parts.append(module.report(there))
+        parts.append(labs.table(module, there, scale))
         if figure := labs.draw(module, there, labs.FIGURES / f'{name}-{scale}.png'):
             parts.append(f'![{module.TITLE}](figures/{figure.name})')
         parts.append(f'Measured: {labs.provenance(there)}')

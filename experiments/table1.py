@@ -26,6 +26,7 @@ SCALES = {  # changes, and the part of the source's 93 epochs
     'small': (ablations.SMALL, 30 / 93),
     'full': ({}, 1),
 }
+NOTES = ablations.NOTES
 plot = None
 
 

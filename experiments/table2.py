@@ -43,6 +43,7 @@ PAPER = {  # top-1 and top-5 error, %, on ILSVRC-2012 validation; top-5 error on
     '1 CNN*': ('39.0 %', '16.6 %', '–'), '7 CNNs*': ('36.7 %', '15.4 %', '15.3 %'),
 }  # fmt: skip
 SHAPES = {'train': 40, 'validation': 20}  # pictures of the embedded set in a smoke run
+NOTES = ablations.NOTES
 plot = None
 
 

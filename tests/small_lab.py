@@ -1,6 +1,7 @@
 """Experiments on a handful of pictures, in this process: `from tests.small_lab import in_process, make`."""
 
 import ast
+import json
 
 from alexnet_jax import configfile, train
 from experiments import lab
@@ -15,8 +16,9 @@ def in_process(command, workdir, until):
 def leave(command, workdir, until):
     """What a start must leave, and nothing more."""
     workdir.mkdir(parents=True)
-    (workdir / 'run.json').write_text('[{"commit": "c", "versions": {"jax": "1"}, "devices": ["d"]}]')
-    (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}}')
+    first = {'commit': 'c', 'versions': {'jax': '1'}, 'devices': ['d']}
+    (workdir / 'run.json').write_text(json.dumps([first, {**first, 'commit': 'd'}, first]))
+    (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}, "classes": 2}')
     (workdir / 'metrics.jsonl').write_text('{"kind": "train", "step": 0}\n')
     return False
 

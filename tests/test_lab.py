@@ -1,11 +1,15 @@
 """What the experiments share: finished runs are kept, others go on; and Figure 1 on a handful of pictures."""
 
 import json
+import os
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import Stopped, UserError
 from experiments import fig1_relu_tanh, lab
 from tests.small_lab import leave, make
 from tests.tiny_store import write_store
@@ -27,8 +31,9 @@ def test_figure_1(tmp_path, store):
                      'tanh', 'tanh sweep 0.001', 'tanh sweep 0.002']  # fmt: skip
     result = trial.results['tanh-0']
     assert [row['epoch'] for row in result['train']] == [0.5, 1.0, 1.5, 2.0]
-    assert 'CPU' in str(result['devices']).upper() and 'core' in result['processor']
-    assert result['data']['counts'] == {'train': 64, 'val': 20}
+    (start,) = result['starts']
+    assert 'CPU' in str(start['devices']).upper() and 'core' in start['processor']
+    assert result['data'] == {'source': 'made_up', 'counts': {'train': 64, 'val': 20}, 'classes': 10}
     table = fig1_relu_tanh.report(trial.results)
     assert '| tanh | 0.00' in table and 'not reached' in table
     again = make(tmp_path, store, start=None)  # nothing is left to start
@@ -112,6 +117,8 @@ def test_the_figure_of_figure_1(tmp_path, monkeypatch):
     assert [[*line.get_ydata()] for line in curves] == [[50, 40], [50, 39]] * 2
     assert [*target.get_ydata()] == [25, 25]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ['ReLU', 'tanh']
+    swept = {key: result for key, result in results.items() if 'sweep' in key}
+    assert lab.draw(fig1_relu_tanh, swept, tmp_path / 'none.png') is None and len(drawn) == 1
 
 
 def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
@@ -162,13 +169,38 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
 
 
 def test_what_results_were_measured_on():
-    older = {'data': {'source': 'a', 'counts': {'train': 1000, 'val': 10}}, 'devices': ['cpu:0'],
-             'versions': {'jax': '1'}, 'commit': 'c'}  # fmt: skip
-    start = '1 run on a (1,000 training and 10 validation pictures); devices: cpu:0; '
-    assert lab.provenance({'a': older}) == f'{start}jax 1; commit c.'
-    newer = {**older, 'processor': 'Z80 (1 core)'}
-    assert lab.provenance({'a': newer}) == f'{start}processors: Z80 (1 core); jax 1; commit c.'
-    assert 'processors: Z80 (1 core), not noted; ' in lab.provenance({'a': newer, 'b': older})
+    first = {'devices': ['cpu:0'], 'versions': {'jax': '1'}, 'commit': 'c', 'processor': 'Z80 (1 core)'}
+    second = {**first, 'commit': 'b', 'processor': 'Z80 (2 cores)'}
+    result = {'data': {'source': 'a', 'counts': {'train': 1000, 'val': 10}}, 'starts': [first, second]}
+    assert lab.provenance({'a': result}) == (
+        '1 run on a (1,000 training and 10 validation pictures); devices: cpu:0; processors: Z80 (1 core), '
+        'Z80 (2 cores); jax 1; commit b, c.'
+    )
+
+
+def test_every_start_that_differs_is_kept(tmp_path):
+    starts = make(tmp_path, start=leave).run('a', 0, 'configs/paper.py')['starts']
+    assert [(start['commit'], start['processor']) for start in starts] == [('c', 'not noted'),
+                                                                          ('d', 'not noted')]  # fmt: skip
+
+
+def test_a_run_that_never_learnt():
+    def run(loss, diverged=False):
+        return {'diverged': diverged, 'data': {'classes': 20}, 'train': [{'loss': 3.3}, {'loss': loss}]}
+
+    assert lab.at_chance(run(3.0)) and lab.at_chance(run(2.85))  # ln(20) is 2.996
+    assert not lab.at_chance(run(2.84)) and not lab.at_chance(run(3.0, diverged=True))
+
+
+@pytest.mark.slow
+def test_what_looks_at_a_run_may_be_killed_or_stopped():
+    with pytest.raises(UserError, match='killed, perhaps for want of memory'):
+        lab.apart(signal.raise_signal, signal.SIGKILL)
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begun = time.monotonic()
+    with pytest.raises(Stopped, match='the same command goes on'):
+        lab.apart(time.sleep, 600)
+    assert time.monotonic() - begun < 60
 
 
 def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):

@@ -43,8 +43,9 @@ def result(name, seed=0, *, diverged=False, **extra):
         'train': [{'step': 9, 'epoch': 52.0, 'top1_error': 20.0}],
         'eval': [{'step': 5, 'top1_error': 30.0}, {'step': 10, 'top1_error': 25.0}],
         'command': ['--config=c'], 'given': ['--config.data.source=/pictures of cats'],
-        'commit': 'abc1234', 'versions': {'jax': '0.10.2'}, 'devices': ['GPU_0'],
-        'data': {'source': 'cifar', 'counts': {'train': 50000, 'val': 10000}},
+        'starts': [{'commit': 'abc1234', 'versions': {'jax': '0.10.2'}, 'devices': ['GPU_0'],
+                    'processor': 'Z80 (1 core)'}],
+        'data': {'source': 'cifar', 'counts': {'train': 50000, 'val': 10000}, 'classes': 10},
     }  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_cifar_lrn(tmp_path, monkeypatch):
     assert made['extra'].keys() == {'centre', 'ten'}
     assert made['extra']['centre'] == made['eval'][-1]['top1_error']  # the run's own last evaluation
     table = cifar_lrn.report(trial.results)
-    assert f'| 11pct_plain | 0.625 of 520 |  | {made["extra"]["centre"]:.1f} | ' in table
+    assert f'| 11pct_plain | 0.625 of 520 |  | {made["extra"]["centre"]:.2f} | ' in table
     assert '| 13pct | | 13 | not run | | 0 |' in table and 'norms alone bring: not run' in table
 
 
@@ -114,9 +115,9 @@ def test_what_norms_bring_is_paired_by_seed():
     table = cifar_lrn.report(results)
     assert 'centre crop: +2.00 ± 0.58 points (3 seeds).' in table
     assert 'ten views: +0.00 ± 1.15 points (3 seeds: not resolved).' in table  # 0, 2 and -2
-    assert '| 11pct | 52 of 520 | 11 | 25.0 ± 12.9 | 24.0 ± 12.9 | 4 |' in table
-    assert '| 11pct_plain | 52 of 520 |  | 22.0 ± 9.5 | 19.0 ± 9.2 | 4, 1 diverged |' in table
-    assert '| 18pct | 52 of 140 | 18 | 17.2 |  | 1 |' in table
+    assert '| 11pct | 52 of 520 | 11 | 25.00 ± 12.91 | 24.00 ± 12.91 | 4 |' in table
+    assert '| 11pct_plain | 52 of 520 |  | 22.00 ± 9.54 | 19.00 ± 9.17 | 4, 1 diverged |' in table
+    assert '| 18pct | 52 of 140 | 18 | 17.25 |  | 1 |' in table
 
 
 def test_the_figure_of_cifar_lrn(figure_of):
@@ -341,7 +342,7 @@ def test_the_difference_between_towers():
     assert 'a, seed 5, tower 1 minus tower 0: colour +0.50 ± 0.25 (not resolved)' in table
     assert 'by more than two standard errors, in 3 of 5 runs (tower 0 in 1, tower 1 in 2)' in table
     assert '| a, seed 3 | diverged |' in table and 'one tower, seed 0, tower 1' not in table
-    assert 'Each is rescaled by itself' in table
+    assert 'All kernels of a run share one scale' in table
     assert 'Figure' not in fig3_filters.report(by_key(result('a', 3, diverged=True)))
 
 
@@ -395,10 +396,10 @@ def test_a_report_of_some_results(page, tmp_path):
     assert '**Not run.**' in full and 'smoke' not in section
     assert ("python -m experiments.cifar_lrn --scale=small --seeds=2 --only=11pct --only=11pct_plain -- "
             "'--config.data.source=/pictures of cats'\n") in small  # fmt: skip
-    assert cifar_lrn.report(results) in small
+    assert f'{cifar_lrn.NOTES["small"]}\n\n{cifar_lrn.report(results)}' in small
     assert '(figures/cifar_lrn-small.png)' in small
     assert 'Measured: 4 runs on cifar (50,000 training and 10,000 validation pictures)' in small
-    assert 'GPU_0; jax 0.10.2; commit abc1234.' in small
+    assert 'GPU_0; processors: Z80 (1 core); jax 0.10.2; commit abc1234.' in small
     assert page()[cifar_lrn.TITLE] == section
 
 

@@ -187,6 +187,7 @@ def test_the_folder_of_a_class():
         (['RUN', '--step=7'], 'no checkpoint of step 7'),
         (['RUN', '--neighbours=31'], '--neighbours=31: the training split of .* has 30 pictures'),
         (['RUN', '--neighbours=0'], '--neighbours=0'),
+        (['RUN', '--neighbours=21'], '21 pictures are too many for one figure; give at most 20'),
         (['RUN', '--queries=13'], '--queries=13: the validation split of .* has 12 pictures'),
         (['RUN', '--queries=0'], '--queries=0'),
         (['RUN', '--queries=2', 'a.jpg'], '--queries is for the validation split'),
@@ -195,11 +196,12 @@ def test_the_folder_of_a_class():
         (['RUN', '--seed=-1'], '--seed'),
         (['RUN', 'nowhere.jpg'], 'nowhere.jpg: cannot be read: No such file'),
         (['RUN', 'text.jpg'], 'text.jpg: not a picture, or a damaged one'),
-        (['RUN', *['text.jpg'] * 101], '101 pictures are too many'),
+        (['RUN', *['text.jpg'] * 21], '21 pictures are too many'),
         (['RUN', '--output=nowhere/n.png'], 'nowhere is not a folder'),
         (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # first of all
     ],
 )  # fmt: skip
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
     (tmp_path / 'text.jpg').write_text('no picture')
+    monkeypatch.setattr(looking, 'DRAWN', 20)
     refuses(monkeypatch, tmp_path, retrieve, run.path, arguments, message)
