@@ -190,7 +190,7 @@ def plot(results, file):
     for number in classes(results):
         losses.axhline(math.log(number), color='#777777', lw=0.8)
     losses.set(xlabel='steps', ylabel='training loss, nats (the line: chance)', xlim=(0, None))
-    figure.legend(loc='outside upper center', ncols=len(STYLES), frameon=False)
+    figure.legend(*losses.get_legend_handles_labels(), loc='outside upper center', ncols=6, frameon=False)
     spreads.set(xlabel='steps', ylabel='standard deviation of the logits, seed 0', yscale='log')
     for name, axes in {'at the start': start, **over_time}.items():
         axes.set(title=name, yscale='log', ylabel='mean square handed on, seed 0')

@@ -131,6 +131,8 @@ def test_the_figure_of_does_it_train(drawn, tmp_path):
                                     'extra': {'measured': measured}}  # fmt: skip
     does_it_train.plot(results, tmp_path / 'none.png')
     curves, spreads, start, *panels = drawn[0].axes
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ['paper']
     assert [panel.get_title() for panel in panels] == [*does_it_train.STYLES]
     assert [[*line.get_xdata()] for line in curves.lines] == [[10, 20], [10, 20], [0, 1]]
     assert [*curves.lines[2].get_ydata()] == [math.log(10)] * 2
