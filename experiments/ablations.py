@@ -10,8 +10,8 @@ Beside it the paper's difference and that of the log of 2012, where there are an
 §7); 'worse' where the paper gives no number. Of weight decay the paper says only that it lowers the
 training error, and this is of the validation error.
 
-The small scale says what a part is worth in a small network. At full
-scale the presets have their own schedules, 96 epochs for `one gpu`.
+The small scale says what a part is worth in a small network. At full scale the presets have their own
+schedules, 96 epochs for `one gpu`.
 """
 
 from typing import NamedTuple

@@ -8,9 +8,9 @@ come with the test errors that the first table repeats. But the 13 % and the 11 
 more than norms: in their units, weight decay and length (`original.md` §8). So the 11 % network is also
 trained without its norms, and the two are compared seed by seed: same first parameters, same batches.
 
-What the files of 2012 did with parts of
-the training pictures is simplified as `configs/cifar10.py` says. Test error: by the centre crop, and
-for the cropped networks by cuda-convnet's ten views (four corners and centre, and their mirror images).
+What the files of 2012 did with parts of the training pictures is simplified as `configs/cifar10.py` says.
+Test error: by the centre crop, and for the cropped networks by cuda-convnet's ten views (four corners and
+centre, and their mirror images).
 """
 
 import statistics

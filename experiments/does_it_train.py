@@ -10,9 +10,8 @@ from the text towards the source; `original` differs in more (`configs/original.
 
 A run has learnt something once its training loss leaves ln(classes), that of pure chance: at the end
 of the first interval from which on it stays below 0.95 ln(classes). Rates are those that the presets
-start with, without drops. 400 steps at the
-small scale are 0.512 epochs of Tiny ImageNet, 3000 at full scale 0.3 epochs of ImageNet; for a smaller
-set give `--config.optim.epochs=STEPS * 128 / PICTURES`.
+start with, without drops. 400 steps at the small scale are 0.512 epochs of Tiny ImageNet, 3000 at full
+scale 0.3 epochs of ImageNet; for a smaller set give `--config.optim.epochs=STEPS * 128 / PICTURES`.
 
 At the start and at every checkpoint: the mean square of what every layer hands to the next (after its
 activation, norm and pooling), and the standard deviation of the logits across 64 validation pictures.

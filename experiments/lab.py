@@ -393,8 +393,9 @@ def main(module: str) -> None:
 
 def _main(module: ModuleType) -> None:
     name = pathlib.Path(module.__file__).stem
+    notes = [f'{scale}: {note}' for scale, note in getattr(module, 'NOTES', {}).items()]
     parser = ArgumentParser(
-        prog=f'python -m experiments.{name}', description=module.__doc__,
+        prog=f'python -m experiments.{name}', description='\n'.join([module.__doc__, *notes]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument('--scale', choices=SCALES, default='small')
