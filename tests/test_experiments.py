@@ -12,6 +12,7 @@ import pytest
 from alexnet_jax import configfile, model, switches
 from alexnet_jax.errors import UserError
 from experiments import ablations, does_it_train, lab, table1, table2
+from experiments.chaos import compilation_cache
 from tests.small_lab import in_process, leave, make
 from tests.tiny_run import without_tensorflow
 from tests.tiny_store import write_store
@@ -22,17 +23,18 @@ SIZES = ['--config.data.size=72', '--config.augment.crop=64', '--config.run.eval
 
 
 @pytest.fixture(autouse=True, scope='module')
-def programs_kept(tmp_path_factory):
-    """Runs that differ in numbers alone are compiled once."""
+def programs(tmp_path_factory):
+    """Where programs are kept: runs that differ in numbers alone are compiled once."""
+    folder = tmp_path_factory.mktemp('programs')
     settings = {
-        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('programs')),
+        'jax_compilation_cache_dir': str(folder),
         'jax_persistent_cache_min_compile_time_secs': 0,
         'jax_persistent_cache_min_entry_size_bytes': -1,
     }
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    yield
+    yield folder
     for name, value in before.items():
         jax.config.update(name, value)
 
@@ -307,17 +309,17 @@ def test_what_is_kept_besides_is_found_in_a_process_of_its_own():
 
 
 @pytest.fixture
-def smoke(tmp_path, store):
+def smoke(tmp_path, store, programs):
     """smoke(name, arguments, ...) runs an experiment as users do -> its results, and what it printed."""
     (tmp_path / 'path').mkdir()  # all stores are raw: importing TensorFlow would only take its time
     (tmp_path / 'path/sitecustomize.py').write_text("import sys; sys.modules['tensorflow'] = None")
-    path = os.environ | {'PYTHONPATH': str(tmp_path / 'path')}
+    environment = os.environ | compilation_cache(programs) | {'PYTHONPATH': str(tmp_path / 'path')}
 
     def run(name, *given, only=()):
         command = [sys.executable, '-m', f'experiments.{name}', '--scale=smoke', '--seeds=1',
                    f'--results={tmp_path}/kept', *(f'--only={name}' for name in only), '--',
                    *given]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return lab.read(tmp_path / f'kept/{name}-smoke.json'), done.stdout
 
