@@ -134,7 +134,8 @@ def report(results) -> str:
             if name == 'colour':
                 found.append(int(d > 0) if resolved else None)
         sentences.append(f'- {called(result)}, tower 1 minus tower 0: {"; ".join(words)}.')
-    lines += ['', '± is the standard error over kernels. Noise, as at the start, has a colour of 0.67.', '']
+    lines += ['', '± is the standard error over kernels. At the start all is noise, with a colour of 0.67: '
+              'where the towers differ there, chance alone did it.', '']
     lines += sentences
     if found:
         each = found.count(0), found.count(1)

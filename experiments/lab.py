@@ -57,18 +57,19 @@ class Lab:
     'starts', their 'commit', 'versions', 'devices' and 'processor', as many as differ; 'data', its 'source',
     'counts' and number of 'classes'; 'extra', what `after` gave; 'given', the arguments of the command line.
 
-    start: how a run is made; see `in_new_process`. UserError if `extra` sets what every run has of its own.
+    given: such arguments; UserError if they set what every run has of its own.
+    start: how a run is made; see `in_new_process`.
     """
 
     def __init__(
-        self, experiment: str, scale: str, *, seeds: int, extra: Iterable[str] = (),
+        self, experiment: str, scale: str, *, seeds: int, given: Iterable[str] = (),
         runs: pathlib.Path = pathlib.Path('runs'), results: pathlib.Path = RESULTS,
         start: Callable | None = None, runs_of: str = '',
     ):  # fmt: skip
         self.scale, self.seeds = scale, seeds
-        self._extra, self._start = list(extra), start or in_new_process
+        self._given, self._start = list(given), start or in_new_process
         self._call = apart if self._start is in_new_process else _here
-        for text in self._extra:
+        for text in self._given:
             if text.lstrip('-').partition('=')[0] in ('config', 'workdir', 'config.seed'):
                 raise UserError(f'{text}: every run has its own; an experiment takes --scale, --seeds '
                                 'and --results')  # fmt: skip
@@ -82,11 +83,9 @@ class Lab:
         """The run directory of a run."""
         return self.folder / f'{name}-{seed}'.replace(' ', '_')
 
-    def given(self, field: str) -> str | None:
+    def value_given(self, field: str) -> str | None:
         """What the command line sets a field to, None if it does not."""
-        start = f'--config.{field}='
-        values = [text.removeprefix(start) for text in self._extra if text.startswith(start)]
-        return values[-1] if values else None
+        return _decisive(self._given).get(f'--config.{field}')
 
     def run(
         self, name: str, seed: int, config: str, changes: dict[str, Any] | None = None, *,
@@ -107,7 +106,7 @@ class Lab:
         self._asked.append(key)
         command = [
             f'--config={config}', f'--workdir={self.workdir(name, seed)}', f'--config.seed={seed}',
-            *_arguments(changes), *self._extra, *_arguments(last),
+            *_arguments(changes), *self._given, *_arguments(last),
         ]  # fmt: skip
         there = self.results.get(key)
         if self._only and not {name, key} & self._only:
@@ -120,6 +119,13 @@ class Lab:
                     '--results=DIR'
                 )
             return there
+        for other, result in self.results.items():  # one table, one set of pictures
+            if _decisive(result['given']) != _decisive(self._given):
+                raise UserError(
+                    f'{self._file}: {other} was run with {" ".join(result["given"]) or "nothing"} after --; '
+                    f'{key} is to be compared with it: give the same, or a folder for other results, '
+                    '--results=DIR'
+                )
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
         workdir = self.workdir(name, seed)
         diverged = self._start(command, workdir, until)
@@ -130,7 +136,7 @@ class Lab:
         result = {
             'name': name, 'seed': seed, 'diverged': diverged,
             'extra': self._call(after, workdir) if after and not diverged else None, **rows,
-            'command': command, 'given': self._extra, **_origin(workdir),
+            'command': command, 'given': self._given, **_origin(workdir),
         }  # fmt: skip
         self.results = add(self._file, key, result)
         return result
@@ -232,9 +238,14 @@ def _arguments(changes: dict[str, Any] | None) -> list[str]:
     return [f'--config.{field}={value}' for field, value in (changes or {}).items()]
 
 
-def _decisive(command: list[str]) -> list[str]:
-    """The arguments that runs of one name must share; how a machine runs them is its own affair."""
-    return [text for text in command if not text.startswith('--config.run.')]
+def _decisive(arguments: list[str]) -> dict[str, str]:
+    """What results that belong together must share, {argument: its last value}.
+
+    Where a run lies, and how a machine runs it, is its own affair.
+    """
+    values = (text.partition('=') for text in arguments)
+    return {name: value for name, _, value in values
+            if name != '--workdir' and not name.startswith('--config.run.')}  # fmt: skip
 
 
 def _rows(workdir: pathlib.Path, kind: str) -> Rows:
@@ -315,8 +326,8 @@ def shortened(config: str, part: float) -> dict[str, Any]:
 
 
 def named(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The results of a run, one for each of its seeds."""
-    return [result for result in results.values() if result['name'] == name]
+    """The results of a run, one for each of its seeds, in their order."""
+    return sorted((r for r in results.values() if r['name'] == name), key=lambda r: r['seed'])
 
 
 def count(number: int, word: str) -> str:
@@ -355,7 +366,7 @@ def chance(result: dict[str, Any]) -> float:
 
 
 def at_chance(result: dict[str, Any]) -> bool:
-    """Whether a run did not diverge, and never learnt: its last interval's training loss is chance's."""
+    """Whether a run that did not diverge ends as it began: with the training loss of chance."""
     return not result['diverged'] and result['train'][-1]['loss'] > chance(result)
 
 
@@ -427,7 +438,7 @@ def _main(module: ModuleType) -> None:
     results, figures, runs = RESULTS, FIGURES, pathlib.Path('runs')
     if options.results:
         results, figures, runs = options.results, options.results, options.results / 'runs'
-    lab = Lab(name, options.scale, seeds=options.seeds, extra=sys.argv[split + 1 :], runs=runs,
+    lab = Lab(name, options.scale, seeds=options.seeds, given=sys.argv[split + 1 :], runs=runs,
               results=results, runs_of=getattr(module, 'RUNS_OF', ''))
     if getattr(options, 'only', []):
         lab.choose(module.run, options.only)

@@ -53,12 +53,15 @@ def run(lab):
     more, fewer = {}, {}  # where the pictures are
     if lab.scale != 'full':
         changes, finetune = ({**changes, **labs.shortened(config, part)} for config in (CNN, FINETUNE))
-        source = lab.given('data.source')
+        source = lab.value_given('data.source')
         if lab.scale == 'smoke' and not source:
             source = draw(lab.folder / 'shapes')
             more = {'data.source': source, 'data.store': f'{source}-store'}
         if not source:
             raise UserError('table2: give a folder of pictures, -- --config.data.source=FOLDER')
+        if lab.value_given('data.val_fraction'):
+            raise UserError('table2: data.val_fraction would be of the more classes only; '
+                            'give a folder with train/ and val/')  # fmt: skip
         half = first_half(source, lab.folder / f'half-of-{pathlib.Path(source).name}')
         fewer = {'data.source': half, 'data.store': f'{half}-store'}
     changes, finetune = ({'run.eval_every': 5.0, **fields} for fields in (changes, finetune))
@@ -117,6 +120,9 @@ def draw(folder: pathlib.Path) -> str:
 def first_half(source: str, folder: pathlib.Path) -> str:
     """A folder with links to the pictures of the first half of a folder's classes."""
     if folder.exists():
+        link, root = next(folder.glob('*/*/*')), os.path.abspath(os.path.expanduser(source))
+        if not os.readlink(link).startswith(f'{root}/'):
+            raise UserError(f'{folder}: holds links to other pictures than {root}; remove it')
         return str(folder)
     if not datasets.is_folder(source):
         raise UserError(f'{source}: half of its classes are to be linked to, it must be a folder')

@@ -37,7 +37,7 @@ def configured(command):
     return config
 
 
-def make(tmp_path, extra=(), start=in_process, seeds=1, **others):
+def make(tmp_path, given=(), start=in_process, seeds=1, **others):
     """A Lab of smoke runs, all of whose files are in a temporary folder."""
-    return lab.Lab('trial', 'smoke', seeds=seeds, extra=extra, runs=tmp_path / 'runs',
+    return lab.Lab('trial', 'smoke', seeds=seeds, given=given, runs=tmp_path / 'runs',
                    results=tmp_path / 'results', start=start, **others)  # fmt: skip

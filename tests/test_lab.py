@@ -65,11 +65,13 @@ def test_the_ratio_and_the_best_rate():
     table = fig1_relu_tanh.report(results)
     assert 'The paper does not name its network. Ours' in table
     # Between 50 and 20 % the target lies 5/6 of an epoch on: 3.8, 4.8; 11.8, 12.8. A row is an epoch.
-    for over in ('the epoch before', '10,000 pictures'):
+    for over in ('the epoch before', 'the block before'):
         assert (f'| ReLU | 0.004 (at the edge of the sweep) | {over} | 3.8, 4.8 | 4.3 ± 0.7 | 20.0, 20.0 |'
                 ) in table  # fmt: skip
         assert f'By the error over {over} tanh needs 2.8 ± 0.3 times the epochs' in table
     assert '0.002: diverged' in table
+    single = {key: result for key, result in results.items() if key not in ('ReLU-1', 'tanh-1')}
+    assert 'needs 3.1 times the epochs of ReLU' in fig1_relu_tanh.report(single)  # 11.8 / 3.8
 
 
 def fifths(*errors):
@@ -147,6 +149,9 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
         make(tmp_path, start=start).run('a', 0, 'configs/paper.py', {'optim.rate': 2.0})
     elsewhere = make(tmp_path, ['--config.run.threads=2'], start=start)  # how it is run decides nothing
     assert elsewhere.run('a', 0, 'configs/paper.py', changes) == result and len(made) == 1
+    moved = lab.Lab('trial', 'smoke', seeds=1, runs=tmp_path / 'other', results=tmp_path / 'results',
+                    start=start)  # fmt: skip
+    assert moved.run('a', 0, 'configs/paper.py', changes) == result and len(made) == 1
     (tmp_path / 'results' / 'trial-smoke.json').write_text('{')
     with pytest.raises(UserError, match='trial-smoke.json: not JSON'):
         make(tmp_path)
@@ -184,6 +189,11 @@ def test_every_start_that_differs_is_kept(tmp_path):
                                                                           ('d', 'not noted')]  # fmt: skip
 
 
+def test_seeds_come_in_their_order():
+    results = {f'{name}-{seed}': {'name': name, 'seed': seed} for name in 'ab' for seed in (2, 0, 1)}
+    assert lab.named(results, 'a') == [results['a-0'], results['a-1'], results['a-2']]
+
+
 def test_a_run_that_never_learnt():
     def run(loss, diverged=False):
         return {'diverged': diverged, 'data': {'classes': 20}, 'train': [{'loss': 3.3}, {'loss': loss}]}
@@ -215,6 +225,8 @@ def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
         run(trial)
     kept = json.loads((tmp_path / 'results' / 'trial-smoke.json').read_text())
     assert [*kept] == ['a-1', 'b-0', 'b-1']
+    with pytest.raises(UserError, match=r'trial-smoke.json: a-1 was run with nothing after --; a-0 is to be'):
+        make(tmp_path, ['--config.data.source=other'], start=leave).run('a', 0, 'configs/paper.py')
     with pytest.raises(UserError, match='--only=c'):
         make(tmp_path, start=leave, seeds=2).choose(run, ['c', 'a'])
     assert len([*(tmp_path / 'runs' / 'trial-smoke').iterdir()]) == 3  # it was found before anything was run

@@ -153,7 +153,7 @@ def figures(tmp_path_factory):
     pictures = {'train': open_store(folder / 'store').pixels('train').copy()}
     pictures['val'] = pictures['train'][40:60]
     write_store(folder / 'store', format='u8', size=72, classes=10, pictures=pictures, labels=labels)
-    both = {'extra': given, 'seeds': 1, 'runs': folder / 'runs', 'results': folder / 'results'}
+    both = {'given': given, 'seeds': 1, 'runs': folder / 'runs', 'results': folder / 'results'}
     third = Lab('fig3_filters', 'smoke', start=in_process, **both)
     fig3_filters.run(third)
 
