@@ -1,5 +1,5 @@
 # make quickstart   install, train a small net on the embedded pictures, evaluate it (about 10 minutes)
-# make test         every test (at most 12 minutes on 2 cores); `make test-fast`: without the slow ones
+# make test         every test (about 17 minutes on 2 cores); `make test-fast`: without the slow ones
 # make lint         ruff
 # Another Python: `make test PYTHON=python3.12`. Other pytest arguments: `make test ARGS='-k layers'`.
 
