@@ -26,7 +26,7 @@ VIEWS = {'centre': 'centre crop', 'ten': 'ten views'}
 INDEPENDENT = True
 NOTES = {'small': 'The networks are trained for 12 epochs (the 26 % network for its 10), with every drop of '
                   'the rate at the same part of them as in its file.'}
-EVALUATIONS = 20  # in a run
+EVALUATIONS = 20  # in a run, at full scale
 LOOKS = {  # colour, dashes (some colours are the same grey in print), words
     '80sec': ('#cc79a7', (0, (9, 2)), '26 % network'),
     '19pct': ('#009e73', '-.', '19 % network'),

@@ -10,9 +10,9 @@ convolutions and the last layer, without weight decay, crops or flips (`original
 
 For each activation the rate with the lowest training error in the third epoch is taken, of RATES;
 then every seed runs with it until 25 %. Training error: over the last epoch, as its pictures were trained
-on, looked at five times an epoch. A single block of 10,000 pictures, as cuda-convnet printed it, is at 25 %
-earlier: every epoch has a new order here, so what comes first in one was often seen a short time ago, and
-its error is lower. The table has both.
+on, looked at after every 78 batches, a fifth of an epoch. A single block of these 9,984 pictures is at 25 %
+earlier (cuda-convnet printed the error of such blocks, of 10,000): every epoch has a new order here, so what
+comes first in one was often seen a short time ago, and its error is lower. The table has both.
 """
 
 import math
@@ -129,9 +129,11 @@ def report(results) -> str:
             ratio = of_nets['tanh'][0] / of_nets['ReLU'][0]
             parts = [error / mean for mean, error in of_nets.values()]
             spread = ratio * math.hypot(*parts)
-            words = f' ± {spread:.1f}' if math.isfinite(spread) else ''  # one seed has none
-            lines.append(f'- By the error over {over} tanh needs {ratio:.1f}{words} times the epochs '
-                         'of ReLU (± standard error over seeds; the paper: about 6).')  # fmt: skip
+            several = math.isfinite(spread)
+            words = f'{ratio:.1f}' + f' ± {spread:.1f}' * several
+            over_seeds = '± standard error over seeds' if several else 'one seed'
+            lines.append(f'- By the error over {over} tanh needs {words} times the epochs of ReLU '
+                         f'({over_seeds}; the paper: about 6).')  # fmt: skip
         else:
             lines.append(f'- By the error over {over}: not measured.')
     lines += ['', 'The sweep, training error in % over its last epoch: ' + '; '.join(

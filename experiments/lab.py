@@ -241,7 +241,7 @@ def _arguments(changes: dict[str, Any] | None) -> list[str]:
 def _decisive(arguments: list[str]) -> dict[str, str]:
     """What results that belong together must share, {argument: its last value}.
 
-    Where a run lies, and how a machine runs it, is its own affair.
+    Where a run lies (--workdir), and how a machine runs it, is its own affair.
     """
     values = (text.partition('=') for text in arguments)
     return {name: value for name, _, value in values

