@@ -148,6 +148,7 @@ def plot(results, file):
             if i == 0 and CLAIMED[net]:
                 axes.axhline(CLAIMED[net], 0.97, 1, color=colour, lw=3)
     axes.set_xscale('log')  # of 10 to 520 epochs
+    axes.xaxis.set_major_formatter('{x:g}')
     axes.set(xlabel='epochs', ylabel='test error, centre crop, %', ylim=(0, None))
     if axes.lines:
         axes.legend(frameon=False)
