@@ -84,7 +84,7 @@ class Lab:
         return self.folder / f'{name}-{seed}'.replace(' ', '_')
 
     def value_given(self, field: str) -> str | None:
-        """What the command line sets a field to, None if it does not."""
+        """What the command line sets a field to, None if it does not, or to one of `run`."""
         return _decisive(self._given).get(f'--config.{field}')
 
     def run(

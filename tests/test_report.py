@@ -93,8 +93,14 @@ def test_all_schedules_are_shortened_alike(tmp_path):
     assert len(commands) == 6
     eleven = commands['configs/cifar10.py:11pct']
     assert (eleven['optim.epochs'], eleven['optim.drops']) == (12.0, (11.538462, 11.769231))
+    assert eleven['run.eval_every'] == 1.0
     short = commands['configs/cifar10.py:80sec']
     assert (short['optim.epochs'], short['optim.drops']) == (10.0, (8.0,))  # it has no more
+    Lab.scale = 'full'
+    cifar_lrn.run(Lab())
+    eleven = commands['configs/cifar10.py:11pct']
+    assert (eleven['optim.epochs'], eleven['optim.drops']) == (520.0, (500.0, 510.0))
+    assert eleven['run.eval_every'] == 26.0
 
 
 def test_every_network_has_dashes_of_its_own():
