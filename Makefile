@@ -1,6 +1,6 @@
 # make quickstart   install, train a small net on the embedded pictures, evaluate it (about 10 minutes)
 # make test         every test (about 17 minutes on 2 cores); `make test-fast`: without the slow ones
-# make lint         ruff
+# make lint         ruff: rules and format
 # Another Python: `make test PYTHON=python3.12`. Other pytest arguments: `make test ARGS='-k layers'`.
 
 PYTHON ?= python3
@@ -28,6 +28,7 @@ test-fast: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 clean:
 	rm -rf $(VENV)

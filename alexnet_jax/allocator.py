@@ -10,12 +10,14 @@ import os
 import platform
 import sys
 
-TUNABLES = ':'.join((
-    'glibc.malloc.mmap_max=0',  # large blocks come from the heap, not from mappings of their own,
-    'glibc.malloc.arena_max=1',  # of which there is one, since the others cannot hold them,
-    'glibc.malloc.trim_threshold=1099511627776',  # and which does not shrink
-    'glibc.malloc.hugetlb=1',  # pages of 2 MiB, where the kernel allows them
-))  # fmt: skip
+TUNABLES = ':'.join(
+    (
+        'glibc.malloc.mmap_max=0',  # large blocks come from the heap, not from mappings of their own,
+        'glibc.malloc.arena_max=1',  # of which there is one, since the others cannot hold them,
+        'glibc.malloc.trim_threshold=1099511627776',  # and which does not shrink
+        'glibc.malloc.hugetlb=1',  # pages of 2 MiB, where the kernel allows them
+    )
+)
 ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio/0')  # NVIDIA, AMD, TPUs
 
 

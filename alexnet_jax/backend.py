@@ -12,9 +12,12 @@ from jax.sharding import Mesh
 
 class Backend(NamedTuple):
     blocks: bool  # strided convolutions on blocks of pixels: matrix units want many channels
-    donate: bool  # a step destroys the state it is given; CPUs copy it first: the update reads it twice
-    loop: bool  # several steps as a loop; within one, XLA's convolutions on CPUs are many times slower
-    overlap: bool  # several programs in flight: virtual CPU devices could wait for each other for ever
+    # a step destroys the state it is given; CPUs copy it first: the update reads it twice
+    donate: bool
+    # several steps as a loop; within one, XLA's convolutions on CPUs are many times slower
+    loop: bool
+    # several programs in flight: virtual CPU devices could wait for each other for ever
+    overlap: bool
     keep_programs: bool  # compiled programs on disk; on CPUs compiling takes seconds
 
 

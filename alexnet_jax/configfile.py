@@ -54,10 +54,11 @@ def fields(config: ConfigDict, prefix: str = 'config') -> dict[str, Any]:
         name: value
         for key, entry in config.items()
         for name, value in (
-            fields(entry, f'{prefix}.{key}') if isinstance(entry, ConfigDict)
+            fields(entry, f'{prefix}.{key}')
+            if isinstance(entry, ConfigDict)
             else {f'{prefix}.{key}': entry}
         ).items()
-    }  # fmt: skip
+    }
 
 
 def check_name(name: str, known: dict[str, Any]) -> None:

@@ -122,7 +122,11 @@ def build(
     for kind, ops in zip(layers, after, strict=True):
         choose('config.model.layers', kind, ('conv', 'local', 'fc'))
         for op in ops.split():
-            choose('config.model.after', op, ('act',) if kind == 'fc' else ('act', 'norm', 'max', 'avg'))
+            choose(
+                'config.model.after',
+                op,
+                ('act',) if kind == 'fc' else ('act', 'norm', 'max', 'avg'),
+            )
     if 'fc' in layers and any(kind != 'fc' for kind in layers[layers.index('fc') :]):
         raise UserError('config.model.layers: after an fc layer there can only be fc layers')
     choose('config.model.norms', norms, ('all', 'none'))

@@ -238,7 +238,9 @@ def _read_with_tensorflow(
         for read in held[:1]:
             return read(step)
         # After the end, to a thread that still runs.
-        return tuple(np.zeros(s.shape, 'S' if s.dtype == tf.string else s.dtype.name) for s in specs)
+        return tuple(
+            np.zeros(s.shape, 'S' if s.dtype == tf.string else s.dtype.name) for s in specs
+        )
 
     def read_step(step):
         values = tf.numpy_function(call, [step], [s.dtype for s in specs], stateful=False)
@@ -259,7 +261,9 @@ def _read_with_tensorflow(
     return _iterate(dataset.with_options(options), held, failures, tf.errors.OpError)
 
 
-def _iterate(dataset, held: list, failures: list[Exception], op_error: type[Exception]) -> Iterator[Batch]:
+def _iterate(
+    dataset, held: list, failures: list[Exception], op_error: type[Exception]
+) -> Iterator[Batch]:
     """A dataset's elements; an exception raised inside its functions is raised as it was.
 
     held: what they need until the end.

@@ -32,23 +32,31 @@ def start(coordinator: str, processes: int, process: int, automatic: bool, *, ti
     """
     given = (bool(coordinator), processes > 0, process >= 0)
     if automatic and any(given):
-        raise UserError('--distributed finds all by itself: leave --coordinator, --num_processes '
-                        'and --process_id out')
+        raise UserError(
+            '--distributed finds all by itself: leave --coordinator, --num_processes '
+            'and --process_id out'
+        )
     if not automatic and not any(given):
         return
     if not automatic:
         if not all(given):
-            raise UserError('--coordinator, --num_processes and --process_id belong together: give '
-                            'all three, or --distributed where SLURM or a TPU pod started this')
+            raise UserError(
+                '--coordinator, --num_processes and --process_id belong together: give '
+                'all three, or --distributed where SLURM or a TPU pod started this'
+            )
         host, _, port = coordinator.rpartition(':')
         if not host or not port.isdigit():
             raise UserError(f'--coordinator={coordinator}: give HOST:PORT, as in node1:12345')
         if process >= processes:
-            raise UserError(f'--process_id={process}: with --num_processes={processes} the numbers '
-                            f'are 0 to {processes - 1}')
-    arguments = {} if automatic else {
-        'coordinator_address': coordinator, 'num_processes': processes, 'process_id': process
-    }  # fmt: skip
+            raise UserError(
+                f'--process_id={process}: with --num_processes={processes} the numbers '
+                f'are 0 to {processes - 1}'
+            )
+    arguments = (
+        {}
+        if automatic
+        else {'coordinator_address': coordinator, 'num_processes': processes, 'process_id': process}
+    )
     message = (
         f'{coordinator or "--distributed"}: the processes of this run did not find each other within '
         f'{timeout} s; start all of them, with the same --num_processes, numbers from 0 on, and a port '
@@ -71,7 +79,9 @@ def start(coordinator: str, processes: int, process: int, automatic: bool, *, ti
         clock.cancel()
     counts = multihost_utils.process_allgather(np.int32(processes)).tolist()
     if len({*counts}) > 1:
-        raise UserError(f'--num_processes is {counts} in the processes of this run: give all the same')
+        raise UserError(
+            f'--num_processes is {counts} in the processes of this run: give all the same'
+        )
 
 
 def is_first() -> bool:
@@ -106,8 +116,9 @@ def leave(error: BaseException) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError) and not own:
         line, code = (
             f'error: another process of this run was lost, or failed ({_line(error)}); start all of '
-            'them again: they go on from the last checkpoint', errors.LOST,
-        )  # fmt: skip
+            'them again: they go on from the last checkpoint',
+            errors.LOST,
+        )
     print(f'process {jax.process_index()}: {line}', file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # at a usual end JAX and orbax would wait for processes that wait for this one
@@ -149,8 +160,10 @@ def check_shared(workdir: files.Path) -> None:
         raise UserError(f'--workdir={workdir}: process 0 cannot write there; give another')
     if not found.all():
         blind = ', '.join(map(str, np.flatnonzero(~found)))
-        raise UserError(f'--workdir={workdir}: process {blind} does not see what process 0 writes '
-                        'there; give a folder that all of them share')
+        raise UserError(
+            f'--workdir={workdir}: process {blind} does not see what process 0 writes '
+            'there; give a folder that all of them share'
+        )
 
 
 def _line(error: BaseException) -> str:

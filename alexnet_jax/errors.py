@@ -1,12 +1,12 @@
 """How a command ends: the exit codes, and the errors that are no bugs.
 
-    0    done
-    1    a bug, with a traceback
-    2    the user's to mend, one line (`UserError`)
-    75   stopped before the end, with a checkpoint: the same command goes on (`Stopped`)
-    76   another process of the run was lost: start all of them again (`distributed.py`)
-    130  Ctrl-C, twice
-    141  nobody reads the output any more, as after `| head`
+0    done
+1    a bug, with a traceback
+2    the user's to mend, one line (`UserError`)
+75   stopped before the end, with a checkpoint: the same command goes on (`Stopped`)
+76   another process of the run was lost: start all of them again (`distributed.py`)
+130  Ctrl-C, twice
+141  nobody reads the output any more, as after `| head`
 """
 
 import argparse
@@ -83,7 +83,8 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _is_unread():  # who reads it has enough, as `head` has
+        # who reads it has enough, as `head` has
+        if isinstance(error, BrokenPipeError) and _is_unread():
             _discard_output()
             sys.exit(UNREAD)
         line, code = end(error)
@@ -101,9 +102,15 @@ def end(error: BaseException) -> tuple[str, int]:
     if isinstance(error, Stopped):
         return str(error), STOPPED
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return f'error: {error.filename or "writing"}: {error.strerror}; make room, and start again', MISTAKE
+        return (
+            f'error: {error.filename or "writing"}: {error.strerror}; make room, and start again',
+            MISTAKE,
+        )
     if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
-        return f'error: {error.filename}: {error.strerror}; give another path, or get access to it', MISTAKE
+        return (
+            f'error: {error.filename}: {error.strerror}; give another path, or get access to it',
+            MISTAKE,
+        )
     if isinstance(error, KeyboardInterrupt):
         return 'interrupted', INTERRUPTED  # what shells report for it
     return ''.join(traceback.format_exception(error)), BUG

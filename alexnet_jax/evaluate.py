@@ -105,12 +105,16 @@ def open_store(runs: Sequence[Run], store: str = '') -> Store:
     data_config = {**first.config['data'], 'store': store or first.config['data']['store']}
     opened = prepare.ensure(**data_config, alone=jax.process_count() == 1)
     if opened.names != first.facts.names:
-        raise UserError(f'{opened.path} has other classes than {first.path} was trained on; '
-                        'give the store of its classes, --store=DIR')
+        raise UserError(
+            f'{opened.path} has other classes than {first.path} was trained on; '
+            'give the store of its classes, --store=DIR'
+        )
     for r in runs:
         if r.facts.mean.shape[0] != opened.size:
-            raise UserError(f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, and '
-                            f'{opened.path} has {opened.size}')
+            raise UserError(
+                f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, and '
+                f'{opened.path} has {opened.size}'
+            )
     if not store:  # others, of the same classes, only where they are asked for
         rundir.check_store(first.path, opened)
     return opened
@@ -173,12 +177,15 @@ def compare(
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
     runs = [open_run(path, mesh, step) for path in paths]
-    distributed.agree({f'the step of {r.path}': r.step for r in runs})  # a training may save meanwhile
+    # a training may save meanwhile
+    distributed.agree({f'the step of {r.path}': r.step for r in runs})
     opened = open_store(runs, store)
     results = {}
     for view in views:
         predicts = [predictor(r, mesh, view) for r in runs]
-        members = [(f'{r.path} (step {r.step:,})', [p]) for r, p in zip(runs, predicts, strict=True)]
+        members = [
+            (f'{r.path} (step {r.step:,})', [p]) for r, p in zip(runs, predicts, strict=True)
+        ]
         if len(runs) > 1:
             members.append((f'{len(runs)} CNNs', predicts))
         for name, ensemble in members:
@@ -203,8 +210,11 @@ def table(results: dict[tuple[str, str], dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog='python -m alexnet_jax.evaluate', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        prog='python -m alexnet_jax.evaluate',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories')
     parser.add_argument('--split', default='val', choices=('val', 'train'))
     parser.add_argument('--views', default='both', choices=('both', *steps.VIEWS))
@@ -213,7 +223,9 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=100, help='images a step')
     parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
     parser.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
-    parser.add_argument('--coordinator', default='', help='several processes: HOST:PORT of number 0')
+    parser.add_argument(
+        '--coordinator', default='', help='several processes: HOST:PORT of number 0'
+    )
     parser.add_argument('--num_processes', type=int, default=0, help='how many there are')
     parser.add_argument('--process_id', type=int, default=-1, help='the number of this one, from 0')
     parser.add_argument('--distributed', action='store_true', help='all three from SLURM, TPU pods')
@@ -224,10 +236,17 @@ def main() -> None:
         raise UserError('--threads and --cpu_devices must not be below 0')
     allocator.keep_memory()
     meshes.configure(args.cpu_devices)
-    distributed.start(args.coordinator, args.num_processes, args.process_id, args.distributed,
-                      timeout=args.connect_timeout)
+    distributed.start(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        args.distributed,
+        timeout=args.connect_timeout,
+    )
     with distributed.together():
-        distributed.agree({name: value for name, value in vars(args).items() if name != 'process_id'})
+        distributed.agree(
+            {name: value for name, value in vars(args).items() if name != 'process_id'}
+        )
         results = compare(
             args.runs,
             views=tuple(steps.VIEWS) if args.views == 'both' else (args.views,),

@@ -134,7 +134,11 @@ class Job:
         """
         count = self.config.run.dispatch
         whole = step % count == 0 and step + count <= self.total
-        return count if whole and not any(map(self.evaluation_due, range(step + 1, step + count))) else 1
+        return (
+            count
+            if whole and not any(map(self.evaluation_due, range(step + 1, step + count)))
+            else 1
+        )
 
     def evaluation_due(self, step: int) -> bool:
         examples, batch = self.store.counts['train'], self.config.train.batch
@@ -152,5 +156,7 @@ def _params_from(run_dir: str, target: dict, fresh: dict, last: str) -> dict:
     same = bias is not None and bias.shape == target[last]['bias'].shape
     wanted = {layer: leaves for layer, leaves in target.items() if same or layer != last}
     step, params, _ = other.restore_params(wanted)
-    log.info('starting from %s, step %s%s', run_dir, step, '' if same else ', with a new last layer')
+    log.info(
+        'starting from %s, step %s%s', run_dir, step, '' if same else ', with a new last layer'
+    )
     return {**fresh, **params}

@@ -63,9 +63,7 @@ def local(x, kernel, bias) -> jax.Array:
     height, width, channels = x.shape[1:]
     size = round((kernel.shape[2] // channels) ** 0.5)
     padded = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
-    views = [
-        padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)
-    ]
+    views = [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
     return add(jnp.einsum('bhwi,hwio->bhwo', jnp.concatenate(views, axis=-1), kernel), bias[None])
 
 
@@ -143,7 +141,9 @@ def _normalize_backward(window_sum, alpha, k, beta, x, g):
     wide = _wide(x)
     scale, inverse = _powers(k + alpha * window_sum(wide * wide), beta)
     scaled = g * scale
-    return ((scaled - 2 * alpha * beta * wide * window_sum(scaled * wide * inverse)).astype(x.dtype),)
+    return (
+        (scaled - 2 * alpha * beta * wide * window_sum(scaled * wide * inverse)).astype(x.dtype),
+    )
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
@@ -223,11 +223,14 @@ def _max_pool_backward(window, stride, residual, g):
 
     def pixels(p, q):
         parts = [
-            jnp.where(window_of(winner, i // stride, j // stride) == i * window + j,
-                      window_of(g, i // stride, j // stride), jnp.zeros((), g.dtype))
+            jnp.where(
+                window_of(winner, i // stride, j // stride) == i * window + j,
+                window_of(g, i // stride, j // stride),
+                jnp.zeros((), g.dtype),
+            )
             for i in range(p, window, stride)
             for j in range(q, window, stride)
-        ]  # fmt: skip
+        ]
         return sum(parts) if parts else jnp.zeros_like(window_of(g, 0, 0))
 
     rows = [jnp.stack([pixels(p, q) for q in range(stride)], axis=3) for p in range(stride)]

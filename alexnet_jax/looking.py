@@ -23,13 +23,24 @@ DRAWN = 100  # pictures that are drawn below, or beside, each other at the most
 
 def parser(name: str, description: str, *, output: str | None) -> ArgumentParser:
     """The arguments that all have; output: the default of --output, None for no picture."""
-    made = ArgumentParser(prog=f'python -m alexnet_jax.{name}', description=description,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = ArgumentParser(
+        prog=f'python -m alexnet_jax.{name}',
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     made.add_argument('run', metavar='RUN', help='a run directory')
-    made.add_argument('--step', default='latest', help="'best', 'latest' or a number",
-                      type=lambda text: int(text) if text.isdigit() else text)
-    made.add_argument('--output', default=output, metavar='FILE.png',
-                      help=f'the picture to write (default: {output or "none"})')
+    made.add_argument(
+        '--step',
+        default='latest',
+        help="'best', 'latest' or a number",
+        type=lambda text: int(text) if text.isdigit() else text,
+    )
+    made.add_argument(
+        '--output',
+        default=output,
+        metavar='FILE.png',
+        help=f'the picture to write (default: {output or "none"})',
+    )
     made.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
     return made
 
@@ -61,8 +72,10 @@ def check_output(output: str) -> None:
     if files.is_remote(path):
         return
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f'--output={output}: {path.parent} is not a folder that can be written to; '
-                        'make it, or give another')
+        raise UserError(
+            f'--output={output}: {path.parent} is not a folder that can be written to; '
+            'make it, or give another'
+        )
     if path.is_dir():
         raise UserError(f'--output={output}: this is a folder; give the name of a file')
 
@@ -98,8 +111,10 @@ def read(path: str, size: int) -> np.ndarray:
     try:
         return pictures.square(content, size)
     except Exception as error:  # on damaged files Pillow raises almost anything
-        raise UserError(f'{path}: not a picture, or a damaged one ({files.reason(error)}); '
-                        'repair it, or leave it out') from error
+        raise UserError(
+            f'{path}: not a picture, or a damaged one ({files.reason(error)}); '
+            'repair it, or leave it out'
+        ) from error
 
 
 def label_of(path: str, names: list[str]) -> int | None:
@@ -125,8 +140,10 @@ def chosen(store: Store, flag: str, count: int, seed: int) -> np.ndarray:
     """`choose` from the validation split; UserError, with the flag's name, for a wrong count."""
     there = store.counts['val']
     if not 1 <= count <= there:
-        raise UserError(f'{flag}={count}: the validation split of {store.path} has {there:,} '
-                        'pictures; give a number from 1 to that')
+        raise UserError(
+            f'{flag}={count}: the validation split of {store.path} has {there:,} '
+            'pictures; give a number from 1 to that'
+        )
     return choose(store.labels('val'), count, seed)
 
 

@@ -71,7 +71,9 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
                 f'config.run.mesh: model={model} cannot divide {devices} devices; choose model=1, '
                 'name both numbers, or use another number of devices (--cpu_devices=N)'
             )
-        fits = (n for n in range(devices // model, 0, -1) if not any(b % n for b in batches.values()))
+        fits = (
+            n for n in range(devices // model, 0, -1) if not any(b % n for b in batches.values())
+        )
         data = next(fits)
     if data * model > devices:
         raise UserError(
@@ -115,7 +117,9 @@ def global_batch(mesh: Mesh, batch: int, local: dict[str, np.ndarray]) -> dict[s
     }
 
 
-def global_batches(mesh: Mesh, batch: int, local: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+def global_batches(
+    mesh: Mesh, batch: int, local: list[dict[str, np.ndarray]]
+) -> dict[str, jax.Array]:
     """This process's rows of several batches -> arrays [batches, rows, ...]; of one: as `global_batch`."""
     if len(local) == 1:
         return global_batch(mesh, batch, local[0])

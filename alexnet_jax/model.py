@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax import layers
 
-SIZES = (11, 5, 3, 3, 3, 3)  # kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146)
+# kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146)
+SIZES = (11, 5, 3, 3, 3, 3)
 PADDINGS = (None, 2, 1, 1, 1, 1)  # pixels on every side; conv1's is a switch
 # Run #147: pooling without overlap comes with less padding, so that layer 5 again ends at 6 x 6.
 DISJOINT_PADDINGS = (None, 1, 1, 1, 0, 1)
@@ -193,7 +194,9 @@ class AlexNet(nn.Module):
                     xs = tuple(self._centres(x) for x in xs)
             else:
                 size = xs[0].shape[1]
-                padding = (padding_of(i, self.pooling, size, first),) * 2 if i else self.conv1_padding
+                padding = (
+                    (padding_of(i, self.pooling, size, first),) * 2 if i else self.conv1_padding
+                )
                 # After conv1 or conv3, which read everything, conv2 and conv4 read halves of it.
                 # Without them they read everything themselves.
                 halves = name in GROUPED and (self.remove, name) not in UNGROUPED

@@ -46,9 +46,13 @@ def sgd(
     rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the rate is 0 (and in the layers of
     `freeze`) neither parameter nor velocity changes.
     """
+
     def add(gradients, params):
         return jax.tree.map(
-            lambda beta, g, w: g + beta * w if beta else g, _betas(params, decay, decays), gradients, params
+            lambda beta, g, w: g + beta * w if beta else g,
+            _betas(params, decay, decays),
+            gradients,
+            params,
         )
 
     return _with_rates(optax.stateless(add), momentum, freeze)
@@ -95,7 +99,9 @@ def _scale_by_trust(trust, decay, decays, axis):
         return ratio * (gradient + beta * w)
 
     return optax.stateless(
-        lambda gradients, params: jax.tree.map(scale, _betas(params, decay, decays), gradients, params)
+        lambda gradients, params: jax.tree.map(
+            scale, _betas(params, decay, decays), gradients, params
+        )
     )
 
 
@@ -103,9 +109,7 @@ def _betas(params, decay, decays):
     """The weight decay of every parameter, in the shape of the parameters."""
     of_layer = dict(decays)
     return {
-        layer: {
-            name: of_layer.get(layer, decay) if name == 'kernel' else 0.0 for name in leaves
-        }
+        layer: {name: of_layer.get(layer, decay) if name == 'kernel' else 0.0 for name in leaves}
         for layer, leaves in params.items()
     }
 

@@ -41,8 +41,11 @@ def predict(
     pictures: Sequence[np.ndarray],
 ) -> list[Prediction]:
     """A prediction for each of some squares u8[S,S,3]."""
-    probabilities = [row for start in range(0, len(pictures), BATCH)
-                     for row in classify(pictures[start : start + BATCH])]
+    probabilities = [
+        row
+        for start in range(0, len(pictures), BATCH)
+        for row in classify(pictures[start : start + BATCH])
+    ]
     return [Prediction(*row) for row in zip(titles, labels, pictures, probabilities, strict=True)]
 
 

@@ -32,13 +32,23 @@ def default_store(source: str, size: int, format: str) -> str:
 
     SOURCE is the last part of a folder's path, or a TFDS name with '-' for '/'.
     """
-    folder, other = (os.path.join('data', f'{name}-{size}-{format}')
-                     for name in (os.path.basename(_whole(source)), source.replace('/', '-')))
+    folder, other = (
+        os.path.join('data', f'{name}-{size}-{format}')
+        for name in (os.path.basename(_whole(source)), source.replace('/', '-'))
+    )
     return folder if _is_folder(source, folder) else other
 
 
-def prepare(source: str, *, dir: str | None = None, store: str | None = None, format: str = 'jpg',
-            size: int = 256, val_fraction: float = 0.1, limit: float = np.inf) -> stores.Store:
+def prepare(
+    source: str,
+    *,
+    dir: str | None = None,
+    store: str | None = None,
+    format: str = 'jpg',
+    size: int = 256,
+    val_fraction: float = 0.1,
+    limit: float = np.inf,
+) -> stores.Store:
     """Makes a store, goes on with an interrupted one, or opens one that is complete.
 
     Waits for another process that is making the same store. A complete one that `store` names is
@@ -61,14 +71,21 @@ def prepare(source: str, *, dir: str | None = None, store: str | None = None, fo
     advice = _advice(source, dir, store, format, size, val_fraction)
     try:
         with writer.locked(path):  # the process that we wait for may have finished the store
-            return (_finished(path, wanted, named)
-                    or _make(path, wanted, source, dir, limit, advice))
+            return _finished(path, wanted, named) or _make(path, wanted, source, dir, limit, advice)
     except OSError as error:
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error
 
 
-def ensure(*, source: str, dir: str | None = None, store: str | None = None, format: str = 'jpg',
-           size: int = 256, val_fraction: float = 0.1, alone: bool = True) -> stores.Store:
+def ensure(
+    *,
+    source: str,
+    dir: str | None = None,
+    store: str | None = None,
+    format: str = 'jpg',
+    size: int = 256,
+    val_fraction: float = 0.1,
+    alone: bool = True,
+) -> stores.Store:
     """Opens the store of a source for training; a small set (< 200,000) is prepared first.
 
     alone: whether no other process does the same now; if one may, nothing is prepared.
@@ -82,17 +99,27 @@ def ensure(*, source: str, dir: str | None = None, store: str | None = None, for
     complete = there and there['complete']
     if not complete and (not alone or datasets.is_large(source, data_dir=dir, pictures=LARGE)):
         raise UserError(_advice(source, dir, store, format, size, val_fraction))
-    return prepare(source, dir=dir, store=store, format=format, size=size,
-                   val_fraction=val_fraction, limit=LARGE)
+    return prepare(
+        source,
+        dir=dir,
+        store=store,
+        format=format,
+        size=size,
+        val_fraction=val_fraction,
+        limit=LARGE,
+    )
 
 
 def _check_options(format: str, size: int, val_fraction: float) -> None:
     if format not in stores.FORMATS or size < 1:
-        raise UserError(f'format {format!r}, size {size}: the format is one of '
-                        f'{", ".join(stores.FORMATS)}, the size a positive number of pixels')
+        raise UserError(
+            f'format {format!r}, size {size}: the format is one of '
+            f'{", ".join(stores.FORMATS)}, the size a positive number of pixels'
+        )
     if not 0 < val_fraction < 1:
-        raise UserError(f'val_fraction {val_fraction}: give a part between 0 and 1, as '
-                        '--val_fraction=0.1')
+        raise UserError(
+            f'val_fraction {val_fraction}: give a part between 0 and 1, as --val_fraction=0.1'
+        )
 
 
 def _whole(folder: str) -> str:
@@ -128,8 +155,9 @@ def _finished(path: str, wanted: dict, named: bool) -> stores.Store | None:
     return stores.open_store(path)
 
 
-def _make(path: str, wanted: dict, source: str, dir: str | None, limit: float,
-          advice: str) -> stores.Store:
+def _make(
+    path: str, wanted: dict, source: str, dir: str | None, limit: float, advice: str
+) -> stores.Store:
     size, format = wanted['size'], wanted['format']
     begun = _description(path)
     try:
@@ -137,17 +165,22 @@ def _make(path: str, wanted: dict, source: str, dir: str | None, limit: float,
         pictures = sum(opened.splits.values())
         if pictures >= limit:
             raise UserError(advice)
-        wanted = {**wanted, 'filter': FILTER, 'classes': len(opened.class_names),
-                  'counts': opened.splits,
-                  'versions': {'pillow': PIL.__version__, 'numpy': np.__version__}}
+        wanted = {
+            **wanted,
+            'filter': FILTER,
+            'classes': len(opened.class_names),
+            'counts': opened.splits,
+            'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},
+        }
         _check_same(path, begun or {}, wanted)
         begun = None  # from here on what is there is ours
         progress = writer.read_progress(path, size)
         _check_disk(path, pictures - progress['written'][:, 0].sum(), size, format)
         writer.write_description(path, {**wanted, 'complete': False})
         writer.write_records(path, opened, size=size, format=format, progress=progress)
-        writer.finish(path, opened, format=format, progress=progress,
-                      description={**wanted, 'complete': True})
+        writer.finish(
+            path, opened, format=format, progress=progress, description={**wanted, 'complete': True}
+        )
     except (OSError, UserError):
         if not begun and not os.path.exists(os.path.join(path, writer.PROGRESS)):
             writer.empty(path)
@@ -173,25 +206,33 @@ def _description(path: str) -> dict | None:
             raise UserError(f'{path}: there are other things: give another --store') from error
         return None
     except OSError as error:
-        raise UserError(f'{path}: cannot be read as a store: {error.strerror}: give another '
-                        '--store') from error
+        raise UserError(
+            f'{path}: cannot be read as a store: {error.strerror}: give another --store'
+        ) from error
     except (ValueError, TypeError) as error:
-        raise UserError(f'{path}: not a store, or damaged ({error}): give another --store, or '
-                        f'remove {path} and run prepare again') from error
+        raise UserError(
+            f'{path}: not a store, or damaged ({error}): give another --store, or '
+            f'remove {path} and run prepare again'
+        ) from error
 
 
 def _check_same(path: str, there: dict, wanted: dict) -> None:
     different = _differences(there, wanted)
     if different:
         as_it_is = there['complete'] and 'source' in wanted  # else it was named already
-        raise UserError(f'{path} is another store ({different}): give another --store'
-                        f'{f" (--store={path} takes it as it is)" if as_it_is else ""}, or '
-                        f'remove {path} and run prepare again')
+        raise UserError(
+            f'{path} is another store ({different}): give another --store'
+            f'{f" (--store={path} takes it as it is)" if as_it_is else ""}, or '
+            f'remove {path} and run prepare again'
+        )
 
 
 def _differences(there: dict, wanted: dict) -> str:
-    return '; '.join(f'{key} {there.get(key)}, not {value}'
-                     for key, value in wanted.items() if there.get(key, value) != value)
+    return '; '.join(
+        f'{key} {there.get(key)}, not {value}'
+        for key, value in wanted.items()
+        if there.get(key, value) != value
+    )
 
 
 def _check_disk(path: str, pictures: int, size: int, format: str) -> None:
@@ -205,35 +246,58 @@ def _check_disk(path: str, pictures: int, size: int, format: str) -> None:
 
 
 def _advice(source, dir, store, format, size, val_fraction) -> str:
-    options = {'source': source, 'dir': dir, 'store': store, 'format': format, 'size': size,
-               'val_fraction': val_fraction}
+    options = {
+        'source': source,
+        'dir': dir,
+        'store': store,
+        'format': format,
+        'size': size,
+        'val_fraction': val_fraction,
+    }
     given = ' '.join(f'--{key}={value}' for key, value in options.items() if value)
-    return (f'{source} has no store yet, and is too large to make one on first use, or several '
-            f'processes would make it at once: run python -m alexnet_jax.prepare {given}')
+    return (
+        f'{source} has no store yet, and is too large to make one on first use, or several '
+        f'processes would make it at once: run python -m alexnet_jax.prepare {given}'
+    )
 
 
 def main() -> None:
-    parser = errors.ArgumentParser(prog='python -m alexnet_jax.prepare', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.ArgumentParser(
+        prog='python -m alexnet_jax.prepare',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--source', required=True, help='a folder of class folders, or a TFDS name')
     parser.add_argument('--dir', help="TFDS's folder of data sets; for imagenet2012, of the tars")
     parser.add_argument('--store', help='folder to make (default: data/SOURCE-SIZE-FORMAT)')
-    parser.add_argument('--format', choices=stores.FORMATS, default='jpg', help='JPEG, or raw pixels')
+    parser.add_argument(
+        '--format', choices=stores.FORMATS, default='jpg', help='JPEG, or raw pixels'
+    )
     parser.add_argument('--size', type=int, default=256, help='pixels a side')
-    parser.add_argument('--val_fraction', type=float, default=0.1,
-                        help='part to hold out where the source has no validation split')
+    parser.add_argument(
+        '--val_fraction',
+        type=float,
+        default=0.1,
+        help='part to hold out where the source has no validation split',
+    )
     parser.add_argument('--verify', action='store_true', help='check all records of the store')
     options = vars(parser.parse_args())
     if options.pop('verify'):
-        path = options['store'] or default_store(*(options[k] for k in ('source', 'size', 'format')))
+        path = options['store'] or default_store(
+            *(options[k] for k in ('source', 'size', 'format'))
+        )
         stores.verify(stores.open_store(path))
         print(f'{path}: every record is as it was written')
         return
     began = time.monotonic()
     store = prepare(**options)
-    print(f'{store.path}: {store.counts["train"]} + {store.counts["val"]} pictures of '
-          f'{store.classes} classes, {time.monotonic() - began:.1f} s')
-    print(f'mean colour {store.mean.mean((0, 1)).round(2)}, standard deviations {store.sigma.round(2)}')
+    print(
+        f'{store.path}: {store.counts["train"]} + {store.counts["val"]} pictures of '
+        f'{store.classes} classes, {time.monotonic() - began:.1f} s'
+    )
+    print(
+        f'mean colour {store.mean.mean((0, 1)).round(2)}, standard deviations {store.sigma.round(2)}'
+    )
 
 
 if __name__ == '__main__':

@@ -35,8 +35,10 @@ def make_features(trained: evaluate.Run, mesh: Mesh) -> Callable[[data.Batch], n
         images = meshes.global_batch(mesh, len(there), {'image': batch['image']})['image']
         values = np.asarray(extract(trained.params, images))[there]
         if not np.isfinite(values).all():
-            raise UserError(f'{trained.path}, step {trained.step:,}: activations are not finite; '
-                            'give another --step')
+            raise UserError(
+                f'{trained.path}, step {trained.step:,}: activations are not finite; '
+                'give another --step'
+            )
         return values
 
     return features
@@ -47,8 +49,10 @@ def padded(images: np.ndarray, batch: int) -> Iterator[data.Batch]:
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
         missing = batch - len(part)
-        yield {'image': np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))),
-               'mask': np.pad(np.ones(len(part), np.float32), (0, missing))}
+        yield {
+            'image': np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))),
+            'mask': np.pad(np.ones(len(part), np.float32), (0, missing)),
+        }
 
 
 def nearest(
@@ -155,8 +159,10 @@ def main() -> None:
     store = evaluate.open_store([trained], args.store)
     k, there = args.neighbours, store.counts['train']
     if not 1 <= k <= there:
-        raise UserError(f'--neighbours={k}: the training split of {store.path} has {there:,} '
-                        'pictures; give a number from 1 to that')
+        raise UserError(
+            f'--neighbours={k}: the training split of {store.path} has {there:,} '
+            'pictures; give a number from 1 to that'
+        )
     looking.check_drawn(k)
     titles, labels, images = _queries(args, store)
     features = make_features(trained, mesh)

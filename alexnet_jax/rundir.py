@@ -36,7 +36,7 @@ from alexnet_jax.store import Store
 LATER = {  # fields that older runs do not have, with what they mean by it
     'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': []},
     'model': {'net': 'alexnet'},
-}  # fmt: skip
+}
 
 
 class Facts(NamedTuple):
@@ -65,7 +65,14 @@ def read_facts(path: str | os.PathLike) -> Facts:
     try:
         with np.load(io.BytesIO((path / 'stats.npz').read_bytes())) as stats:
             return Facts((path / 'names.txt').read_text().splitlines(), stats['mean'])
-    except (files.failures(path), ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        files.failures(path),
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f'{path}: incomplete run directory: {error}') from error
 
 

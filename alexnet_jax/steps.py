@@ -186,9 +186,17 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), sums
 
-    mapped = step if alone else jax.shard_map(
-        step, mesh=mesh, in_specs=(specs, P('data'), P()), out_specs=(specs, P()), check_vma=True
-    )  # fmt: skip
+    mapped = (
+        step
+        if alone
+        else jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(specs, P('data'), P()),
+            out_specs=(specs, P()),
+            check_vma=True,
+        )
+    )
 
     def chain(state, batches, rates):
         def one(carry, inputs):

@@ -62,8 +62,9 @@ def train(config, workdir: str | os.PathLike) -> None:
     if group > 1 and not any(job.dispatched(at) > 1 for at in range(0, job.total, group)):
         log.warning(
             'config.run.dispatch=%s: so many steps do not fit between two evaluations, so each is made '
-            'alone', group,
-        )  # fmt: skip
+            'alone',
+            group,
+        )
     if checkpoints.steps():
         log.info('resuming at step %s', f'{step:,}')
     main_process = jax.process_index() == 0
@@ -121,11 +122,16 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
             sums = {name: float(value) for name, value in _of(i, group, all_sums).items()}
             if not math.isfinite(sums['loss']):  # `state` may be that after the next dispatch
                 broken = job.find_broken(state.params, done, *_of(i, group, (batch, scalars)))
-                raise UserError(f'{workdir}: the loss of step {done:,} {NOT_FINITE}: {broken}; {kept()}')
+                raise UserError(
+                    f'{workdir}: the loss of step {done:,} {NOT_FINITE}: {broken}; {kept()}'
+                )
             running = {name: running.get(name, 0.0) + sums[name] for name in sums}
-            images += sums['count']  # of this start alone: `running` may go back to before a restart
+            # of this start alone: `running` may go back to before a restart
+            images += sums['count']
             if (done + 1) % run.log_every == 0:
-                values = metrics.errors(running) | {n: rate for n, rate in rates.items() if n != 'stop'}
+                values = metrics.errors(running) | {
+                    n: rate for n, rate in rates.items() if n != 'stop'
+                }
                 epoch = (done + 1) * job.config.train.batch / job.store.counts['train']
                 values = {'epoch': epoch, **values, **clock.interval(images)}
                 writer.write('train', done, values)
@@ -183,7 +189,10 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
                 writer.image('conv1', step, progress.kernel_picture(conv1))
             log.info(
                 'step %s: validation loss %.4f, top-1 error %.2f %%, top-5 error %.2f %%',
-                f'{step:,}', errors['loss'], errors['top1_error'], errors['top5_error'],
+                f'{step:,}',
+                errors['loss'],
+                errors['top1_error'],
+                errors['top5_error'],
             )
             rates = job.rates(step, history)
         over = over or rates['stop']
@@ -211,7 +220,8 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         else:
             scalars = {name: value[0] for name, value in scalars.items()}
             state, sums = job.train_step(state, batch, scalars)
-        following = fetch(step + count)  # it travels to the device while this and the one before run
+        # it travels to the device while this and the one before run
+        following = fetch(step + count)
         account()
         pending = step, group, scalars, sums, batch
         step, batch = step + count, following
@@ -226,8 +236,12 @@ def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop)
         raise Stopped(
             f'{workdir}: stopped at step {step:,} ({asked}){saved}; the same command goes on'
         )
-    log.info('%s: ended at step %s; to evaluate: python -m alexnet_jax.evaluate %s',
-             workdir, f'{step:,}', workdir)  # fmt: skip
+    log.info(
+        '%s: ended at step %s; to evaluate: python -m alexnet_jax.evaluate %s',
+        workdir,
+        f'{step:,}',
+        workdir,
+    )
 
 
 def _of(i: int, group: list, tree):

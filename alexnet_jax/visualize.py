@@ -16,8 +16,10 @@ from alexnet_jax.errors import UserError, run
 def conv1_kernels(trained: evaluate.Run) -> np.ndarray:
     """The kernels of the first convolution, f32[T,h,w,3,C]; UserError where there is none."""
     if 'conv1' not in trained.params:
-        raise UserError(f'{trained.path}: this network has no conv1, whose kernels could be drawn: '
-                        'give another run')
+        raise UserError(
+            f'{trained.path}: this network has no conv1, whose kernels could be drawn: '
+            'give another run'
+        )
     return np.asarray(trained.params['conv1']['kernel'])
 
 
@@ -32,8 +34,10 @@ def main() -> None:
     trained = evaluate.open_run(args.run, mesh, args.step)
     kernels = conv1_kernels(trained)
     towers, h, w, _, count = kernels.shape
-    print(f'{args.run}, step {trained.step:,}: {towers * count} kernels of {h} x {w}, towers: {towers}, '
-          f'weights from {kernels.min():.3g} to {kernels.max():.3g}')
+    print(
+        f'{args.run}, step {trained.step:,}: {towers * count} kernels of {h} x {w}, towers: {towers}, '
+        f'weights from {kernels.min():.3g} to {kernels.max():.3g}'
+    )
     picture = progress.kernel_picture(kernels, scale=args.scale, per_kernel=args.per_kernel)
     looking.write(args.output, looking.png(picture))
 

@@ -15,7 +15,9 @@ def _table() -> dict[str, str]:
     text = pathlib.Path(__file__).with_name('imagenet_words.txt').read_text(encoding='utf-8')
     words = dict(line.split('\t') for line in text.splitlines())
     count = collections.Counter(words.values())
-    return {number: word if count[word] == 1 else f'{word} {number}' for number, word in words.items()}
+    return {
+        number: word if count[word] == 1 else f'{word} {number}' for number, word in words.items()
+    }
 
 
 def shown(names: Sequence[str]) -> list[str]:

@@ -16,21 +16,25 @@ def get_config():
     config = base.get_config()
     config.augment.crop = 227
     config.colour.std = 0.0
-    config.model.update({
-        'towers': 1,
-        'groups': 2,
-        'norm_alpha_per': 'window',
-        'norm_k': 1.0,
-        'dropout': 'inverted',
-        'conv1_padding': (0, 0),
-        'std': (0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.01),
-        'bias': (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0),
-    })
-    config.optim.update({
-        'bias_factor': 2.0,
-        'schedule': 'steps',
-        'drops': (20.0, 40.0, 60.0, 80.0),
-        'epochs': 90.0,
-    })
+    config.model.update(
+        {
+            'towers': 1,
+            'groups': 2,
+            'norm_alpha_per': 'window',
+            'norm_k': 1.0,
+            'dropout': 'inverted',
+            'conv1_padding': (0, 0),
+            'std': (0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.01),
+            'bias': (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0),
+        }
+    )
+    config.optim.update(
+        {
+            'bias_factor': 2.0,
+            'schedule': 'steps',
+            'drops': (20.0, 40.0, 60.0, 80.0),
+            'epochs': 90.0,
+        }
+    )
     config.train.batch = 256
     return config

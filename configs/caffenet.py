@@ -10,8 +10,10 @@ from configs import caffe
 
 def get_config():
     config = caffe.get_config()
-    config.model.update({
-        'after': ('act pool norm', 'act pool norm', 'act', 'act', 'act pool'),
-        'bias': (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0),
-    })
+    config.model.update(
+        {
+            'after': ('act pool norm', 'act pool norm', 'act', 'act', 'act pool'),
+            'bias': (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0),
+        }
+    )
     return config

@@ -79,30 +79,35 @@ def get_config(variant: str = '18pct'):
     config.data.update({'source': 'cifar10', 'size': 32, 'format': 'u8'})
     config.augment.update({'crop': 32, 'random': False})
     config.colour.std = 0.0
-    config.model = ConfigDict({
-        'net': 'cuda_convnet',
-        'towers': 1,
-        # 'conv': 5 x 5 kernels; 'local': 3 x 3, with weights of their own at every place; 'fc'
-        'layers': ('conv', 'conv', 'conv'),
-        'units': (32, 32, 64),  # kernels or hidden units of each
-        # What follows each: 'act', 'norm', and 'max' or 'avg', pooling over 3 x 3 pixels every 2
-        'after': ('max act norm', 'act avg norm', 'act avg'),
-        'norms': 'none',  # or 'all': without it the ones of `after` are left out
-        'norm_window': 'map',  # over norm_n x norm_n pixels of each map, or 'channels': over norm_n
-        'norm_n': 3,
-        'norm_scale': 5e-5,  # alpha times the number of values in the window, as in the source
-        'activation': 'relu',  # or 'tanh'
-        'std': (1e-4, 0.01, 0.01, 0.01),  # of the initial kernels of each, and of the last layer's
-        'dtype': 'float32',
-    })
-    config.optim.update({
-        'rate': 0.001,
-        'bias_factor': 2.0,
-        'decay': 0.004,
-        'decays': (('fc10', 3.0),),
-        'schedule': 'steps',
-        'drops': (120.0, 130.0),
-        'epochs': 140.0,
-    })
+    config.model = ConfigDict(
+        {
+            'net': 'cuda_convnet',
+            'towers': 1,
+            # 'conv': 5 x 5 kernels; 'local': 3 x 3, with weights of their own at every place; 'fc'
+            'layers': ('conv', 'conv', 'conv'),
+            'units': (32, 32, 64),  # kernels or hidden units of each
+            # What follows each: 'act', 'norm', and 'max' or 'avg', pooling over 3 x 3 pixels every 2
+            'after': ('max act norm', 'act avg norm', 'act avg'),
+            'norms': 'none',  # or 'all': without it the ones of `after` are left out
+            'norm_window': 'map',  # over norm_n x norm_n pixels of each map, or 'channels': over norm_n
+            'norm_n': 3,
+            'norm_scale': 5e-5,  # alpha times the number of values in the window, as in the source
+            'activation': 'relu',  # or 'tanh'
+            # of the initial kernels of each layer, the last one included
+            'std': (1e-4, 0.01, 0.01, 0.01),
+            'dtype': 'float32',
+        }
+    )
+    config.optim.update(
+        {
+            'rate': 0.001,
+            'bias_factor': 2.0,
+            'decay': 0.004,
+            'decays': (('fc10', 3.0),),
+            'schedule': 'steps',
+            'drops': (120.0, 130.0),
+            'epochs': 140.0,
+        }
+    )
     config.run.update({'eval_batch': 125, 'checkpoint_every': 2000, 'log_every': 50})
     return base.with_variant(config, VARIANTS, variant)

@@ -26,11 +26,13 @@ VARIANTS = {
 
 def get_config(variant: str = ''):
     config = original.get_config()
-    config.model.update({
-        'kernels': (96, 256, 384, 384, 256, 256),
-        'exchange': ('conv3', 'conv6', 'fc6', 'fc7'),
-        'after': (*config.model.after, 'act'),
-        'std': (0.01, 0.01, 0.03, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01),
-        'bias': (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0),
-    })
+    config.model.update(
+        {
+            'kernels': (96, 256, 384, 384, 256, 256),
+            'exchange': ('conv3', 'conv6', 'fc6', 'fc7'),
+            'after': (*config.model.after, 'act'),
+            'std': (0.01, 0.01, 0.03, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01),
+            'bias': (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0),
+        }
+    )
     return base.with_variant(config, VARIANTS, variant)

@@ -12,9 +12,11 @@ from configs import original
 
 def get_config():
     config = original.get_config()
-    config.model.update({
-        'kernels': (96, 320, 384, 384, 256),
-        'hidden': (8192, 4096),
-        'exchange': (),
-    })
+    config.model.update(
+        {
+            'kernels': (96, 320, 384, 384, 256),
+            'hidden': (8192, 4096),
+            'exchange': (),
+        }
+    )
     return config

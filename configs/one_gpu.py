@@ -13,10 +13,12 @@ from configs import original
 def get_config():
     config = original.get_config()
     config.model.update({'towers': 1, 'kernels': (48, 128, 192, 192, 256)})
-    config.optim.update({
-        'drops': (20.0, 48.0),
-        'conv1': ((66.0, 1e-5), (72.0, 0.0)),
-        'colour_off': 66.0,
-        'epochs': 96.0,
-    })
+    config.optim.update(
+        {
+            'drops': (20.0, 48.0),
+            'conv1': ((66.0, 1e-5), (72.0, 0.0)),
+            'colour_off': 66.0,
+            'epochs': 96.0,
+        }
+    )
     return config

@@ -27,18 +27,22 @@ def get_config(variant: str = ''):
     config = base.get_config()
     config.augment.chunk = 32
     config.colour.rescale = True
-    config.model.update({
-        'after': ('norm pool act', 'act norm map_norm pool', 'act', 'act', 'pool act'),
-        'norm_alpha_per': 'window',
-        'std': (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01),
-    })
-    config.optim.update({
-        'bias_factor': 2.0,
-        'bias_drops': False,
-        'schedule': 'steps',
-        'drops': (25.0, 51.0, 79.0),
-        'conv1': ((67.0, 1e-5), (72.0, 0.0)),
-        'colour_off': 67.0,
-        'epochs': 91.0,
-    })
+    config.model.update(
+        {
+            'after': ('norm pool act', 'act norm map_norm pool', 'act', 'act', 'pool act'),
+            'norm_alpha_per': 'window',
+            'std': (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01),
+        }
+    )
+    config.optim.update(
+        {
+            'bias_factor': 2.0,
+            'bias_drops': False,
+            'schedule': 'steps',
+            'drops': (25.0, 51.0, 79.0),
+            'conv1': ((67.0, 1e-5), (72.0, 0.0)),
+            'colour_off': 67.0,
+            'epochs': 91.0,
+        }
+    )
     return base.with_variant(config, VARIANTS, variant)

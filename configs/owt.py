@@ -14,20 +14,24 @@ from configs import base
 def get_config():
     config = base.get_config()
     config.colour.std = 0.0
-    config.model.update({
-        'towers': 1,
-        'kernels': (64, 192, 384, 256, 256),
-        'norms': 'none',
-        'dropout': 'inverted',
-        'dropout_at': 'inputs',
-        'conv1_padding': (2, 2),
-        'init': 'torch',
-    })
-    config.optim.update({
-        'decay': 1e-4,
-        'schedule': 'steps',
-        'drops': (30.0, 60.0),
-        'epochs': 90.0,
-    })
+    config.model.update(
+        {
+            'towers': 1,
+            'kernels': (64, 192, 384, 256, 256),
+            'norms': 'none',
+            'dropout': 'inverted',
+            'dropout_at': 'inputs',
+            'conv1_padding': (2, 2),
+            'init': 'torch',
+        }
+    )
+    config.optim.update(
+        {
+            'decay': 1e-4,
+            'schedule': 'steps',
+            'drops': (30.0, 60.0),
+            'epochs': 90.0,
+        }
+    )
     config.train.batch = 256
     return config

@@ -14,15 +14,17 @@ def get_config():
     config.data.update({'source': 'alexnet_shapes', 'size': 128, 'format': 'u8'})
     config.augment.crop = 112
     config.model.width = 0.25
-    config.optim.update({
-        'rate': 0.02,
-        'bias_factor': 1.0,
-        'bias_drops': True,
-        'drops': (28.0, 34.0),
-        'conv1': (),
-        'colour_off': 0.0,
-        'epochs': 36.0,
-    })
+    config.optim.update(
+        {
+            'rate': 0.02,
+            'bias_factor': 1.0,
+            'bias_drops': True,
+            'drops': (28.0, 34.0),
+            'conv1': (),
+            'colour_off': 0.0,
+            'epochs': 36.0,
+        }
+    )
     config.train.batch = 96
     config.run.update({'eval_every': 4.0, 'eval_batch': 100, 'checkpoint_every': 200})
     return config

@@ -42,7 +42,9 @@ ROWS = {
     'tanh': Row({'model.activation': 'tanh'}),
     'no norms': Row({'model.norms': 'none'}, paper=(1.4, 1.2), log=(1.37, 1.15)),
     'first norm only': Row({'model.norms': 'first'}, log=(-0.18, -0.09)),
-    'pooling without overlap': Row({'model.pooling': 'disjoint'}, paper=(0.4, 0.3), log=(0.39, 0.30)),
+    'pooling without overlap': Row(
+        {'model.pooling': 'disjoint'}, paper=(0.4, 0.3), log=(0.39, 0.30)
+    ),
     'one gpu': Row(config='configs/one_gpu.py', paper=(1.7, 1.2), log=(1.70, 1.23)),
     'no talk': Row(config='configs/no_talk.py', log=(1.16, 1.12)),
     'no colour noise': Row({'colour.std': 0.0}, paper=(1.0, None), words='> 1'),
@@ -57,12 +59,20 @@ ROWS = {
     ONE_CROP: Row(paper=(1.5, 1.3), log=(1.55, 1.30)),  # no run of its own: of the reference's
 }
 TINY = {  # of smoke runs: two steps on the embedded set
-    'data.source': 'alexnet_shapes', 'data.size': 128, 'data.format': 'u8', 'augment.crop': 112,
-    'model.width': 0.0625, 'train.batch': 8, 'run.eval_batch': 100, 'run.log_every': 1,
-}  # fmt: skip
-NOTES = {'small': 'The networks have a quarter of the width and are trained for 30 epochs, with every change '
-                  'of rate at the same part of them as in the source, on 112-pixel crops of 128-pixel '
-                  'pictures.'}
+    'data.source': 'alexnet_shapes',
+    'data.size': 128,
+    'data.format': 'u8',
+    'augment.crop': 112,
+    'model.width': 0.0625,
+    'train.batch': 8,
+    'run.eval_batch': 100,
+    'run.log_every': 1,
+}
+NOTES = {
+    'small': 'The networks have a quarter of the width and are trained for 30 epochs, with every change '
+    'of rate at the same part of them as in the source, on 112-pixel crops of 128-pixel '
+    'pictures.'
+}
 SMALL = {'data.size': 128, 'augment.crop': 112, 'model.width': 0.25}
 SCALES = {  # changes, and the part of the source's epochs
     'smoke': (TINY, 0.008 / 91),
@@ -133,7 +143,9 @@ def measured(values) -> str:
     if len(values) < 2:
         return f'{np.mean(values):+.2f}, {verdict(values)}' if values else 'not measured'
     p = f'{labs.p_value(values):.2g}'
-    return f'{np.mean(values):+.2f} ± {labs.standard_error(values):.2f}, {verdict(values)} (p = {p})'
+    return (
+        f'{np.mean(values):+.2f} ± {labs.standard_error(values):.2f}, {verdict(values)} (p = {p})'
+    )
 
 
 def theirs(values: tuple, digits: int) -> str:
@@ -150,26 +162,37 @@ def report(results) -> str:
         f'Reference (`original`), ten crops, {labs.count(len(reference[0]), "seed")}: top-1 error '
         f'{labs.mean_std(reference[0])} %, top-5 error {labs.mean_std(reference[1])} % (± standard '
         'deviation). The others, in points more than it (positive: worse), mean ± standard error of the '
-        'pairs:', '',
+        'pairs:',
+        '',
         '| row | pairs | top-1 | top-5 | the paper | log of 2012 | same sign | top-1, centre crop |',
         '|---|---|---|---|---|---|---|---|',
-    ]  # fmt: skip
+    ]
     for name, row in ROWS.items():
         if name == REFERENCE:
             continue
         first, fifth = (differences(results, name, error) for error in ERRORS)
         runs = labs.named(results, name)
         pairs = [str(len(first))]
-        for word, many in (('diverged', sum(r['diverged'] for r in runs)),
-                           ('at chance at the end', sum(map(labs.at_chance, runs)))):  # fmt: skip
+        for word, many in (
+            ('diverged', sum(r['diverged'] for r in runs)),
+            ('at chance at the end', sum(map(labs.at_chance, runs))),
+        ):
             pairs += [f'{many} {word}'] if many else []
         sign = agrees(first, row) if first else ''
-        centre = '' if name == ONE_CROP else measured(differences(results, name, ERRORS[0], 'centre'))
-        lines.append(f'| {name} | {", ".join(pairs)} | {measured(first)} | {measured(fifth)} '
-                     f'| {row.words or theirs(row.paper, 1)} | {theirs(row.log, 2)} | {sign} | {centre} |')
-    tested = sum(len(differences(results, name, ERRORS[0])) > 1 for name in ROWS if name != REFERENCE)
-    p = ("p: how often chance alone would go as far as here (Student's t test over the seeds)"
-         + f'; of {labs.count(tested, "row")} it takes {0.05 * tested:.1f} below 0.05' * bool(tested))
+        centre = (
+            '' if name == ONE_CROP else measured(differences(results, name, ERRORS[0], 'centre'))
+        )
+        lines.append(
+            f'| {name} | {", ".join(pairs)} | {measured(first)} | {measured(fifth)} '
+            f'| {row.words or theirs(row.paper, 1)} | {theirs(row.log, 2)} | {sign} | {centre} |'
+        )
+    tested = sum(
+        len(differences(results, name, ERRORS[0])) > 1 for name in ROWS if name != REFERENCE
+    )
+    p = (
+        "p: how often chance alone would go as far as here (Student's t test over the seeds)"
+        + f'; of {labs.count(tested, "row")} it takes {0.05 * tested:.1f} below 0.05' * bool(tested)
+    )
     return '\n'.join([*lines, '', f'{labs.WEAK} {p}. {same_pictures(results)}', '', THEIRS])
 
 
@@ -178,8 +201,10 @@ def same_pictures(results) -> str:
     pictures = labs.named(results, REFERENCE)[0]['data']['counts']['val']
     error = np.mean([*of_seeds(results, REFERENCE, ERRORS[0], 'ten').values()]) / 100
     alone = 100 * (error * (1 - error) / pictures) ** 0.5
-    return (f'All seeds are judged by the same {pictures:,} pictures: what other pictures would have said is '
-            f'in no ± (of one network by itself: ± {alone:.1f} points).')
+    return (
+        f'All seeds are judged by the same {pictures:,} pictures: what other pictures would have said is '
+        f'in no ± (of one network by itself: ± {alone:.1f} points).'
+    )
 
 
 def plot(results, file):
@@ -191,27 +216,50 @@ def plot(results, file):
         for y, name in enumerate(shown):
             values = differences(results, name, error)
             several = len(values) > 1
-            axes.errorbar(np.mean(values), y, xerr=2 * labs.standard_error(values) if several else None,
-                          fmt='o', mfc='#000000' if several else 'none', color='#000000', capsize=3, ms=4,
-                          label='measured, ± 2 standard errors' if several else 'measured, one pair')
+            axes.errorbar(
+                np.mean(values),
+                y,
+                xerr=2 * labs.standard_error(values) if several else None,
+                fmt='o',
+                mfc='#000000' if several else 'none',
+                color='#000000',
+                capsize=3,
+                ms=4,
+                label='measured, ± 2 standard errors' if several else 'measured, one pair',
+            )
         for source, marker, colour in (('paper', 'D', '#d55e00'), ('log', '+', '#0072b2')):
             there = {y: getattr(ROWS[name], source)[i:] for y, name in enumerate(shown)}
             points = {y: value[0] for y, value in there.items() if value and value[0] is not None}
-            axes.plot([*points.values()], [*points], marker, color=colour, mfc='none', ms=8,
-                      label={'paper': 'the paper', 'log': 'log of 2012'}[source])
+            axes.plot(
+                [*points.values()],
+                [*points],
+                marker,
+                color=colour,
+                mfc='none',
+                ms=8,
+                label={'paper': 'the paper', 'log': 'log of 2012'}[source],
+            )
         for y, name in enumerate(shown):  # the paper, where it gives no number, or not quite one
             paper = (*ROWS[name].paper, None, None)[:2]
             words = ROWS[name].words if paper[i] is not None else ''
             words = 'worse' if ROWS[name].paper == (None, None) else words
             axes.text(85, y, words, ha='right', va='center', color='#d55e00', size=8)
         axes.axvline(0, color='#777777', lw=0.8)
-        axes.set_xscale('symlog', linthresh=10)  # a row that stays at chance must not squeeze the others
+        # a row that stays at chance must not squeeze the others
+        axes.set_xscale('symlog', linthresh=10)
         ticks = (-50, -10, -5, 0, 5, 10, 50)
         least = min((np.mean(differences(results, name, error)) for name in shown), default=0)
-        axes.set(xlabel=f'top-{(1, 5)[i]} error, points more than the reference\n(beyond 10: logarithmic)',
-                 xticks=ticks, xticklabels=ticks, xlim=(min(-8, 1.2 * least), 90), yticks=range(len(shown)),
-                 yticklabels=[name + ' (at chance)' * any(map(labs.at_chance, labs.named(results, name)))
-                              for name in shown])  # fmt: skip
+        axes.set(
+            xlabel=f'top-{(1, 5)[i]} error, points more than the reference\n(beyond 10: logarithmic)',
+            xticks=ticks,
+            xticklabels=ticks,
+            xlim=(min(-8, 1.2 * least), 90),
+            yticks=range(len(shown)),
+            yticklabels=[
+                name + ' (at chance)' * any(map(labs.at_chance, labs.named(results, name)))
+                for name in shown
+            ],
+        )
         axes.spines[['top', 'right']].set_visible(False)
     axes.invert_yaxis()
     handles, labels = axes.get_legend_handles_labels()

@@ -53,12 +53,17 @@ CLASSES, EXAMPLES, BATCH = 4, 60, 8  # 7.5 steps an epoch
 STEPS = 24
 CHECKPOINT_EVERY, LOG_EVERY, EVAL_EVERY = 15, 2, 5.0  # steps, steps, epochs
 FIELDS = (
-    '--config.model.activation=tanh', '--config.optim.rate=0.002',
-    '--config.data.size=72', '--config.augment.crop=64', '--config.augment.chunk=4',
-    f'--config.train.batch={BATCH}', f'--config.run.checkpoint_every={CHECKPOINT_EVERY}',
-    f'--config.run.log_every={LOG_EVERY}', f'--config.run.eval_every={EVAL_EVERY}',
+    '--config.model.activation=tanh',
+    '--config.optim.rate=0.002',
+    '--config.data.size=72',
+    '--config.augment.crop=64',
+    '--config.augment.chunk=4',
+    f'--config.train.batch={BATCH}',
+    f'--config.run.checkpoint_every={CHECKPOINT_EVERY}',
+    f'--config.run.log_every={LOG_EVERY}',
+    f'--config.run.eval_every={EVAL_EVERY}',
     f'--config.run.eval_batch={BATCH}',
-)  # fmt: skip
+)
 KEPT, CHANGED = (1, 2), ((1, 1), (1, 2), (2, 1), (2, 2))
 # What a kill waits for, in the shares of `plan`.
 KINDS = ('saving', 'training', 'saving', 'training', 'starting', 'training')
@@ -108,10 +113,14 @@ def plan(kills: int, steps: int, rng: np.random.Generator) -> list[Kill]:
     """One kill about every `steps` steps."""
     kinds = rng.permutation([KINDS[i % len(KINDS)] for i in range(kills)])
     return [
-        Kill(str(kind), steps * (i + 1) - int(rng.integers(steps // 2)), rng.uniform(0, 0.1),
-             rng.uniform())
+        Kill(
+            str(kind),
+            steps * (i + 1) - int(rng.integers(steps // 2)),
+            rng.uniform(0, 0.1),
+            rng.uniform(),
+        )
         for i, kind in enumerate(kinds)
-    ]  # fmt: skip
+    ]
 
 
 def due_steps(total: int) -> list[int]:
@@ -136,7 +145,9 @@ def problems(start: Start, due: list[int], saves: str) -> list[str]:
     """The promises that one start has broken; saves: `config.run.saves`."""
     found = []
     if start.newest < start.resumed:
-        found.append(f'the checkpoint of step {start.resumed} was lost, {start.newest} is the newest')
+        found.append(
+            f'the checkpoint of step {start.resumed} was lost, {start.newest} is the newest'
+        )
     first = start.resumed + (LOG_EVERY - 1 - start.resumed) % LOG_EVERY
     if start.steps and start.steps[0] != first:
         found.append(
@@ -156,7 +167,8 @@ def problems(start: Start, due: list[int], saves: str) -> list[str]:
 
 def own_rows(before: list[dict], now: list[dict]) -> list[int]:
     """The steps of the train rows that were written since `before` (two never have equal times)."""
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, now)))  # noqa: B905
+    pairs = zip(before, now, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return [row['step'] for row in now[same:] if row['kind'] == 'train']
 
 
@@ -217,17 +229,23 @@ class Job(NamedTuple):
     def command(self, name: str, mesh: tuple[int, int]) -> list[str]:
         epochs = self.total * BATCH / EXAMPLES
         return [
-            sys.executable, *self.program, f'--config={ROOT}/configs/quickstart.py',
-            f'--cpu_devices={self.devices}', f'--workdir={self.folder / name}',
+            sys.executable,
+            *self.program,
+            f'--config={ROOT}/configs/quickstart.py',
+            f'--cpu_devices={self.devices}',
+            f'--workdir={self.folder / name}',
             f'--config.data.source={self.folder / "pictures"}',
-            f'--config.data.store={self.folder / "store"}', *FIELDS,
+            f'--config.data.store={self.folder / "store"}',
+            *FIELDS,
             f'--config.optim.epochs={epochs!r}',
             f'--config.optim.drops=({epochs / 2!r}, {epochs * 3 / 4!r})',
-            '--config.run.mesh=({}, {})'.format(*mesh), f'--config.run.saves={self.saves}',
-        ]  # fmt: skip
+            '--config.run.mesh=({}, {})'.format(*mesh),
+            f'--config.run.saves={self.saves}',
+        ]
 
-    def start(self, name: str, mesh: tuple[int, int], kill: Kill | None = None,
-              usual: float = math.inf) -> Start:  # fmt: skip
+    def start(
+        self, name: str, mesh: tuple[int, int], kill: Kill | None = None, usual: float = math.inf
+    ) -> Start:
         """Starts the run `name`, and waits for its end, or kills it at its moment."""
         run_dir = self.folder / name
         rows, there, steps = metrics.read(run_dir), unfinished(run_dir), []
@@ -255,13 +273,20 @@ class Job(NamedTuple):
             process.wait()
         killed = process.returncode == -signal.SIGKILL and kill is not None
         if seconds >= PATIENCE or (process.returncode and not killed):
-            raise Broken(f'{name}: exit code {process.returncode} after {seconds:.0f} s, {log.name}')
+            raise Broken(
+                f'{name}: exit code {process.returncode} after {seconds:.0f} s, {log.name}'
+            )
         return Start(
-            mesh=mesh, kind=kill.kind if kill else '', killed=killed, seconds=seconds,
-            wait=wait, resumed=resumed, steps=own_rows(rows, metrics.read(run_dir)),
+            mesh=mesh,
+            kind=kill.kind if kill else '',
+            killed=killed,
+            seconds=seconds,
+            wait=wait,
+            resumed=resumed,
+            steps=own_rows(rows, metrics.read(run_dir)),
             newest=max(finished(run_dir), default=0),
             saving=bool(unfinished(run_dir) - there),
-        )  # fmt: skip
+        )
 
     def alone(self, mesh: tuple[int, int]) -> Outcome:
         """An uninterrupted run, `alone-DATAxMODEL`."""
@@ -289,7 +314,9 @@ class Job(NamedTuple):
                 f'to repeat {cost[0]} + {cost[1]}',
                 flush=True,
             )
-            broken += [f'{name}, start {len(starts)}: {line}' for line in problems(start, due, self.saves)]
+            broken += [
+                f'{name}, start {len(starts)}: {line}' for line in problems(start, due, self.saves)
+            ]
             if not start.killed:
                 break
         deaths = [start for start in starts if start.killed]
@@ -313,12 +340,15 @@ class Job(NamedTuple):
             'finished_left': finished(self.folder / name),
             'unfinished_left': left,
             'starts': [
-                {**start._asdict(), 'steps': [*start.steps[:1], *start.steps[-1:]],
-                 'repeated': repeated(start, due)}
+                {
+                    **start._asdict(),
+                    'steps': [*start.steps[:1], *start.steps[-1:]],
+                    'repeated': repeated(start, due),
+                }
                 for start in starts
             ],
             'broken': broken,
-        }  # fmt: skip
+        }
 
 
 def mesh_kept(job: Job, mesh: tuple[int, int], alone: Outcome) -> dict:
@@ -366,8 +396,13 @@ def compare_changed(found: Outcome, one: Outcome, four: Outcome) -> dict:
     ]
     if found.step != one.step:
         broken.append(f'changed: the last step is {found.step}, not {one.step}')
-    return {'d': d, 'from_1x1': distances['1x1'], 'from_2x2': distances['2x2'],
-            'rows': len(rows), 'broken': broken}  # fmt: skip
+    return {
+        'd': d,
+        'from_1x1': distances['1x1'],
+        'from_2x2': distances['2x2'],
+        'rows': len(rows),
+        'broken': broken,
+    }
 
 
 def outcome(run_dir: pathlib.Path) -> Outcome:
@@ -396,18 +431,21 @@ def differing_rows(a: list[dict], b: list[dict], ignore: tuple[str, ...] = ()) -
 def distance(a: Outcome, b: Outcome) -> float:
     """Relative L2 distance of the parameters: |a - b| / |b|."""
     x, y = (
-        np.concatenate([
-            outcome.arrays[name].astype(np.float64).ravel()
-            for name in sorted(outcome.arrays)
-            if name.startswith('params/')
-        ])
+        np.concatenate(
+            [
+                outcome.arrays[name].astype(np.float64).ravel()
+                for name in sorted(outcome.arrays)
+                if name.startswith('params/')
+            ]
+        )
         for outcome in (a, b)
-    )  # fmt: skip
+    )
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
 def table(columns: dict[str, dict]) -> list[str]:
     """The lines of the table; a column for every comparison."""
+
     def cell(name, form):
         values = [column.get(name) for column in columns.values()]
         return ['-' if value is None else form(value) for value in values]
@@ -422,8 +460,10 @@ def table(columns: dict[str, dict]) -> list[str]:
         ('kills', cell('kills', str)),
         ('  of them while a checkpoint was written', cell('kills_while_saving', str)),
         ('  before the first row of a start', cell('kills_before_a_row', str)),
-        (f'steps repeated, the most (interval {CHECKPOINT_EVERY})',
-         cell('repeated_most', lambda cost: '{} + {}'.format(*cost))),
+        (
+            f'steps repeated, the most (interval {CHECKPOINT_EVERY})',
+            cell('repeated_most', lambda cost: '{} + {}'.format(*cost)),
+        ),
         ('  by kills that cut no checkpoint', cell('repeated_most_if_none_was_cut', str)),
         ('  in all', cell('repeated_in_all', str)),
         ('bits that differ, of all arrays', cell('bits', str)),
@@ -433,7 +473,7 @@ def table(columns: dict[str, dict]) -> list[str]:
         ('  the killed run from 2x2', cell('from_2x2', '{:.3g}'.format)),
         ('checkpoints left', cell('finished_left', names)),
         ('  half-written', cell('unfinished_left', names)),
-    ]  # fmt: skip
+    ]
     return [f'{label:<44}' + ''.join(f'{value:>20}' for value in values) for label, values in rows]
 
 
@@ -453,14 +493,19 @@ def _changed(path: pathlib.Path):
 
 def main() -> None:
     parser = ArgumentParser(
-        prog='python -m experiments.chaos', description=__doc__,
+        prog='python -m experiments.chaos',
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument('--kills', type=int, default=30, help='of each of the two runs')
     parser.add_argument('--seed', type=int, default=0, help='of the moments and the meshes')
     parser.add_argument('--saves', choices=('wait', 'background'), default='wait', help='how')
-    parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/chaos'),
-                        help='folder to make, for everything')  # fmt: skip
+    parser.add_argument(
+        '--workdir',
+        type=pathlib.Path,
+        default=pathlib.Path('runs/chaos'),
+        help='folder to make, for everything',
+    )
     parser.add_argument('--out', type=pathlib.Path, help='default: chaos.json in the workdir')
     args = parser.parse_args()
     if args.kills < 1 or args.seed < 0:
@@ -478,9 +523,11 @@ def main() -> None:
     draw_pictures(folder / 'pictures', np.random.default_rng([args.seed, 0]))
     record = {
         'command': ['python', '-m', 'experiments.chaos', *sys.argv[1:]],
-        'commit': rundir.commit(), 'jax': version('jax'), 'orbax': version('orbax-checkpoint'),
+        'commit': rundir.commit(),
+        'jax': version('jax'),
+        'orbax': version('orbax-checkpoint'),
         'machine': f'{platform.system()} {platform.machine()}, {os.cpu_count()} cores',
-    }  # fmt: skip
+    }
     two, four = (
         Job(folder, devices, args.kills, args.seed, saves=args.saves) for devices in (2, 4)
     )

@@ -24,8 +24,10 @@ CLAIMED = {'80sec': 26, '19pct': 19, '18pct': 18, '13pct': 13, '11pct': 11, '11p
 PAIR = ('11pct_plain', '11pct')  # without norms, with them
 VIEWS = {'centre': 'centre crop', 'ten': 'ten views'}
 INDEPENDENT = True
-NOTES = {'small': 'The networks are trained for 12 epochs (the 26 % network for its 10), with every drop of '
-                  'the rate at the same part of them as in its file.'}
+NOTES = {
+    'small': 'The networks are trained for 12 epochs (the 26 % network for its 10), with every drop of '
+    'the rate at the same part of them as in its file.'
+}
 EVALUATIONS = 20  # in a run, at full scale
 LOOKS = {  # colour, dashes (some colours are the same grey in print), words
     '80sec': ('#cc79a7', (0, (9, 2)), '26 % network'),
@@ -36,11 +38,19 @@ LOOKS = {  # colour, dashes (some colours are the same grey in print), words
     '11pct': ('#000000', '-', '11 % network'),
 }
 SCALES = {  # networks, epochs at most, further changes
-    'smoke': (PAIR, 0.52, {'model.units': (8, 8, 8, 8), 'data.source': 'alexnet_shapes',
-                            'run.log_every': 1, 'run.eval_every': 1.0}),
+    'smoke': (
+        PAIR,
+        0.52,
+        {
+            'model.units': (8, 8, 8, 8),
+            'data.source': 'alexnet_shapes',
+            'run.log_every': 1,
+            'run.eval_every': 1.0,
+        },
+    ),
     'small': (CLAIMED, 12.0, {'run.log_every': 391, 'run.eval_every': 1.0}),
     'full': (CLAIMED, math.inf, {'run.log_every': 391}),  # an epoch
-}  # fmt: skip
+}
 
 
 def run(lab):
@@ -49,7 +59,13 @@ def run(lab):
         for net in nets:
             schedule = labs.shortened(config(net), min(1, most / whole(net)))
             every = schedule['optim.epochs'] / EVALUATIONS
-            lab.run(net, seed, config(net), {**schedule, 'run.eval_every': every, **changes}, after=errors)
+            lab.run(
+                net,
+                seed,
+                config(net),
+                {**schedule, 'run.eval_every': every, **changes},
+                after=errors,
+            )
 
 
 def config(net: str) -> str:
@@ -87,8 +103,10 @@ def made(result) -> float:
 def gains(results, view: str) -> list[float]:
     """By how many points the test error is lower with norms, for every seed that has both."""
     without, with_ = (seeds_of(results, net) for net in PAIR)
-    return [without[seed]['extra'][view] - with_[seed]['extra'][view]
-            for seed in sorted({*without} & {*with_})]  # fmt: skip
+    return [
+        without[seed]['extra'][view] - with_[seed]['extra'][view]
+        for seed in sorted({*without} & {*with_})
+    ]
 
 
 def verdict(differences: list[float]) -> str:
@@ -101,8 +119,10 @@ def verdict(differences: list[float]) -> str:
 
 
 def report(results) -> str:
-    lines = ['| network | epochs | known for, % | test error, %, centre crop | ten views | seeds |',
-             '|---|---|---|---|---|---|']  # fmt: skip
+    lines = [
+        '| network | epochs | known for, % | test error, %, centre crop | ten views | seeds |',
+        '|---|---|---|---|---|---|',
+    ]
     for net, claimed in CLAIMED.items():
         there = labs.named(results, net)
         sound = [*seeds_of(results, net).values()]
@@ -116,21 +136,33 @@ def report(results) -> str:
             for view in VIEWS
         )
         epochs = f'{made(sound[0]):.3g} of {whole(net):.0f}'
-        count = f'{len(there)}' + (f', {len(there) - len(sound)} diverged' * (len(there) > len(sound)))
+        count = f'{len(there)}' + (
+            f', {len(there) - len(sound)} diverged' * (len(there) > len(sound))
+        )
         lines.append(f'| {net} | {epochs} | {known} | {centre} | {ten} | {count} |')
-    lines += ['', 'Epochs: made, of those of the full schedule, after which each network is known for its '
-                  'error (of several views, where it is trained on crops). Drops of the rate come as '
-                  'much earlier. Errors: mean ± standard deviation over seeds.', '']  # fmt: skip
+    lines += [
+        '',
+        'Epochs: made, of those of the full schedule, after which each network is known for its '
+        'error (of several views, where it is trained on crops). Drops of the rate come as '
+        'much earlier. Errors: mean ± standard deviation over seeds.',
+        '',
+    ]
     for view, words in VIEWS.items():
         differences = gains(results, view)
         if differences:
-            lines.append(f'- What norms alone bring the 11 % network, test error without minus with, '
-                         f'{words}: {verdict(differences)}.')  # fmt: skip
+            lines.append(
+                f'- What norms alone bring the 11 % network, test error without minus with, '
+                f'{words}: {verdict(differences)}.'
+            )
     if not gains(results, 'ten'):
         lines.append('- What norms alone bring: not run.')
-    lines.append('- The figure has the errors with the centre crop; its bars are what the networks are known '
-                 'for, those of 13 and 11 % by several views.')  # fmt: skip
-    lines.append('- The paper: 13 % without, 11 % with; its two networks differ in more than norms.')
+    lines.append(
+        '- The figure has the errors with the centre crop; its bars are what the networks are known '
+        'for, those of 13 and 11 % by several views.'
+    )
+    lines.append(
+        '- The paper: 13 % without, 11 % with; its two networks differ in more than norms.'
+    )
     lines += ['', f'Points: mean ± standard error over seeds. {labs.WEAK}']
     return '\n'.join(lines)
 
@@ -143,8 +175,14 @@ def plot(results, file):
     for net, (colour, style, words) in LOOKS.items():
         for i, result in enumerate(seeds_of(results, net).values()):
             rows, batch = result['eval'], epochs_per_step(result)
-            axes.plot([row['step'] * batch for row in rows], [row['top1_error'] for row in rows],
-                      ls=style, color=colour, lw=1.2, label=words if i == 0 else None)
+            axes.plot(
+                [row['step'] * batch for row in rows],
+                [row['top1_error'] for row in rows],
+                ls=style,
+                color=colour,
+                lw=1.2,
+                label=words if i == 0 else None,
+            )
             if i == 0 and CLAIMED[net]:
                 axes.axhline(CLAIMED[net], 0.97, 1, color=colour, lw=3)
     axes.set_xscale('log')  # of 10 to 520 epochs

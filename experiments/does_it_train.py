@@ -29,8 +29,10 @@ from alexnet_jax import mesh as meshes
 from experiments import lab as labs
 
 TITLE = 'Does it train from the initial values of the text? (§5)'
-NOTES = {'small': "The networks have a quarter of the width, at which every standard deviation but conv1's "
-                  'is doubled (`config.model.width`): the table names those of the full width.'}
+NOTES = {
+    'small': "The networks have a quarter of the width, at which every standard deviation but conv1's "
+    'is doubled (`config.model.width`): the table names those of the full width.'
+}
 SOURCE_STD = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
 SMALL_BIAS = (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0)
 RUNS = {  # name: std in conv3 to conv5, bias, alpha, config, its changes
@@ -39,34 +41,63 @@ RUNS = {  # name: std in conv3 to conv5, bias, alpha, config, its changes
     'paper std': ('0.03', '1', '1e-4', 'paper', {'model.std': SOURCE_STD}),
     'paper bias': ('0.01', '0.1', '1e-4', 'paper', {'model.bias': SMALL_BIAS}),
     'paper alpha': ('0.01', '1', '1e-4 / 5', 'paper', {'model.norm_alpha_per': 'window'}),
-    'paper std alpha': ('0.03', '1', '1e-4 / 5', 'paper',
-                        {'model.std': SOURCE_STD, 'model.norm_alpha_per': 'window'}),
-}  # fmt: skip
+    'paper std alpha': (
+        '0.03',
+        '1',
+        '1e-4 / 5',
+        'paper',
+        {'model.std': SOURCE_STD, 'model.norm_alpha_per': 'window'},
+    ),
+}
 OTHERWISE = (
     '`original` differs from the text in more than these columns: in the order of norm and ReLU, by a '
     'second norm in layer 2, in the rate of the biases, in the brightness of noisy images, and in how many '
     'of them share a crop.'
 )
 STYLES = {  # colour-blind safe (Okabe and Ito), and by their lines
-    'paper': ('#000000', '-'), 'original': ('#cc79a7', (0, (9, 2))), 'paper std': ('#d55e00', '--'),
-    'paper bias': ('#0072b2', '-.'), 'paper alpha': ('#e69f00', ':'),
+    'paper': ('#000000', '-'),
+    'original': ('#cc79a7', (0, (9, 2))),
+    'paper std': ('#d55e00', '--'),
+    'paper bias': ('#0072b2', '-.'),
+    'paper alpha': ('#e69f00', ':'),
     'paper std alpha': ('#009e73', (0, (6, 1, 1, 1, 1, 1))),
-}  # fmt: skip
+}
 SCALES = {
-    'smoke': {'data.source': 'alexnet_shapes', 'data.size': 128, 'data.format': 'u8',
-              'augment.crop': 112, 'model.width': 0.0625, 'train.batch': 8, 'run.eval_batch': 100,
-              'run.log_every': 1, 'run.checkpoint_every': 2, 'optim.epochs': 0.016},
-    'small': {'model.width': 0.25, 'run.log_every': 10, 'run.checkpoint_every': 50, 'optim.epochs': 0.512},
+    'smoke': {
+        'data.source': 'alexnet_shapes',
+        'data.size': 128,
+        'data.format': 'u8',
+        'augment.crop': 112,
+        'model.width': 0.0625,
+        'train.batch': 8,
+        'run.eval_batch': 100,
+        'run.log_every': 1,
+        'run.checkpoint_every': 2,
+        'optim.epochs': 0.016,
+    },
+    'small': {
+        'model.width': 0.25,
+        'run.log_every': 10,
+        'run.checkpoint_every': 50,
+        'optim.epochs': 0.512,
+    },
     'full': {'run.log_every': 50, 'run.checkpoint_every': 200, 'optim.epochs': 0.3},
-}  # fmt: skip
+}
 PICTURES = 64
 INDEPENDENT = True
 
 
 def run(lab):
-    common = {'optim.schedule': 'steps', 'optim.drops': (), 'optim.conv1': (), 'optim.colour_off': 0.0,
-              'run.eval_every': 1000.0, 'run.stuck_after': 0, 'run.keep': 20,
-              **SCALES[lab.scale]}  # fmt: skip
+    common = {
+        'optim.schedule': 'steps',
+        'optim.drops': (),
+        'optim.conv1': (),
+        'optim.colour_off': 0.0,
+        'run.eval_every': 1000.0,
+        'run.stuck_after': 0,
+        'run.keep': 20,
+        **SCALES[lab.scale],
+    }
     chosen = ('paper', 'original') if lab.scale == 'smoke' else RUNS
     for seed in range(lab.seeds):
         for name in chosen:
@@ -148,7 +179,9 @@ def report(results) -> str:
             f'| {labs.mean_std(errors) if len(errors) == len(sound) else ""} '
             f'| {deviations[0]:.2g}, {deviations[1]:.2g} |'
         )
-        sentences.append(conclusion(name, [s for s in steps_left if s is not None], len(runs), length))
+        sentences.append(
+            conclusion(name, [s for s in steps_left if s is not None], len(runs), length)
+        )
     note = '; '.join(f'ln({n}) = {math.log(n):.3f}' for n in classes(results))
     lines += ['', *(f'- {text}' for text in sentences), '', f'Chance: {note}. {OTHERWISE}']
     return '\n'.join(lines)
@@ -183,22 +216,46 @@ def plot(results, file):
         runs = labs.named(results, name)
         for result in runs:
             rows = result['train']
-            losses.plot([row['step'] + 1 for row in rows], [row['loss'] for row in rows], color=colour,
-                        ls=style, lw=1.4, label=name if result is runs[0] else None)  # fmt: skip
+            losses.plot(
+                [row['step'] + 1 for row in rows],
+                [row['loss'] for row in rows],
+                color=colour,
+                ls=style,
+                lw=1.4,
+                label=name if result is runs[0] else None,
+            )
             if result['seed'] or not result['extra']:
                 continue
             measured = result['extra']['measured']
-            spreads.plot([*map(int, measured)], [m['logits_std'] for m in measured.values()],
-                         color=colour, ls=style, lw=1.4, marker='.')  # fmt: skip
+            spreads.plot(
+                [*map(int, measured)],
+                [m['logits_std'] for m in measured.values()],
+                color=colour,
+                ls=style,
+                lw=1.4,
+                marker='.',
+            )
             squares = measured['0']['squares']
-            start.plot([*squares], [*squares.values()], color=colour, ls=style, lw=width, marker='.')
-            for part, (step, m) in zip(np.linspace(0.75, 0, len(measured)), measured.items(), strict=True):
-                over_time[name].plot([*m['squares']], [*m['squares'].values()], color=str(part), lw=1.4,
-                                     marker='.', label=f'step {int(step):,}')  # fmt: skip
+            start.plot(
+                [*squares], [*squares.values()], color=colour, ls=style, lw=width, marker='.'
+            )
+            for part, (step, m) in zip(
+                np.linspace(0.75, 0, len(measured)), measured.items(), strict=True
+            ):
+                over_time[name].plot(
+                    [*m['squares']],
+                    [*m['squares'].values()],
+                    color=str(part),
+                    lw=1.4,
+                    marker='.',
+                    label=f'step {int(step):,}',
+                )
     for number in classes(results):
         losses.axhline(math.log(number), color='#777777', lw=0.8)
     losses.set(xlabel='steps', ylabel='training loss, nats (the line: chance)', xlim=(0, None))
-    figure.legend(*losses.get_legend_handles_labels(), loc='outside upper center', ncols=6, frameon=False)
+    figure.legend(
+        *losses.get_legend_handles_labels(), loc='outside upper center', ncols=6, frameon=False
+    )
     spreads.set(xlabel='steps', ylabel='standard deviation of the logits, seed 0', yscale='log')
     for name, axes in {'at the start': start, **over_time}.items():
         axes.set(title=name, yscale='log', ylabel='mean square handed on, seed 0')

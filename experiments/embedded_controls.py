@@ -28,6 +28,7 @@ NEIGHBOURS = 25
 
 class Split(NamedTuple):
     """What the controls may look at."""
+
     pixels: np.ndarray  # u8[N,32,32,3]
     colour: np.ndarray  # f64[N,3], mean of each picture
     file: np.ndarray  # f64[N,3]: bytes, width, height
@@ -42,8 +43,15 @@ def load(name: str) -> Split:
     for index in range(count):
         data, label, (x0, y0, x1, y1) = figures.render(figures.SEED, number, index)
         image = pictures.decode(data)
-        rows.append((pictures.square(data, PIXELS), np.asarray(image).mean((0, 1)),
-                     (len(data), *image.size), (x0 + x1, y0 + y1, x1 - x0, y1 - y0), label))
+        rows.append(
+            (
+                pictures.square(data, PIXELS),
+                np.asarray(image).mean((0, 1)),
+                (len(data), *image.size),
+                (x0 + x1, y0 + y1, x1 - x0, y1 - y0),
+                label,
+            )
+        )
     return Split(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
@@ -73,18 +81,23 @@ def regression(train: np.ndarray, labels: np.ndarray, test: np.ndarray, decay: f
     shape = (x.shape[1], truth.shape[1])
 
     def loss(flat):
-        weights = flat[:-shape[1]].reshape(shape).astype(np.float32)
-        logits = x @ weights + flat[-shape[1]:].astype(np.float32)
+        weights = flat[: -shape[1]].reshape(shape).astype(np.float32)
+        logits = x @ weights + flat[-shape[1] :].astype(np.float32)
         logits -= logits.max(1, keepdims=True)
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         wrong = (np.exp(log_p) - truth) / len(x)
         gradient = np.concatenate([(x.T @ wrong + decay * weights).ravel(), wrong.sum(0)])
-        value = -(truth * log_p).sum() / len(x) + decay / 2 * (weights ** 2).sum()
+        value = -(truth * log_p).sum() / len(x) + decay / 2 * (weights**2).sum()
         return float(value), gradient.astype(np.float64)
 
-    best = scipy.optimize.minimize(loss, np.zeros(shape[0] * shape[1] + shape[1]), jac=True,
-                                   method='L-BFGS-B', options={'maxiter': 100}).x
-    return (y @ best[:-shape[1]].reshape(shape) + best[-shape[1]:]).argmax(1)
+    best = scipy.optimize.minimize(
+        loss,
+        np.zeros(shape[0] * shape[1] + shape[1]),
+        jac=True,
+        method='L-BFGS-B',
+        options={'maxiter': 100},
+    ).x
+    return (y @ best[: -shape[1]].reshape(shape) + best[-shape[1] :]).argmax(1)
 
 
 def controls(train: Split, test: Split) -> list[tuple[str, float, float]]:
@@ -94,19 +107,39 @@ def controls(train: Split, test: Split) -> list[tuple[str, float, float]]:
     """
     labels = train.labels
     return [
-        ('nearest mean colour', 80,
-         error(nearest_mean(train.colour, labels, test.colour), test.labels)),
-        (f'{NEIGHBOURS} neighbours by mean colour', 80,
-         error(nearest_neighbours(train.colour, labels, test.colour), test.labels)),
-        (f'{NEIGHBOURS} neighbours by file size', 80,
-         error(nearest_neighbours(train.file[:, :1], labels, test.file[:, :1]), test.labels)),
-        (f'{NEIGHBOURS} neighbours by file size and picture sides', 80,
-         error(nearest_neighbours(train.file, labels, test.file), test.labels)),
-        (f"{NEIGHBOURS} neighbours by the figure's place and size", 80,
-         error(nearest_neighbours(train.box, labels, test.box), test.labels)),
-        (f'logistic regression on {PIXELS}x{PIXELS} pixels', 60,
-         min(error(regression(train.pixels, labels, test.pixels, decay), test.labels)
-             for decay in (0.01, 0.1, 1.0))),
+        (
+            'nearest mean colour',
+            80,
+            error(nearest_mean(train.colour, labels, test.colour), test.labels),
+        ),
+        (
+            f'{NEIGHBOURS} neighbours by mean colour',
+            80,
+            error(nearest_neighbours(train.colour, labels, test.colour), test.labels),
+        ),
+        (
+            f'{NEIGHBOURS} neighbours by file size',
+            80,
+            error(nearest_neighbours(train.file[:, :1], labels, test.file[:, :1]), test.labels),
+        ),
+        (
+            f'{NEIGHBOURS} neighbours by file size and picture sides',
+            80,
+            error(nearest_neighbours(train.file, labels, test.file), test.labels),
+        ),
+        (
+            f"{NEIGHBOURS} neighbours by the figure's place and size",
+            80,
+            error(nearest_neighbours(train.box, labels, test.box), test.labels),
+        ),
+        (
+            f'logistic regression on {PIXELS}x{PIXELS} pixels',
+            60,
+            min(
+                error(regression(train.pixels, labels, test.pixels, decay), test.labels)
+                for decay in (0.01, 0.1, 1.0)
+            ),
+        ),
     ]
 
 
@@ -136,7 +169,9 @@ def networks(seeds: int, root: pathlib.Path) -> dict[str, dict[str, list[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m experiments.embedded_controls')
     parser.add_argument('--seeds', type=int, default=3, help='of each network; 0: no networks')
-    parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/embedded_controls'))
+    parser.add_argument(
+        '--workdir', type=pathlib.Path, default=pathlib.Path('runs/embedded_controls')
+    )
     args = parser.parse_args()
     meshes.configure(cpu_devices=2)
     print(f'{"control":<50}{"at least %":>12}{"error %":>10}')
@@ -151,8 +186,10 @@ def main() -> None:
             worse = np.array(errors_) - np.array(results['the quickstart'])
             each = ' '.join(f'{e:.1f}' for e in errors_)
             low = name != 'the quickstart' and worse.mean() <= NETWORKS[name][1]
-            print(f'{name:<28}{each:<44}{plus_minus(errors_):>14}'
-                  f'{plus_minus(worse, len(worse) ** 0.5):>14}{"  TOO LOW" if low else ""}')
+            print(
+                f'{name:<28}{each:<44}{plus_minus(errors_):>14}'
+                f'{plus_minus(worse, len(worse) ** 0.5):>14}{"  TOO LOW" if low else ""}'
+            )
 
 
 def plus_minus(values, divisor: float = 1) -> str:

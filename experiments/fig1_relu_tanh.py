@@ -45,12 +45,21 @@ def run(lab):
     changes = {**changes, 'run.checkpoint_every': 500, 'run.eval_every': longest}
     for net, config in NETS.items():
         for rate in rates:
-            lab.run(f'{net} sweep {rate}', 0, config,
-                    {**changes, 'optim.rate': rate, 'optim.epochs': sweep})
+            lab.run(
+                f'{net} sweep {rate}',
+                0,
+                config,
+                {**changes, 'optim.rate': rate, 'optim.epochs': sweep},
+            )
         rate = best_rate(lab.results, net)
         for seed in range(lab.seeds):
-            lab.run(net, seed, config, {**changes, 'optim.rate': rate, 'optim.epochs': longest},
-                    until=lambda rows: reached(over_an_epoch(rows)) is not None)
+            lab.run(
+                net,
+                seed,
+                config,
+                {**changes, 'optim.rate': rate, 'optim.epochs': longest},
+                until=lambda rows: reached(over_an_epoch(rows)) is not None,
+            )
 
 
 def best_rate(results, net: str) -> float:
@@ -61,8 +70,11 @@ def best_rate(results, net: str) -> float:
 
 def rates(results, net: str) -> dict:
     """The runs of the sweep by their rates."""
-    return {float(r['name'].split()[-1]): r for r in results.values()
-            if r['name'].startswith(f'{net} sweep')}  # fmt: skip
+    return {
+        float(r['name'].split()[-1]): r
+        for r in results.values()
+        if r['name'].startswith(f'{net} sweep')
+    }
 
 
 def last_epoch(result) -> float:
@@ -75,10 +87,12 @@ def over_an_epoch(rows) -> list[dict]:
     """The rows from the first epoch's end on, each with the mean error of as many as make an epoch."""
     many = max(round(1 / rows[0]['epoch']), 1) if rows else 1
     return [
-        {'epoch': rows[end - 1]['epoch'],
-         'top1_error': float(np.mean([row['top1_error'] for row in rows[end - many : end]]))}
+        {
+            'epoch': rows[end - 1]['epoch'],
+            'top1_error': float(np.mean([row['top1_error'] for row in rows[end - many : end]])),
+        }
         for end in range(many, len(rows) + 1)
-    ]  # fmt: skip
+    ]
 
 
 def reached(rows) -> float | None:
@@ -102,10 +116,11 @@ OVER = {'the epoch before': over_an_epoch, 'the block before': lambda rows: rows
 
 def report(results) -> str:
     lines = [
-        CHOICES, '',
+        CHOICES,
+        '',
         '| network | rate | error over | epochs to 25 %, by seed | mean ± std | at the end, an epoch, % |',
         '|---|---|---|---|---|---|',
-    ]  # fmt: skip
+    ]
     means = {over: {} for over in OVER}
     for net in NETS:
         runs = labs.named(results, net)
@@ -132,15 +147,25 @@ def report(results) -> str:
             several = math.isfinite(spread)
             words = f'{ratio:.1f}' + f' ± {spread:.1f}' * several
             over_seeds = '± standard error over seeds' if several else 'one seed'
-            lines.append(f'- By the error over {over} tanh needs {words} times the epochs of ReLU '
-                         f'({over_seeds}; the paper: about 6).')  # fmt: skip
+            lines.append(
+                f'- By the error over {over} tanh needs {words} times the epochs of ReLU '
+                f'({over_seeds}; the paper: about 6).'
+            )
         else:
             lines.append(f'- By the error over {over}: not measured.')
-    lines += ['', 'The sweep, training error in % over its last epoch: ' + '; '.join(
-        f'{net}: ' + ', '.join(
-            f'{rate:g}: {"diverged" if r["diverged"] else f"{last_epoch(r):.1f}"}'
-            for rate, r in rates(results, net).items())
-        for net in NETS) + '.']  # fmt: skip
+    lines += [
+        '',
+        'The sweep, training error in % over its last epoch: '
+        + '; '.join(
+            f'{net}: '
+            + ', '.join(
+                f'{rate:g}: {"diverged" if r["diverged"] else f"{last_epoch(r):.1f}"}'
+                for rate, r in rates(results, net).items()
+            )
+            for net in NETS
+        )
+        + '.',
+    ]
     return '\n'.join(lines)
 
 
@@ -154,10 +179,21 @@ def plot(results, file):
     for net, colour, style in (('ReLU', '#000000', '-'), ('tanh', '#d55e00', '--')):
         for i, result in enumerate(labs.named(results, net)):
             rows = over_an_epoch(result['train'])
-            axes.plot([row['epoch'] for row in rows], [row['top1_error'] for row in rows],
-                      style, color=colour, lw=1.2, label=net if i == 0 else None)
+            axes.plot(
+                [row['epoch'] for row in rows],
+                [row['top1_error'] for row in rows],
+                style,
+                color=colour,
+                lw=1.2,
+                label=net if i == 0 else None,
+            )
     axes.axhline(TARGET, color='#777777', lw=0.8, ls=':')
-    axes.set(xlabel='epochs', ylabel='training error of the epoch before, %', ylim=(0, 80), xlim=(0, None))
+    axes.set(
+        xlabel='epochs',
+        ylabel='training error of the epoch before, %',
+        ylim=(0, 80),
+        xlim=(0, None),
+    )
     axes.legend(frameon=False)
     axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(file, dpi=150)

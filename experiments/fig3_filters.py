@@ -31,15 +31,26 @@ from experiments import lab as labs
 TITLE = 'Figure 3: what the two towers specialise in (§6.1)'
 TAKES_RUNS = True
 CONFIG = 'configs/original.py'
-NOTES = {'small': 'The network is `original` with a quarter of the width, trained for a third of its '
-                  'schedule (30.33 epochs) on 112-pixel crops of 128-pixel pictures, from a raw store.'}
+NOTES = {
+    'small': 'The network is `original` with a quarter of the width, trained for a third of its '
+    'schedule (30.33 epochs) on 112-pixel crops of 128-pixel pictures, from a raw store.'
+}
 SMALL = {'data.size': 128, 'data.format': 'u8', 'augment.crop': 112}
 SCALES = {  # part of the schedule, changes
-    'smoke': (0.0002, {**SMALL, 'data.source': 'alexnet_shapes', 'model.width': 0.0625,
-                       'train.batch': 8, 'run.eval_batch': 100, 'run.log_every': 1}),
+    'smoke': (
+        0.0002,
+        {
+            **SMALL,
+            'data.source': 'alexnet_shapes',
+            'model.width': 0.0625,
+            'train.batch': 8,
+            'run.eval_batch': 100,
+            'run.log_every': 1,
+        },
+    ),
     'small': (1 / 3, {**SMALL, 'model.width': 0.25, 'run.log_every': 100}),
     'full': (1.0, {'run.log_every': 1000}),
-}  # fmt: skip
+}
 
 
 def run(lab):
@@ -62,16 +73,22 @@ def look(workdir) -> dict:
     fresh = jax.jit(lambda: model.init(trained.net, seed, crop)['conv1']['kernel'])()
     return {
         'picture': packed(progress.kernel_picture(kernels), 'PNG'),
-        'start': measures(np.asarray(fresh)), 'end': measures(kernels),
-    }  # fmt: skip
+        'start': measures(np.asarray(fresh)),
+        'end': measures(kernels),
+    }
 
 
 def measures(kernels: np.ndarray) -> dict[str, list]:
     """Kernels f32[T,h,w,3,C] -> by tower and kernel: 'colour', 'orientation', 'energy' (of squares)."""
-    numbers = {'colour': colour(kernels), 'orientation': orientation(kernels),
-               'energy': (kernels**2).sum((1, 2, 3))}  # fmt: skip
-    return {name: [[float(f'{x:.4g}') for x in tower] for tower in values]
-            for name, values in numbers.items()}  # fmt: skip
+    numbers = {
+        'colour': colour(kernels),
+        'orientation': orientation(kernels),
+        'energy': (kernels**2).sum((1, 2, 3)),
+    }
+    return {
+        name: [[float(f'{x:.4g}') for x in tower] for tower in values]
+        for name, values in numbers.items()
+    }
 
 
 def colour(kernels: np.ndarray) -> np.ndarray:
@@ -111,31 +128,44 @@ def called(result) -> str:
 
 
 def report(results) -> str:
-    lines = ['| run | tower | kernels | colour, mean | weighted by energy | orientation, mean |',
-             '|---|---|---|---|---|---|']  # fmt: skip
+    lines = [
+        '| run | tower | kernels | colour, mean | weighted by energy | orientation, mean |',
+        '|---|---|---|---|---|---|',
+    ]
     sentences, found = [], []
     for result in results.values():
         if not result['extra']:
             lines.append(f'| {called(result)} | diverged | | | | |')
             continue
         end = result['extra']['end']
-        for t, (share, direction, energy) in enumerate(zip(end['colour'], end['orientation'],
-                                                           end['energy'], strict=True)):  # fmt: skip
-            lines.append(f'| {called(result)} | {t} | {len(share)} | {np.mean(share):.2f} '
-                         f'| {np.average(share, weights=energy):.2f} | {np.mean(direction):.2f} |')
+        for t, (share, direction, energy) in enumerate(
+            zip(end['colour'], end['orientation'], end['energy'], strict=True)
+        ):
+            lines.append(
+                f'| {called(result)} | {t} | {len(share)} | {np.mean(share):.2f} '
+                f'| {np.average(share, weights=energy):.2f} | {np.mean(direction):.2f} |'
+            )
         if len(end['colour']) != 2:
             continue
         words = []
         for name in ('colour', 'orientation'):
-            (d, error), before = (difference(result['extra'][when][name]) for when in ('end', 'start'))
+            (d, error), before = (
+                difference(result['extra'][when][name]) for when in ('end', 'start')
+            )
             resolved = labs.apart_from_0(d, error)
-            words.append(f'{name} {d:+.2f} ± {error:.2f}{"" if resolved else " (not resolved)"}, '
-                         f'at the start {before[0]:+.2f} ± {before[1]:.2f}')  # fmt: skip
+            words.append(
+                f'{name} {d:+.2f} ± {error:.2f}{"" if resolved else " (not resolved)"}, '
+                f'at the start {before[0]:+.2f} ± {before[1]:.2f}'
+            )
             if name == 'colour':
                 found.append(int(d > 0) if resolved else None)
         sentences.append(f'- {called(result)}, tower 1 minus tower 0: {"; ".join(words)}.')
-    lines += ['', '± is the standard error over kernels. At the start all is noise, with a colour of 0.67: '
-              'where the towers differ there, chance alone did it.', '']
+    lines += [
+        '',
+        '± is the standard error over kernels. At the start all is noise, with a colour of 0.67: '
+        'where the towers differ there, chance alone did it.',
+        '',
+    ]
     lines += sentences
     if found:
         each = found.count(0), found.count(1)
@@ -145,8 +175,10 @@ def report(results) -> str:
             'in every run, largely.'
         )
     if drawn(results):
-        lines.append('- Figure: of each run the kernels of tower 0, below them those of tower 1. All '
-                     'kernels of a run share one scale: black is its least weight, white its greatest.')
+        lines.append(
+            '- Figure: of each run the kernels of tower 0, below them those of tower 1. All '
+            'kernels of a run share one scale: black is its least weight, white its greatest.'
+        )
     return '\n'.join(lines)
 
 
@@ -165,7 +197,8 @@ def figure(results):
     shown = drawn(results)
     pictures = [unpacked(result['extra']['picture']) for result in shown]
     heights, widths = zip(*(picture.shape[:2] for picture in pictures), strict=True)
-    size = max(widths) / 25 + 0.8, sum(heights) / 25 + 0.65 * len(shown)  # inches: 25 weights in one
+    # inches: 25 weights in one
+    size = max(widths) / 25 + 0.8, sum(heights) / 25 + 0.65 * len(shown)
     made = Figure(figsize=size, layout='constrained')
     made.get_layout_engine().set(h_pad=0.2)  # above and below a run; its towers are 0.28 apart
     grid = made.subplots(len(shown), 1, squeeze=False, height_ratios=heights)

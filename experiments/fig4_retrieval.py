@@ -95,7 +95,9 @@ def nearest(store, features) -> tuple[np.ndarray, np.ndarray]:
 def pixels(batch) -> np.ndarray:
     """A batch's pictures as their pixels, f32[b,3072], made smaller."""
     images = batch['image'][batch['mask'] > 0].astype(np.float32)
-    return np.asarray(jax.image.resize(images, (len(images), 32, 32, 3), 'linear')).reshape(len(images), -1)
+    return np.asarray(jax.image.resize(images, (len(images), 32, 32, 3), 'linear')).reshape(
+        len(images), -1
+    )
 
 
 def of_the_class(store, found: np.ndarray) -> list[float]:
@@ -112,30 +114,40 @@ def packed(picture: np.ndarray) -> str:
 
 def report(results) -> str:
     lines = [
-        '| run | top-1 error, centre crop, % | six nearest of the query\'s class, % | the nearest, % '
-        '| six nearest by pixels, % | by chance, % |', '|---|---|---|---|---|---|',
-    ]  # fmt: skip
+        "| run | top-1 error, centre crop, % | six nearest of the query's class, % | the nearest, % "
+        '| six nearest by pixels, % | by chance, % |',
+        '|---|---|---|---|---|---|',
+    ]
     for result in results.values():
         extra, name = result['extra'], fig3_filters.called(result)
         if not extra:
             lines.append(f'| {name} | diverged | | | | |')
             continue
         error = f'{result["eval"][-1]["top1_error"]:.1f}' if result['eval'] else ''
-        lines.append(f'| {name} | {error} | {np.mean(extra["same"]):.1f} | {extra["same"][0]:.1f} '
-                     f'| {np.mean(extra["same_by_pixels"]):.1f} | {extra["chance"]:.2f} |')  # fmt: skip
+        lines.append(
+            f'| {name} | {error} | {np.mean(extra["same"]):.1f} | {extra["same"][0]:.1f} '
+            f'| {np.mean(extra["same_by_pixels"]):.1f} | {extra["chance"]:.2f} |'
+        )
     sound = [r for r in results.values() if r['extra']]
     if sound:
         shares = labs.mean_std([np.mean(r['extra']['same']) for r in sound])
-        lines += ['', f'Of the six nearest training pictures {shares} % are of the class of their query '
-                      f'(runs: {len(sound)}; every validation picture asks). Errors are with one crop, '
-                      'the predictions in the figure with ten; hatched is the bar of the true class.']
+        lines += [
+            '',
+            f'Of the six nearest training pictures {shares} % are of the class of their query '
+            f'(runs: {len(sound)}; every validation picture asks). Errors are with one crop, '
+            'the predictions in the figure with ten; hatched is the bar of the true class.',
+        ]
     first = drawn(results)
     if first:
         ranks = [rank(made) for made in remade(first)]
-        lines += ['', f'Figure ({fig3_filters.called(first)}): of the {len(ranks)} pictures above '
-                      f'{sum(r < 1 for r in ranks)} have their class first, {sum(r < 5 for r in ranks)} '
-                      'among five. Below, each row: a validation picture, and to its right the training '
-                      'pictures nearest to it, with the class of each.', '']  # fmt: skip
+        lines += [
+            '',
+            f'Figure ({fig3_filters.called(first)}): of the {len(ranks)} pictures above '
+            f'{sum(r < 1 for r in ranks)} have their class first, {sum(r < 5 for r in ranks)} '
+            'among five. Below, each row: a validation picture, and to its right the training '
+            'pictures nearest to it, with the class of each.',
+            '',
+        ]
         for query in first['extra']['queries']:
             name, *names = words.shown([query['name'], *query['names']])
             pairs = zip(names, query['distances'], strict=True)
@@ -153,9 +165,10 @@ def remade(result) -> list[predict.Prediction]:
     kept = result['extra']['predictions']
     return [
         predict.Prediction('', label, fig3_filters.unpacked(picture), np.array(probabilities))
-        for label, picture, probabilities in zip(kept['labels'], kept['pictures'],
-                                                 kept['probabilities'], strict=True)
-    ]  # fmt: skip
+        for label, picture, probabilities in zip(
+            kept['labels'], kept['pictures'], kept['probabilities'], strict=True
+        )
+    ]
 
 
 def rank(made: predict.Prediction) -> int:
@@ -178,8 +191,10 @@ def plot(results, file):
         [words.shown([query['name'], *query['names']]) for query in queries],
     )
     width = max(above.shape[1], below.shape[1])
-    both = [np.pad(part, ((0, 20), (0, width - part.shape[1]), (0, 0)), constant_values=255)
-            for part in (above, below)]  # fmt: skip
+    both = [
+        np.pad(part, ((0, 20), (0, width - part.shape[1]), (0, 0)), constant_values=255)
+        for part in (above, below)
+    ]
     files.replace(file, looking.png(np.concatenate(both)))
 
 

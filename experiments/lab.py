@@ -62,17 +62,26 @@ class Lab:
     """
 
     def __init__(
-        self, experiment: str, scale: str, *, seeds: int, given: Iterable[str] = (),
-        runs: pathlib.Path = pathlib.Path('runs'), results: pathlib.Path = RESULTS,
-        start: Callable | None = None, runs_of: str = '',
-    ):  # fmt: skip
+        self,
+        experiment: str,
+        scale: str,
+        *,
+        seeds: int,
+        given: Iterable[str] = (),
+        runs: pathlib.Path = pathlib.Path('runs'),
+        results: pathlib.Path = RESULTS,
+        start: Callable | None = None,
+        runs_of: str = '',
+    ):
         self.scale, self.seeds = scale, seeds
         self._given, self._start = list(given), start or in_new_process
         self._call = apart if self._start is in_new_process else _here
         for text in self._given:
             if text.lstrip('-').partition('=')[0] in ('config', 'workdir', 'config.seed'):
-                raise UserError(f'{text}: every run has its own; an experiment takes --scale, --seeds '
-                                'and --results')  # fmt: skip
+                raise UserError(
+                    f'{text}: every run has its own; an experiment takes --scale, --seeds '
+                    'and --results'
+                )
         # Names and keys of the runs to make, none if all; keys of those that were asked for.
         self._only, self._asked = set(), []
         self.folder = runs / f'{runs_of or experiment}-{scale}'
@@ -88,10 +97,16 @@ class Lab:
         return _decisive(self._given).get(f'--config.{field}')
 
     def run(
-        self, name: str, seed: int, config: str, changes: dict[str, Any] | None = None, *,
-        last: dict[str, Any] | None = None, until: Callable[[Rows], bool] | None = None,
+        self,
+        name: str,
+        seed: int,
+        config: str,
+        changes: dict[str, Any] | None = None,
+        *,
+        last: dict[str, Any] | None = None,
+        until: Callable[[Rows], bool] | None = None,
         after: Callable[[pathlib.Path], dict[str, Any]] | None = None,
-    ) -> dict[str, Any] | None:  # fmt: skip
+    ) -> dict[str, Any] | None:
         """The result of a run, which is made or continued if it is not there; None if --only leaves it out.
 
         Args:
@@ -105,9 +120,13 @@ class Lab:
         key = f'{name}-{seed}'
         self._asked.append(key)
         command = [
-            f'--config={config}', f'--workdir={self.workdir(name, seed)}', f'--config.seed={seed}',
-            *_arguments(changes), *self._given, *_arguments(last),
-        ]  # fmt: skip
+            f'--config={config}',
+            f'--workdir={self.workdir(name, seed)}',
+            f'--config.seed={seed}',
+            *_arguments(changes),
+            *self._given,
+            *_arguments(last),
+        ]
         there = self.results.get(key)
         if self._only and not {name, key} & self._only:
             return there
@@ -131,13 +150,20 @@ class Lab:
         diverged = self._start(command, workdir, until)
         rows = {kind: _rows(workdir, kind) for kind in ('train', 'eval')}
         if not diverged and not rows['train']:
-            raise UserError(f'{workdir}: the run ended within its first interval, so it has no rows to '
-                            'report; remove it, and give a shorter interval, --config.run.log_every=N')
+            raise UserError(
+                f'{workdir}: the run ended within its first interval, so it has no rows to '
+                'report; remove it, and give a shorter interval, --config.run.log_every=N'
+            )
         result = {
-            'name': name, 'seed': seed, 'diverged': diverged,
-            'extra': self._call(after, workdir) if after and not diverged else None, **rows,
-            'command': command, 'given': self._given, **_origin(workdir),
-        }  # fmt: skip
+            'name': name,
+            'seed': seed,
+            'diverged': diverged,
+            'extra': self._call(after, workdir) if after and not diverged else None,
+            **rows,
+            'command': command,
+            'given': self._given,
+            **_origin(workdir),
+        }
         self.results = add(self._file, key, result)
         return result
 
@@ -163,8 +189,9 @@ class Lab:
         keys = self.ask(run)
         self._only = {*only}
         for name in sorted(self._only - {*keys} - {*map(name_of, keys)}):
-            raise UserError(f'--only={name}: there is no such run at --scale={self.scale} '
-                            f'--seeds={self.seeds}')
+            raise UserError(
+                f'--only={name}: there is no such run at --scale={self.scale} --seeds={self.seeds}'
+            )
 
 
 def name_of(key: str) -> str:
@@ -179,7 +206,9 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
     before = _rows(workdir, 'train')  # of earlier starts: this one cannot be stopped yet
     with open(log, 'ab') as out:
         process = subprocess.Popen(
-            [sys.executable, '-m', 'alexnet_jax.main', *command], stdout=out, stderr=subprocess.STDOUT
+            [sys.executable, '-m', 'alexnet_jax.main', *command],
+            stdout=out,
+            stderr=subprocess.STDOUT,
         )
         asked = False
         try:
@@ -216,18 +245,24 @@ def apart(function: Callable, *args):
                 child.terminate()
             raise Stopped('stopped after a run; the same command goes on') from None
         except BrokenProcessPool:
-            raise UserError('what looks at a run was killed, perhaps for want of memory; make room, the same '
-                            'command goes on') from None  # fmt: skip
+            raise UserError(
+                'what looks at a run was killed, perhaps for want of memory; make room, the same '
+                'command goes on'
+            ) from None
 
 
 def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
     """Results of runs that were made elsewhere, called like their directories; they are not kept."""
     seeds = {run: rundir.read_config(run)['seed'] for run in runs}
     return {
-        run: {'name': run, 'seed': seed, 'extra': apart(look, files.path(run)),
-              'eval': _rows(files.path(run), 'eval')}
+        run: {
+            'name': run,
+            'seed': seed,
+            'extra': apart(look, files.path(run)),
+            'eval': _rows(files.path(run), 'eval'),
+        }
         for run, seed in seeds.items()
-    }  # fmt: skip
+    }
 
 
 def _here(function: Callable, *args):
@@ -244,8 +279,11 @@ def _decisive(arguments: list[str]) -> dict[str, str]:
     Where a run lies (--workdir), and how a machine runs it, is its own affair.
     """
     values = (text.partition('=') for text in arguments)
-    return {name: value for name, _, value in values
-            if name != '--workdir' and not name.startswith('--config.run.')}  # fmt: skip
+    return {
+        name: value
+        for name, _, value in values
+        if name != '--workdir' and not name.startswith('--config.run.')
+    }
 
 
 def _rows(workdir: pathlib.Path, kind: str) -> Rows:
@@ -261,8 +299,11 @@ def _origin(workdir: pathlib.Path) -> dict[str, Any]:
         kept = {name: start[name] for name in ('commit', 'versions', 'devices', 'processor')}
         starts += [kept] if kept not in starts else []
     store = json.loads((workdir / 'store.json').read_text())
-    data = {'source': pathlib.Path(store['source']).name, 'counts': store['counts'],
-            'classes': store['classes']}  # fmt: skip
+    data = {
+        'source': pathlib.Path(store['source']).name,
+        'counts': store['counts'],
+        'classes': store['classes'],
+    }
     return {'starts': starts, 'data': data}
 
 
@@ -303,8 +344,9 @@ def provenance(results: dict[str, Any]) -> str:
 
     data = each(
         f'{run["data"]["source"]} ({run["data"]["counts"]["train"]:,} training and '
-        f'{run["data"]["counts"]["val"]:,} validation pictures)' for run in runs
-    )  # fmt: skip
+        f'{run["data"]["counts"]["val"]:,} validation pictures)'
+        for run in runs
+    )
     return (
         f'{count(len(runs), "run")} on {data}; '
         f'devices: {each(" ".join(start["devices"]) for start in starts)}; '
@@ -371,8 +413,10 @@ def at_chance(result: dict[str, Any]) -> bool:
 
 
 # By chance alone: Student's distribution with 2 degrees of freedom.
-WEAK = ('Not resolved: no more than two standard errors. With three seeds chance alone passes that in 18 % '
-        'of cases.')  # fmt: skip
+WEAK = (
+    'Not resolved: no more than two standard errors. With three seeds chance alone passes that in 18 % '
+    'of cases.'
+)
 
 
 def mean_std(values, digits: int = 1) -> str:
@@ -406,20 +450,35 @@ def _main(module: ModuleType) -> None:
     name = pathlib.Path(module.__file__).stem
     notes = [f'{scale}: {note}' for scale, note in getattr(module, 'NOTES', {}).items()]
     parser = ArgumentParser(
-        prog=f'python -m experiments.{name}', description='\n'.join([module.__doc__, *notes]),
+        prog=f'python -m experiments.{name}',
+        description='\n'.join([module.__doc__, *notes]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument('--scale', choices=SCALES, default='small')
     parser.add_argument('--seeds', type=int, default=3, help='runs of everything; default: 3')
-    parser.add_argument('--results', type=pathlib.Path, metavar='DIR',
-                        help='where to keep results, figure and run directories, to measure anew')
+    parser.add_argument(
+        '--results',
+        type=pathlib.Path,
+        metavar='DIR',
+        help='where to keep results, figure and run directories, to measure anew',
+    )
     parser.add_argument('--report', action='store_true', help='only the table of what is there')
     if getattr(module, 'TAKES_RUNS', False):
-        parser.add_argument('--run', action='append', default=[], metavar='RUN',
-                            help='only look at this run directory, train and keep nothing; may be repeated')
+        parser.add_argument(
+            '--run',
+            action='append',
+            default=[],
+            metavar='RUN',
+            help='only look at this run directory, train and keep nothing; may be repeated',
+        )
     if getattr(module, 'INDEPENDENT', False):
-        parser.add_argument('--only', action='append', default=[], metavar='NAME',
-                            help='make only these runs, NAME or NAME-SEED; may be repeated')
+        parser.add_argument(
+            '--only',
+            action='append',
+            default=[],
+            metavar='NAME',
+            help='make only these runs, NAME or NAME-SEED; may be repeated',
+        )
     split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:split])
     if options.seeds < 1:
@@ -438,8 +497,15 @@ def _main(module: ModuleType) -> None:
     results, figures, runs = RESULTS, FIGURES, pathlib.Path('runs')
     if options.results:
         results, figures, runs = options.results, options.results, options.results / 'runs'
-    lab = Lab(name, options.scale, seeds=options.seeds, given=sys.argv[split + 1 :], runs=runs,
-              results=results, runs_of=getattr(module, 'RUNS_OF', ''))
+    lab = Lab(
+        name,
+        options.scale,
+        seeds=options.seeds,
+        given=sys.argv[split + 1 :],
+        runs=runs,
+        results=results,
+        runs_of=getattr(module, 'RUNS_OF', ''),
+    )
     if getattr(options, 'only', []):
         lab.choose(module.run, options.only)
     if not options.report:

@@ -17,9 +17,15 @@ from alexnet_jax.errors import ArgumentParser, run
 from experiments import lab as labs
 
 EXPERIMENTS = (
-    'fig1_relu_tanh', 'cifar_lrn', 'does_it_train', 'ablations', 'table1', 'table2', 'fig3_filters',
+    'fig1_relu_tanh',
+    'cifar_lrn',
+    'does_it_train',
+    'ablations',
+    'table1',
+    'table2',
+    'fig3_filters',
     'fig4_retrieval',
-)  # fmt: skip
+)
 SCALES = ('full', 'small')
 PAGE = labs.HERE / 'RESULTS.md'
 INTRO = """# Results
@@ -129,8 +135,11 @@ def only(module, scale: str, seeds: int, results) -> list[str]:
 
 
 def main() -> None:
-    parser = ArgumentParser(prog='python -m experiments.report', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        prog='python -m experiments.report',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.parse_args()
     files.replace(PAGE, assemble().encode())
     print(f'wrote {PAGE}')

@@ -47,8 +47,10 @@ def main() -> None:
         differences[kind].append(np.abs(ours - opencv_square(image, args.size)).mean())
     for kind, values in differences.items():
         if values:
-            print(f'{kind}: mean absolute difference {np.mean(values):.2f} levels '
-                  f'({len(values)} pictures)')
+            print(
+                f'{kind}: mean absolute difference {np.mean(values):.2f} levels '
+                f'({len(values)} pictures)'
+            )
 
 
 if __name__ == '__main__':

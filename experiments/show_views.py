@@ -33,9 +33,17 @@ def training_views(
         position = epoch * total + int(np.flatnonzero(order == index)[0])
         # In batches of one, steps are positions.
         batches = data.train_batches(
-            store, seed=seed, batch=1, start=position, stop=position + 1, rows=np.arange(1),
-            crop=crop, chunk=chunk, random=True, threads=1,
-        )  # fmt: skip
+            store,
+            seed=seed,
+            batch=1,
+            start=position,
+            stop=position + 1,
+            rows=np.arange(1),
+            crop=crop,
+            chunk=chunk,
+            random=True,
+            threads=1,
+        )
         batch = next(batches)
         noise = batch['z'] @ steps.noise_axes(store.eigenvectors, store.sigma, std).T
         seen = np.asarray(steps.normalize(batch['image'], mean, noise))[0] + mean

@@ -41,16 +41,22 @@ def run(lab):
 def report(results) -> str:
     runs = [result for result in results.values() if result['extra']]
     pictures = ', '.join(sorted({run['data']['source'] for run in runs}))
-    lines = [f'| model | the paper, ILSVRC-2010: top-1, top-5 error | ours, {pictures}: top-1, top-5 error |',
-             '|---|---|---|']  # fmt: skip
+    lines = [
+        f'| model | the paper, ILSVRC-2010: top-1, top-5 error | ours, {pictures}: top-1, top-5 error |',
+        '|---|---|---|',
+    ]
     for name, (first, fifth) in PAPER.items():
         ours = ''
         if runs and name in VIEWS:
-            ours = ', '.join(f'{labs.mean_std([run["extra"][VIEWS[name]][error] for run in runs])} %'
-                             for error in ablations.ERRORS)  # fmt: skip
+            ours = ', '.join(
+                f'{labs.mean_std([run["extra"][VIEWS[name]][error] for run in runs])} %'
+                for error in ablations.ERRORS
+            )
         lines.append(f'| {name} | {first} %, {fifth} % | {ours} |')
     diverged = len(results) - len(runs)
-    seeds = f'{labs.count(len(runs), "seed")}' + (f', and {diverged} that diverged' if diverged else '')
+    seeds = f'{labs.count(len(runs), "seed")}' + (
+        f', and {diverged} that diverged' if diverged else ''
+    )
     return '\n'.join([*lines, '', f'{seeds}; mean ± standard deviation.'])
 
 

@@ -39,9 +39,12 @@ CNN, STAR, FINETUNE = 'configs/original.py', 'configs/cnn_star.py', 'configs/cnn
 STARS = 2
 SIFT = 'SIFT + FVs'  # what came before
 PAPER = {  # top-1 and top-5 error, %, on ILSVRC-2012 validation; top-5 error on its test set
-    SIFT: ('–', '–', '26.2 %'), '1 CNN': ('40.7 %', '18.2 %', '–'), '5 CNNs': ('38.1 %', '16.4 %', '16.4 %'),
-    '1 CNN*': ('39.0 %', '16.6 %', '–'), '7 CNNs*': ('36.7 %', '15.4 %', '15.3 %'),
-}  # fmt: skip
+    SIFT: ('–', '–', '26.2 %'),
+    '1 CNN': ('40.7 %', '18.2 %', '–'),
+    '5 CNNs': ('38.1 %', '16.4 %', '16.4 %'),
+    '1 CNN*': ('39.0 %', '16.6 %', '–'),
+    '7 CNNs*': ('36.7 %', '15.4 %', '15.3 %'),
+}
 SHAPES = {'train': 40, 'validation': 20}  # pictures of the embedded set in a smoke run
 NOTES = ablations.NOTES
 plot = None
@@ -52,7 +55,9 @@ def run(lab):
     finetune = changes
     more, fewer = {}, {}  # where the pictures are
     if lab.scale != 'full':
-        changes, finetune = ({**changes, **labs.shortened(config, part)} for config in (CNN, FINETUNE))
+        changes, finetune = (
+            {**changes, **labs.shortened(config, part)} for config in (CNN, FINETUNE)
+        )
         source = lab.value_given('data.source')
         if lab.scale == 'smoke' and not source:
             source = draw(lab.folder / 'shapes')
@@ -60,8 +65,10 @@ def run(lab):
         if not source:
             raise UserError('table2: give a folder of pictures, -- --config.data.source=FOLDER')
         if lab.value_given('data.val_fraction'):
-            raise UserError('table2: data.val_fraction would be of the more classes only; leave it out, '
-                            'and give a folder with train/ and val/ where it matters')  # fmt: skip
+            raise UserError(
+                'table2: data.val_fraction would be of the more classes only; leave it out, '
+                'and give a folder with train/ and val/ where it matters'
+            )
         half = first_half(source, lab.folder / f'half-of-{pathlib.Path(source).name}')
         fewer = {'data.source': half, 'data.store': f'{half}-store'}
     changes, finetune = ({'run.eval_every': 5.0, **fields} for fields in (changes, finetune))
@@ -69,8 +76,10 @@ def run(lab):
     pretrained = [lab.workdir('pretrained', seed) for seed in range(stars)]
     for first in pretrained if lab.scale == 'full' else ():
         if not first.exists():
-            raise UserError(f'{first}: a network trained on more classes is to be there; '
-                            'python -m experiments.table2 --help has the commands')
+            raise UserError(
+                f'{first}: a network trained on more classes is to be there; '
+                'python -m experiments.table2 --help has the commands'
+            )
 
     for seed in range(lab.seeds):
         lab.run('cnn', seed, CNN, changes, last=fewer, after=functools.partial(alone, '1 CNN'))
@@ -78,8 +87,14 @@ def run(lab):
     for seed, first in enumerate(pretrained):
         if lab.scale != 'full':
             lab.run('pretrained', seed, STAR, changes, last=more)
-        lab.run('star', seed, FINETUNE, {**finetune, 'train.init_from': str(first)}, last=fewer,
-                after=functools.partial(alone, '1 CNN*'))
+        lab.run(
+            'star',
+            seed,
+            FINETUNE,
+            {**finetune, 'train.init_from': str(first)},
+            last=fewer,
+            after=functools.partial(alone, '1 CNN*'),
+        )
     if starred := sound(lab, 'star', stars):
         together(lab, 'CNNs*', {**starred, **cnns})
 
@@ -122,8 +137,10 @@ def first_half(source: str, folder: pathlib.Path) -> str:
     if folder.exists():
         link, root = next(folder.glob('*/*/*')), os.path.abspath(os.path.expanduser(source))
         if not os.readlink(link).startswith(f'{root}/'):
-            raise UserError(f'{folder}: holds links to other pictures than {root}; '
-                            'give another folder for results, --results=DIR')  # fmt: skip
+            raise UserError(
+                f'{folder}: holds links to other pictures than {root}; '
+                'give another folder for results, --results=DIR'
+            )
         return str(folder)
     if not datasets.is_folder(source):
         raise UserError(f'{source}: half of its classes are to be linked to, it must be a folder')
@@ -155,13 +172,23 @@ def report(results) -> str:
     for name in [SIFT, *sorted(names, key=lambda name: ('*' in name, int(name.split()[0])))]:
         *validation, test = PAPER.get(name, ('', ''))
         values = found.get(name, [])
-        ours = ', '.join(f'{labs.mean_std([value[error] for value in values])} %'
-                         for error in ablations.ERRORS) if values else ''  # fmt: skip
+        ours = (
+            ', '.join(
+                f'{labs.mean_std([value[error] for value in values])} %'
+                for error in ablations.ERRORS
+            )
+            if values
+            else ''
+        )
         ours = 'not measurable here' if name == SIFT else ours
-        lines.append(f'| {name} | {", ".join(validation)} | {test} | {ours} | {len(values) or ""} |')
+        lines.append(
+            f'| {name} | {", ".join(validation)} | {test} | {ours} | {len(values) or ""} |'
+        )
     lines += ['', 'Errors on the test set are not measurable here: its labels are not public.']
     diverged = sum(result['diverged'] for result in results.values())
-    return '\n'.join([*lines, *(['', f'{labs.count(diverged, "run")} diverged.'] if diverged else [])])
+    return '\n'.join(
+        [*lines, *(['', f'{labs.count(diverged, "run")} diverged.'] if diverged else [])]
+    )
 
 
 if __name__ == '__main__':

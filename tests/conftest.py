@@ -41,10 +41,21 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # Files are shared out one by one: the last ones should be short.
 LONGEST_FIRST = (
-    'test_parallel', 'test_main', 'test_distributed', 'test_resume', 'test_train', 'test_model',
-    'test_steps', 'test_benchmark', 'test_imagenet', 'test_scaling', 'test_chaos', 'test_cloud',
-    'test_checkpoint', 'test_prepare',
-)  # fmt: skip
+    'test_parallel',
+    'test_main',
+    'test_distributed',
+    'test_resume',
+    'test_train',
+    'test_model',
+    'test_steps',
+    'test_benchmark',
+    'test_imagenet',
+    'test_scaling',
+    'test_chaos',
+    'test_cloud',
+    'test_checkpoint',
+    'test_prepare',
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -26,7 +26,9 @@ def write_tree(tree: Path, counts: dict[str, int], seed: int = 0) -> Path:
     for label, (name, count) in enumerate(counts.items()):
         (tree / name).mkdir(parents=True)
         for number in range(count):
-            image = picture(seed + 500 * label + number, 50 + 7 * (number % 9), 60 - 3 * (number % 9))
+            image = picture(
+                seed + 500 * label + number, 50 + 7 * (number % 9), 60 - 3 * (number % 9)
+            )
             (tree / name / f'{number:03}.jpg').write_bytes(encode(image))
     return tree
 
@@ -36,7 +38,9 @@ CMYK = 'n01739381_1309.JPEG'
 PNG = 'n02105855_2933.JPEG'
 
 
-def write_imagenet_tars(folder: Path, *, per_class: int = 4, val: int = 10, width: int = 80) -> dict:
+def write_imagenet_tars(
+    folder: Path, *, per_class: int = 4, val: int = 10, width: int = 80
+) -> dict:
     """Writes the two tars of a miniature ImageNet, with a CMYK and a PNG file among them.
 
     Returns {'train': {file name: wnid}, 'val': [file names, sorted]}.

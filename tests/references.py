@@ -149,7 +149,9 @@ def local(x, kernel, bias):
         for i, j, c in np.ndindex(size, size, channels):
             row, column = h + i - size // 2, w + j - size // 2
             if 0 <= row < height and 0 <= column < width:
-                y[b, h, w, o] += x[b, row, column, c] * kernel[h, w, (i * size + j) * channels + c, o]
+                y[b, h, w, o] += (
+                    x[b, row, column, c] * kernel[h, w, (i * size + j) * channels + c, o]
+                )
     return y
 
 

@@ -18,7 +18,9 @@ def leave(command, workdir, until):
     workdir.mkdir(parents=True)
     first = {'commit': 'c', 'versions': {'jax': '1'}, 'devices': ['d']}
     (workdir / 'run.json').write_text(json.dumps([first, {**first, 'commit': 'd'}, first]))
-    (workdir / 'store.json').write_text('{"source": "/a/b", "counts": {"train": 1, "val": 1}, "classes": 2}')
+    (workdir / 'store.json').write_text(
+        '{"source": "/a/b", "counts": {"train": 1, "val": 1}, "classes": 2}'
+    )
     (workdir / 'metrics.jsonl').write_text('{"kind": "train", "step": 0}\n')
     return False
 
@@ -30,7 +32,9 @@ def configured(command):
     values.pop('workdir')
     known = configfile.fields(config)
     changes = {
-        name.removeprefix('config.'): text if isinstance(known[name], str) else ast.literal_eval(text)
+        name.removeprefix('config.'): text
+        if isinstance(known[name], str)
+        else ast.literal_eval(text)
         for name, text in values.items()
     }
     config.update_from_flattened_dict(changes)
@@ -39,5 +43,13 @@ def configured(command):
 
 def make(tmp_path, given=(), start=in_process, seeds=1, **others):
     """A Lab of smoke runs, all of whose files are in a temporary folder."""
-    return lab.Lab('trial', 'smoke', seeds=seeds, given=given, runs=tmp_path / 'runs',
-                   results=tmp_path / 'results', start=start, **others)  # fmt: skip
+    return lab.Lab(
+        'trial',
+        'smoke',
+        seeds=seeds,
+        given=given,
+        runs=tmp_path / 'runs',
+        results=tmp_path / 'results',
+        start=start,
+        **others,
+    )

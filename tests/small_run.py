@@ -103,29 +103,49 @@ run(main.main)
 def command(workdir, store, *more, event='never', number=1) -> list[str]:
     """Twenty steps of the quickstart's recipe, five an epoch, each epoch evaluated."""
     return [
-        sys.executable, '-c', DRIVER, event, str(number),
-        f'--config={ROOT}/configs/quickstart.py', f'--workdir={workdir}',
-        '--config.data.source=made_up', f'--config.data.store={store}', '--config.data.size=72',
-        '--config.augment.crop=64', '--config.augment.chunk=4', '--config.optim.epochs=4.0',
-        '--config.optim.drops=(2.0,3.0)', f'--config.train.batch={BATCH}',
-        '--config.run.eval_every=1.0', f'--config.run.eval_batch={BATCH}',
-        '--config.run.checkpoint_every=3', '--config.run.log_every=2', *more,
-    ]  # fmt: skip
+        sys.executable,
+        '-c',
+        DRIVER,
+        event,
+        str(number),
+        f'--config={ROOT}/configs/quickstart.py',
+        f'--workdir={workdir}',
+        '--config.data.source=made_up',
+        f'--config.data.store={store}',
+        '--config.data.size=72',
+        '--config.augment.crop=64',
+        '--config.augment.chunk=4',
+        '--config.optim.epochs=4.0',
+        '--config.optim.drops=(2.0,3.0)',
+        f'--config.train.batch={BATCH}',
+        '--config.run.eval_every=1.0',
+        f'--config.run.eval_batch={BATCH}',
+        '--config.run.checkpoint_every=3',
+        '--config.run.log_every=2',
+        *more,
+    ]
 
 
 def environment(store) -> dict[str, str]:
     # With the allocator's settings there, a command does not start again, after its imports here.
-    return os.environ | compilation_cache(store.parent / 'cache') | allocator.settings() | {
-        # Threads of a process: sums are split among them, and a process with two devices has fewer.
-        'PJRT_NPROC': '4',
-    }
+    return (
+        os.environ
+        | compilation_cache(store.parent / 'cache')
+        | allocator.settings()
+        | {
+            # Threads of a process: sums are split among them, and a process with two devices has fewer.
+            'PJRT_NPROC': '4',
+        }
+    )
 
 
 def make_store(path):
     """Forty pictures of noise to train with, twelve to evaluate."""
     rng = np.random.default_rng(0)
-    pictures = {split: rng.integers(0, 256, (n, 72, 72, 3), dtype=np.uint8)
-                for split, n in (('train', EXAMPLES), ('val', 12))}
+    pictures = {
+        split: rng.integers(0, 256, (n, 72, 72, 3), dtype=np.uint8)
+        for split, n in (('train', EXAMPLES), ('val', 12))
+    }
     write_store(path, format='u8', size=72, classes=3, pictures=pictures)
     return path
 

@@ -74,6 +74,8 @@ def test_memory_is_kept(linux, monkeypatch):
     for environment in ({}, allocator.settings()):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        done = subprocess.run([sys.executable, '-c', FAULTS], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, '-c', FAULTS], capture_output=True, text=True, check=True
+        )
         faults.append(int(done.stdout))
     assert faults[1] < 1000 < 30_000 < faults[0], faults

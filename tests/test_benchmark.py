@@ -141,7 +141,8 @@ def test_peers_must_agree(capsys):
     assert benchmark._limits('infer', 0.02, 0.0) == {'logits_difference': 0.02}
     assert benchmark._limits('train', 0.02, 0.0)['gradients_difference'] == 0.02
     assert benchmark._limits('train', 0.2, 0.15)['gradients_difference'] == 0.3
-    assert benchmark._limits('train', 0.2, 0.6)['gradients_difference'] < 1  # what no gradient at all has
+    # what no gradient at all has
+    assert benchmark._limits('train', 0.2, 0.6)['gradients_difference'] < 1
     limits = benchmark._limits('train', 0.02, 0.0)
     for distance, agrees in ((0.01, True), (0.03, False), (float('nan'), False)):
         facts = {'logits_difference': 0.0, 'gradients_difference': distance}
@@ -196,7 +197,9 @@ def test_a_worker_that_hangs_is_named(tmp_path, ready):
     spec = {'task': 'train', 'allocator': True, 'file': str(tmp_path / 'file'), 'patience': 0.01}
     began = time.monotonic()
     if ready:
-        worker = benchmark._start('torch eager', benchmark.PEER, str(python), {**spec, 'patience': 0.1})
+        worker = benchmark._start(
+            'torch eager', benchmark.PEER, str(python), {**spec, 'patience': 0.1}
+        )
         with pytest.raises(WorkerError, match='^torch eager: no answer in 0.1 minutes'):
             worker.ask(1)
         worker.close()
@@ -210,7 +213,9 @@ def test_workers_compile_anew(tmp_path):
     """What is timed must not be what another worker kept."""
     environment = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'programs')}
     spec = {'task': 'copy', 'form': 'plain', 'cpu': True}
-    Worker('ours', sys.executable, 'experiments.benchmark.ours', spec, environment, patience=5).close()
+    Worker(
+        'ours', sys.executable, 'experiments.benchmark.ours', spec, environment, patience=5
+    ).close()
     assert not (tmp_path / 'programs').exists()
 
 
@@ -225,17 +230,29 @@ def test_pace_does_not_count_the_wait():
 def command(*arguments):
     return subprocess.run(
         [sys.executable, '-m', 'experiments.benchmark', *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize('reader', ['tf', 'threads'])
 @pytest.mark.parametrize('cold', [False, True])
 def test_a_turn_begins_without_what_lay_ready(tmp_path, cold, reader):
-    write_store(tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8})
+    write_store(
+        tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8}
+    )
     config = configfile.load('configs/paper.py')
     config.augment.crop = 32
-    spec = {'store': str(tmp_path / 'store'), 'batch': 4, 'reader': reader, 'cold': cold, 'threads': 2}
+    spec = {
+        'store': str(tmp_path / 'store'),
+        'batch': 4,
+        'reader': reader,
+        'cold': cold,
+        'threads': 2,
+    }
     pipeline = ours.Pipeline(spec, config)
     first = next(pipeline)['image']
     pipeline.rest()
@@ -248,7 +265,9 @@ def test_a_turn_begins_without_what_lay_ready(tmp_path, cold, reader):
 
 @pytest.mark.parametrize('random', [False, True])
 def test_the_input_is_that_of_the_preset(tmp_path, random):
-    write_store(tmp_path / 'store', format='u8', size=32, classes=10, counts={'train': 64, 'val': 8})
+    write_store(
+        tmp_path / 'store', format='u8', size=32, classes=10, counts={'train': 64, 'val': 8}
+    )
     config = configfile.load('configs/paper.py')
     config.augment.update(crop=32, random=random)
     spec = {'store': str(tmp_path / 'store'), 'batch': 64, 'reader': 'threads', 'cold': False}
@@ -262,11 +281,18 @@ def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'cores', lambda: 16)
     made, taken, cut = [], [], data._cut
     monkeypatch.setattr(data, '_cut', lambda *args: made.append(1) or cut(*args))
-    write_store(tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8})
+    write_store(
+        tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8}
+    )
     config = configfile.load('configs/paper.py')
     config.augment.crop = 32
-    spec = {'store': str(tmp_path / 'store'), 'batch': 4, 'reader': 'threads', 'cold': False,
-            'threads': 16}  # fmt: skip
+    spec = {
+        'store': str(tmp_path / 'store'),
+        'batch': 4,
+        'reader': 'threads',
+        'cold': False,
+        'threads': 16,
+    }
     pipeline = ours.Pipeline(spec, config)
     next(pipeline)
     deadline = time.monotonic() + 10
@@ -279,17 +305,37 @@ def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('changes', [
-    {'task': 'infer'}, {'task': 'infer', 'devices': 2}, {'task': 'train', 'devices': 2},
-    {'task': 'both'}, {'task': 'both', 'dispatch': 3, 'cold': True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'task': 'infer'},
+        {'task': 'infer', 'devices': 2},
+        {'task': 'train', 'devices': 2},
+        {'task': 'both'},
+        {'task': 'both', 'dispatch': 3, 'cold': True},
+    ],
+    ids=str,
+)
 def test_every_task_makes_what_it_counts(tmp_path, changes):
-    write_store(tmp_path / 'store', format='u8', size=72, classes=10, counts={'train': 64, 'val': 8})
+    write_store(
+        tmp_path / 'store', format='u8', size=72, classes=10, counts={'train': 64, 'val': 8}
+    )
     config = configfile.load('configs/paper.py')
     config.model.width, config.augment.crop = 0.125, 64
     net = switches.build(classes=10, **config.model)
-    spec = {'batch': 4, 'classes': 10, 'devices': 1, 'form': 'ours', 'dispatch': 1, 'cpu': True, 'threads': 1,
-            'store': str(tmp_path / 'store'), 'reader': 'threads', 'cold': False, **changes}  # fmt: skip
+    spec = {
+        'batch': 4,
+        'classes': 10,
+        'devices': 1,
+        'form': 'ours',
+        'dispatch': 1,
+        'cpu': True,
+        'threads': 1,
+        'store': str(tmp_path / 'store'),
+        'reader': 'threads',
+        'cold': False,
+        **changes,
+    }
     task = {'train': ours._train, 'infer': ours._infer, 'both': ours._both}[spec['task']]
     repeat, facts, commands = task(spec, config, net)
     more = repeat(4)
@@ -311,7 +357,10 @@ def test_every_task_makes_what_it_counts(tmp_path, changes):
         (['--patience=0'], '--patience=0.0: must be above 0'),
         (['--peer_form=compile'], '--peer_form is for --peer'),
         (['--peer_python=/usr/bin/python'], '--peer_python is for --peer'),
-        (['--peer=torch', '--peer_form=fast'], '--peer_form=fast: choose eager or compile, contiguous'),
+        (
+            ['--peer=torch', '--peer_form=fast'],
+            '--peer_form=fast: choose eager or compile, contiguous',
+        ),
         (['--layers', '--tasks=infer'], '--layers is for --tasks=train'),
         (['--cold'], '--cold is for --tasks=both and input'),
         (['--two_devices', '--config=configs/one_gpu.py'], 'two towers'),
@@ -329,10 +378,13 @@ def test_bad_arguments(arguments, message, tmp_path, monkeypatch):
 
 def test_earlier_results_stay(tmp_path, monkeypatch):
     file = tmp_path / 'benchmark.json'
-    assert benchmark._folder(str(tmp_path)) == benchmark._folder(str(tmp_path)) == tmp_path  # nothing yet
+    # nothing yet
+    assert benchmark._folder(str(tmp_path)) == benchmark._folder(str(tmp_path)) == tmp_path
     file.write_text('{}')
     monkeypatch.setattr(sys, 'argv', ['benchmark', f'--out={tmp_path}'])
-    with pytest.raises(UserError, match='holds the results of an earlier command; give another folder'):
+    with pytest.raises(
+        UserError, match='holds the results of an earlier command; give another folder'
+    ):
         benchmark.main()
     assert file.read_text() == '{}'
 
@@ -340,23 +392,40 @@ def test_earlier_results_stay(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_command(tmp_path):
     config = tmp_path / 'small.py'
-    config.write_text(textwrap.dedent("""
+    config.write_text(
+        textwrap.dedent("""
         from configs import paper
         def get_config():
             config = paper.get_config()
             config.model.width = 0.125
             config.augment.crop = 96
             return config
-    """))
+    """)
+    )
     done = command(
-        f'--config={config}', '--batch=2', '--repeats=2', '--seconds=0.01', '--classes=10', '--plain',
-        '--tasks=train', '--layers', '--deterministic', '--dispatch=3', f'--out={tmp_path / "out"}',
-    )  # fmt: skip
+        f'--config={config}',
+        '--batch=2',
+        '--repeats=2',
+        '--seconds=0.01',
+        '--classes=10',
+        '--plain',
+        '--tasks=train',
+        '--layers',
+        '--deterministic',
+        '--dispatch=3',
+        f'--out={tmp_path / "out"}',
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
     rows = record['tasks']['train']
-    names = ['alexnet_jax', 'alexnet_jax, deterministic', 'alexnet_jax, 3 steps at once', 'the plain form',
-             'ceiling: products', 'ceiling: copies']  # fmt: skip
+    names = [
+        'alexnet_jax',
+        'alexnet_jax, deterministic',
+        'alexnet_jax, 3 steps at once',
+        'the plain form',
+        'ceiling: products',
+        'ceiling: copies',
+    ]
     assert [row['name'] for row in rows] == names
     assert rows[0]['ratio'] is None and 0 < rows[0]['flops_share'] < 2
     assert rows[1]['ratio']['min'] > 0 and len(rows[1]['rates']) == 2

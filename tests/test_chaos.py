@@ -18,9 +18,16 @@ STEPS = 78  # of the short runs
 def a_start(**changes):
     """Resumed at 15, killed after step 33, while the checkpoint of 30 was being written."""
     start = chaos.Start(
-        mesh=(1, 2), kind='training', killed=True, seconds=9.0, wait=8.0, resumed=15,
-        steps=list(range(15, 35, 2)), newest=15, saving=True,
-    )  # fmt: skip
+        mesh=(1, 2),
+        kind='training',
+        killed=True,
+        seconds=9.0,
+        wait=8.0,
+        resumed=15,
+        steps=list(range(15, 35, 2)),
+        newest=15,
+        saving=True,
+    )
     return start._replace(**changes)
 
 
@@ -88,7 +95,9 @@ def test_a_plan_has_every_kind_of_kill_in_order():
 
 
 def test_the_moment_of_a_kill():
-    training, saving, starting = (chaos.Kill(k, 15, 0.0, 0.5) for k in ('training', 'saving', 'starting'))
+    training, saving, starting = (
+        chaos.Kill(k, 15, 0.0, 0.5) for k in ('training', 'saving', 'starting')
+    )
     assert not training.due(2.0, [], True) and not training.due(2.0, [11, 13], True)
     assert training.due(2.0, [11, 13, 15], False)
     assert not saving.due(2.0, [11, 13, 15], False) and saving.due(2.0, [11, 13, 15], True)
@@ -140,8 +149,13 @@ def test_other_rows_are_seen(ended):
     assert chaos.differing_rows(slower, rows) == []
     (line,) = chaos.differing_rows([*rows[:2], {**rows[2], 'loss': np.nextafter(1 / 6, 1)}], rows)
     assert '0.16666666666666669' in line and '0.16666666666666666' in line
-    assert chaos.differing_rows([*rows[:2], {**rows[2], 'loss': 0.1}], rows, ignore=chaos.ROUNDED) == []
-    assert len(chaos.differing_rows(rows[:2], rows)) == len(chaos.differing_rows(rows, rows[:2])) == 1
+    assert (
+        chaos.differing_rows([*rows[:2], {**rows[2], 'loss': 0.1}], rows, ignore=chaos.ROUNDED)
+        == []
+    )
+    assert (
+        len(chaos.differing_rows(rows[:2], rows)) == len(chaos.differing_rows(rows, rows[:2])) == 1
+    )
     found = chaos.compare_kept(ended._replace(rows=rows[:2]), ended)
     assert found['rows'] == 1 and 'not {"kind": "train", "step": 5' in found['broken'][0]
     found = chaos.compare_changed(ended._replace(rows=rows[:2]), ended, ended)
@@ -156,11 +170,16 @@ def test_another_history_or_end_is_seen(ended):
     assert found['broken'] == ['changed: the last step is 55, not 60']
 
 
-@pytest.mark.parametrize(('times', 'lines'), [(0.0, 0), (-1.9, 0), (2.9, 0), (-2.1, 1), (3.1, 1), (5.0, 2)])
+@pytest.mark.parametrize(
+    ('times', 'lines'), [(0.0, 0), (-1.9, 0), (2.9, 0), (-2.1, 1), (3.1, 1), (5.0, 2)]
+)
 def test_distances(ended, times, lines):
     """1x1, 2x2 and the killed run on one line, at 0, d and times * d."""
+
     def at(x):
-        return changed(ended, 'params/fc8/kernel', lambda kernel: np.multiply(kernel, 1 + x, out=kernel))
+        return changed(
+            ended, 'params/fc8/kernel', lambda kernel: np.multiply(kernel, 1 + x, out=kernel)
+        )
 
     found = chaos.compare_changed(at(times * 1e-3), ended, at(1e-3))
     assert found['d'] == pytest.approx(1e-3, rel=1e-3)
@@ -187,7 +206,11 @@ def test_what_is_left_of_a_run(tmp_path, monkeypatch):
         'kept: it ended after 1 of 2 kills',
         'kept: left half-written in checkpoints/: 30.orbax-checkpoint-tmp',
     ]
-    assert (column['kills'], column['kills_while_saving'], column['repeated_most']) == (1, 1, (15, 4))
+    assert (column['kills'], column['kills_while_saving'], column['repeated_most']) == (
+        1,
+        1,
+        (15, 4),
+    )
     assert column['repeated_most_if_none_was_cut'] == 0 and column['finished_left'] == [38, 45]
 
 
@@ -214,8 +237,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     record = json.loads((tmp_path / 'new' / 'chaos.json').read_text())
     assert record['broken'] == ['a', 'b'] and record['runs']['mesh kept']['kills'] == 3
     assert [run['alone'] for run in record['runs'].values()] == [
-        [[2, 96, [1, 2]]], [[4, 96, [1, 1]], [4, 96, [2, 2]]]
-    ]  # fmt: skip
+        [[2, 96, [1, 2]]],
+        [[4, 96, [1, 1]], [4, 96, [2, 2]]],
+    ]
     with pytest.raises(UserError, match='is there; remove it'):
         chaos.main()
     monkeypatch.setattr(sys, 'argv', ['chaos', '--kills=0', f'--workdir={tmp_path}/other'])
@@ -235,7 +259,14 @@ def columns(tmp_path_factory):
     folder = tmp_path_factory.mktemp('chaos')
     chaos.draw_pictures(folder / 'pictures', np.random.default_rng(0))
     kept, changed = (
-        chaos.Job(folder, devices=4, kills=kills, seed=21, steps=STEPS // (kills + 1), program=('-c', driver))
+        chaos.Job(
+            folder,
+            devices=4,
+            kills=kills,
+            seed=21,
+            steps=STEPS // (kills + 1),
+            program=('-c', driver),
+        )
         for kills in (2, 1)
     )
     with concurrent.futures.ThreadPoolExecutor() as pool:

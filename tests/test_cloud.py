@@ -53,7 +53,9 @@ class Bucket:
 
     def remove(self, prefix: str) -> list[str]:
         with self.lock:
-            return [self.objects.pop(name) for name in list(self.objects) if name.startswith(prefix)]
+            return [
+                self.objects.pop(name) for name in list(self.objects) if name.startswith(prefix)
+            ]
 
 
 class FileSystem(backend.Backend):
@@ -161,8 +163,11 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def describe(self, name, bucket):
         content, generation = self.bucket.objects[name]
-        return {'name': name.removeprefix(f'{bucket}/'), 'size': str(len(content)),
-                'generation': str(generation)}  # fmt: skip
+        return {
+            'name': name.removeprefix(f'{bucket}/'),
+            'size': str(len(content)),
+            'generation': str(generation),
+        }
 
     def send_content(self, content, generation):
         headers = {'x-goog-generation': generation}
@@ -218,10 +223,12 @@ def outcome(workdir):
     """The last checkpoint's step, arrays and meta (history and running sums); rows without times."""
     checkpoints = Checkpoints(files.path(workdir) / 'checkpoints')
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    step, state, meta = checkpoints.restore({
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for name, leaf in checkpoints.shapes().items()
-    })  # fmt: skip
+    step, state, meta = checkpoints.restore(
+        {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for name, leaf in checkpoints.shapes().items()
+        }
+    )
     rows = [
         {name: value for name, value in row.items() if name not in progress.TIMES}
         for row in metrics.read(workdir)
@@ -276,7 +283,11 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     names = [name.removeprefix('bucket/run') for name in bucket.names('bucket/run/')]
     paths = [path for path in (tmp_path / 'run').rglob('*') if path.is_file()]
     there, here = (
-        {re.sub('/(state|tensorboard)/.*', '', name) for name in each if 'commit_success' not in name}
+        {
+            re.sub('/(state|tensorboard)/.*', '', name)
+            for name in each
+            if 'commit_success' not in name
+        }
         for each in (
             [name for name in names if not name.endswith('/')],
             ['/' + str(path.relative_to(tmp_path / 'run')) for path in paths],
@@ -291,7 +302,9 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
             rows = content
         elif found := re.fullmatch('bucket/run/checkpoints/([0-9]+)/commit_success.txt', name):
             seen.append(int(found[1]))
-            steps = [row['step'] for row in map(json.loads, rows.splitlines()) if row['kind'] == 'train']
+            steps = [
+                row['step'] for row in map(json.loads, rows.splitlines()) if row['kind'] == 'train'
+            ]
             assert steps[: seen[-1]] == list(range(seen[-1]))
     assert seen == [1, 2, 3, 4, 4, 5]
 
@@ -309,7 +322,9 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     assert np.asarray(kernel).tobytes() == expected[1]['params/conv3/kernel']
 
     # Another config is refused, as on a disk.
-    with pytest.raises(UserError, match='gs://bucket/run holds a run of another config .*optim.epochs'):
+    with pytest.raises(
+        UserError, match='gs://bucket/run holds a run of another config .*optim.epochs'
+    ):
         train.train(make_config(store), run)
 
 
@@ -396,8 +411,9 @@ def test_rows_reach_a_bucket_whole(bucket):
     with contextlib.closing(metrics.Writer(run, start=1)) as writer:
         writer.write('train', 1, {'loss': 1.0})
     assert metrics.read(run) == [
-        {'kind': 'train', 'step': 0, 'loss': 1.5}, {'kind': 'train', 'step': 1, 'loss': 1.0}
-    ]  # fmt: skip
+        {'kind': 'train', 'step': 0, 'loss': 1.5},
+        {'kind': 'train', 'step': 1, 'loss': 1.0},
+    ]
     events = bucket.names('bucket/rows/tensorboard/events')
     assert [b'train/loss' in bucket.objects[name][0] for name in events] == [True, True]
     bucket.put('bucket/rows/metrics.jsonl', b'nonsense\n{}\n')
@@ -426,10 +442,14 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
     writer = metrics.Writer(workdir, start=-1)
     checkpoints = Checkpoints(workdir / 'checkpoints')
     monkeypatch.setattr(Bucket, 'put', deny)
-    with pytest.raises(UserError, match=r'--workdir=gs://bucket/new: .* \(403: no access\); give') as error:
+    with pytest.raises(
+        UserError, match=r'--workdir=gs://bucket/new: .* \(403: no access\); give'
+    ) as error:
         rundir.check(None, workdir)
     assert '\n' not in str(error.value)
-    with pytest.raises(UserError, match='gs://bucket/new/metrics.jsonl: .*403: no access.* goes on'):
+    with pytest.raises(
+        UserError, match='gs://bucket/new/metrics.jsonl: .*403: no access.* goes on'
+    ):
         writer.sync()
     writer.close()
     with pytest.raises(SaveError, match='gs://bucket/new/checkpoints: .*403: no access'):

@@ -79,7 +79,9 @@ TABLE = {
 
 
 def presets():
-    return sorted(path.stem for path in CONFIGS.glob('*.py') if path.stem not in ('base', '__init__'))
+    return sorted(
+        path.stem for path in CONFIGS.glob('*.py') if path.stem not in ('base', '__init__')
+    )
 
 
 def load_module(preset):

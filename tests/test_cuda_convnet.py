@@ -29,13 +29,16 @@ def test_shapes_end_in_ceil_mode():
     """32 -> 16 -> 8 -> 4 and 24 -> 12 -> 6; floor would give 15, 7, 3 (`original.md` §8)."""
     *_, logits, out, net = applied('80sec')
     assert [out[name].shape[1:] for name in ('max1', 'avg2', 'avg3', 'fc4')] == [
-        (16, 16, 32), (8, 8, 32), (4, 4, 64), (64,)
-    ]  # fmt: skip
+        (16, 16, 32),
+        (8, 8, 32),
+        (4, 4, 64),
+        (64,),
+    ]
     assert logits.shape == (2, 10) and list(out) == net.names[:-1] and net.names[-1] == 'fc10'
     *_, out, net = applied('11pct')
-    assert [out[name].shape[1:] for name in ('conv1', 'max1', 'norm1', 'max2', 'local3', 'local4')] == [
-        (24, 24, 64), (12, 12, 64), (12, 12, 64), (6, 6, 64), (6, 6, 64), (6, 6, 32)
-    ]  # fmt: skip
+    assert [
+        out[name].shape[1:] for name in ('conv1', 'max1', 'norm1', 'max2', 'local3', 'local4')
+    ] == [(24, 24, 64), (12, 12, 64), (12, 12, 64), (6, 6, 64), (6, 6, 64), (6, 6, 32)]
 
 
 def test_the_18_percent_network_step_by_step():

@@ -32,8 +32,17 @@ def test_folder_with_val_gives_sorted_files_and_labels_by_sorted_names(tmp_path)
     source = datasets.open_source(str(tmp_path))
     assert source.class_names == ['a', 'b']
     assert source.splits == {'train': 6, 'val': 2}
-    files = [f'{tmp_path}/train/{name}' for name in
-             ('a/000.jpg', 'a/001.jpg', 'a/002.jpg', 'a/deeper/no_suffix', 'b/000.jpg', 'b/001.jpg')]
+    files = [
+        f'{tmp_path}/train/{name}'
+        for name in (
+            'a/000.jpg',
+            'a/001.jpg',
+            'a/002.jpg',
+            'a/deeper/no_suffix',
+            'b/000.jpg',
+            'b/001.jpg',
+        )
+    ]
     examples = read(source, 'train')
     assert [example.name for example in examples] == files
     assert [example.label for example in examples] == [0, 0, 0, 0, 1, 1]
@@ -56,7 +65,9 @@ def tiny_imagenet(root):
         (root / 'train' / wnid / f'{wnid}_boxes.txt').write_text('not a picture')
     fixtures.write_tree(root / 'val', {'images': 2})
     names = sorted(path.name for path in (root / 'val/images').iterdir())
-    lines = [f'{name}\t{wnid}\t0\t0\t9\t9\n' for name, wnid in zip(names, ('n02', 'n01'), strict=True)]
+    lines = [
+        f'{name}\t{wnid}\t0\t0\t9\t9\n' for name, wnid in zip(names, ('n02', 'n01'), strict=True)
+    ]
     (root / 'val/val_annotations.txt').write_text(''.join(lines))
     return names
 
@@ -65,7 +76,10 @@ def test_tiny_imagenet(tmp_path):
     names = tiny_imagenet(tmp_path)
     source = datasets.open_source(str(tmp_path))
     assert (source.class_names, source.splits) == (['n01', 'n02'], {'train': 6, 'val': 2})
-    assert [(Path(n).name, label) for n, _, label in source.read('val', 0)] == [(names[0], 1), (names[1], 0)]
+    assert [(Path(n).name, label) for n, _, label in source.read('val', 0)] == [
+        (names[0], 1),
+        (names[1], 0),
+    ]
     pictures = [*source.read('train', 0)]
     assert not [name for name, *_ in pictures if name.endswith('.txt')]
     for name, _, label in pictures:  # in CLASS/images
@@ -132,15 +146,18 @@ def nothing(root):
     root.rmdir()
 
 
-@pytest.mark.parametrize('make, message', [
-    (empty_class, 'train/nothing: the class folder is empty'),
-    (empty_val_class, 'val/nothing: this class has no folder in train/'),
-    (unknown_val_class, 'val/stranger: this class has no folder in train/'),
-    (one_class, 'at least two class folders, found 1'),
-    (val_alone, 'there is a val/ but no train/'),
-    (too_few, 'val_fraction 0.1 of the 4 pictures'),
-    (nothing, 'there is no such folder'),
-])
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (empty_class, 'train/nothing: the class folder is empty'),
+        (empty_val_class, 'val/nothing: this class has no folder in train/'),
+        (unknown_val_class, 'val/stranger: this class has no folder in train/'),
+        (one_class, 'at least two class folders, found 1'),
+        (val_alone, 'there is a val/ but no train/'),
+        (too_few, 'val_fraction 0.1 of the 4 pictures'),
+        (nothing, 'there is no such folder'),
+    ],
+)
 def test_folder_errors(tmp_path, make, message):
     root = tmp_path / 'root'
     root.mkdir()
@@ -149,11 +166,21 @@ def test_folder_errors(tmp_path, make, message):
         datasets.open_source(str(root))
 
 
-@pytest.mark.parametrize('name, folder', [
-    ('here', True), ('sub/here', True), ('.', True), ('/not/there', True), ('./gone', True),
-    ('../gone', True), ('~/gone', True), ('imagenet_resized/32x32', False), ('sub/gone', False),
-    ('gone', False),
-])
+@pytest.mark.parametrize(
+    'name, folder',
+    [
+        ('here', True),
+        ('sub/here', True),
+        ('.', True),
+        ('/not/there', True),
+        ('./gone', True),
+        ('../gone', True),
+        ('~/gone', True),
+        ('imagenet_resized/32x32', False),
+        ('sub/gone', False),
+        ('gone', False),
+    ],
+)
 def test_what_is_a_folder(tmp_path, monkeypatch, name, folder):
     monkeypatch.chdir(tmp_path)
     for made in ('here', 'sub/here'):
@@ -199,6 +226,7 @@ def test_figure_fills_the_same_box_whatever_its_class(label):
 def small_embedded(monkeypatch):
     def make(**splits):
         monkeypatch.setattr(figures, 'SPLITS', splits)
+
     return make
 
 
@@ -210,8 +238,9 @@ def test_embedded_set_goes_through_tfds(tmp_path, small_embedded):
     for split, number in (('train', 0), ('val', 1)):
         examples = read(source, split)
         rendered = [figures.render(figures.SEED, number, i) for i in range(source.splits[split])]
-        assert ({(example.data, example.label) for example in examples}
-                == {(data, label) for data, label, _ in rendered})
+        assert {(example.data, example.label) for example in examples} == {
+            (data, label) for data, label, _ in rendered
+        }
         assert read(source, split, 13) == examples[13:]
 
 
@@ -240,11 +269,14 @@ def test_neither_a_folder_nor_a_tfds_name(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('name, cause', [
-    ('imagenet_resized/33x33', 'BuilderConfig 33x33 not found'),
-    ('mnist:9.9.9', 'only: 3.0.1'),
-    ('huggingface:foo', 'ModuleNotFoundError: '),
-])
+@pytest.mark.parametrize(
+    'name, cause',
+    [
+        ('imagenet_resized/33x33', 'BuilderConfig 33x33 not found'),
+        ('mnist:9.9.9', 'only: 3.0.1'),
+        ('huggingface:foo', 'ModuleNotFoundError: '),
+    ],
+)
 def test_tfds_sets_that_do_not_open(tmp_path, name, cause):
     assert cause in refused(name, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -264,18 +296,25 @@ def test_a_tfds_name_with_a_config():
 
 def failures():
     from tensorflow_datasets.core.download import download_manager, extractor, util
-    kinds = (download_manager.NonMatchingChecksumError, util.DownloadError, extractor.ExtractError,
-             ImportError)
+
+    kinds = (
+        download_manager.NonMatchingChecksumError,
+        util.DownloadError,
+        extractor.ExtractError,
+        ImportError,
+    )
     return [kind('two\nlines') for kind in kinds]
 
 
 @pytest.mark.parametrize('number', range(4))
 def test_tfds_sets_that_cannot_be_built(tmp_path, monkeypatch, number):
     from tensorflow_datasets.core import dataset_builder
+
     failure = failures()[number]
 
     def fail(*args, **kwargs):
         raise failure
+
     monkeypatch.setattr(dataset_builder.DatasetBuilder, 'download_and_prepare', fail)
     message = refused('mnist', tmp_path)
     assert f'could not build it in {tmp_path} ({type(failure).__name__}: two lines): ' in message
@@ -293,27 +332,34 @@ def test_damaged_tfds_records(tmp_path, small_embedded):
     assert 'DataLossError: ' in message and 'remove this folder' in message
 
 
-@pytest.mark.parametrize('name, pictures, large', [
-    ('places365_small', 200_000, True),  # a download of 31 GB
-    ('food101', 200_000, False),  # 5 GB
-    ('alexnet_shapes', 10, False),  # nothing to download
-])
+@pytest.mark.parametrize(
+    'name, pictures, large',
+    [
+        ('places365_small', 200_000, True),  # a download of 31 GB
+        ('food101', 200_000, False),  # 5 GB
+        ('alexnet_shapes', 10, False),  # nothing to download
+    ],
+)
 def test_large_tfds_sets_are_known_by_their_download(tmp_path, name, pictures, large):
     assert datasets.is_large(name, data_dir=str(tmp_path), pictures=pictures) == large
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('prepared, counts, large', [
-    (False, {'train': 60, 'validation': 39, 'test': 50}, False),  # 99 are read
-    (False, {'train': 60, 'test': 40, 'extra': 500}, True),
-    (False, {'train': 99, 'extra': 500}, False),
-    (False, {'train': 100}, True),
-    (True, {'train': 100}, False),  # nothing to build: it is counted on opening
-])
+@pytest.mark.parametrize(
+    'prepared, counts, large',
+    [
+        (False, {'train': 60, 'validation': 39, 'test': 50}, False),  # 99 are read
+        (False, {'train': 60, 'test': 40, 'extra': 500}, True),
+        (False, {'train': 99, 'extra': 500}, False),
+        (False, {'train': 100}, True),
+        (True, {'train': 100}, False),  # nothing to build: it is counted on opening
+    ],
+)
 def test_known_counts_decide_before_the_download(monkeypatch, prepared, counts, large):
     splits = {name: types.SimpleNamespace(num_examples=count) for name, count in counts.items()}
     builder = types.SimpleNamespace(
-        is_prepared=lambda: prepared, info=types.SimpleNamespace(splits=splits), url_infos=None)
+        is_prepared=lambda: prepared, info=types.SimpleNamespace(splits=splits), url_infos=None
+    )
     monkeypatch.setattr(tfds_sets, '_builder', lambda name, root: builder)
     assert datasets.is_large('made_up', pictures=100) == large
 
@@ -324,8 +370,11 @@ def test_known_counts_decide_before_the_download(monkeypatch, prepared, counts, 
 def test_missing_imagenet_says_which_files_go_where(tmp_path):
     with pytest.raises(UserError) as caught:
         datasets.open_source('imagenet2012', data_dir=str(tmp_path))
-    for part in (f'{tmp_path}/ILSVRC2012_img_train.tar (138 GB)',
-                 f'{tmp_path}/ILSVRC2012_img_val.tar (6.3 GB)', 'make quickstart'):
+    for part in (
+        f'{tmp_path}/ILSVRC2012_img_train.tar (138 GB)',
+        f'{tmp_path}/ILSVRC2012_img_val.tar (6.3 GB)',
+        'make quickstart',
+    ):
         assert part in str(caught.value)
     assert '\n' not in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -339,15 +388,19 @@ def test_imagenet_goes_through_its_tfds_builder(tmp_path, place):
     assert source.splits == {'train': 9, 'val': 5}
     assert len(source.class_names) == 1000 and source.class_names[0] == 'n01440764'
     train = {example.name.split()[-1]: example for example in source.read('train', 0)}
-    assert ({name: source.class_names[example.label] for name, example in train.items()}
-            == made['train'])
+    assert {name: source.class_names[example.label] for name, example in train.items()} == made[
+        'train'
+    ]
     for name in (fixtures.CMYK, fixtures.PNG):  # mended by the builder
         image = Image.open(io.BytesIO(train[name].data))
         assert (image.format, image.mode) == ('JPEG', 'RGB')
     from tensorflow_datasets.core import tfds_path
+
     labels = (tfds_path('datasets/imagenet2012/validation_labels.txt')).read_text().split()
-    val = {example.name.split()[-1]: source.class_names[example.label]
-           for example in source.read('val', 0)}
+    val = {
+        example.name.split()[-1]: source.class_names[example.label]
+        for example in source.read('val', 0)
+    }
     assert val == dict(zip(made['val'], labels, strict=False))
 
 

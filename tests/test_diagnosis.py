@@ -18,9 +18,13 @@ def network():
     config.model.width = 0.25
     net = switches.build(classes=CLASSES, **config.model)
     find_broken = diagnosis.make_find_broken(
-        net, seed=0, mean=np.zeros((CROP, CROP, 3), np.float32), eigenvectors=np.eye(3, dtype=np.float32),
-        sigma=np.ones(3, np.float32), **config.colour,
-    )  # fmt: skip
+        net,
+        seed=0,
+        mean=np.zeros((CROP, CROP, 3), np.float32),
+        eigenvectors=np.eye(3, dtype=np.float32),
+        sigma=np.ones(3, np.float32),
+        **config.colour,
+    )
     return find_broken, model.init(net, 0, CROP)
 
 
@@ -39,7 +43,10 @@ def scaled(params, **factors):
         ({'conv1': 1e38}, 'the activations conv1 broke first'),
         ({'conv3': 1e38}, 'the activations conv3 broke first'),
         ({'fc8': np.inf}, 'the gradient of fc8 broke first, in the step before'),
-        ({'conv2': np.nan, 'conv4': np.nan}, 'the gradient of conv4 broke first, in the step before'),
+        (
+            {'conv2': np.nan, 'conv4': np.nan},
+            'the gradient of conv4 broke first, in the step before',
+        ),
         # fc6 gives its biases alone, so that fc7 and the loss are finite; what comes back is not.
         ({'conv5': 1e4, 'fc6': 0.0, 'fc7': 1e38}, 'the gradient of fc6 broke first'),
     ],

@@ -24,7 +24,8 @@ from tests.small_run import (
 
 MESH = '--config.run.mesh=(2,2)'
 EPOCHS, STEPS = '--config.optim.epochs=8.0', 40
-GROUPS = ('--config.run.dispatch=2', '--config.run.checkpoint_every=4')  # of an epoch's five steps two pairs
+# of an epoch's five steps two pairs
+GROUPS = ('--config.run.dispatch=2', '--config.run.checkpoint_every=4')
 
 
 @pytest.fixture(scope='module')
@@ -43,13 +44,31 @@ def start_all():
             zip(arguments or ((), ()), processes, events, strict=True)
         ):
             line = command(
-                workdir, store, '--cpu_devices=2', MESH, EPOCHS, *GROUPS, f'--coordinator=localhost:{port}',
-                f'--num_processes={count}', f'--process_id={process}', '--connect_timeout=10', *more,
-                event=event, number=number,
-            )  # fmt: skip
-            started.append(subprocess.Popen(line, cwd=ROOT, env=environment(store), text=True,
-                                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        return started[-len(processes):]
+                workdir,
+                store,
+                '--cpu_devices=2',
+                MESH,
+                EPOCHS,
+                *GROUPS,
+                f'--coordinator=localhost:{port}',
+                f'--num_processes={count}',
+                f'--process_id={process}',
+                '--connect_timeout=10',
+                *more,
+                event=event,
+                number=number,
+            )
+            started.append(
+                subprocess.Popen(
+                    line,
+                    cwd=ROOT,
+                    env=environment(store),
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        return started[-len(processes) :]
 
     yield start
     for process in started:
@@ -68,13 +87,26 @@ def evaluated_by_two(workdir, store):
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, '-c', WITHOUT_TENSORFLOW, 'alexnet_jax.evaluate', str(workdir), '--batch=4',
-             '--cpu_devices=2', f'--coordinator=localhost:{port}', '--num_processes=2',
-             f'--process_id={process}'],
-            cwd=ROOT, env=environment(store), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [
+                sys.executable,
+                '-c',
+                WITHOUT_TENSORFLOW,
+                'alexnet_jax.evaluate',
+                str(workdir),
+                '--batch=4',
+                '--cpu_devices=2',
+                f'--coordinator=localhost:{port}',
+                '--num_processes=2',
+                f'--process_id={process}',
+            ],
+            cwd=ROOT,
+            env=environment(store),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for process in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     own = [[line for line in out.splitlines() if '[Gloo]' not in line] for out, _ in outputs]
@@ -102,8 +134,10 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
     lost = {76: 'another process of this run was lost'}
     aborted = {-signal.SIGABRT: 'another task died'}
     for victim, saves, words in (
-        (1, 'background', lost), (1, 'wait', lost | aborted), (0, 'wait', lost | aborted),
-    ):  # fmt: skip
+        (1, 'background', lost),
+        (1, 'wait', lost | aborted),
+        (0, 'wait', lost | aborted),
+    ):
         events = ['never', 'never']
         events[victim] = 'save'
         more = [(f'--config.run.saves={saves}',)] * 2
@@ -150,15 +184,20 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
 @pytest.mark.parametrize(
     ('second', 'event', 'message'),
     [
-        (('--config.train.batch=4', '--workdir={}/other'), 'never',
-         "differ: --workdir: '{}/run' in process 0, '{}/other' in 1; config.train.batch: 8 in process"),
+        (
+            ('--config.train.batch=4', '--workdir={}/other'),
+            'never',
+            "differ: --workdir: '{}/run' in process 0, '{}/other' in 1; config.train.batch: 8 in process",
+        ),
         ((), 'blind', 'process 1 does not see'),
     ],
-)  # fmt: skip
+)
 def test_processes_that_disagree(store, tmp_path, start_all, second, event, message):
     second = [argument.format(tmp_path) for argument in second]
     message = message.format(tmp_path, tmp_path)
-    found = ends(start_all(tmp_path / 'run', store, (), second, events=('never', event)), timeout=100)
+    found = ends(
+        start_all(tmp_path / 'run', store, (), second, events=('never', event)), timeout=100
+    )
     assert [code for code, _ in found] == [2, 2], found
     assert any(message in output for _, output in found), found
     assert not any('Traceback' in output for _, output in found)
@@ -179,12 +218,27 @@ def test_process_counts_that_disagree(store, tmp_path, start_all, counts, messag
 
 @pytest.mark.slow
 def test_a_coordinator_that_is_not_there(store, tmp_path):
-    line = command(tmp_path / 'run', store, '--coordinator=localhost:9', '--num_processes=2',
-                   '--process_id=1', '--connect_timeout=3')
-    done = subprocess.run(line, cwd=ROOT, env=environment(store), capture_output=True, text=True,
-                          timeout=60, check=False)
+    line = command(
+        tmp_path / 'run',
+        store,
+        '--coordinator=localhost:9',
+        '--num_processes=2',
+        '--process_id=1',
+        '--connect_timeout=3',
+    )
+    done = subprocess.run(
+        line,
+        cwd=ROOT,
+        env=environment(store),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 2, done.stderr[-2000:]
-    assert 'localhost:9: the processes of this run did not find each other within 3 s' in done.stderr
+    assert (
+        'localhost:9: the processes of this run did not find each other within 3 s' in done.stderr
+    )
     assert not (tmp_path / 'run').exists()
 
 

@@ -15,7 +15,9 @@ from experiments import lab
 @pytest.mark.parametrize('number', [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR])
 def test_a_path_without_access_is_one_line(number):
     line, code = errors.end(OSError(number, os.strerror(number), pathlib.Path('folder/file')))
-    assert line == f'error: folder/file: {os.strerror(number)}; give another path, or get access to it'
+    assert (
+        line == f'error: folder/file: {os.strerror(number)}; give another path, or get access to it'
+    )
     assert code == errors.MISTAKE
     line, code = errors.end(OSError(number, os.strerror(number)))  # of a process, say
     assert code == errors.BUG
@@ -23,11 +25,16 @@ def test_a_path_without_access_is_one_line(number):
 
 def test_a_full_disk_is_one_line():
     line, code = errors.end(OSError(errno.ENOSPC, 'No space left on device'))
-    assert (line, code) == ('error: writing: No space left on device; make room, and start again', 2)
+    assert (line, code) == (
+        'error: writing: No space left on device; make room, and start again',
+        2,
+    )
 
 
 @pytest.mark.parametrize('folder', ['file/results', 'results'])
-def test_results_of_an_experiment_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys, folder):
+def test_results_of_an_experiment_in_a_folder_that_cannot_be_written(
+    tmp_path, monkeypatch, capsys, folder
+):
     def write(file, content):
         raise PermissionError(errno.EACCES, 'Permission denied', str(file))
 

@@ -19,21 +19,35 @@ from tests.tiny_store import write_store
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp('store') / 'tiny'
     write_store(path, format='u8', size=32, classes=10, counts={'train': 64, 'val': 20})
-    return [f'--config.data.store={path}', '--config.train.batch=8', '--config.run.eval_batch=8',
-            '--config.run.mesh=(1, 1)']  # fmt: skip
+    return [
+        f'--config.data.store={path}',
+        '--config.train.batch=8',
+        '--config.run.eval_batch=8',
+        '--config.run.mesh=(1, 1)',
+    ]
 
 
 def test_figure_1(tmp_path, store):
     trial = make(tmp_path, store)
     fig1_relu_tanh.run(trial)
     names = sorted({result['name'] for result in trial.results.values()})
-    assert names == ['ReLU', 'ReLU sweep 0.001', 'ReLU sweep 0.002',
-                     'tanh', 'tanh sweep 0.001', 'tanh sweep 0.002']  # fmt: skip
+    assert names == [
+        'ReLU',
+        'ReLU sweep 0.001',
+        'ReLU sweep 0.002',
+        'tanh',
+        'tanh sweep 0.001',
+        'tanh sweep 0.002',
+    ]
     result = trial.results['tanh-0']
     assert [row['epoch'] for row in result['train']] == [0.5, 1.0, 1.5, 2.0]
     (start,) = result['starts']
     assert 'CPU' in str(start['devices']).upper() and 'core' in start['processor']
-    assert result['data'] == {'source': 'made_up', 'counts': {'train': 64, 'val': 20}, 'classes': 10}
+    assert result['data'] == {
+        'source': 'made_up',
+        'counts': {'train': 64, 'val': 20},
+        'classes': 10,
+    }
     table = fig1_relu_tanh.report(trial.results)
     assert '| tanh | 0.00' in table and 'not reached' in table
     again = make(tmp_path, store, start=None)  # nothing is left to start
@@ -57,21 +71,33 @@ def test_the_ratio_and_the_best_rate():
     for net, epochs in (('ReLU', 4), ('tanh', 12)):
         for rate, error in ((0.001, 40), (0.002, 30), (0.004, 35)):
             name = f'{net} sweep {rate}'
-            results[name] = {'name': name, 'seed': 0, 'diverged': rate == 0.002, 'train': rows(error)}
+            results[name] = {
+                'name': name,
+                'seed': 0,
+                'diverged': rate == 0.002,
+                'train': rows(error),
+            }
         for seed in range(2):
             errors = [50] * (epochs + seed - 1) + [20]
-            results[f'{net}-{seed}'] = {'name': net, 'seed': seed, 'diverged': False, 'train': rows(*errors)}
+            results[f'{net}-{seed}'] = {
+                'name': net,
+                'seed': seed,
+                'diverged': False,
+                'train': rows(*errors),
+            }
     assert fig1_relu_tanh.best_rate(results, 'ReLU') == 0.004  # the best one diverged
     table = fig1_relu_tanh.report(results)
     assert 'The paper does not name its network. Ours' in table
     # Between 50 and 20 % the target lies 5/6 of an epoch on: 3.8, 4.8; 11.8, 12.8. A row is an epoch.
     for over in ('the epoch before', 'the block before'):
-        assert (f'| ReLU | 0.004 (at the edge of the sweep) | {over} | 3.8, 4.8 | 4.3 ± 0.7 | 20.0, 20.0 |'
-                ) in table  # fmt: skip
+        assert (
+            f'| ReLU | 0.004 (at the edge of the sweep) | {over} | 3.8, 4.8 | 4.3 ± 0.7 | 20.0, 20.0 |'
+        ) in table
         assert f'By the error over {over} tanh needs 2.8 ± 0.3 times the epochs' in table
     assert '0.002: diverged' in table
     single = {key: result for key, result in results.items() if key not in ('ReLU-1', 'tanh-1')}
-    assert 'needs 3.1 times the epochs of ReLU (one seed; the' in fig1_relu_tanh.report(single)  # 11.8 / 3.8
+    # 11.8 / 3.8
+    assert 'needs 3.1 times the epochs of ReLU (one seed; the' in fig1_relu_tanh.report(single)
 
 
 def fifths(*errors):
@@ -82,7 +108,17 @@ def test_the_training_error_over_an_epoch():
     """What comes first in an epoch has the lowest error: one block of it says less than the whole."""
     rows = fifths(40, 40, 40, 40, 40, 24, 30, 30, 30, 30, 19, 25, 25)
     over = fig1_relu_tanh.over_an_epoch(rows)
-    assert [row['top1_error'] for row in over] == [40, 36.8, 34.8, 32.8, 30.8, 28.8, 27.8, 26.8, 25.8]
+    assert [row['top1_error'] for row in over] == [
+        40,
+        36.8,
+        34.8,
+        32.8,
+        30.8,
+        28.8,
+        27.8,
+        26.8,
+        25.8,
+    ]
     assert [row['epoch'] for row in over] == [row['epoch'] for row in rows[4:]]
     assert fig1_relu_tanh.reached(rows) < 1.2 and fig1_relu_tanh.reached(over) is None
     assert fig1_relu_tanh.last_epoch({'diverged': False, 'train': rows}) == 25.8
@@ -110,9 +146,19 @@ def test_when_figure_1_stops_a_run():
 
 def test_the_figure_of_figure_1(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure))
-    results = {f'{net}-{seed}': {'name': net, 'seed': seed, 'diverged': False, 'train': rows(50, 40 - seed)}
-               for net in ('ReLU', 'tanh', 'tanh sweep 0.001') for seed in (0, 1)}  # fmt: skip
+    monkeypatch.setattr(
+        'matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure)
+    )
+    results = {
+        f'{net}-{seed}': {
+            'name': net,
+            'seed': seed,
+            'diverged': False,
+            'train': rows(50, 40 - seed),
+        }
+        for net in ('ReLU', 'tanh', 'tanh sweep 0.001')
+        for seed in (0, 1)
+    }
     fig1_relu_tanh.plot(results, tmp_path / 'none.png')
     (axes,) = drawn[0].axes
     *curves, target = axes.lines
@@ -139,7 +185,8 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
     trial = make(tmp_path, start=start)
     changes = {'optim.rate': 1.0}
     result = trial.run('a', 0, 'configs/paper.py', changes)
-    assert (result['train'], result['eval']) == ([{'kind': 'train', 'step': 1}], [])  # torn: left out
+    # torn: left out
+    assert (result['train'], result['eval']) == ([{'kind': 'train', 'step': 1}], [])
     assert result['diverged'] and result['data']['source'] == 'b'
     assert make(tmp_path, start=start).run('a', 0, 'configs/paper.py', changes) == result
     assert len(made) == 1
@@ -147,10 +194,17 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
         make(tmp_path, start=empty).run('b', 0, 'configs/paper.py')
     with pytest.raises(UserError, match='a-0 was run as .*rate=1.0.*, not as .*rate=2.0'):
         make(tmp_path, start=start).run('a', 0, 'configs/paper.py', {'optim.rate': 2.0})
-    elsewhere = make(tmp_path, ['--config.run.threads=2'], start=start)  # how it is run decides nothing
+    # how it is run decides nothing
+    elsewhere = make(tmp_path, ['--config.run.threads=2'], start=start)
     assert elsewhere.run('a', 0, 'configs/paper.py', changes) == result and len(made) == 1
-    moved = lab.Lab('trial', 'smoke', seeds=1, runs=tmp_path / 'other', results=tmp_path / 'results',
-                    start=start)  # fmt: skip
+    moved = lab.Lab(
+        'trial',
+        'smoke',
+        seeds=1,
+        runs=tmp_path / 'other',
+        results=tmp_path / 'results',
+        start=start,
+    )
     assert moved.run('a', 0, 'configs/paper.py', changes) == result and len(made) == 1
     (tmp_path / 'results' / 'trial-smoke.json').write_text('{')
     with pytest.raises(UserError, match='trial-smoke.json: not JSON'):
@@ -161,10 +215,14 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
 def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, store):
     trial = make(tmp_path, store, start=None)
     changes = {'run.log_every': 2, 'optim.epochs': 100000.0, 'run.eval_every': 100000.0}
-    result = trial.run('stops', 0, 'configs/cifar10.py:fig1', changes, until=lambda rows: len(rows) > 3)
+    result = trial.run(
+        'stops', 0, 'configs/cifar10.py:fig1', changes, until=lambda rows: len(rows) > 3
+    )
     assert 3 < len(result['train']) < 10000 and not result['diverged']
     del trial.results['stops-0']  # its rows are there: it makes new ones before it can be stopped
-    again = trial.run('stops', 0, 'configs/cifar10.py:fig1', changes, until=lambda rows: len(rows) > 3)
+    again = trial.run(
+        'stops', 0, 'configs/cifar10.py:fig1', changes, until=lambda rows: len(rows) > 3
+    )
     assert len(again['train']) > len(result['train'])
     result = trial.run('diverges', 0, 'configs/cifar10.py:fig1', {**changes, 'optim.rate': 1e9})
     assert result['diverged']
@@ -174,9 +232,17 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
 
 
 def test_what_results_were_measured_on():
-    first = {'devices': ['cpu:0'], 'versions': {'jax': '1'}, 'commit': 'c', 'processor': 'Z80 (1 core)'}
+    first = {
+        'devices': ['cpu:0'],
+        'versions': {'jax': '1'},
+        'commit': 'c',
+        'processor': 'Z80 (1 core)',
+    }
     second = {**first, 'commit': 'b', 'processor': 'Z80 (2 cores)'}
-    result = {'data': {'source': 'a', 'counts': {'train': 1000, 'val': 10}}, 'starts': [first, second]}
+    result = {
+        'data': {'source': 'a', 'counts': {'train': 1000, 'val': 10}},
+        'starts': [first, second],
+    }
     assert lab.provenance({'a': result}) == (
         '1 run on a (1,000 training and 10 validation pictures); devices: cpu:0; processors: Z80 (1 core), '
         'Z80 (2 cores); jax 1; commit b, c.'
@@ -185,18 +251,26 @@ def test_what_results_were_measured_on():
 
 def test_every_start_that_differs_is_kept(tmp_path):
     starts = make(tmp_path, start=leave).run('a', 0, 'configs/paper.py')['starts']
-    assert [(start['commit'], start['processor']) for start in starts] == [('c', 'not noted'),
-                                                                          ('d', 'not noted')]  # fmt: skip
+    assert [(start['commit'], start['processor']) for start in starts] == [
+        ('c', 'not noted'),
+        ('d', 'not noted'),
+    ]
 
 
 def test_seeds_come_in_their_order():
-    results = {f'{name}-{seed}': {'name': name, 'seed': seed} for name in 'ab' for seed in (2, 0, 1)}
+    results = {
+        f'{name}-{seed}': {'name': name, 'seed': seed} for name in 'ab' for seed in (2, 0, 1)
+    }
     assert lab.named(results, 'a') == [results['a-0'], results['a-1'], results['a-2']]
 
 
 def test_a_run_that_never_learnt():
     def run(loss, diverged=False):
-        return {'diverged': diverged, 'data': {'classes': 20}, 'train': [{'loss': 3.3}, {'loss': loss}]}
+        return {
+            'diverged': diverged,
+            'data': {'classes': 20},
+            'train': [{'loss': 3.3}, {'loss': loss}],
+        }
 
     assert lab.at_chance(run(3.0)) and lab.at_chance(run(2.85))  # ln(20) is 2.996
     assert not lab.at_chance(run(2.84)) and not lab.at_chance(run(3.0, diverged=True))
@@ -225,11 +299,14 @@ def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
         run(trial)
     kept = json.loads((tmp_path / 'results' / 'trial-smoke.json').read_text())
     assert [*kept] == ['a-1', 'b-0', 'b-1']
-    with pytest.raises(UserError, match=r'trial-smoke.json: a-1 was run with nothing after --; a-0 is to be'):
+    with pytest.raises(
+        UserError, match=r'trial-smoke.json: a-1 was run with nothing after --; a-0 is to be'
+    ):
         make(tmp_path, ['--config.data.source=other'], start=leave).run('a', 0, 'configs/paper.py')
     with pytest.raises(UserError, match='--only=c'):
         make(tmp_path, start=leave, seeds=2).choose(run, ['c', 'a'])
-    assert len([*(tmp_path / 'runs' / 'trial-smoke').iterdir()]) == 3  # it was found before anything was run
+    # it was found before anything was run
+    assert len([*(tmp_path / 'runs' / 'trial-smoke').iterdir()]) == 3
 
 
 @pytest.fixture
@@ -241,10 +318,12 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, 'in_new_process', leave)
     monkeypatch.setattr('signal.signal', lambda *args: None)
     module = SimpleNamespace(
-        __file__='trial.py', __doc__='What it is.', report=lambda results: f'table of {[*results]}',
+        __file__='trial.py',
+        __doc__='What it is.',
+        report=lambda results: f'table of {[*results]}',
         run=lambda lab: [lab.run('a', seed, 'configs/paper.py') for seed in range(lab.seeds)],
         plot=lambda results, file: file.write_text('figure'),
-    )  # fmt: skip
+    )
 
     def run(*arguments):
         monkeypatch.setattr('sys.argv', ['trial', *arguments])
@@ -258,10 +337,13 @@ def test_a_command_and_another_folder_for_results(command, tmp_path, capsys):
         command('--scale=full', '--report')
     command('--seeds=1', '--', '--config.data.source=a')
     assert {*(tmp_path / 'committed').iterdir()} >= {
-        tmp_path / 'committed/trial-small.json', tmp_path / 'committed/trial-small.png'}  # fmt: skip
+        tmp_path / 'committed/trial-small.json',
+        tmp_path / 'committed/trial-small.png',
+    }
     out = capsys.readouterr().out
     assert "table of ['a-0']\nfigure: " in out and out.splitlines()[0].endswith(
-        '--workdir=runs/trial-small/a-0 --config.seed=0 --config.data.source=a')  # fmt: skip
+        '--workdir=runs/trial-small/a-0 --config.seed=0 --config.data.source=a'
+    )
     other = ['--seeds=2', '--', '--config.data.source=b']
     with pytest.raises(UserError, match='a-0 was run as .*--results=DIR'):
         command(*other)

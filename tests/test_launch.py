@@ -130,11 +130,22 @@ class Launcher:
     def __init__(self, folder: Path, *arguments: str):
         (folder / 'stand_in.py').write_text(STAND_IN)
         self.process = subprocess.Popen(
-            [sys.executable, '-m', 'experiments.launch.local', '--processes=2', '--all',
-             '--module=stand_in', '--', *arguments],
-            cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(folder)}, start_new_session=True,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                '-m',
+                'experiments.launch.local',
+                '--processes=2',
+                '--all',
+                '--module=stand_in',
+                '--',
+                *arguments,
+            ],
+            cwd=ROOT,
+            env={**os.environ, 'PYTHONPATH': str(folder)},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def until_both(self, text: str) -> None:
         wanted = {f'[0] {text}\n', f'[1] {text}\n'}
@@ -156,8 +167,10 @@ def test_a_signal_is_passed_on_once(tmp_path, number):
     code, lines = launcher.end()
     assert code == 75
     assert sorted(lines) == [
-        '[0] got SIGTERM', '[1] got SIGTERM', f'launch: {number.name}: the processes are asked to stop'
-    ]  # fmt: skip
+        '[0] got SIGTERM',
+        '[1] got SIGTERM',
+        f'launch: {number.name}: the processes are asked to stop',
+    ]
 
 
 def test_the_second_ctrl_c_kills(tmp_path):
@@ -174,16 +187,32 @@ def test_the_command_that_every_process_gets(monkeypatch):
     given = {}
     ports = iter([7001, 7002])
     monkeypatch.setattr(local, 'free_port', lambda: next(ports))
-    monkeypatch.setattr(local, 'supervise', lambda commands, **options: given.update(options, c=commands))
-    arguments = ['--processes=2', '--cpu_devices=3', '--restarts=5', '--', '--config=configs/a.py:b']
+    monkeypatch.setattr(
+        local, 'supervise', lambda commands, **options: given.update(options, c=commands)
+    )
+    arguments = [
+        '--processes=2',
+        '--cpu_devices=3',
+        '--restarts=5',
+        '--',
+        '--config=configs/a.py:b',
+    ]
     monkeypatch.setattr(sys, 'argv', ['local', *arguments])
     with pytest.raises(SystemExit):
         local.main()
     assert given['c']() == [
-        [sys.executable, '-m', 'alexnet_jax.main', '--config=configs/a.py:b', '--cpu_devices=3',
-         '--coordinator=localhost:7001', '--num_processes=2', f'--process_id={i}']
+        [
+            sys.executable,
+            '-m',
+            'alexnet_jax.main',
+            '--config=configs/a.py:b',
+            '--cpu_devices=3',
+            '--coordinator=localhost:7001',
+            '--num_processes=2',
+            f'--process_id={i}',
+        ]
         for i in range(2)
-    ]  # fmt: skip
+    ]
     assert '--coordinator=localhost:7002' in given['c']()[1]  # a new port at every start
     assert given['restarts'] == 5
 
@@ -206,7 +235,10 @@ def test_wrong_arguments_are_one_line(monkeypatch, arguments, words):
 
 def test_where_the_checkpoints_are(tmp_path):
     assert local.run_directory(['--config=configs/paper.py']) == 'runs/paper'
-    assert local.run_directory(['--config', 'configs/paper.py:tanh', '--config.seed=1']) == 'runs/paper-tanh'
+    assert (
+        local.run_directory(['--config', 'configs/paper.py:tanh', '--config.seed=1'])
+        == 'runs/paper-tanh'
+    )
     assert local.run_directory(['--workdir=a/b', '--config=configs/paper.py']) == 'a/b'
     assert local.latest_step(tmp_path) == -1
     assert local.latest_step(tmp_path / 'a' / ('b' * 999)) == -1
@@ -241,26 +273,42 @@ class Slurm:
         for i, script in enumerate(scripts):
             self.command(f'{name}{i}', script)
         count, last = self.folder / f'{name}.count', len(scripts) - 1
-        self.command(name, f"""echo {name} "$@" >> {self.log}
+        self.command(
+            name,
+            f"""echo {name} "$@" >> {self.log}
 i=$(cat {count} 2> /dev/null || echo 0)
 echo $((i < {last} ? i + 1 : {last})) > {count}
-exec {self.folder}/{name}$i""")
+exec {self.folder}/{name}$i""",
+        )
 
     def run(self) -> tuple[int, list[str]]:
         """(exit code, the commands of SLURM that were given)."""
         done = subprocess.run(
-            ['bash', ROOT / 'experiments/launch/slurm.sbatch', '--config=configs/a.py', '--workdir=w'],
-            cwd=ROOT, capture_output=True, text=True, timeout=30,
-            env={'PATH': f'{self.folder}:/usr/bin:/bin', 'PYTHON': f'{self.folder}/python',
-                 'SLURM_JOB_ID': '7'},
-        )  # fmt: skip
+            [
+                'bash',
+                ROOT / 'experiments/launch/slurm.sbatch',
+                '--config=configs/a.py',
+                '--workdir=w',
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env={
+                'PATH': f'{self.folder}:/usr/bin:/bin',
+                'PYTHON': f'{self.folder}/python',
+                'SLURM_JOB_ID': '7',
+            },
+        )
         assert not done.stderr, done.stderr
         lines = self.log.read_text().splitlines()
         return done.returncode, [line for line in lines if line.startswith('s')]
 
 
-SRUN = ('srun --label --kill-on-bad-exit=0 --wait=90 {}/python -m alexnet_jax.main --distributed '
-        '--config=configs/a.py --workdir=w')  # fmt: skip
+SRUN = (
+    'srun --label --kill-on-bad-exit=0 --wait=90 {}/python -m alexnet_jax.main --distributed '
+    '--config=configs/a.py --workdir=w'
+)
 
 
 @pytest.mark.parametrize(
@@ -292,8 +340,9 @@ def test_the_batch_script_passes_sigterm_on_and_requeues(tmp_path, code):
     slurm.command('scancel', f'echo scancel "$@" >> {slurm.log}; echo > {fifo}')
     srun = SRUN.format(tmp_path)
     assert slurm.run() == (
-        75, [srun, srun, 'scancel --signal=TERM 7', 'saved', 'scontrol requeue 7']
-    )  # fmt: skip
+        75,
+        [srun, srun, 'scancel --signal=TERM 7', 'saved', 'scontrol requeue 7'],
+    )
 
 
 def test_a_cancelled_job_does_not_come_back(tmp_path):

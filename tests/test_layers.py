@@ -44,9 +44,19 @@ NORMS = [
 ]
 # input size, window, stride, output size: overlapping (ImageNet, CIFAR-10) and run #147's
 POOLS = [
-    (55, 3, 2, 27), (27, 3, 2, 13), (13, 3, 2, 6), (32, 3, 2, 16), (16, 3, 2, 8), (8, 3, 2, 4),
-    (24, 3, 2, 12), (12, 3, 2, 6), (55, 2, 2, 28), (26, 2, 2, 13), (11, 2, 2, 6), (10, 2, 3, 4),
-]  # fmt: skip
+    (55, 3, 2, 27),
+    (27, 3, 2, 13),
+    (13, 3, 2, 6),
+    (32, 3, 2, 16),
+    (16, 3, 2, 8),
+    (8, 3, 2, 4),
+    (24, 3, 2, 12),
+    (12, 3, 2, 6),
+    (55, 2, 2, 28),
+    (26, 2, 2, 13),
+    (11, 2, 2, 6),
+    (10, 2, 3, 4),
+]
 
 
 def normal(seed, *shape):
@@ -243,9 +253,12 @@ class TestMaxPool:
     def test_reference(self, size, window, stride, out):
         x, g = normal(0, 1, size, size, 2) - 10, normal(1, 1, out, out, 2)
         everywhere = scipy.ndimage.maximum_filter(
-            x, (1, window, window, 1), mode='constant', cval=-np.inf,
+            x,
+            (1, window, window, 1),
+            mode='constant',
+            cval=-np.inf,
             origin=(0, -(window // 2), -(window // 2), 0),
-        )  # fmt: skip
+        )
         expected = everywhere[:, ::stride, ::stride][:, :out, :out]
         close(references.max_pool(x, window, stride), expected)
         # A max-pool is linear around x: the gradient's product with a small change is the change.
@@ -344,6 +357,8 @@ def test_exchange_keeps_the_tower_order():
     mesh = jax.make_mesh((1, 2), ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
     on_mesh = jax.shard_map(
         lambda towers: layers.exchange((towers[0],), 'model')[None],
-        mesh=mesh, in_specs=P('model'), out_specs=P('model'),
-    )  # fmt: skip
+        mesh=mesh,
+        in_specs=P('model'),
+        out_specs=P('model'),
+    )
     np.testing.assert_array_equal(jax.jit(on_mesh)(np.stack([a, b])), np.stack([both, both]))

@@ -24,9 +24,13 @@ from tests.tiny_store import write_store
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {
-    'data.source': 'made_up', 'data.size': 72, 'augment.crop': 64, 'train.batch': 8,
-    'run.eval_batch': 8, 'optim.epochs': 1.0,
-}  # fmt: skip
+    'data.source': 'made_up',
+    'data.size': 72,
+    'augment.crop': 64,
+    'train.batch': 8,
+    'run.eval_batch': 8,
+    'optim.epochs': 1.0,
+}
 
 # As `python -m alexnet_jax.prepare`, on a disk with a megabyte left.
 SMALL_DISK = """
@@ -70,19 +74,28 @@ class Place:
 
     def run(self, *command, first_path=None):
         path = [str(p) for p in (first_path, ROOT) if p]
-        environment = os.environ | compilation_cache(self.cache) | {
-            'PYTHONPATH': os.pathsep.join(path),
-            'PYTHONDONTWRITEBYTECODE': '1',
-            'TFDS_DATA_DIR': str(self.folder / 'nothing'),
-        }
+        environment = (
+            os.environ
+            | compilation_cache(self.cache)
+            | {
+                'PYTHONPATH': os.pathsep.join(path),
+                'PYTHONDONTWRITEBYTECODE': '1',
+                'TFDS_DATA_DIR': str(self.folder / 'nothing'),
+            }
+        )
         if command[0] != '-c':
             raw = '--config.data.source=made_up' in command or command[0] == 'evaluate'
             start = ('-c', WITHOUT_TENSORFLOW) if raw else ('-m',)
             command = (*start, f'alexnet_jax.{command[0]}', *command[1:])
         return subprocess.run(
-            [sys.executable, *map(str, command)], cwd=self.folder, env=environment,
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+            [sys.executable, *map(str, command)],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
 
     def files(self):
         """Everything below the folder, by path: bytes of files, None for folders."""
@@ -112,19 +125,28 @@ def place(tmp_path, cache):
     return Place(tmp_path, cache)
 
 
-@pytest.mark.parametrize(('line', 'code', 'words'), [
-    ('print("line")', 141, ''),
-    ('print(100_000 * "line\\n")', 141, ''),
-    ('[logging.warning("line") for _ in range(3)]', 0, ''),  # a training goes on
-    ('raise BrokenPipeError(32, "Broken pipe", "gs://bucket")', 1, 'gs://bucket'),  # of something else
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ('line', 'code', 'words'),
+    [
+        ('print("line")', 141, ''),
+        ('print(100_000 * "line\\n")', 141, ''),
+        ('[logging.warning("line") for _ in range(3)]', 0, ''),  # a training goes on
+        # of something else
+        ('raise BrokenPipeError(32, "Broken pipe", "gs://bucket")', 1, 'gs://bucket'),
+    ],
+)
 def test_output_that_nobody_reads(line, code, words):
     script = (
         'import logging\nfrom alexnet_jax.errors import log_to_stdout, run\n'
         f'def main():\n    log_to_stdout()\n    {line}\nrun(main)'
     )
-    process = subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, '-c', script],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if not words:
         process.stdout.close()
     said = process.stderr.read()
@@ -163,10 +185,14 @@ FLAGS = {
         ['config.model.activaton', 'no such field', 'config.model.activation', 'configs/base.py'],
     ),
     'unknown section': (
-        [PAPER, '--config.modle.width=2'], ['config.modle.width', 'perhaps config.model.width'],
+        [PAPER, '--config.modle.width=2'],
+        ['config.modle.width', 'perhaps config.model.width'],
     ),
     'a field without its section': ([PAPER, '--config.batch=8'], ['perhaps config.train.batch']),
-    'a section': ([PAPER, '--config.model=3'], ['config.model: there is no', 'config.model.activation']),
+    'a section': (
+        [PAPER, '--config.model=3'],
+        ['config.model: there is no', 'config.model.activation'],
+    ),
     'nothing like it': ([PAPER, '--config.foo=3'], ['config.foo: there is no such field; configs']),
     'word for int': ([PAPER, '--config.train.batch=many'], ['train.batch=many', 'int', '128']),
     'float for int': ([PAPER, '--config.train.batch=1.5'], ['train.batch=1.5', 'int', '128']),
@@ -174,7 +200,8 @@ FLAGS = {
     'word for bool': ([PAPER, '--config.augment.random=maybe'], ['=maybe', 'bool', 'True']),
     'no tuple': ([PAPER, '--config.model.kernels=(1,2'], ['kernels=(1,2', 'tuple', '(96, 256']),
     'word in a tuple': (
-        [PAPER, "--config.model.kernels=(96,256,'a',384,256)"], ['model.kernels', "'a'", 'int'],
+        [PAPER, "--config.model.kernels=(96,256,'a',384,256)"],
+        ['model.kernels', "'a'", 'int'],
     ),
     'float in a tuple': ([PAPER, '--config.run.mesh=(1.5,2)'], ['run.mesh', '1.5', 'int']),
     'negative': ([PAPER, '--config.seed=-1'], ['config.seed=-1', 'not below 0']),
@@ -186,7 +213,7 @@ FLAGS = {
     'wrong flag value': ([PAPER, '--cpu_devices=two'], ['--cpu_devices=two', 'int']),
     'field before the file': (['--config.seed=1', PAPER], ['--config.seed=1', 'before']),
     'stray arguments': ([PAPER, 'really', 'now'], ['really now', 'no flag', '--workdir=']),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('case', FLAGS)
@@ -213,38 +240,61 @@ def test_wrong_arguments_of_the_other_commands(place, no_jax):
 
 VALUES = {
     'crop larger than the pictures': (
-        {'augment.crop': 80}, ['config.augment.crop=80', 'config.data.size=72'],
+        {'augment.crop': 80},
+        ['config.augment.crop=80', 'config.data.size=72'],
     ),
-    'crop too small for the net': ({'augment.crop': 20}, ['config.augment.crop=20', 'nothing is left']),
+    'crop too small for the net': (
+        {'augment.crop': 20},
+        ['config.augment.crop=20', 'nothing is left'],
+    ),
     'seed too large': ({'seed': 2**32}, ['config.seed=4294967296', 'below 2^32']),
     'chunk 0': ({'augment.chunk': 0}, ['config.augment.chunk=0', 'at least 1']),
-    'dispatch': ({'run.dispatch': 8}, ['config.run.log_every=', 'a multiple of config.run.dispatch=8']),
+    'dispatch': (
+        {'run.dispatch': 8},
+        ['config.run.log_every=', 'a multiple of config.run.dispatch=8'],
+    ),
     'log_every 0': ({'run.log_every': 0}, ['config.run.log_every=0', 'above 0']),
     'keep 0': ({'run.keep': 0}, ['config.run.keep=0', 'above 0']),
     'one number for the mesh': ({'run.mesh': 2}, ['config.run.mesh=(2,)', 'two numbers']),
     'unknown activation': (
-        {'model.activation': 'gelu'}, ["config.model.activation='gelu'", 'relu, tanh'],
+        {'model.activation': 'gelu'},
+        ["config.model.activation='gelu'", 'relu, tanh'],
     ),
     'no towers': ({'model.towers': 0}, ['config.model.towers=0', 'above 0']),
-    'width that does not divide': ({'model.width': 0.3}, ['config.model.width=0.3', 'not an integer']),
+    'width that does not divide': (
+        {'model.width': 0.3},
+        ['config.model.width=0.3', 'not an integer'],
+    ),
     'unknown schedule': (
-        {'optim.schedule': 'cosine'}, ["config.optim.schedule='cosine'", 'steps, plateau'],
+        {'optim.schedule': 'cosine'},
+        ["config.optim.schedule='cosine'", 'steps, plateau'],
     ),
     'words for epochs': ({'optim.drops': 'abc'}, ["config.optim.drops=('abc',)", 'float', '(28.0']),
-    'words for a rate': ({'optim.conv1': 'abc'}, ["config.optim.conv1=('abc',)", 'an epoch and a rate']),
-    'a layer without its decay': ({'optim.decays': "('fc8',)"}, ["config.optim.decays=('fc8',)", 'pairs']),
+    'words for a rate': (
+        {'optim.conv1': 'abc'},
+        ["config.optim.conv1=('abc',)", 'an epoch and a rate'],
+    ),
+    'a layer without its decay': (
+        {'optim.decays': "('fc8',)"},
+        ["config.optim.decays=('fc8',)", 'pairs'],
+    ),
     'words for a decay': ({'optim.decays': "(('fc8', 'x'),)"}, ['config.optim.decays', 'pairs']),
     'a decay of no layer': ({'optim.decays': "(('fc9', 0.1),)"}, ["decays='fc9'", 'conv1, conv2']),
     'unknown layer': ({'train.freeze': 'conv9'}, ["config.train.freeze='conv9'", 'conv1']),
     'batch 0': ({'train.batch': 0}, ['config.train.batch=0', 'at least 1']),
     'batch over the mesh': (
-        {'train.batch': 7, 'run.mesh': '(2,1)'}, ['config.train.batch=7', '2 devices', 'config.run.mesh'],
+        {'train.batch': 7, 'run.mesh': '(2,1)'},
+        ['config.train.batch=7', '2 devices', 'config.run.mesh'],
     ),
     'eval_batch over the mesh': (
-        {'run.eval_batch': 7, 'run.mesh': '(2,1)'}, ['config.run.eval_batch=7', '2 devices'],
+        {'run.eval_batch': 7, 'run.mesh': '(2,1)'},
+        ['config.run.eval_batch=7', '2 devices'],
     ),
-    'more than the devices': ({'run.mesh': '(2,2)'}, ['config.run.mesh', '4 devices', '--cpu_devices']),
-}  # fmt: skip
+    'more than the devices': (
+        {'run.mesh': '(2,2)'},
+        ['config.run.mesh', '4 devices', '--cpu_devices'],
+    ),
+}
 
 
 @pytest.mark.slow
@@ -373,9 +423,12 @@ def test_the_same_command_again_has_nothing_left_to_do(world):
 def test_another_configs_work_directory(world):
     command = ('main', *small('tiny', model__activation='tanh', seed=1), '--workdir=run')
     world.refuses(
-        command, 'run holds a run of another config', "config.model.activation: 'relu' there",
-        'config.seed: 0 there, 1 here', '--workdir',
-    )  # fmt: skip
+        command,
+        'run holds a run of another config',
+        "config.model.activation: 'relu' there",
+        'config.seed: 0 there, 1 here',
+        '--workdir',
+    )
 
 
 @pytest.mark.slow
@@ -406,8 +459,12 @@ def test_init_from_another_network(world):
 
 @pytest.mark.slow
 def test_a_work_directory_that_cannot_be(world):
-    world.refuses(('main', *small('tiny'), '--workdir=run/run.json'), 'run/run.json', 'not a folder')
-    world.refuses(('main', *small('tiny'), '--workdir=run/run.json/a'), 'run/run.json', 'not a folder')
+    world.refuses(
+        ('main', *small('tiny'), '--workdir=run/run.json'), 'run/run.json', 'not a folder'
+    )
+    world.refuses(
+        ('main', *small('tiny'), '--workdir=run/run.json/a'), 'run/run.json', 'not a folder'
+    )
 
 
 @pytest.fixture(scope='module')

@@ -219,7 +219,9 @@ def test_a_full_disk_is_said(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(UserError, match='metrics.jsonl: cannot be written .*; the same command'):
+        with pytest.raises(
+            UserError, match='metrics.jsonl: cannot be written .*; the same command'
+        ):
             for step in range(100):
                 writer.write('train', step, {'loss': 1.0})
     finally:

@@ -51,7 +51,9 @@ def test_disjoint_pooling_has_the_geometry_of_run_147():
 
 @pytest.mark.parametrize('crop', [64, 112, 192, 224])
 def test_disjoint_pooling_ends_at_the_size_of_overlapping_pooling(crop):
-    ends = [shapes(build(pooling=pooling), crop)['pool5'] for pooling in ('overlapping', 'disjoint')]
+    ends = [
+        shapes(build(pooling=pooling), crop)['pool5'] for pooling in ('overlapping', 'disjoint')
+    ]
     assert ends[0] == ends[1]
 
 
@@ -67,7 +69,16 @@ def test_original_normalizes_before_the_relu_and_twice_in_layer_2():
     net = build(original.get_config(), width=0.25)
     params = model.init(net, 0, 64)
     _, out = net.apply({'params': params}, images())
-    assert list(out)[:8] == ['conv1', 'norm1', 'pool1', 'act1', 'conv2', 'act2', 'norm2', 'map_norm2']
+    assert list(out)[:8] == [
+        'conv1',
+        'norm1',
+        'pool1',
+        'act1',
+        'conv2',
+        'act2',
+        'norm2',
+        'map_norm2',
+    ]
     x = out['conv1'][0]
     assert (x < 0).any() and (out['norm1'][0] < 0).any()
     expected = layers.lrn(x, alpha=1e-4 / 5, k=2.0, n=5, beta=0.75)
@@ -107,6 +118,7 @@ def test_a_removed_layer_passes_its_input_on(name):
 
 def test_the_towers_exchange_only_where_they_should():
     """Which tower's kernels a change in tower 0's conv1 reaches, by layer."""
+
     def reached(net):
         params = model.init(net, 0, 64)
         _, before = net.apply({'params': params}, images())
@@ -134,6 +146,7 @@ def test_fc6_reads_height_width_and_channels_over_both_towers_in_this_order():
 
 def test_dropout_forms():
     """What fc8 reads: halved at test time, a mask of 0 and 1 in training; or the inverted form."""
+
     def logits(net, variables, *train):
         return net.apply(variables, x, *train)[0]
 
@@ -147,7 +160,9 @@ def test_dropout_forms():
         parts = [np.asarray(h * m) @ k for h, m, k in zip(out['fc7'], masks, kernel, strict=True)]
         return sum(parts) + bias
 
-    np.testing.assert_allclose(logits(net, variables), read_by_fc8((0.5, 0.5)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        logits(net, variables), read_by_fc8((0.5, 0.5)), rtol=1e-4, atol=1e-5
+    )
     inverted = build(width=0.25, dropout='inverted')
     none = build(width=0.25, dropout='none')
     np.testing.assert_array_equal(logits(inverted, variables), logits(none, variables))

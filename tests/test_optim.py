@@ -273,9 +273,12 @@ def test_lars_is_the_same_on_every_mesh(shape):
     config.optim.update({'name': 'lars', 'trust': TRUST})
     config.model.width = 0.25
     store = types.SimpleNamespace(
-        classes=5, counts={'train': 128}, mean=np.zeros((256, 256, 3), np.float32),
-        eigenvectors=np.eye(3), sigma=np.ones(3),
-    )  # fmt: skip
+        classes=5,
+        counts={'train': 128},
+        mean=np.zeros((256, 256, 3), np.float32),
+        eigenvectors=np.eye(3),
+        sigma=np.ones(3),
+    )
     gradients, rates = GRADIENTS[:2], [all_rates(0.1), all_rates(0.01, biases=0.02)]
     mesh = meshes.make(shape, towers=2, batches={})
     expected = run(gradients, rates, name='lars')[-1]
@@ -301,7 +304,9 @@ def make(examples=1000, batch=100, **changes):
     [
         # Epoch; rates of weights, biases and conv1; colour noise: original.md §4.
         pytest.param(
-            original, '', 1_281_167,
+            original,
+            '',
+            1_281_167,
             [
                 (0, 1e-2, 0.02, 1e-2, 1),
                 (25, 1e-3, 0.02, 1e-3, 1),
@@ -310,10 +315,13 @@ def make(examples=1000, batch=100, **changes):
                 (72, 1e-4, 0.02, 0, 0),
                 (79, 1e-5, 0.02, 0, 0),
             ],
-            91, id='2012',
+            91,
+            id='2012',
         ),
         pytest.param(
-            original, '2010', 1_261_406,
+            original,
+            '2010',
+            1_261_406,
             [
                 (0, 1e-2, 0.02, 1e-2, 1),
                 (23, 1e-3, 0.02, 1e-3, 1),
@@ -322,10 +330,13 @@ def make(examples=1000, batch=100, **changes):
                 (72, 1e-4, 0.02, 0, 0),
                 (78, 1e-5, 0.002, 0, 0),
             ],
-            93, id='2010',
+            93,
+            id='2010',
         ),
         pytest.param(  # 146-2012-2011, in the source's layer-params file of that name
-            cnn_star, 'finetune', 1_281_167,
+            cnn_star,
+            'finetune',
+            1_281_167,
             [
                 (0, 1e-3, 0.02, 1e-4, 1),
                 (5, 1e-3, 0.02, 1e-5, 1),
@@ -334,10 +345,11 @@ def make(examples=1000, batch=100, **changes):
                 (38, 1e-4, 0.02, 0, 0),
                 (42, 1e-5, 0.02, 0, 0),
             ],
-            54, id='CNN*',
+            54,
+            id='CNN*',
         ),
     ],
-)  # fmt: skip
+)
 def test_rates_of_the_source(preset, variant, examples, phases, end):
     rates = optim.make_rates(examples=examples, batch=128, **preset.get_config(variant).optim)
 

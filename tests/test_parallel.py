@@ -69,11 +69,13 @@ def train_in_float64(shape, config, wrap=lambda optimizer: optimizer, count=5, s
     batches = []
     for i in range(count):
         rng = np.random.default_rng(i)
-        batches.append({
-            'image': images,
-            'z': rng.normal(size=(BATCH, 3)).astype(np.float32),
-            'label': rng.integers(0, CLASSES, BATCH).astype(np.int32),
-        })
+        batches.append(
+            {
+                'image': images,
+                'z': rng.normal(size=(BATCH, 3)).astype(np.float32),
+                'label': rng.integers(0, CLASSES, BATCH).astype(np.int32),
+            }
+        )
     if several:
         rates = {name: np.repeat(rate, count) for name, rate in rates.items()}
         state, sums = step(state, meshes.global_batches(mesh, BATCH, batches), rates)
@@ -150,8 +152,11 @@ def test_full_width_original_trains_the_same_on_every_mesh(monkeypatch):
         assert losses < 1e-9 and distance < 1e-7, (shape, losses, distance)
 
 
-@pytest.mark.parametrize('change', [{'norm_window': 'all'}, {'exchange': ()}, {'remove': 'conv3'},
-                                    {'dropout_at': 'inputs'}], ids=str)
+@pytest.mark.parametrize(
+    'change',
+    [{'norm_window': 'all'}, {'exchange': ()}, {'remove': 'conv3'}, {'dropout_at': 'inputs'}],
+    ids=str,
+)
 def test_switches_that_touch_the_towers(narrow, change):
     config = narrow.copy_and_resolve_references()
     config.model.update(change)
@@ -161,7 +166,9 @@ def test_switches_that_touch_the_towers(narrow, change):
 def scale_gradient_of_tower_1(optimizer):
     def update(grads, state, params, **rates):
         scale = jnp.where(lax.axis_index('model') == 1, 1.01, 1.0)
-        kernels = {layer: leaves | {'kernel': leaves['kernel'] * scale} for layer, leaves in grads.items()}
+        kernels = {
+            layer: leaves | {'kernel': leaves['kernel'] * scale} for layer, leaves in grads.items()
+        }
         return optimizer.update(kernels, state, params, **rates)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
@@ -174,15 +181,25 @@ def test_the_comparison_sees_a_scaled_gradient(narrow, narrow_alone):
 
 def test_the_comparison_sees_one_changed_mask(narrow, narrow_alone, monkeypatch):
     real = layers.dropout_mask
-    monkeypatch.setattr(layers, 'dropout_mask', lambda key, rows, tower, units: real(
-        key, jnp.where(rows == 3, 99, rows), tower, units))
+    monkeypatch.setattr(
+        layers,
+        'dropout_mask',
+        lambda key, rows, tower, units: real(key, jnp.where(rows == 3, 99, rows), tower, units),
+    )
     assert not agree(narrow_alone, train((1, 2), narrow))
 
 
 def test_the_comparison_sees_a_lost_term_of_the_sum_over_towers(narrow, narrow_alone, monkeypatch):
     real = lax.psum
-    monkeypatch.setattr(model.lax, 'psum', lambda x, axis: real(
-        jnp.where(lax.axis_index(axis) == 0, x, 0 * x), axis) if axis == 'model' else real(x, axis))
+    monkeypatch.setattr(
+        model.lax,
+        'psum',
+        lambda x, axis: (
+            real(jnp.where(lax.axis_index(axis) == 0, x, 0 * x), axis)
+            if axis == 'model'
+            else real(x, axis)
+        ),
+    )
     assert not agree(narrow_alone, train((1, 2), narrow))
 
 

@@ -48,7 +48,7 @@ def test_figure(prediction):
         hatched = [i for i, bar in enumerate(bars) if bar.get_hatch()]
         assert hatched == ([] if correct is None else [correct])
         assert len({bar.get_facecolor() for bar in bars}) == 1 + len(hatched)
-        words = [t.get_text() for t in sorted(axes.texts, key=lambda t: (t.get_position()[::-1]))]
+        words = [t.get_text() for t in sorted(axes.texts, key=lambda t: t.get_position()[::-1])]
         assert words == ['b', '40 %', 'f', '30 %', '$_{e$', '20 %', 'a', '5 %', 'd', '5 %']
 
 
@@ -120,9 +120,10 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
         (['RUN', 'text.jpg'], 'text.jpg: not a picture, or a damaged one'),
         (['RUN', '--val=1', '--output=nowhere/p.png'], 'nowhere is not a folder'),
         (['RUN', '--val=1', '--views=two'], 'invalid choice'),
-        (['nowhere', 'text.jpg', '--output='], '--output=: pictures are written as PNG'),  # first of all
+        # first of all
+        (['nowhere', 'text.jpg', '--output='], '--output=: pictures are written as PNG'),
     ],
-)  # fmt: skip
+)
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
     (tmp_path / 'text.jpg').write_text('no picture')
     refuses(monkeypatch, tmp_path, predict, run.path, arguments, message)

@@ -39,8 +39,10 @@ def files(folder) -> dict[str, bytes]:
 # Pictures
 
 
-@pytest.mark.parametrize('width, height', [(75, 50), (50, 75), (101, 67), (33, 90), (40, 40), (32, 45),
-                                           (20, 27), (500, 375)])
+@pytest.mark.parametrize(
+    'width, height',
+    [(75, 50), (50, 75), (101, 67), (33, 90), (40, 40), (32, 45), (20, 27), (500, 375)],
+)
 def test_square_is_the_centre_of_the_resized_picture(width, height):
     image = fixtures.picture(0, width, height)
     short = min(width, height)
@@ -48,7 +50,7 @@ def test_square_is_the_centre_of_the_resized_picture(width, height):
     assert min(new) == 32
     method = Image.Resampling.BILINEAR if short > 32 else Image.Resampling.BICUBIC
     left, top = (new[0] - 32) // 2, (new[1] - 32) // 2
-    expected = np.asarray(image.resize(new, method))[top:top + 32, left:left + 32]
+    expected = np.asarray(image.resize(new, method))[top : top + 32, left : left + 32]
     got = pictures.square(np.asarray(image), 32)
     assert got.shape == (32, 32, 3) and got.dtype == np.uint8
     # The two passes of a resize, rows and columns, may come in the other order: rounding.
@@ -65,19 +67,22 @@ def as_16_bit(image):
     return Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
 
 
-@pytest.mark.parametrize('format, convert, tolerance', [
-    ('JPEG', lambda image: image, 30),
-    ('JPEG', lambda image: image.convert('CMYK'), 12),
-    ('JPEG', lambda image: image.convert('L'), 12),
-    ('PNG', lambda image: image, 0),
-    ('PNG', lambda image: image.convert('RGBA'), 0),
-    ('PNG', lambda image: image.convert('LA'), 0),
-    ('PNG', lambda image: image.convert('P', palette=Image.Palette.ADAPTIVE), 60),
-    ('PNG', lambda image: image.convert('1'), 255),
-    ('PNG', as_16_bit, 0),
-    ('TIFF', as_16_bit, 0),
-    ('BMP', lambda image: image, 0),
-])
+@pytest.mark.parametrize(
+    'format, convert, tolerance',
+    [
+        ('JPEG', lambda image: image, 30),
+        ('JPEG', lambda image: image.convert('CMYK'), 12),
+        ('JPEG', lambda image: image.convert('L'), 12),
+        ('PNG', lambda image: image, 0),
+        ('PNG', lambda image: image.convert('RGBA'), 0),
+        ('PNG', lambda image: image.convert('LA'), 0),
+        ('PNG', lambda image: image.convert('P', palette=Image.Palette.ADAPTIVE), 60),
+        ('PNG', lambda image: image.convert('1'), 255),
+        ('PNG', as_16_bit, 0),
+        ('TIFF', as_16_bit, 0),
+        ('BMP', lambda image: image, 0),
+    ],
+)
 def test_decodes_by_content(format, convert, tolerance):
     image = fixtures.picture(3)
     stored = convert(image)
@@ -120,12 +125,18 @@ def test_store_holds_the_source(tree, tmp_path, format):
         if format == 'u8':
             assert (made.pixels(split) == squares).all()
         else:
-            for record, pixels in zip(made.records(split, range(len(squares))), squares, strict=True):
+            for record, pixels in zip(
+                made.records(split, range(len(squares))), squares, strict=True
+            ):
                 image = Image.open(io.BytesIO(record))
                 assert (image.format, image.size) == ('JPEG', (24, 24))
                 assert np.abs(np.asarray(image).astype(int) - pixels).mean() < 8
     assert json.loads((path / 'store.json').read_text())['filter'] == pictures.FILTER
-    kinds = {f'{split}.{kind}' for split in ('train', 'val') for kind in (format, 'crc.npy', 'labels.npy')}
+    kinds = {
+        f'{split}.{kind}'
+        for split in ('train', 'val')
+        for kind in (format, 'crc.npy', 'labels.npy')
+    }
     kinds |= {'train.offsets.npy', 'val.offsets.npy'} if format == 'jpg' else set()
     assert set(os.listdir(path)) == kinds | {'store.json', 'names.txt', 'stats.npz'}
 
@@ -136,7 +147,7 @@ def test_statistics_are_those_of_the_training_pixels(tree, tmp_path):
     np.testing.assert_allclose(made.mean, x.mean(0), rtol=1e-6)
     covariance = np.cov(x.reshape(-1, 3).T, bias=True)
     vectors, sigma = made.eigenvectors.astype(np.float64), made.sigma
-    np.testing.assert_allclose(vectors @ np.diag(sigma ** 2.0) @ vectors.T, covariance, rtol=1e-4)
+    np.testing.assert_allclose(vectors @ np.diag(sigma**2.0) @ vectors.T, covariance, rtol=1e-4)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-6)
     assert (np.diff(sigma) <= 0).all() and (vectors.sum(0) >= 0).all()
 
@@ -144,7 +155,7 @@ def test_statistics_are_those_of_the_training_pixels(tree, tmp_path):
 def test_statistics_stay_exact_for_a_million_pictures():
     count, side = 1_281_167, 256
     image = np.full((side, side, 3), 255 * count, np.int64)
-    products = np.full((3, 3), 255 ** 2 * count * side ** 2, np.int64)
+    products = np.full((3, 3), 255**2 * count * side**2, np.int64)
     facts = pictures.statistics(image, products, count)
     assert (facts['mean'] == 255).all() and facts['sigma'].max() < 1e-2
 
@@ -174,6 +185,7 @@ def test_interrupted_equals_uninterrupted(tree, tmp_path, monkeypatch, format, f
                 if number == budget:
                     raise Killed
                 yield example
+
         return datasets.Source(source.name, source.class_names, source.splits, read)
 
     monkeypatch.setattr(datasets, 'open_source', killing)
@@ -193,14 +205,19 @@ def test_interrupted_equals_uninterrupted(tree, tmp_path, monkeypatch, format, f
 @pytest.mark.slow
 def test_sigkill_at_any_moment(tmp_path):
     tree = str(fixtures.write_tree(tmp_path / 'tree', {'ape': 100, 'bee': 100}))
-    program = ('import sys; from alexnet_jax import prepare; from alexnet_jax.datasets import writer;'
-               'writer.FLUSH_SECONDS = 0; prepare.prepare(*sys.argv[1:2], store=sys.argv[2], size=200)')
+    program = (
+        'import sys; from alexnet_jax import prepare; from alexnet_jax.datasets import writer;'
+        'writer.FLUSH_SECONDS = 0; prepare.prepare(*sys.argv[1:2], store=sys.argv[2], size=200)'
+    )
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
     prepare.prepare(tree, store=str(whole), size=200)
     kills = 0
     for delay in (0.0, 0.01, 0.1, 0.3):
-        process = subprocess.Popen([sys.executable, '-c', program, tree, str(broken)],
-                                   stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, '-c', program, tree, str(broken)],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         before = _stamp(broken)
         while process.poll() is None and _stamp(broken) == before:
             time.sleep(0.001)
@@ -252,8 +269,9 @@ def test_the_default_store_of_a_folder_that_is_gone(flowers, monkeypatch, source
 
 
 @pytest.mark.parametrize('source', ['elsewhere/flowers', '/elsewhere/flowers', 'flowers', 'mnist'])
-def test_a_store_that_is_named_opens_wherever_its_pictures_are(flowers, tmp_path, monkeypatch,
-                                                               capsys, source):
+def test_a_store_that_is_named_opens_wherever_its_pictures_are(
+    flowers, tmp_path, monkeypatch, capsys, source
+):
     path = tmp_path / 'store'
     prepare.prepare('sub/flowers', store=str(path), size=24)
     before = files(path)
@@ -273,16 +291,20 @@ def test_a_store_that_is_named_opens_wherever_its_pictures_are(flowers, tmp_path
 def test_a_store_that_is_not_named_must_be_of_the_source(flowers):
     path = 'data/flowers-24-jpg'
     made = prepare.prepare('sub/flowers', size=24)
-    with pytest.raises(UserError, match='is another store .source .*/here/sub/flowers, not .*/here/'
-                       f'flowers.: give another --store .--store={path} takes it as it is.'):
+    with pytest.raises(
+        UserError,
+        match='is another store .source .*/here/sub/flowers, not .*/here/'
+        f'flowers.: give another --store .--store={path} takes it as it is.',
+    ):
         prepare.ensure(source='flowers', size=24)
     with pytest.raises(UserError, match='is another store .val_fraction 0.1, not 0.2.'):
         prepare.ensure(source='sub/flowers', size=24, val_fraction=0.2)
     assert prepare.ensure(source='flowers', store=path, size=24).source == made.source
 
 
-def test_an_interrupted_store_that_is_named_goes_on_with_its_source_only(flowers, monkeypatch,
-                                                                         capsys):
+def test_an_interrupted_store_that_is_named_goes_on_with_its_source_only(
+    flowers, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         patch.setattr(writer, 'finish', lambda *args, **kwargs: exit())
         with pytest.raises(SystemExit):
@@ -393,8 +415,10 @@ def test_a_waiting_start_takes_over_from_one_that_fails(tree, tmp_path, monkeypa
 
 def test_a_killed_process_holds_nothing(tree, tmp_path, capsys):
     path = tmp_path / 'store'
-    program = ('import sys, time; from alexnet_jax.datasets import writer\n'
-               'with writer.locked(sys.argv[1]): print("held", flush=True); time.sleep(600)')
+    program = (
+        'import sys, time; from alexnet_jax.datasets import writer\n'
+        'with writer.locked(sys.argv[1]): print("held", flush=True); time.sleep(600)'
+    )
     holder = subprocess.Popen([sys.executable, '-c', program, str(path)], stdout=subprocess.PIPE)
     with holder, concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
@@ -451,6 +475,7 @@ def test_the_lock_of_the_next_process_is_not_removed(tmp_path):
 def test_a_file_system_without_locks(tree, tmp_path, monkeypatch):
     def flock(*args):
         raise OSError(37, 'No locks available')
+
     monkeypatch.setattr(writer.fcntl, 'flock', flock)
     store.verify(prepare.prepare(tree, store=str(tmp_path / 'store'), size=24))
 
@@ -462,9 +487,13 @@ def test_a_file_system_without_locks(tree, tmp_path, monkeypatch):
 def test_truncated_picture_is_named_and_nothing_is_left(tree, tmp_path, split):
     bad = os.path.join(tree, split, 'bee', '002.jpg')
     data = open(bad, 'rb').read()
-    open(bad, 'wb').write(data[:len(data) // 2])
-    result = subprocess.run([*COMMAND, f'--source={tree}', '--size=24', f'--store={tmp_path}/a/b/c'],
-                            capture_output=True, text=True, timeout=60)
+    open(bad, 'wb').write(data[: len(data) // 2])
+    result = subprocess.run(
+        [*COMMAND, f'--source={tree}', '--size=24', f'--store={tmp_path}/a/b/c'],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.returncode == 2
     assert result.stderr.startswith(f'error: {bad}: does not decode')
     assert result.stderr.count('\n') == 1
@@ -489,8 +518,17 @@ def test_a_long_pass_is_kept_until_the_picture_is_repaired(tree, tmp_path, monke
 @pytest.mark.parametrize('label', [-1, 2])
 def test_label_outside_the_class_count(tmp_path, monkeypatch, label):
     pixels = np.zeros((9, 9, 3), np.uint8)
-    source = datasets.Source('made', ['a', 'b'], {'train': 2, 'val': 1}, lambda split, start: iter(
-        [datasets.Example('the first', pixels, 0), datasets.Example('the second', pixels, label)]))
+    source = datasets.Source(
+        'made',
+        ['a', 'b'],
+        {'train': 2, 'val': 1},
+        lambda split, start: iter(
+            [
+                datasets.Example('the first', pixels, 0),
+                datasets.Example('the second', pixels, label),
+            ]
+        ),
+    )
     monkeypatch.setattr(datasets, 'open_source', lambda *args, **kwargs: source)
     with pytest.raises(UserError, match=f'the second: label {label} is outside the 2 classes'):
         prepare.prepare('made', store=str(tmp_path / 'data' / 'store'), size=8)
@@ -513,6 +551,7 @@ def test_source_that_gives_too_few(tree, tmp_path, monkeypatch):
     def counting_more(*args, **kwargs):
         source = real(*args, **kwargs)
         return datasets.Source('made', source.class_names, {'train': 13, 'val': 6}, source.read)
+
     monkeypatch.setattr(datasets, 'open_source', counting_more)
     with pytest.raises(UserError, match='made: val gave 5 pictures, not 6'):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
@@ -532,6 +571,7 @@ def test_says_how_much_disk_and_refuses_too_little(tree, tmp_path, monkeypatch, 
 def test_full_disk_is_one_line(tree, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(writer, '_record', full)
     with pytest.raises(UserError, match='cannot be written: No space left on device'):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
@@ -605,9 +645,14 @@ def test_a_val_fraction_that_is_none(tree, tmp_path, fraction):
 
 
 def test_the_command_refuses_a_val_fraction_that_is_none(tree, tmp_path):
-    result = subprocess.run([*COMMAND, f'--source={tree}', '--val_fraction=nan'], cwd=tmp_path,
-                            env={**os.environ, 'PYTHONPATH': os.getcwd()},
-                            capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [*COMMAND, f'--source={tree}', '--val_fraction=nan'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (result.returncode, result.stderr.count('\n')) == (2, 1)
     assert result.stderr.startswith('error: val_fraction nan: ')
     assert os.listdir(tmp_path) == ['tree']
@@ -620,7 +665,7 @@ def test_an_interrupted_store_of_other_counts_is_not_continued(tree, tmp_path, m
     before = files(tmp_path / 'store')
     assert 'store.json' in before and writer.LOCK not in before
     os.remove(os.path.join(tree, 'train', 'ape', '000.jpg'))
-    with pytest.raises(UserError, match="counts .*13.*, not .*12.*, or remove .*/store and"):
+    with pytest.raises(UserError, match='counts .*13.*, not .*12.*, or remove .*/store and'):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
     assert files(tmp_path / 'store') == before
 
@@ -630,7 +675,9 @@ def test_ensure_prepares_small_sets_only(tree, tmp_path, monkeypatch):
     assert prepare.ensure(source=tree, size=24).counts == {'train': 13, 'val': 5}
     assert os.path.exists('data/tree-24-jpg/store.json')
     monkeypatch.setattr(prepare, 'LARGE', 18)
-    with pytest.raises(UserError, match=f'python -m alexnet_jax.prepare --source={tree} .*--size=20'):
+    with pytest.raises(
+        UserError, match=f'python -m alexnet_jax.prepare --source={tree} .*--size=20'
+    ):
         prepare.ensure(source=tree, size=20, dir='', store='')
     assert os.listdir('data') == ['tree-24-jpg']
 
@@ -639,7 +686,9 @@ def test_ensure_never_builds_imagenet(tmp_path):
     with pytest.raises(UserError, match='138 GB'):
         prepare.ensure(source='imagenet2012', dir=str(tmp_path), store=str(tmp_path / 'store'))
     fixtures.write_imagenet_tars(tmp_path)
-    with pytest.raises(UserError, match='run python -m alexnet_jax.prepare --source=imagenet2012 --dir='):
+    with pytest.raises(
+        UserError, match='run python -m alexnet_jax.prepare --source=imagenet2012 --dir='
+    ):
         prepare.ensure(source='imagenet2012', dir=str(tmp_path), store=str(tmp_path / 'store'))
 
 
@@ -667,9 +716,12 @@ def test_verify_finds_a_flipped_bit(tree, tmp_path):
 @pytest.mark.slow
 def test_imagenet_from_tars_to_store(tmp_path):
     made = fixtures.write_imagenet_tars(tmp_path / 'tars')
-    built = prepare.prepare('imagenet2012', dir=str(tmp_path / 'tars'), store=str(tmp_path / 'store'),
-                            size=64)
+    built = prepare.prepare(
+        'imagenet2012', dir=str(tmp_path / 'tars'), store=str(tmp_path / 'store'), size=64
+    )
     assert built.counts == {'train': len(made['train']), 'val': len(made['val'])}
     assert built.classes == 1000
-    assert sorted(built.names[label] for label in built.labels('train')) == sorted(made['train'].values())
+    assert sorted(built.names[label] for label in built.labels('train')) == sorted(
+        made['train'].values()
+    )
     store.verify(built)

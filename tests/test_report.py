@@ -32,21 +32,37 @@ def no_tensorflow():
 
 def tiny(folder, size, *options):
     write_store(folder, format='u8', size=size, classes=10, counts={'train': 64, 'val': 20})
-    return [f'--config.data.store={folder}', f'--config.data.size={size}', '--config.train.batch=8',
-            '--config.run.eval_batch=4', '--config.run.mesh=(1, 1)', *options]  # fmt: skip
+    return [
+        f'--config.data.store={folder}',
+        f'--config.data.size={size}',
+        '--config.train.batch=8',
+        '--config.run.eval_batch=4',
+        '--config.run.mesh=(1, 1)',
+        *options,
+    ]
 
 
 def result(name, seed=0, *, diverged=False, **extra):
     """A hand-made result, as `lab.Lab` keeps them."""
     return {
-        'name': name, 'seed': seed, 'diverged': diverged, 'extra': None if diverged else extra,
+        'name': name,
+        'seed': seed,
+        'diverged': diverged,
+        'extra': None if diverged else extra,
         'train': [{'step': 9, 'epoch': 52.0, 'top1_error': 20.0}],
         'eval': [{'step': 5, 'top1_error': 30.0}, {'step': 10, 'top1_error': 25.0}],
-        'command': ['--config=c'], 'given': ['--config.data.source=/pictures of cats'],
-        'starts': [{'commit': 'abc1234', 'versions': {'jax': '0.10.2'}, 'devices': ['GPU_0'],
-                    'processor': 'Z80 (1 core)'}],
+        'command': ['--config=c'],
+        'given': ['--config.data.source=/pictures of cats'],
+        'starts': [
+            {
+                'commit': 'abc1234',
+                'versions': {'jax': '0.10.2'},
+                'devices': ['GPU_0'],
+                'processor': 'Z80 (1 core)',
+            }
+        ],
         'data': {'source': 'cifar', 'counts': {'train': 50000, 'val': 10000}, 'classes': 10},
-    }  # fmt: skip
+    }
 
 
 def by_key(*results):
@@ -57,7 +73,9 @@ def by_key(*results):
 def figure_of(tmp_path, monkeypatch):
     """figure_of(experiment, results) -> its figure."""
     drawn = []
-    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(
+        'matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure)
+    )
 
     def figure(module, results):
         module.plot(results, tmp_path / 'none.png')
@@ -74,7 +92,8 @@ def test_cifar_lrn(tmp_path, monkeypatch):
     (made,) = trial.results.values()
     assert [row['epoch'] for row in made['train']] == [0.125, 0.25, 0.375, 0.5, 0.625]
     assert made['extra'].keys() == {'centre', 'ten'}
-    assert made['extra']['centre'] == made['eval'][-1]['top1_error']  # the run's own last evaluation
+    # the run's own last evaluation
+    assert made['extra']['centre'] == made['eval'][-1]['top1_error']
     table = cifar_lrn.report(trial.results)
     assert f'| 11pct_plain | 0.625 of 520 |  | {made["extra"]["centre"]:.2f} | ' in table
     assert '| 13pct | | 13 | not run | | 0 |' in table and 'norms alone bring: not run' in table
@@ -112,10 +131,13 @@ def test_what_norms_bring_is_paired_by_seed():
     """The networks differ by 1 to 3 points within a seed, and by much more between seeds."""
     results = by_key(
         *(result('11pct', s, centre=e, ten=e - 1) for s, e in enumerate((10.0, 20.0, 30.0, 40.0))),
-        *(result('11pct_plain', s, centre=e, ten=t)
-          for s, e, t in ((2, 32.0, 27.0), (1, 21.0, 21.0), (0, 13.0, 9.0))),
-        result('11pct_plain', 3, diverged=True), result('18pct', 0, centre=17.25),
-    )  # fmt: skip
+        *(
+            result('11pct_plain', s, centre=e, ten=t)
+            for s, e, t in ((2, 32.0, 27.0), (1, 21.0, 21.0), (0, 13.0, 9.0))
+        ),
+        result('11pct_plain', 3, diverged=True),
+        result('18pct', 0, centre=17.25),
+    )
     assert cifar_lrn.gains(results, 'centre') == [3.0, 1.0, 2.0]  # seed 3 has no partner
     table = cifar_lrn.report(results)
     assert 'centre crop: +2.00 ± 0.58 points (3 seeds).' in table
@@ -127,9 +149,16 @@ def test_what_norms_bring_is_paired_by_seed():
 
 def test_the_figure_of_cifar_lrn(figure_of):
     """A line for every seed, one name for each network, and a bar at the error that it is known for."""
-    (axes,) = figure_of(cifar_lrn, by_key(*(result(net, s, centre=20.0) for net in ('18pct', '11pct_plain')
-                                            for s in (0, 1)), result('11pct', diverged=True))).axes
-    curves = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() < 2]
+    (axes,) = figure_of(
+        cifar_lrn,
+        by_key(
+            *(result(net, s, centre=20.0) for net in ('18pct', '11pct_plain') for s in (0, 1)),
+            result('11pct', diverged=True),
+        ),
+    ).axes
+    curves = [
+        line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() < 2
+    ]
     (bar,) = (line for line in axes.lines if line not in curves)
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == ['18 % network', '11 % network without norms'] and len(curves) == 4
@@ -158,7 +187,9 @@ def figures(tmp_path_factory):
     labels = {'train': np.arange(64) % 10, 'val': np.arange(40, 60) % 10}
     pictures = {'train': open_store(folder / 'store').pixels('train').copy()}
     pictures['val'] = pictures['train'][40:60]
-    write_store(folder / 'store', format='u8', size=72, classes=10, pictures=pictures, labels=labels)
+    write_store(
+        folder / 'store', format='u8', size=72, classes=10, pictures=pictures, labels=labels
+    )
     both = {'given': given, 'seeds': 1, 'runs': folder / 'runs', 'results': folder / 'results'}
     third = Lab('fig3_filters', 'smoke', start=in_process, **both)
     fig3_filters.run(third)
@@ -176,7 +207,9 @@ def figures(tmp_path_factory):
 def test_figure_3(figures, tmp_path):
     run = figures.third.workdir('original', 0)
     extra = figures.third.results['original-0']['extra']
-    kernels = visualize.conv1_kernels(evaluate.open_run(run, meshes.make((1, 1), towers=1, batches={})))
+    kernels = visualize.conv1_kernels(
+        evaluate.open_run(run, meshes.make((1, 1), towers=1, batches={}))
+    )
     assert kernels.shape == (2, 11, 11, 3, 3) and extra['end'] == fig3_filters.measures(kernels)
     assert extra['start'] != extra['end'] and np.shape(extra['start']['colour']) == (2, 3)
     np.testing.assert_array_equal(fig3_filters.unpacked(extra['picture']), kernel_picture(kernels))
@@ -203,15 +236,26 @@ def test_figure_3_of_several_runs(tmp_path):
         picture = fig3_filters.packed(kernel_picture(kernels), 'PNG')
         return {'picture': picture, 'end': fig3_filters.measures(kernels)}
 
-    results = by_key(result('a', 0, **of(2, 12)), result('a', 1, diverged=True), result('a', 2, **of(2, 12)),
-                     result('$_{x$', 0, **of(1, 20)))  # fmt: skip
+    results = by_key(
+        result('a', 0, **of(2, 12)),
+        result('a', 1, diverged=True),
+        result('a', 2, **of(2, 12)),
+        result('$_{x$', 0, **of(1, 20)),
+    )
     drawn = fig3_filters.figure(results)
     drawn.draw_without_rendering()
-    assert [axes.get_title('left') for axes in drawn.axes] == ['a, seed 0', 'a, seed 2', '$_{x$, seed 0']
+    assert [axes.get_title('left') for axes in drawn.axes] == [
+        'a, seed 0',
+        'a, seed 2',
+        '$_{x$, seed 0',
+    ]
     first, second, single = drawn.axes
     # Kernels are in the rows 1 to 11 and, two lines and a gap of 5 below, 19 to 29.
-    for axes, towers in ((first, {6: 'tower 0', 24: 'tower 1'}), (second, {6: 'tower 0', 24: 'tower 1'}),
-                         (single, {12: 'tower 0'})):  # fmt: skip
+    for axes, towers in (
+        (first, {6: 'tower 0', 24: 'tower 1'}),
+        (second, {6: 'tower 0', 24: 'tower 1'}),
+        (single, {12: 'tower 0'}),
+    ):
         labels = [label.get_text() for label in axes.get_yticklabels()]
         assert dict(zip(axes.get_yticks(), labels, strict=True)) == towers
     upper, lower = (axes.get_window_extent() for axes in (first, second))
@@ -238,7 +282,8 @@ def test_figure_4(figures, tmp_path, monkeypatch):
     assert (len(made['labels']), len(made['pictures'])) == (8, 8)
     assert all(0.5 < sum(row) < 1.001 for row in made['probabilities'])
     assert [made['names'][label] for label in made['labels']] == [
-        f'class {k}' for k in looking.choose(np.arange(40, 60) % 10, 8, seed=0) % 10]  # fmt: skip
+        f'class {k}' for k in looking.choose(np.arange(40, 60) % 10, 8, seed=0) % 10
+    ]
     table = fig4_retrieval.report(figures.fourth.results)
     own, by_pixels = (np.mean(extra[kind]) for kind in ('same', 'same_by_pixels'))
     assert f'| {own:.1f} | 100.0 | {by_pixels:.1f} | 10.00 |' in table and '(runs: 1;' in table
@@ -257,8 +302,12 @@ def test_figure_4(figures, tmp_path, monkeypatch):
     names = [[query['name'], *query['names']] for query in asked]
     assert names[0][0] == 'n01440764'
     names[0][0] = 'tench'
-    tiles = np.array([[fig3_filters.unpacked(one) for one in (query['picture'], *query['pictures'])]
-                      for query in asked])  # fmt: skip
+    tiles = np.array(
+        [
+            [fig3_filters.unpacked(one) for one in (query['picture'], *query['pictures'])]
+            for query in asked
+        ]
+    )
     below = retrieve.draw(tiles[:, 0], tiles[:, 1:], names)
     drawn = np.asarray(Image.open(tmp_path / 'figure.png'))
     np.testing.assert_array_equal(drawn[-20 - len(below) : -20, : below.shape[1]], below)
@@ -285,7 +334,9 @@ def test_a_run_that_is_there_already(figures, monkeypatch, capsys):
 def test_a_run_in_a_bucket(figures, monkeypatch, capsys, module):
     """It is read from there, and its figure is put beside it."""
     name = module.__name__.rpartition('.')[2]
-    made = {fig3_filters: figures.third, fig4_retrieval: figures.fourth}[module].results['original-0']
+    made = {fig3_filters: figures.third, fig4_retrieval: figures.fourth}[module].results[
+        'original-0'
+    ]
     bucket, address = Bucket(), 'gs://bucket/run'
     monkeypatch.setattr(gpath, '_is_tf_installed', lambda: False)
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, 'gs', FileSystem(bucket))
@@ -310,7 +361,9 @@ def test_a_run_in_a_bucket(figures, monkeypatch, capsys, module):
 def gratings():
     """Kernels f32[1,11,11,3,6]: three grey gratings, a coloured one, a grey spot, a grey chequerboard."""
     y, x = np.mgrid[-5:6, -5:6]
-    waves = [np.sin(1.7 * (np.cos(a) * x + np.sin(a) * y)) for a in np.pi / 180 * np.array([0, 90, 30])]
+    waves = [
+        np.sin(1.7 * (np.cos(a) * x + np.sin(a) * y)) for a in np.pi / 180 * np.array([0, 90, 30])
+    ]
     spot = np.exp(-(x**2 + y**2) / 4)
     grey = [np.stack([wave] * 3, -1) for wave in (*waves, spot, np.cos(1.7 * x) + np.cos(1.7 * y))]
     coloured = np.stack([waves[2], -waves[2], 0 * waves[2]], -1)
@@ -318,7 +371,9 @@ def gratings():
 
 
 def test_colour_and_orientation_of_kernels():
-    (colours,), (directions,) = (f(gratings()) for f in (fig3_filters.colour, fig3_filters.orientation))
+    (colours,), (directions,) = (
+        f(gratings()) for f in (fig3_filters.colour, fig3_filters.orientation)
+    )
     np.testing.assert_allclose(colours, [0, 0, 0, 1, 0, 0], atol=1e-12)
     assert (directions[:4] > 0.9).all() and directions[2] == pytest.approx(directions[3])
     np.testing.assert_allclose(directions[4:], 0, atol=1e-6)
@@ -337,14 +392,21 @@ def test_the_difference_between_towers():
         return {'start': {'colour': before, 'orientation': before}, 'end': end}
 
     assert fig3_filters.difference([[0.0, 0.2], [0.8, 0.8]]) == pytest.approx((0.7, 0.1))
-    table = fig3_filters.report(by_key(
-        result('a', 0, **of([0.0, 0.2], [0.8, 0.8])), result('a', 1, **of([0.9, 1.0], [0.1, 0.0])),
-        result('a', 2, **of([0.1, 0.3], [0.2, 0.3])), result('one tower', 0, **of([0.5, 0.5])),
-        result('a', 3, diverged=True), result('a', 4, **of([0.0, 0.2], [0.6, 0.6])),
-        result('a', 5, **of([0.0, 0.0], [0.25, 0.75])),  # by two standard errors, and no more
-    ))  # fmt: skip
+    table = fig3_filters.report(
+        by_key(
+            result('a', 0, **of([0.0, 0.2], [0.8, 0.8])),
+            result('a', 1, **of([0.9, 1.0], [0.1, 0.0])),
+            result('a', 2, **of([0.1, 0.3], [0.2, 0.3])),
+            result('one tower', 0, **of([0.5, 0.5])),
+            result('a', 3, diverged=True),
+            result('a', 4, **of([0.0, 0.2], [0.6, 0.6])),
+            result('a', 5, **of([0.0, 0.0], [0.25, 0.75])),  # by two standard errors, and no more
+        )
+    )
     assert '| a, seed 0 | 0 | 2 | 0.10 | 0.15 | 0.65 |' in table
-    assert 'a, seed 0, tower 1 minus tower 0: colour +0.70 ± 0.10, at the start +0.00 ± 0.07' in table
+    assert (
+        'a, seed 0, tower 1 minus tower 0: colour +0.70 ± 0.10, at the start +0.00 ± 0.07' in table
+    )
     assert 'a, seed 2, tower 1 minus tower 0: colour +0.05 ± 0.11 (not resolved)' in table
     assert 'a, seed 5, tower 1 minus tower 0: colour +0.50 ± 0.25 (not resolved)' in table
     assert 'by more than two standard errors, in 3 of 5 runs (tower 0 in 1, tower 1 in 2)' in table
@@ -378,17 +440,26 @@ def test_a_report_of_nothing(page, capsys):
     assert capsys.readouterr().out.startswith('wrote ')
     for section in sections.values():
         assert section.count('**Not run.**') == 2 and 'Measured' not in section
-    assert 'python -m experiments.cifar_lrn --scale=small -- --config.data.source=FOLDER\n' in (
-        sections[cifar_lrn.TITLE])
+    assert (
+        'python -m experiments.cifar_lrn --scale=small -- --config.data.source=FOLDER\n'
+        in (sections[cifar_lrn.TITLE])
+    )
     full, small = sections[fig3_filters.TITLE].split('### Small')
     assert 'python -m experiments.fig3_filters --scale=full\n' in full
-    assert 'python -m experiments.fig3_filters --scale=small -- --config.data.source=FOLDER\n' in small
+    assert (
+        'python -m experiments.fig3_filters --scale=small -- --config.data.source=FOLDER\n' in small
+    )
 
 
 def test_a_report_of_some_results(page, tmp_path):
     """At one scale, trained with two seeds, and with a figure; smoke runs are not shown."""
-    results = by_key(*(result(net, s, centre=e + s, ten=e) for s in (0, 1)
-                       for net, e in (('11pct', 11.0), ('11pct_plain', 13.0))))  # fmt: skip
+    results = by_key(
+        *(
+            result(net, s, centre=e + s, ten=e)
+            for s in (0, 1)
+            for net, e in (('11pct', 11.0), ('11pct_plain', 13.0))
+        )
+    )
     lab.write(tmp_path / 'results/cifar_lrn-small.json', results)
     lab.write(tmp_path / 'results/cifar_lrn-smoke.json', results)
     lab.write(tmp_path / 'results/fig3_filters-smoke.json', results)
@@ -401,8 +472,10 @@ def test_a_report_of_some_results(page, tmp_path):
     assert all(other.count('**Not run.**') == 2 for other in again.values())
     full, small = section.split('### Small scale')
     assert '**Not run.**' in full and 'smoke' not in section
-    assert ("python -m experiments.cifar_lrn --scale=small --seeds=2 --only=11pct --only=11pct_plain -- "
-            "'--config.data.source=/pictures of cats'\n") in small  # fmt: skip
+    assert (
+        'python -m experiments.cifar_lrn --scale=small --seeds=2 --only=11pct --only=11pct_plain -- '
+        "'--config.data.source=/pictures of cats'\n"
+    ) in small
     assert f'{cifar_lrn.NOTES["small"]}\n\n{cifar_lrn.report(results)}' in small
     assert '(figures/cifar_lrn-small.png)' in small
     assert 'Measured: 4 runs on cifar (50,000 training and 10,000 validation pictures)' in small
@@ -421,6 +494,7 @@ def test_commands_of_several_arguments():
 
 def test_commands_name_the_runs_that_are_there():
     """By name where all seeds are, by seed where some are; all of them need no name."""
+
     def run(lab):
         for seed in range(lab.seeds):
             lab.run('a b', seed, 'configs/paper.py')

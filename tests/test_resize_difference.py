@@ -15,7 +15,10 @@ from tests.fixtures import write_tree
 def test_our_squares_are_close_to_opencv(height, width):
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
-    y, x = np.linspace(0, 8, height).round().astype(int), np.linspace(0, 8, width).round().astype(int)
+    y, x = (
+        np.linspace(0, 8, height).round().astype(int),
+        np.linspace(0, 8, width).round().astype(int),
+    )
     image = coarse[y][:, x]
     ours = pictures.square(image, 64).astype(int)
     theirs = resize_difference.opencv_square(image, 64)

@@ -21,8 +21,15 @@ def start(workdir, store, event='never', number=1):
         line = command(workdir, store, '--cpu_devices=2', f'--config.run.stop_after={number}')
     else:
         line = command(workdir, store, '--cpu_devices=2', event=event, number=number)
-    done = subprocess.run(line, cwd=ROOT, env=environment(store), capture_output=True, text=True,
-                          timeout=300, check=False)
+    done = subprocess.run(
+        line,
+        cwd=ROOT,
+        env=environment(store),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     expected = ENDS.get(event, -signal.SIGKILL)
     assert done.returncode == expected, (event, done.stdout[-500:], done.stderr[-2000:])
     return done.stdout + done.stderr

@@ -91,7 +91,15 @@ def test_pictures_from_files(run, tmp_path, monkeypatch, capsys):
     for name, record in (('class 1/a.bin', 13), ('other/b.bin', 8)):
         (tmp_path / name).parent.mkdir()
         Image.fromarray(run.pictures['train'][record]).save(tmp_path / name, 'PNG')
-    call(monkeypatch, retrieve, run.path, 'class 1/a.bin', 'other/b.bin', '--neighbours=1', '--batch=8')
+    call(
+        monkeypatch,
+        retrieve,
+        run.path,
+        'class 1/a.bin',
+        'other/b.bin',
+        '--neighbours=1',
+        '--batch=8',
+    )
     first, second, share, _ = capsys.readouterr().out.splitlines()
     found = [re.fullmatch(r'(.*): (class \d) (.*)', line).groups() for line in (first, second)]
     assert found[0][:2] == ('class 1/a.bin (class 1)', 'class 1')
@@ -113,8 +121,12 @@ def test_names_stay_below_their_pictures():
     strip = below('W' * 40, '', 'two\nlines', 'three')
     ink = (strip < 255).any((0, 2))
     assert [ink[x : x + 128].any() for x in (4, 152, 284, 416)] == [True, False, True, True]
-    assert not (strip[[0, -1]] < 255).any() and not ink[[*range(4), *range(132, 152), *range(412, 416)]].any()
-    assert (np.flatnonzero(ink[4:132])[[0, -1]] // 10).tolist() == [0, 12]  # nearly as wide as the picture
+    assert (
+        not (strip[[0, -1]] < 255).any()
+        and not ink[[*range(4), *range(132, 152), *range(412, 416)]].any()
+    )
+    # nearly as wide as the picture
+    assert (np.flatnonzero(ink[4:132])[[0, -1]] // 10).tolist() == [0, 12]
     np.testing.assert_array_equal(strip, below('W' * 50, '', 'two lines', 'three'))
     assert (strip != below('W' * 5, '', 'two lines', 'three')).any()
 
@@ -143,10 +155,18 @@ def test_features_of_a_network_without_hidden_layers():
 
 def test_features_that_are_not_finite(run, monkeypatch):
     monkeypatch.setattr(steps, 'make_features', lambda *_, **__: lambda params, x: x[:, 0, 0] / 0.0)
-    trained = type('Run', (), {
-        'path': 'run', 'step': 3, 'net': None, 'params': None, 'facts': run,
-        'config': {'augment': {'crop': CROP}},
-    })  # fmt: skip
+    trained = type(
+        'Run',
+        (),
+        {
+            'path': 'run',
+            'step': 3,
+            'net': None,
+            'params': None,
+            'facts': run,
+            'config': {'augment': {'crop': CROP}},
+        },
+    )
     batches = retrieve.padded(run.pictures['val'][:3], 2)
     mesh = meshes.make((1, 1), towers=1, batches={})
     with pytest.raises(UserError, match='run, step 3: activations are not finite'):
@@ -175,8 +195,17 @@ def test_choose():
 def test_the_folder_of_a_class():
     """The nearest of a file's folder and the one above it; not the file, and none further up."""
     names = ['cat', 'dog', 'images']
-    found = {path: looking.label_of(path, names) for path in (
-        '/cat/dog/a.jpg', '/cat/1/a.jpg', '/dog/images/a.jpg', '/cat/1/2/a.jpg', '/1/2/cat', '/dog')}
+    found = {
+        path: looking.label_of(path, names)
+        for path in (
+            '/cat/dog/a.jpg',
+            '/cat/1/a.jpg',
+            '/dog/images/a.jpg',
+            '/cat/1/2/a.jpg',
+            '/1/2/cat',
+            '/dog',
+        )
+    }
     assert [*found.values()] == [1, 0, 2, None, None, None]
 
 
@@ -200,7 +229,7 @@ def test_the_folder_of_a_class():
         (['RUN', '--output=nowhere/n.png'], 'nowhere is not a folder'),
         (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # first of all
     ],
-)  # fmt: skip
+)
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
     (tmp_path / 'text.jpg').write_text('no picture')
     monkeypatch.setattr(looking, 'DRAWN', 20)

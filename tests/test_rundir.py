@@ -41,7 +41,9 @@ def test_one_start_at_a_time(tmp_path):
 
 
 def test_a_commit_where_git_is(monkeypatch):
-    described = subprocess.run(['git', 'describe', '--always'], capture_output=True, text=True, check=False)
+    described = subprocess.run(
+        ['git', 'describe', '--always'], capture_output=True, text=True, check=False
+    )
     assert rundir.commit().removesuffix('-dirty') == (described.stdout.strip() or 'unknown')
     monkeypatch.setenv('PATH', '/nowhere')
     assert rundir.commit() == 'unknown'
@@ -49,7 +51,12 @@ def test_a_commit_where_git_is(monkeypatch):
 
 def test_a_commit_is_dirty_where_code_was_changed(tmp_path, monkeypatch):
     code = ['alexnet_jax/a.py', 'configs/b.py', 'experiments/c.py', 'experiments/d/e.py']
-    written = ['experiments/results/c.json', 'experiments/figures/c.png', 'experiments/LOG.md', 'README.md']
+    written = [
+        'experiments/results/c.json',
+        'experiments/figures/c.png',
+        'experiments/LOG.md',
+        'README.md',
+    ]
     for file in [tmp_path / name for name in code + written]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text('as committed')

@@ -90,8 +90,9 @@ def test_the_compiler_adds_nothing(shape):
     assert programs.same(programs.found(compiled, shape), expected(narrow(), shape))
 
 
-@pytest.mark.parametrize('change', [{'norm_window': 'all'}, {'exchange': ()}, {'remove': 'conv1'}],
-                         ids=str)
+@pytest.mark.parametrize(
+    'change', [{'norm_window': 'all'}, {'exchange': ()}, {'remove': 'conv1'}], ids=str
+)
 def test_switches_change_what_is_moved_as_the_formula_says(change):
     config = narrow(**change)
     assert programs.same(moved(config, (2, 2)), expected(config, (2, 2)))
@@ -108,11 +109,15 @@ def test_lars_sums_the_norms_of_what_is_divided():
 def test_the_paper_s_step_at_full_width():
     """128 images on two devices: 28,966,912 bytes gathered and as many scattered, in float32."""
     config = paper.get_config()
-    totals = programs.totals(programs.written(programs.train_step(config, 1000, (1, 2), 64), (1, 2)))
+    totals = programs.totals(
+        programs.written(programs.train_step(config, 1000, (1, 2), 64), (1, 2))
+    )
     size = 4 * 128 * (13 * 13 * 256 + 6 * 6 * 256 + 4096)
-    assert totals == {('all-gather', 'model', 'f32'): [3, size],
-                      ('reduce-scatter', 'model', 'f32'): [3, size],
-                      ('all-reduce', 'model', 'f32'): [1, 4 * 128 * 1000]}  # fmt: skip
+    assert totals == {
+        ('all-gather', 'model', 'f32'): [3, size],
+        ('reduce-scatter', 'model', 'f32'): [3, size],
+        ('all-reduce', 'model', 'f32'): [1, 4 * 128 * 1000],
+    }
 
 
 # --- the tests see what is added, dropped, or sent in another dtype
@@ -157,8 +162,9 @@ def test_another_sum_is_seen(monkeypatch):
 
 def test_a_lost_metric_is_seen(monkeypatch):
     real = steps.count
-    monkeypatch.setattr(steps, 'count', lambda *args: {
-        name: x for name, x in real(*args).items() if name != 'top5'})
+    monkeypatch.setattr(
+        steps, 'count', lambda *args: {name: x for name, x in real(*args).items() if name != 'top5'}
+    )
     assert not programs.same(moved(narrow(), (2, 1)), expected(narrow(), (2, 1)))
 
 
@@ -188,7 +194,11 @@ def test_the_paper_s_arithmetic():
     net = programs.build(paper.get_config(), 1000)
     plan = formula.layers(net, 224)
     assert sum(layer.macs for layer in plan) == 724_406_816
-    assert [layer.gathered for layer in plan if layer.gathered] == [(13 * 13 * 256,), (9216,), (4096,)]
+    assert [layer.gathered for layer in plan if layer.gathered] == [
+        (13 * 13 * 256,),
+        (9216,),
+        (4096,),
+    ]
     assert formula.flops(net, 224) == 2 * (3 * 724_406_816 - 105_415_200)
 
 
@@ -207,8 +217,10 @@ def test_hybrid_is_the_same_function():
     config = narrow(dropout='none')
     net, mesh = programs.build(config, CLASSES), programs.make_mesh((2, 2))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32),
-                          jax.eval_shape(lambda: model.init(net, 0, CROP)))  # fmt: skip
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32),
+        jax.eval_shape(lambda: model.init(net, 0, CROP)),
+    )
     images = rng.normal(0, 1, (4, CROP, CROP, 3)).astype(np.float32)
     labels = rng.integers(0, CLASSES, 4).astype(np.int32)
     gradients, _, _ = hybrid.make_gradients(net, mesh, crop=CROP)
@@ -248,11 +260,14 @@ def test_collectives_are_read():
     ]
 
 
-@pytest.mark.parametrize('line', [
-    '%a = (f32[2], f32[4]) all-gather-start(%x), replica_groups={{0,1}}',
-    '%a = f32[2] all-reduce(%x), replica_groups=@mesh',
-    '%a = token[] something all-reduce(%x), replica_groups={{0,1}}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'line',
+    [
+        '%a = (f32[2], f32[4]) all-gather-start(%x), replica_groups={{0,1}}',
+        '%a = f32[2] all-reduce(%x), replica_groups=@mesh',
+        '%a = token[] something all-reduce(%x), replica_groups={{0,1}}',
+    ],
+)
 def test_what_cannot_be_read_is_an_error(line):
     with pytest.raises(ValueError, match='read'):
         hlo.collectives(line)
@@ -302,7 +317,14 @@ def arguments(tmp_path, monkeypatch):
 
     def call(*args):
         out = tmp_path / 'scaling.png'
-        argv = ['scaling', f'--config={preset}', f'--out={out}', '--classes=10', '--images=4', *args]
+        argv = [
+            'scaling',
+            f'--config={preset}',
+            f'--out={out}',
+            '--classes=10',
+            '--images=4',
+            *args,
+        ]
         monkeypatch.setattr(sys, 'argv', argv)
         command.main()
         return out
@@ -312,10 +334,17 @@ def arguments(tmp_path, monkeypatch):
 
 def test_the_command(arguments, capsys, monkeypatch):
     real, one = command._count, ('hybrid', (1, 2))  # of its four programs one is enough
-    monkeypatch.setattr(command, '_count', lambda scheme, *args: scheme != one or real(scheme, *args))
+    monkeypatch.setattr(
+        command, '_count', lambda scheme, *args: scheme != one or real(scheme, *args)
+    )
     out = arguments('--max_devices=2')
     text = capsys.readouterr().out
-    for line in ('hybrid on 1x2: compiled', 'compiled: 3 all-gather', 'NVIDIA H100', f'wrote {out}'):
+    for line in (
+        'hybrid on 1x2: compiled',
+        'compiled: 3 all-gather',
+        'NVIDIA H100',
+        f'wrote {out}',
+    ):
         assert line in text
     assert 'DIFFERENT' not in text
     with Image.open(out) as picture:
@@ -332,7 +361,11 @@ def test_the_command_fails_where_a_program_moves_something_else(arguments, capsy
 def test_what_differs_is_marked():
     moves = [Move('all-reduce', 'data', 'f32', 3), Move('all-gather', 'model', 'bf16', 5)]
     other = [Move('all-reduce', 'data', 'f32', 3), Move('all-gather', 'model', 'bf16', 4)]
-    assert [line.endswith('DIFFERENT') for line in report.count_lines(moves, other)] == [False, True, False]
+    assert [line.endswith('DIFFERENT') for line in report.count_lines(moves, other)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize('argument', ['--max_devices=65', '--images=0', '--share=0', '--predict=a'])

@@ -27,7 +27,9 @@ def net():
 
 
 def test_rank_counts_ties_and_nan_against_the_network():
-    scores = jnp.array([[3.0, 1, 2], [1, 1, 1], [1, 3, 2], [jnp.nan] * 3, [jnp.nan, 2, 1], [2, jnp.nan, 1]])
+    scores = jnp.array(
+        [[3.0, 1, 2], [1, 1, 1], [1, 3, 2], [jnp.nan] * 3, [jnp.nan, 2, 1], [2, jnp.nan, 1]]
+    )
     labels = jnp.zeros(6, jnp.int32)
     np.testing.assert_array_equal(steps.rank(scores, labels), [0, 2, 2, 5, 5, 1])
 
@@ -100,8 +102,10 @@ def make_batch(count=4):
     }
 
 
-RATES = {name: np.float32(value) for name, value in
-         {'weights': 0.01, 'biases': 0.02, 'conv1': 0.01, 'colour': 1}.items()}
+RATES = {
+    name: np.float32(value)
+    for name, value in {'weights': 0.01, 'biases': 0.02, 'conv1': 0.01, 'colour': 1}.items()
+}
 
 
 @pytest.mark.parametrize('form', [backend.CPU, backend.ACCELERATOR], ids=['cpu', 'accelerator'])
@@ -137,7 +141,9 @@ def test_no_step_of_several_comes_after_one_that_is_not_finite(net, mesh):
     state, _ = step(state, one, RATES)
     end, sums = several(start, batches, {name: np.repeat(rate, 3) for name, rate in RATES.items()})
     assert list(np.isfinite(sums['loss'])) == [True, False, True]
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), end.params, state.params)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), end.params, state.params
+    )
 
 
 @pytest.mark.parametrize('colour', [1.0, 0.0])

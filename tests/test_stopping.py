@@ -15,9 +15,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     ('given', 'expected'),
-    [('', (None, None)), ('100', (100, None)), ('90s', (None, 90)), ('45m', (None, 2700)),
-     ('23h', (None, 82800)), ('2d', (None, 172800))],
-)  # fmt: skip
+    [
+        ('', (None, None)),
+        ('100', (100, None)),
+        ('90s', (None, 90)),
+        ('45m', (None, 2700)),
+        ('23h', (None, 82800)),
+        ('2d', (None, 172800)),
+    ],
+)
 def test_stop_after(given, expected):
     assert stopping.parse(given) == expected
 

@@ -28,11 +28,21 @@ def store(tmp_path_factory):
 
 def make_config(store, **changes):
     config = quickstart.get_config()
-    config.update_from_flattened_dict({
-        'data.source': 'made_up', 'data.store': str(store), 'data.size': 72, 'augment.crop': 64,
-        'train.batch': BATCH, 'run.eval_batch': BATCH, 'run.mesh': (1, 2), 'run.log_every': 1,
-        'optim.epochs': 4.0, 'optim.drops': (), **changes,
-    })  # fmt: skip
+    config.update_from_flattened_dict(
+        {
+            'data.source': 'made_up',
+            'data.store': str(store),
+            'data.size': 72,
+            'augment.crop': 64,
+            'train.batch': BATCH,
+            'run.eval_batch': BATCH,
+            'run.mesh': (1, 2),
+            'run.log_every': 1,
+            'optim.epochs': 4.0,
+            'optim.drops': (),
+            **changes,
+        }
+    )
     return config
 
 
@@ -85,7 +95,11 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
     train.train(config, tmp_path / 'one')
     one = outcome(tmp_path / 'one')[3]
     assert [(r['kind'], r['step']) for r in one] == [
-        ('train', 2), ('eval', 5), ('train', 5), ('train', 8), ('eval', 10)
+        ('train', 2),
+        ('eval', 5),
+        ('train', 5),
+        ('train', 8),
+        ('eval', 10),
     ]
     for single, grouped in zip(one, whole[3], strict=True):
         assert single.pop('kind') == grouped.pop('kind')
@@ -112,14 +126,21 @@ def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, 
 
     monkeypatch.setattr(train.Job, 'make', watched)
     monkeypatch.setattr(train.progress, 'line', lambda *args: events.append('rate') or line(*args))
-    every = {'run.eval_every': 2.0, 'run.checkpoint_every': 100, 'run.log_every': 2, 'run.stop_after': '6'}
+    every = {
+        'run.eval_every': 2.0,
+        'run.checkpoint_every': 100,
+        'run.log_every': 2,
+        'run.stop_after': '6',
+    }
     with pytest.raises(Stopped):
         train.train(make_config(store, **every, **{'run.dispatch': 2}), tmp_path / 'run')
     assert events == ['two', 'two', 'rate', 'rate', 'one', 'one', 'rate']
 
 
 def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
-    config = make_config(store, **{'run.dispatch': 20, 'run.log_every': 20, 'run.checkpoint_every': 20})
+    config = make_config(
+        store, **{'run.dispatch': 20, 'run.log_every': 20, 'run.checkpoint_every': 20}
+    )
     config.run.stop_after = '1'
     with pytest.raises(Stopped):
         train.train(config, tmp_path / 'run')
@@ -137,7 +158,9 @@ def test_a_loss_that_is_not_finite_within_a_dispatch_is_found(store, tmp_path):
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(store, tmp_path):
     config = make_config(store, **{'optim.rate': 1e30, 'run.checkpoint_every': 1})
-    where = 'the loss of step 1 is not finite: the activations .* broke first; .* step 1; likely causes'
+    where = (
+        'the loss of step 1 is not finite: the activations .* broke first; .* step 1; likely causes'
+    )
     with pytest.raises(UserError, match=where) as error:
         train.train(config, tmp_path / 'run')
     assert '\n' not in str(error.value)
@@ -247,7 +270,9 @@ def test_the_last_checkpoint_must_be_written(store, tmp_path, monkeypatch):
         save(self, step, *args)
 
     monkeypatch.setattr(Checkpoints, 'save', fail_at_the_end)
-    config = make_config(store, **{'run.failed_save': 'warn', 'optim.epochs': 2.0, 'run.eval_every': 10.0})
+    config = make_config(
+        store, **{'run.failed_save': 'warn', 'optim.epochs': 2.0, 'run.eval_every': 10.0}
+    )
     with pytest.raises(UserError, match='no space for step 5'):
         train.train(config, tmp_path / 'run')
 
@@ -262,28 +287,44 @@ def test_profile_and_frozen_layers(store, tmp_path):
     job = train.Job.make(config, mesh, train.prepare.ensure(**config.data))
     trained, _, _ = job.start(checkpoints, '')
     fresh, _, _ = job.start(Checkpoints(tmp_path / 'none'), '')
-    same = {layer: bool((trained.params[layer]['kernel'] == leaves['kernel']).all())
-            for layer, leaves in fresh.params.items()}
+    same = {
+        layer: bool((trained.params[layer]['kernel'] == leaves['kernel']).all())
+        for layer, leaves in fresh.params.items()
+    }
     assert [layer for layer in same if same[layer]] == ['conv1', 'conv2']
 
 
-@pytest.mark.parametrize('devices, form', [
-    (1, backend.CPU), (2, backend.CPU), (4, backend.CPU), (8, backend.CPU), (1, backend.ACCELERATOR),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'devices, form',
+    [
+        (1, backend.CPU),
+        (2, backend.CPU),
+        (4, backend.CPU),
+        (8, backend.CPU),
+        (1, backend.ACCELERATOR),
+    ],
+)
 def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, monkeypatch, devices, form):
     """37 of them, eight at a time: the last batch is mostly padding, on some devices nothing else."""
     monkeypatch.setattr(backend, 'CPU', form)
     pictures = np.arange(37, dtype=np.uint8)[:, None, None, None] + np.zeros((8, 8, 3), np.uint8)
     labels = np.arange(37, dtype=np.int32) % 3
-    write_store(tmp_path / 's', format='u8', size=8, pictures={'train': pictures, 'val': pictures},
-                labels={'train': labels, 'val': labels})  # fmt: skip
+    write_store(
+        tmp_path / 's',
+        format='u8',
+        size=8,
+        pictures={'train': pictures, 'val': pictures},
+        labels={'train': labels, 'val': labels},
+    )
     mesh = meshes.make((devices, 1), towers=1, batches={'batch': 8})
 
     def predict(images):  # right where the picture's number is below 30
         number = images[:, 0, 0, 0].astype(int)
         return jax.nn.one_hot(jnp.where(number < 30, number, number + 1) % 3, 3)
 
-    sums = evaluate.evaluate([predict], mesh, open_store(tmp_path / 's'), split='val', batch=8, threads=1)
+    sums = evaluate.evaluate(
+        [predict], mesh, open_store(tmp_path / 's'), split='val', batch=8, threads=1
+    )
     assert (sums['count'], sums['top1'], sums['top5']) == (37, 30, 37)
 
 

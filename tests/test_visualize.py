@@ -89,7 +89,7 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
         (['RUN', '--unknown'], 'unrecognized arguments'),
         ([], 'RUN'),
     ],
-)  # fmt: skip
+)
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
     (tmp_path / 'folder.png').mkdir()
     refuses(monkeypatch, tmp_path, visualize, run.path, arguments, message)

@@ -34,14 +34,23 @@ class TinyRun(NamedTuple):
 def write_run(folder: Path) -> TinyRun:
     """The quickstart's network at a sixteenth of the width, with parameters from a generator."""
     pictures = write_store(
-        folder / 'store', format='u8', size=SIZE, classes=CLASSES, counts={'train': TRAIN, 'val': VAL}
+        folder / 'store',
+        format='u8',
+        size=SIZE,
+        classes=CLASSES,
+        counts={'train': TRAIN, 'val': VAL},
     )
     store = open_store(folder / 'store')
     config = quickstart.get_config()
-    config.update_from_flattened_dict({
-        'data.source': 'made_up', 'data.store': str(folder / 'store'), 'data.size': SIZE,
-        'augment.crop': CROP, 'model.width': 0.0625,
-    })  # fmt: skip
+    config.update_from_flattened_dict(
+        {
+            'data.source': 'made_up',
+            'data.store': str(folder / 'store'),
+            'data.size': SIZE,
+            'augment.crop': CROP,
+            'model.width': 0.0625,
+        }
+    )
     net = switches.build(classes=CLASSES, **config.model)
     params = random_params(net, CROP, seed=0)
     rundir.write(config, folder / 'run', store)

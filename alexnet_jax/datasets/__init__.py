@@ -25,8 +25,9 @@ def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:
     return not is_folder(name) and tfds_sets.is_large(name, data_dir, pictures)
 
 
-def open_source(name: str, *, data_dir: str | None = None, val_fraction: float = 0.1,
-                seed: int = 0) -> Source:
+def open_source(
+    name: str, *, data_dir: str | None = None, val_fraction: float = 0.1, seed: int = 0
+) -> Source:
     """Opens a folder of class folders, or a TFDS set by name.
 
     A TFDS set is first built by TFDS if it is not there (`imagenet2012`: from the two tars, which

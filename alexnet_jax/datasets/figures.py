@@ -52,8 +52,12 @@ def _cross(arm: float = 0.3) -> np.ndarray:
 def _crescent() -> np.ndarray:
     bite = _circle(0.85) + (0.55, 0.0)
     outer = _circle()
-    return np.concatenate([outer[np.linalg.norm(outer - (0.55, 0.0), axis=1) > 0.85],
-                           bite[np.linalg.norm(bite, axis=1) < 1.0][::-1]])
+    return np.concatenate(
+        [
+            outer[np.linalg.norm(outer - (0.55, 0.0), axis=1) > 0.85],
+            bite[np.linalg.norm(bite, axis=1) < 1.0][::-1],
+        ]
+    )
 
 
 # Each figure: polygons f64[n,2] (x right, y down); those after the first are holes.
@@ -119,7 +123,8 @@ def _mask(rng: np.random.Generator, label: int, height: int, width: int):
     for number, polygon in enumerate(polygons):
         points = 2 * (corner + (polygon - low) / (high - low) * size)
         draw.polygon([tuple(point) for point in points], fill=0 if number else 255)
-    mask = np.asarray(mask.reduce(2), np.float32)[:, :, None] / 255  # drawn at twice the size: smooth
+    # drawn at twice the size: smooth
+    mask = np.asarray(mask.reduce(2), np.float32)[:, :, None] / 255
     return mask, (*corner, *(corner + size))
 
 

@@ -24,12 +24,17 @@ def _files(tree: str, class_names: list[str]) -> list[tuple[str, int]]:
     for name in _classes(tree):
         if name not in class_names:
             raise UserError(f'{os.path.join(tree, name)}: this class has no folder in train/')
-        found = [os.path.join(directory, file)
-                 for directory, _, names in os.walk(os.path.join(tree, name), followlinks=True)
-                 for file in _visible(names) if not file.endswith(BOXES)]
+        found = [
+            os.path.join(directory, file)
+            for directory, _, names in os.walk(os.path.join(tree, name), followlinks=True)
+            for file in _visible(names)
+            if not file.endswith(BOXES)
+        ]
         if not found:
-            raise UserError(f'{os.path.join(tree, name)}: the class folder is empty: put pictures '
-                            'there or remove it')
+            raise UserError(
+                f'{os.path.join(tree, name)}: the class folder is empty: put pictures '
+                'there or remove it'
+            )
         label = class_names.index(name)
         files += [(path, label) for path in sorted(found)]
     return files
@@ -44,8 +49,11 @@ def _listed(val: str, class_names: list[str]) -> list[tuple[str, int]]:
         rows = sorted(line.split('\t')[:2] for line in file)
     if any(len(row) != 2 for row in rows):
         raise UserError(f'{os.path.join(val, LIST)}: every line must be PICTURE, tab, CLASS')
-    return [(os.path.join(val, 'images', name), class_names.index(label)) for name, label in rows
-            if label in class_names]  # fmt: skip
+    return [
+        (os.path.join(val, 'images', name), class_names.index(label))
+        for name, label in rows
+        if label in class_names
+    ]
 
 
 def open_folder(path: str, *, val_fraction: float, seed: int) -> Source:
@@ -66,8 +74,10 @@ def open_folder(path: str, *, val_fraction: float, seed: int) -> Source:
     tree = train if os.path.isdir(train) else path
     class_names = _classes(tree)
     if len(class_names) < 2:
-        raise UserError(f'{tree}: need at least two class folders, found {len(class_names)}: the '
-                        'layout is train/CLASS/PICTURE and val/CLASS/PICTURE, or CLASS/PICTURE')
+        raise UserError(
+            f'{tree}: need at least two class folders, found {len(class_names)}: the '
+            'layout is train/CLASS/PICTURE and val/CLASS/PICTURE, or CLASS/PICTURE'
+        )
     files = {'train': _files(tree, class_names)}
     if os.path.isdir(val):
         listed = os.path.exists(os.path.join(val, LIST))

@@ -36,7 +36,9 @@ def square(data: bytes | np.ndarray, size: int) -> np.ndarray:
     scales = [old / new for old, new in zip(image.size, sides, strict=True)]
     corner = [(side - size) // 2 for side in sides]
     # The part of the picture that the square shows: the rest need not be resized.
-    box = [scale * (low + end) for end in (0, size) for scale, low in zip(scales, corner, strict=True)]
+    box = [
+        scale * (low + end) for end in (0, size) for scale, low in zip(scales, corner, strict=True)
+    ]
     method = Image.Resampling.BILINEAR if shorter > size else Image.Resampling.BICUBIC
     return np.asarray(image.resize((size, size), method, box=box))
 
@@ -57,5 +59,8 @@ def statistics(image: np.ndarray, products: np.ndarray, count: int) -> dict[str,
     variances, vectors = np.linalg.eigh(products / pixels - np.outer(rgb, rgb))
     variances, vectors = variances[::-1], vectors[:, ::-1]
     vectors = vectors * np.where(vectors.sum(0) < 0, -1, 1)
-    return {'mean': (image / count).astype(np.float32), 'eigenvectors': vectors.astype(np.float32),
-            'sigma': np.sqrt(variances.clip(0)).astype(np.float32)}
+    return {
+        'mean': (image / count).astype(np.float32),
+        'eigenvectors': vectors.astype(np.float32),
+        'sigma': np.sqrt(variances.clip(0)).astype(np.float32),
+    }

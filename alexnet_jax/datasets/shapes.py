@@ -20,11 +20,14 @@ class AlexnetShapes(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=figures.__doc__,
-            features=tfds.features.FeaturesDict({
-                'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
-                'label': tfds.features.ClassLabel(names=figures.NAMES),
-                'box': tfds.features.Tensor(shape=(4,), dtype=np.float32),  # x0, y0, x1, y1 in 0..1
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
+                    'label': tfds.features.ClassLabel(names=figures.NAMES),
+                    # x0, y0, x1, y1 in 0..1
+                    'box': tfds.features.Tensor(shape=(4,), dtype=np.float32),
+                }
+            ),
             supervised_keys=('image', 'label'),
         )
 

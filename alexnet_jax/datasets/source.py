@@ -12,6 +12,7 @@ from alexnet_jax.errors import UserError
 
 class Example(NamedTuple):
     """One picture as the source keeps it."""
+
     name: str  # a file or an id, for error messages
     data: bytes | np.ndarray  # an encoded picture, or u8[H,W,C]
     label: int
@@ -20,6 +21,7 @@ class Example(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A labelled set of pictures with a 'train' and a 'val' split."""
+
     name: str
     class_names: list[str]  # by label
     splits: dict[str, int]  # {'train': N, 'val': M}
@@ -30,9 +32,11 @@ def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np
     """Divides records 0..count-1 at random -> {'train': i64[N], 'val': i64[M]}, each ascending."""
     held_out = round(count * fraction)
     if not 0 < held_out < count:
-        raise UserError(f'val_fraction {fraction} of the {count} pictures of {name} leaves '
-                        f'{count - held_out} to train and {held_out} to validate: give another '
-                        '--val_fraction, or a val/ split')
+        raise UserError(
+            f'val_fraction {fraction} of the {count} pictures of {name} leaves '
+            f'{count - held_out} to train and {held_out} to validate: give another '
+            '--val_fraction, or a val/ split'
+        )
     order = np.random.default_rng(seed).permutation(count)
     return {'train': np.sort(order[held_out:]), 'val': np.sort(order[:held_out])}
 
@@ -40,7 +44,8 @@ def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np
 def import_tensorflow():
     """TensorFlow, quiet and without accelerators; UserError where it is not installed."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no word about CPU features or missing GPUs
-    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # not used here, and it says so at every start
+    # not used here, and it says so at every start
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     try:
         import tensorflow as tf
     except ImportError as error:

@@ -39,9 +39,11 @@ def find_imagenet(data_dir: str | None) -> str:
     if os.path.isdir(os.path.join(root, IMAGENET)):
         return manual
     wanted = ' and '.join(f'{os.path.join(root, tar)} ({size})' for tar, size in TARS.items())
-    raise UserError(f'{IMAGENET} is not there: register at https://image-net.org, download the two '
-                    f'tars and put them at {wanted}, or say where they are (--dir; in a config '
-                    'data.dir); `make quickstart` trains on an embedded set without any download')
+    raise UserError(
+        f'{IMAGENET} is not there: register at https://image-net.org, download the two '
+        f'tars and put them at {wanted}, or say where they are (--dir; in a config '
+        'data.dir); `make quickstart` trains on an embedded set without any download'
+    )
 
 
 def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
@@ -69,8 +71,9 @@ def _builder(name: str, root: str):
         import_tensorflow()
         import tensorflow_datasets as tfds
     except (UserError, ImportError) as error:
-        raise UserError(f'{name}: not a folder, and as a TFDS set it cannot be opened: {error}'
-                        ) from error
+        raise UserError(
+            f'{name}: not a folder, and as a TFDS set it cannot be opened: {error}'
+        ) from error
 
     logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns of sets it is about to build
     if name == EMBEDDED:
@@ -81,12 +84,15 @@ def _builder(name: str, root: str):
         return tfds.builder(name, data_dir=root)
     except Exception as error:  # of any kind: it runs the set's own code, and reads its files
         catalog = 'a name from https://www.tensorflow.org/datasets/catalog'
-        if (isinstance(error, tfds.core.DatasetNotFoundError)
-                or str(error).startswith('Parsing builder name')):
-            raise UserError(f'{name}: neither a folder nor a TFDS set: give a folder that exists, '
-                            f'or {catalog}') from error
-        raise UserError(f'{name}: TFDS cannot open it ({_cause(error)}): mend that, or give '
-                        f'{catalog}') from error
+        if isinstance(error, tfds.core.DatasetNotFoundError) or str(error).startswith(
+            'Parsing builder name'
+        ):
+            raise UserError(
+                f'{name}: neither a folder nor a TFDS set: give a folder that exists, or {catalog}'
+            ) from error
+        raise UserError(
+            f'{name}: TFDS cannot open it ({_cause(error)}): mend that, or give {catalog}'
+        ) from error
 
 
 def _origin(counts: dict[str, int], name: str) -> dict[str, str]:
@@ -107,14 +113,19 @@ def _build(builder, name: str, root: str) -> None:
         os.makedirs(root, exist_ok=True)
         free = shutil.disk_usage(root).free
         if free < needed:
-            raise UserError(f'{root}: TFDS needs {needed / 1e9:.1f} GB to build {name}, only '
-                            f'{free / 1e9:.1f} GB are free: give another --dir')
+            raise UserError(
+                f'{root}: TFDS needs {needed / 1e9:.1f} GB to build {name}, only '
+                f'{free / 1e9:.1f} GB are free: give another --dir'
+            )
     try:
         builder.download_and_prepare(
-            file_format='tfrecord', download_config=tfds.download.DownloadConfig(manual_dir=manual))
+            file_format='tfrecord', download_config=tfds.download.DownloadConfig(manual_dir=manual)
+        )
     except Exception as error:  # of any kind: it downloads, unpacks and runs the set's own code
-        raise UserError(f'{name}: TFDS could not build it in {root} ({_cause(error)}): mend that '
-                        'and run the same command again') from error
+        raise UserError(
+            f'{name}: TFDS could not build it in {root} ({_cause(error)}): mend that '
+            'and run the same command again'
+        ) from error
 
 
 def _cause(error: Exception) -> str:
@@ -140,8 +151,12 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
     elif not builder.is_prepared():
         _build(builder, name, root)
     features, keys = builder.info.features, builder.info.supervised_keys
-    if (not keys or len(keys) != 2 or not isinstance(features[keys[0]], tfds.features.Image)
-            or not isinstance(features[keys[1]], tfds.features.ClassLabel)):
+    if (
+        not keys
+        or len(keys) != 2
+        or not isinstance(features[keys[0]], tfds.features.Image)
+        or not isinstance(features[keys[1]], tfds.features.ClassLabel)
+    ):
         raise UserError(f'{name}: not a set of pictures with one class label each')
     image, label = keys
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
@@ -155,17 +170,21 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
         try:
             yield from read_all(split, start)
         except Exception as error:  # TensorFlow's are of many kinds: DataLossError, NotFoundError
-            raise UserError(f'{name}: cannot be read from {builder.data_dir} ({_cause(error)}): '
-                            'mend that, or remove this folder and run the same command again') from error
+            raise UserError(
+                f'{name}: cannot be read from {builder.data_dir} ({_cause(error)}): '
+                'mend that, or remove this folder and run the same command again'
+            ) from error
 
     def read_all(split: str, start: int) -> Iterator[Example]:
         wanted = chosen[split][start:]
         if not len(wanted):
             return
         records = builder.as_dataset(
-            split=f'{origin[split]}[{wanted[0]}:]', shuffle_files=False,
+            split=f'{origin[split]}[{wanted[0]}:]',
+            shuffle_files=False,
             decoders={image: tfds.decode.SkipDecoding()},
-            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False))
+            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+        )
         position = 0
         for index, record in enumerate(records.as_numpy_iterator(), start=wanted[0]):
             if position < len(wanted) and index == wanted[position]:
@@ -173,5 +192,9 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
                 yield Example(f'{name}: {place}', record[image], int(record[label]))
                 position += 1
 
-    return Source(name, list(features[label].names),
-                  {split: len(indices) for split, indices in chosen.items()}, read)
+    return Source(
+        name,
+        list(features[label].names),
+        {split: len(indices) for split, indices in chosen.items()},
+        read,
+    )

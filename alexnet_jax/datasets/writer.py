@@ -29,9 +29,17 @@ INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one ro
 LOCK = 'lock.tmp'  # like everything .tmp: no part of a store
 PROGRESS = 'progress.npz'
 SPLITS = ('train', 'val')
-FILES = ('store.json', 'names.txt', 'stats.npz', PROGRESS,  # all that are ever written
-         *(f'{split}.{kind}' for split in SPLITS
-           for kind in ('jpg', 'u8', 'index', 'crc.npy', 'labels.npy', 'offsets.npy')))
+FILES = (
+    'store.json',
+    'names.txt',
+    'stats.npz',
+    PROGRESS,  # all that are ever written
+    *(
+        f'{split}.{kind}'
+        for split in SPLITS
+        for kind in ('jpg', 'u8', 'index', 'crc.npy', 'labels.npy', 'offsets.npy')
+    ),
+)
 TEMPORARY = (LOCK, *(f'{name}.tmp' for name in FILES))
 
 
@@ -78,18 +86,24 @@ def read_progress(path: str, size: int) -> dict[str, np.ndarray]:
         with np.load(os.path.join(path, PROGRESS)) as arrays:
             return dict(arrays)
     except FileNotFoundError:
-        return {'written': np.zeros((len(SPLITS), 3), np.int64),
-                'image': np.zeros((size, size, 3), np.int64), 'products': np.zeros((3, 3), np.int64)}
+        return {
+            'written': np.zeros((len(SPLITS), 3), np.int64),
+            'image': np.zeros((size, size, 3), np.int64),
+            'products': np.zeros((3, 3), np.int64),
+        }
 
 
 def write_description(path: str, description: dict) -> None:
     """Writes store.json."""
-    _replace(os.path.join(path, 'store.json'),
-             lambda file: file.write(json.dumps(description, indent=2).encode() + b'\n'))
+    _replace(
+        os.path.join(path, 'store.json'),
+        lambda file: file.write(json.dumps(description, indent=2).encode() + b'\n'),
+    )
 
 
-def write_records(path: str, source: Source, *, size: int, format: str,
-                  progress: dict[str, np.ndarray]) -> None:
+def write_records(
+    path: str, source: Source, *, size: int, format: str, progress: dict[str, np.ndarray]
+) -> None:
     """Appends the records that `progress` lacks; updates it and, in a long pass, its file.
 
     Raises:
@@ -116,12 +130,16 @@ def _write_split(path, source, split, *, size, format, progress, began):
             _replace(os.path.join(path, PROGRESS), lambda file: np.savez(file, **progress))
 
     total, start = source.splits[split], int(written[0])
-    records = _in_order(lambda example: _record(example, size, format, len(source.class_names)),
-                        source.read(split, start), cores())
+    records = _in_order(
+        lambda example: _record(example, size, format, len(source.class_names)),
+        source.read(split, start),
+        cores(),
+    )
     flushed = began
     try:
         for data, row, pixels, products in tqdm(
-                records, split, total, initial=start, unit=' pictures', disable=None):
+            records, split, total, initial=start, unit=' pictures', disable=None
+        ):
             for file, part in zip(files, (data, row), strict=True):
                 file.write(part)
             written += (1, len(data), len(row))
@@ -140,9 +158,11 @@ def _write_split(path, source, split, *, size, format, progress, began):
             file.close()
 
 
-def finish(path: str, source: Source, *, format: str, progress: dict[str, np.ndarray],
-           description: dict) -> None:
+def finish(
+    path: str, source: Source, *, format: str, progress: dict[str, np.ndarray], description: dict
+) -> None:
     """Turns the indices and sums of a fully written store into its other files."""
+
     def save(name, write):
         _replace(os.path.join(path, name), write)
 
@@ -211,8 +231,9 @@ def _record(example: Example, size: int, format: str, classes: int):
     try:
         pixels = square(example.data, size)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise UserError(f'{example.name}: does not decode ({error}): repair it and run the same '
-                        'command again') from error
+        raise UserError(
+            f'{example.name}: does not decode ({error}): repair it and run the same command again'
+        ) from error
     if format == 'u8':
         data = pixels.tobytes()
     else:

@@ -41,10 +41,11 @@ FORMS = {
 TASKS = ('train', 'infer', 'input', 'both')
 # What only makes sense for some of them.
 NEEDS = {
-    'layers': {'train'}, 'dispatch': {'train', 'both'},
+    'layers': {'train'},
+    'dispatch': {'train', 'both'},
     **dict.fromkeys(('plain', 'two_devices', 'deterministic', 'peer'), {'train', 'infer'}),
     **dict.fromkeys(('store', 'reader', 'cold'), {'input', 'both'}),
-}  # fmt: skip
+}
 DETERMINISTIC = 'alexnet_jax, deterministic'
 # How far a peer's logits and gradients may lie from ours in full float32, relative L2: ReLUs that switch
 # by the last bit change gradients by some thousandths.
@@ -58,20 +59,38 @@ def main() -> None:
     out = _folder(args.out)
     backend, kind = _device()
     spec = {
-        'config': args.config, 'dtype': args.dtype, 'batch': args.batch, 'classes': args.classes,
-        'devices': 1, 'form': 'ours', 'cpu': backend == 'cpu', 'threads': machine.cores(),
-        'allocator': True, 'deterministic': False, 'dispatch': 1, 'patience': args.patience,
-    }  # fmt: skip
-    record = {'command': ['python', '-m', 'experiments.benchmark', *sys.argv[1:]], **spec,
-              'machine': _machine(kind), 'tasks': {}}  # fmt: skip
+        'config': args.config,
+        'dtype': args.dtype,
+        'batch': args.batch,
+        'classes': args.classes,
+        'devices': 1,
+        'form': 'ours',
+        'cpu': backend == 'cpu',
+        'threads': machine.cores(),
+        'allocator': True,
+        'deterministic': False,
+        'dispatch': 1,
+        'patience': args.patience,
+    }
+    record = {
+        'command': ['python', '-m', 'experiments.benchmark', *sys.argv[1:]],
+        **spec,
+        'machine': _machine(kind),
+        'tasks': {},
+    }
     print(f'{args.config}, batch {args.batch}, {args.dtype}, {record["machine"]}', flush=True)
     title = f'{args.config}, batch {args.batch}, {args.dtype}: {record["machine"]["device"]}'
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         reference = {}
         if args.plain or args.peer:
             file = str(pathlib.Path(folder) / 'reference.npz')
-            asked = {**spec, 'task': 'reference', 'file': file, 'plain': args.plain,
-                     'tolerance': TOLERANCE[args.dtype]}  # fmt: skip
+            asked = {
+                **spec,
+                'task': 'reference',
+                'file': file,
+                'plain': args.plain,
+                'tolerance': TOLERANCE[args.dtype],
+            }
             reference = {'file': file, **_facts(asked)}
         for task in args.tasks:
             contestants = _contestants(args, {**spec, 'task': task}, reference)
@@ -82,16 +101,23 @@ def main() -> None:
             print(f'\n{task}', *report.lines(rows, args.classes), sep='\n', flush=True)
             if layers:
                 record['layers'] = layers
-                ceiling = next(row['flops_rate'] for row in rows if row['name'] == 'ceiling: products')
+                ceiling = next(
+                    row['flops_rate'] for row in rows if row['name'] == 'ceiling: products'
+                )
                 own = next(row for row in rows if row['ratio'] is None)['seconds']['median']
-                print('', *report.layer_lines(layers, args.batch, ceiling, own), sep='\n', flush=True)
+                print(
+                    '', *report.layer_lines(layers, args.batch, ceiling, own), sep='\n', flush=True
+                )
                 (out / 'benchmark.json').write_text(json.dumps(record, indent=1) + '\n')
     print(f'\nwrote {out}/benchmark.json and benchmark.png')
 
 
 def _arguments():
-    parser = ArgumentParser(prog='python -m experiments.benchmark', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        prog='python -m experiments.benchmark',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--config', default='configs/paper.py', help='a preset')
     parser.add_argument('--tasks', default='train,infer', help=f'some of {",".join(TASKS)}')
     parser.add_argument('--batch', type=int, default=128, help='images')
@@ -99,23 +125,43 @@ def _arguments():
     parser.add_argument('--classes', type=int, default=1000)
     parser.add_argument('--repeats', type=int, default=10, help='rounds')
     parser.add_argument('--seconds', type=float, default=2.0, help='of a turn, at least')
-    parser.add_argument('--patience', type=float, default=30.0, help='minutes that a worker may take to be '
-                        'ready, and for each answer')
+    parser.add_argument(
+        '--patience',
+        type=float,
+        default=30.0,
+        help='minutes that a worker may take to be ready, and for each answer',
+    )
     parser.add_argument('--layers', action='store_true', help='time every operation alone as well')
     parser.add_argument('--plain', action='store_true', help='against the form one writes first')
     parser.add_argument('--two_devices', action='store_true', help='against a tower on each of two')
-    parser.add_argument('--deterministic', action='store_true', help='against the GPU mode that gives '
-                        'the same bits again')
-    parser.add_argument('--dispatch', type=int, default=1, help='against so many training steps as one '
-                        'program, config.run.dispatch')
-    parser.add_argument('--store', default='', help='folders that prepare wrote, for input and both')
+    parser.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='against the GPU mode that gives the same bits again',
+    )
+    parser.add_argument(
+        '--dispatch',
+        type=int,
+        default=1,
+        help='against so many training steps as one program, config.run.dispatch',
+    )
+    parser.add_argument(
+        '--store', default='', help='folders that prepare wrote, for input and both'
+    )
     parser.add_argument('--reader', default='auto', choices=('auto', 'tf', 'threads'))
-    parser.add_argument('--cold', action='store_true', help='each turn of input and both begins without '
-                        'the store in the page cache (Linux)')
+    parser.add_argument(
+        '--cold',
+        action='store_true',
+        help='each turn of input and both begins without the store in the page cache (Linux)',
+    )
     parser.add_argument('--peer', choices=('torch',), help='against the same network in PyTorch')
     parser.add_argument('--peer_python', default=sys.executable, help='a Python that has it')
-    parser.add_argument('--peer_form', default='', help='try only these forms of the peer: MODE, '
-                        'MODE,LAYOUT or MODE,LAYOUT,LRN, as in compile,channels_last')
+    parser.add_argument(
+        '--peer_form',
+        default='',
+        help='try only these forms of the peer: MODE, '
+        'MODE,LAYOUT or MODE,LAYOUT,LRN, as in compile,channels_last',
+    )
     parser.add_argument('--out', default='runs/benchmark', help='folder for the results')
     args = parser.parse_args()
     args.tasks = args.tasks.split(',')
@@ -134,7 +180,9 @@ def _arguments():
     if args.two_devices and config.model.towers == 1:
         raise UserError(f'--config={args.config}: --two_devices needs a net of two towers')
     if config.model.net != 'alexnet' and (args.plain or args.peer):
-        raise UserError(f'--config={args.config}: --plain and --peer know only nets like the paper\'s')
+        raise UserError(
+            f"--config={args.config}: --plain and --peer know only nets like the paper's"
+        )
     args.store = [os.path.abspath(os.path.expanduser(s)) for s in args.store.split(',') if s]
     for store in args.store:
         open_store(store)
@@ -161,15 +209,19 @@ def _folder(name: str) -> pathlib.Path:
     except OSError as error:
         raise UserError(f'--out={out}: cannot be written: {error.strerror}') from error
     if (out / 'benchmark.json').stat().st_size:
-        raise UserError(f'--out={out}: holds the results of an earlier command; give another folder, or '
-                        'remove them')
+        raise UserError(
+            f'--out={out}: holds the results of an earlier command; give another folder, or '
+            'remove them'
+        )
     return out
 
 
 def _device() -> tuple[str, str]:
     """JAX's backend and kind of device, asked in another process: this one must not hold it."""
     script = 'import jax; print(jax.default_backend(), jax.devices()[0].device_kind)'
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, '-c', script], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         (*_, said) = done.stderr.strip().splitlines() or [f'exit code {done.returncode}']
         raise UserError(f'JAX does not start here: {said}')
@@ -179,10 +231,15 @@ def _device() -> tuple[str, str]:
 
 def _machine(kind: str) -> dict:
     return {
-        'device': kind, 'cores': machine.cores(), 'processor': machine.processor(),
-        'python': platform.python_version(), 'jax': version('jax'), 'jaxlib': version('jaxlib'),
-        'commit': rundir.commit(), 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-    }  # fmt: skip
+        'device': kind,
+        'cores': machine.cores(),
+        'processor': machine.processor(),
+        'python': platform.python_version(),
+        'jax': version('jax'),
+        'jaxlib': version('jaxlib'),
+        'commit': rundir.commit(),
+        'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+    }
 
 
 def _facts(spec: dict) -> dict:
@@ -255,7 +312,10 @@ def _agrees(name: str, facts: dict, limits: dict[str, float]) -> bool:
     """Whether a peer computes our function; says so if it does not."""
     for kind, limit in limits.items():
         if not facts[kind] < limit:
-            print(f'{name}: left out, it computes another function: {kind} {facts[kind]:.2g}', flush=True)
+            print(
+                f'{name}: left out, it computes another function: {kind} {facts[kind]:.2g}',
+                flush=True,
+            )
             return False
     return True
 
@@ -265,7 +325,14 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
 
     def try_out(mode, layout, lrn, kept):
         """(time as a multiple of ours in the same minute, name, spec) of a form."""
-        form = {**spec, 'mode': mode, 'layout': layout, 'lrn': lrn, 'allocator': kept, 'stock': False}
+        form = {
+            **spec,
+            'mode': mode,
+            'layout': layout,
+            'lrn': lrn,
+            'allocator': kept,
+            'stock': False,
+        }
         name = f'torch {mode}, {layout}, {lrn} LRN' + (', our malloc' if kept else '')
         worker = _start(name, PEER, args.peer_python, form)
         try:
@@ -277,15 +344,24 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
         finally:
             worker.close()
         ratio = statistics.median(ratios[1:])
-        print(f'{name}: {ratio:.2f} times our time, logits within {worker.facts["logits_difference"]:.0e} '
-              f'of ours, gradients {worker.facts["gradients_difference"]:.0e}', flush=True)  # fmt: skip
+        print(
+            f'{name}: {ratio:.2f} times our time, logits within {worker.facts["logits_difference"]:.0e} '
+            f'of ours, gradients {worker.facts["gradients_difference"]:.0e}',
+            flush=True,
+        )
         return ratio, name, form
 
     spec['limits'] = _limits(spec['task'], TOLERANCE[args.dtype], spec.pop('own'))
     given = dict(zip(FORMS, args.peer_form, strict=False))
     modes, layouts, norms = ([given[name]] if name in given else FORMS[name] for name in FORMS)
     ours = _start('alexnet_jax', OURS, sys.executable, spec)
-    stock = {'mode': 'eager', 'layout': 'contiguous', 'lrn': 'builtin', 'allocator': False, 'stock': True}
+    stock = {
+        'mode': 'eager',
+        'layout': 'contiguous',
+        'lrn': 'builtin',
+        'allocator': False,
+        'stock': True,
+    }
     chosen = {'torch eager, stock': {**spec, **stock}}
     kept = bool(allocator.settings())
     try:
@@ -309,7 +385,9 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
     ceilings = {'ceiling: products': 'matmul', 'ceiling: copies': 'copy'}
     entries = dict(contestants)
     if spec['task'] != 'input':
-        entries |= {name: (OURS, sys.executable, {**spec, 'task': task}) for name, task in ceilings.items()}
+        entries |= {
+            name: (OURS, sys.executable, {**spec, 'task': task}) for name, task in ceilings.items()
+        }
     workers, answers, counts = {}, {name: [] for name in entries}, {}
     try:
         for name, (module, python, one) in entries.items():

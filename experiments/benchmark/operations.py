@@ -41,7 +41,9 @@ def operations(net: model.AlexNet, batch: int, crop: int) -> list[Operation]:
         function = getattr(layers, name)
 
         def call(*args, **kwargs):
-            calls.append(Operation(f'{layer[0]} {name}', function, tuple(map(abstract, args)), kwargs))
+            calls.append(
+                Operation(f'{layer[0]} {name}', function, tuple(map(abstract, args)), kwargs)
+            )
             return function(*args, **kwargs)
 
         return mock.patch.object(layers, name, call)
@@ -78,7 +80,9 @@ def flops(operation: Operation) -> int:
         x, kernel = operation.args[:2]
         return 2 * x.shape[0] * math.prod(kernel.shape)
     if name == 'conv':
-        out = jax.eval_shape(lambda *args: operation.function(*args, **operation.kwargs), *operation.args)
+        out = jax.eval_shape(
+            lambda *args: operation.function(*args, **operation.kwargs), *operation.args
+        )
         return 2 * math.prod(out.shape) * math.prod(operation.args[1].shape[:3])
     return 0
 
@@ -111,8 +115,14 @@ def table(net: model.AlexNet, batch: int, crop: int, repeats: int = 5) -> list[d
         kinds.setdefault(op.name, []).append(op)
     rows, programs = [], {}
     for name, ops in kinds.items():
-        rows.append({'name': name, 'calls': len(ops), 'flops': sum(map(flops, ops)),
-                     'products': 2 if name == first else 3})  # fmt: skip
+        rows.append(
+            {
+                'name': name,
+                'calls': len(ops),
+                'flops': sum(map(flops, ops)),
+                'products': 2 if name == first else 3,
+            }
+        )
         programs[name] = _programs(ops[0], first=name == first)
     times = {(name, kind): [] for name in programs for kind in ('forward', 'both')}
     for _ in range(repeats):
@@ -122,7 +132,9 @@ def table(net: model.AlexNet, batch: int, crop: int, repeats: int = 5) -> list[d
     for row in rows:
         forward, both = (times[row['name'], kind] for kind in ('forward', 'both'))
         row['forward_s'] = statistics.median(forward) * row['calls']
-        row['backward_s'] = statistics.median(both) * row['calls'] - row['forward_s'] if both else 0.0
+        row['backward_s'] = (
+            statistics.median(both) * row['calls'] - row['forward_s'] if both else 0.0
+        )
     return rows
 
 
@@ -169,7 +181,8 @@ def _time(function, args) -> float:
         began = time.perf_counter()
         for _ in range(count):
             out = function(*args)
-        jax.block_until_ready(out)  # once: small operations take less time than to hear of their end
+        # once: small operations take less time than to hear of their end
+        jax.block_until_ready(out)
         return time.perf_counter() - began
 
     run(1)

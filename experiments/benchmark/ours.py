@@ -47,7 +47,9 @@ def _mesh(spec, config):
 
 def _batch(spec, config):
     rows, crop = np.arange(spec['batch']), config.augment.crop
-    return next(data.fake_batches(batch=len(rows), rows=rows, crop=crop, classes=spec['classes'], seed=0))
+    return next(
+        data.fake_batches(batch=len(rows), rows=rows, crop=crop, classes=spec['classes'], seed=0)
+    )
 
 
 def _mean(config):
@@ -63,10 +65,16 @@ def _training(spec, config, net, mesh):
         step = plain.make_train_step(net, optimizer, _mean(config))
     else:
         step = steps.make_train_step(
-            net, optimizer, mesh, seed=0, mean=_mean(config),
-            eigenvectors=np.eye(3), sigma=np.array([120.0, 37.0, 20.0]), **config.colour,
+            net,
+            optimizer,
+            mesh,
+            seed=0,
+            mean=_mean(config),
+            eigenvectors=np.eye(3),
+            sigma=np.array([120.0, 37.0, 20.0]),
+            **config.colour,
             several=spec['dispatch'] > 1,
-        )  # fmt: skip
+        )
     rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)(0, {})
     rates = {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
     batch = meshes.global_batches(mesh, spec['batch'], [_batch(spec, config)] * spec['dispatch'])
@@ -155,10 +163,18 @@ class Pipeline:
     def _open(self):
         size, augment = self._spec['batch'], self._config.augment
         return data.train_batches(
-            open_store(self._spec['store']), seed=0, batch=size, start=0, stop=2**40,
-            rows=np.arange(size), crop=augment.crop, chunk=augment.chunk, random=augment.random,
-            threads=0, reader=self._spec['reader'],
-        )  # fmt: skip
+            open_store(self._spec['store']),
+            seed=0,
+            batch=size,
+            start=0,
+            stop=2**40,
+            rows=np.arange(size),
+            crop=augment.crop,
+            chunk=augment.chunk,
+            random=augment.random,
+            threads=0,
+            reader=self._spec['reader'],
+        )
 
     def drain(self):
         """Before a turn: takes away what lies ready, or what the page cache holds."""
@@ -207,7 +223,9 @@ def _infer(spec, config, net):
     params = model.init(net, 0, crop)
     specs = model.param_specs(params, mesh.shape['model'])
     params = jax.device_put(params, meshes.shardings(mesh, specs))
-    images = meshes.global_batch(mesh, spec['batch'], {'image': _batch(spec, config)['image']})['image']
+    images = meshes.global_batch(mesh, spec['batch'], {'image': _batch(spec, config)['image']})[
+        'image'
+    ]
     if spec['form'] == 'plain':
         predict = plain.make_predict(net, _mean(config))
     else:
@@ -256,8 +274,19 @@ def _reference(spec, config, net):
         for name, value in leaves.items()
     }
     np.savez(spec['file'], images=batch['image'], labels=batch['label'], logits=logits, **flat)
-    names = ('groups', 'exchange', 'remove', 'activation', 'after', 'norm', 'norm_window', 'pooling',
-             'dropout', 'dropout_at', 'conv1_padding')  # fmt: skip
+    names = (
+        'groups',
+        'exchange',
+        'remove',
+        'activation',
+        'after',
+        'norm',
+        'norm_window',
+        'pooling',
+        'dropout',
+        'dropout_at',
+        'conv1_padding',
+    )
     facts = {name: getattr(net, name) for name in names}
     facts = {**facts, 'towers': net.local_towers, 'mean': MEAN}
     worst = max(map(protocol.distance, jax.tree.leaves(own), jax.tree.leaves(gradients)))

@@ -32,7 +32,9 @@ def weights(layer: str, name: str, x: np.ndarray, side: int) -> np.ndarray:
 class Net(torch.nn.Module):
     """The network that `net` describes, with the fields of `alexnet_jax.model.AlexNet`."""
 
-    def __init__(self, net: dict, params: dict[str, np.ndarray], lrn: str, layout: torch.memory_format):
+    def __init__(
+        self, net: dict, params: dict[str, np.ndarray], lrn: str, layout: torch.memory_format
+    ):
         super().__init__()
         self.net, self.lrn, self.layout = net, lrn, layout
         self.convs = sum(name.endswith('kernel') and 'conv' in name for name in params)
@@ -53,9 +55,13 @@ class Net(torch.nn.Module):
             groups = 1 if i == 0 or name in net['exchange'] else net['towers']
             groups *= net['groups'] if name in GROUPED else 1
             x = F.conv2d(
-                x, self.get(name, 'kernel'), self.get(name, 'bias'), groups=groups,
-                stride=4 if i == 0 else 1, padding=(0, 2, 1, 1, 1, 1)[i],
-            )  # fmt: skip
+                x,
+                self.get(name, 'kernel'),
+                self.get(name, 'bias'),
+                groups=groups,
+                stride=4 if i == 0 else 1,
+                padding=(0, 2, 1, 1, 1, 1)[i],
+            )
             for op in net['after'][i].split():
                 x = self.after(op, x)
         x = x.flatten(1)
@@ -83,11 +89,17 @@ class Net(torch.nn.Module):
         if op == 'act':
             return self.act(x)
         if op == 'pool':
-            return F.max_pool2d(x, *((3, 2) if net['pooling'] == 'overlapping' else (2, 2)), ceil_mode=True)
+            return F.max_pool2d(
+                x, *((3, 2) if net['pooling'] == 'overlapping' else (2, 2)), ceil_mode=True
+            )
         if op == 'map_norm':
             return x / self.factor((1 + 0.001 * F.avg_pool2d(x * x, 5, 1, 2)) ** 0.75, x)
         towers = net['towers'] if net['norm_window'] == 'tower' else 1
-        return torch.cat([self.norm(part) for part in x.chunk(towers, 1)], 1) if towers > 1 else self.norm(x)
+        return (
+            torch.cat([self.norm(part) for part in x.chunk(towers, 1)], 1)
+            if towers > 1
+            else self.norm(x)
+        )
 
     def norm(self, x):
         alpha, k, n, beta = (self.net['norm'][name] for name in ('alpha', 'k', 'n', 'beta'))
@@ -150,7 +162,9 @@ def prepare(spec: dict):
     compile_s = time.monotonic() - began
     differences = _check(run, net, arrays, images, labels)
     if spec['task'] == 'train':
-        kernels, biases = ([p for n, p in net.named_parameters() if kind in n] for kind in ('kernel', 'bias'))
+        kernels, biases = (
+            [p for n, p in net.named_parameters() if kind in n] for kind in ('kernel', 'bias')
+        )
         groups = [{'params': kernels, 'weight_decay': 5e-4}, {'params': biases, 'weight_decay': 0}]
         optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=not spec['stock'] or None)
 
@@ -172,7 +186,9 @@ def prepare(spec: dict):
 
     def peak():
         on_cpu = device == 'cpu'
-        return protocol.peak_memory() if on_cpu else {'peak_bytes': torch.cuda.max_memory_allocated()}
+        return (
+            protocol.peak_memory() if on_cpu else {'peak_bytes': torch.cuda.max_memory_allocated()}
+        )
 
     facts = {'compile_s': compile_s, 'torch': torch.__version__, **differences}
     return repeat, facts, {'peak': peak}

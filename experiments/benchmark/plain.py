@@ -55,9 +55,13 @@ def _after(net, op, x):
         window, stride = model.POOLING[net.pooling]
         ends = [(0, -(n - window) % stride) for n in x.shape[1:3]]
         return lax.reduce_window(
-            x, np.array(-np.inf, x.dtype), lax.max, (1, window, window, 1), (1, stride, stride, 1),
+            x,
+            np.array(-np.inf, x.dtype),
+            lax.max,
+            (1, window, window, 1),
+            (1, stride, stride, 1),
             ((0, 0), *ends, (0, 0)),
-        )  # fmt: skip
+        )
     norm = net.norm if op == 'norm' else model.MAP_NORM
     n, towers = norm['n'], net.local_towers if op == 'norm' else 1
     window = (1, 1, 1, 1, n) if op == 'norm' else (1, n, n, 1, 1)
@@ -89,6 +93,8 @@ def make_train_step(net: model.AlexNet, optimizer, mean):
 
 def make_predict(net: model.AlexNet, mean):
     """As `steps.make_predict` of the centre crop, on one device."""
-    return jax.jit(lambda params, images: jax.nn.softmax(
-        logits(net, params, images.astype(jnp.float32) - mean)
-    ))  # fmt: skip
+    return jax.jit(
+        lambda params, images: jax.nn.softmax(
+            logits(net, params, images.astype(jnp.float32) - mean)
+        )
+    )

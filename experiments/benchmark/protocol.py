@@ -42,17 +42,30 @@ class Worker:
     """
 
     def __init__(
-        self, name: str, python: str, module: str, spec: dict, environment: dict[str, str], patience: float
+        self,
+        name: str,
+        python: str,
+        module: str,
+        spec: dict,
+        environment: dict[str, str],
+        patience: float,
     ):
         self._name, self._patience = name, patience
         self._errors = tempfile.TemporaryFile('w+')
         self._process = subprocess.Popen(
             [python, '-m', module, json.dumps(spec)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT,
-            env={**os.environ, **environment,
-                 'JAX_ENABLE_COMPILATION_CACHE': 'false',  # compiling is timed, too
-                 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},  # several on a GPU
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **environment,
+                'JAX_ENABLE_COMPILATION_CACHE': 'false',  # compiling is timed, too
+                'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',  # several processes share a GPU
+            },
+        )
         try:
             self.facts = self._answer()
         except WorkerError:
@@ -70,13 +83,18 @@ class Worker:
     def _answer(self) -> dict:
         if not select.select([self._process.stdout], [], [], 60 * self._patience)[0]:
             self._process.kill()
-            raise WorkerError(f'{self._name}: no answer in {self._patience:g} minutes; give more, --patience')
+            raise WorkerError(
+                f'{self._name}: no answer in {self._patience:g} minutes; give more, --patience'
+            )
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
             self._errors.seek(0)
             text = self._errors.read()
-            lines = re.findall(r'^[\w.]*(?:Error|Exception): .*', text, re.MULTILINE) or text.splitlines()
+            lines = (
+                re.findall(r'^[\w.]*(?:Error|Exception): .*', text, re.MULTILINE)
+                or text.splitlines()
+            )
             said = lines[-1] if lines else f'exit code {self._process.returncode}'
             raise WorkerError(f'{self._name}: it ended: {said}')
         return json.loads(line)

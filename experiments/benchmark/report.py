@@ -18,9 +18,15 @@ def rows(facts: dict, answers: dict, counts: dict, contestants, batch: int) -> l
     for name, known in facts.items():
         seconds = [answer['seconds'] / counts[name] for answer in answers[name]]
         rates = [batch / s for s in seconds]
-        row = {'name': name, **known, 'ratio': None,
-               'seconds': spread(seconds), 'rate': spread(rates), 'rates': rates,
-               'unit': 'images' if name in contestants else ''}  # fmt: skip
+        row = {
+            'name': name,
+            **known,
+            'ratio': None,
+            'seconds': spread(seconds),
+            'rate': spread(rates),
+            'rates': rates,
+            'unit': 'images' if name in contestants else '',
+        }
         if name in contestants and rows:
             pairs = zip(rows[0]['rates'], rates, strict=True)
             row['ratio'] = spread([ours / other for ours, other in pairs])
@@ -41,15 +47,19 @@ def rows(facts: dict, answers: dict, counts: dict, contestants, batch: int) -> l
 
 def lines(results: list[dict], classes: int) -> list[str]:
     """The results of one task as a table."""
-    out = [f'{"":<34}{"images/s":>10}{"min-max":>18}{"ratio":>8}{"min-max":>14}'
-           f'{"ms":>9}{"compile":>9}{"peak":>9}{"FLOP/s":>9}{"bytes/s":>9}{"waiting":>9}']  # fmt: skip
+    out = [
+        f'{"":<34}{"images/s":>10}{"min-max":>18}{"ratio":>8}{"min-max":>14}'
+        f'{"ms":>9}{"compile":>9}{"peak":>9}{"FLOP/s":>9}{"bytes/s":>9}{"waiting":>9}'
+    ]
     for row in results:
         rate, ratio = row['rate'], row['ratio']
         cells = [
             f'{row["name"]:<34}',
             f'{_rate(rate["median"]):>10}' if row['unit'] else f'{"":>10}',
             f'{_rate(rate["min"]):>9}-{_rate(rate["max"]):<8}' if row['unit'] else f'{"":>18}',
-            f'{ratio["median"]:>8.2f}{ratio["min"]:>8.2f}-{ratio["max"]:<5.2f}' if ratio else f'{"":>22}',
+            f'{ratio["median"]:>8.2f}{ratio["min"]:>8.2f}-{ratio["max"]:<5.2f}'
+            if ratio
+            else f'{"":>22}',
             f'{1000 * row["seconds"]["median"]:>9,.1f}',
             f'{row["compile_s"]:>7.1f} s' if row.get('compile_s') else f'{"":>9}',
             f'{row["peak_bytes"] / 2**30:>5.1f} GiB' if row.get('peak_bytes') else f'{"":>9}',
@@ -64,7 +74,9 @@ def lines(results: list[dict], classes: int) -> list[str]:
             out.append(f'{row["name"]}: three steps from one state, once more, give {bits}')
         if 'waiting' in row and classes == 1000:
             hours = 90 * 1_281_167 / row['rate']['median'] / 3600
-            out.append(f'{row["name"]}: 90 epochs of ImageNet (1,281,167 images) in {hours:,.1f} hours')
+            out.append(
+                f'{row["name"]}: 90 epochs of ImageNet (1,281,167 images) in {hours:,.1f} hours'
+            )
     return out
 
 
@@ -83,14 +95,20 @@ def _share(row, kind):
 
 def layer_lines(rows: list[dict], batch: int, ceiling: float, step_s: float) -> list[str]:
     """The table of operations, each timed alone, beside the whole step."""
-    out = [f'{"each alone, batch " + str(batch):<24}{"calls":>6}{"GFLOP":>9}{"forward ms":>12}'
-           f'{"backward ms":>13}{"share of the ceiling":>22}']  # fmt: skip
+    out = [
+        f'{"each alone, batch " + str(batch):<24}{"calls":>6}{"GFLOP":>9}{"forward ms":>12}'
+        f'{"backward ms":>13}{"share of the ceiling":>22}'
+    ]
     for row in rows:
         seconds = row['forward_s'] + row['backward_s']
-        share = f'{row["products"] * row["flops"] / seconds / ceiling:>22.0%}' if row['flops'] else ''
+        share = (
+            f'{row["products"] * row["flops"] / seconds / ceiling:>22.0%}' if row['flops'] else ''
+        )
         gflop = f'{row["flops"] / 1e9:>9.2f}' if row['flops'] else f'{"":>9}'
-        out.append(f'{row["name"]:<24}{row["calls"]:>6}{gflop}{1000 * row["forward_s"]:>12.1f}'
-                   f'{1000 * row["backward_s"]:>13.1f}{share}')  # fmt: skip
+        out.append(
+            f'{row["name"]:<24}{row["calls"]:>6}{gflop}{1000 * row["forward_s"]:>12.1f}'
+            f'{1000 * row["backward_s"]:>13.1f}{share}'
+        )
     total = [sum(row[kind] for row in rows) for kind in ('forward_s', 'backward_s')]
     out.append(f'{"sum":<39}{1000 * total[0]:>12.1f}{1000 * total[1]:>13.1f}')
     out.append(f'{"the whole step":<39}{1000 * step_s:>25.1f}')
@@ -107,17 +125,27 @@ def draw(tasks: dict[str, list[dict]], title: str, out: pathlib.Path) -> None:
     tasks = {task: [row for row in rows if row['unit']] for task, rows in tasks.items()}
     heights = [len(rows) + 1 for rows in tasks.values()]
     figure, panels = plt.subplots(
-        len(tasks), 1, figsize=(9, 0.42 * sum(heights) + 1), layout='constrained',
-        gridspec_kw={'height_ratios': heights}, squeeze=False,
-    )  # fmt: skip
+        len(tasks),
+        1,
+        figsize=(9, 0.42 * sum(heights) + 1),
+        layout='constrained',
+        gridspec_kw={'height_ratios': heights},
+        squeeze=False,
+    )
     figure.suptitle(title, fontsize=10)
     for axes, (task, rows) in zip(panels[:, 0], tasks.items(), strict=True):
         for i, row in enumerate(rows):
             ours = row['ratio'] is None
             axes.barh(i, row['rate']['median'], color='#0072b2' if ours else '#bbbbbb', height=0.7)
             axes.plot(row['rates'], [i] * len(row['rates']), 'k|', markersize=7, alpha=0.6)
-            axes.text(0, i, f' {_rate(row["rate"]["median"])}', va='center', fontsize=8,
-                      color='white' if ours else 'black')  # fmt: skip
+            axes.text(
+                0,
+                i,
+                f' {_rate(row["rate"]["median"])}',
+                va='center',
+                fontsize=8,
+                color='white' if ours else 'black',
+            )
         axes.set_yticks(range(len(rows)), [row['name'] for row in rows], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(task, fontsize=9, loc='left')

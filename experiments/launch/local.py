@@ -254,9 +254,10 @@ def run_directory(arguments: Sequence[str]) -> str:
 
 def main() -> None:
     parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage='python -m experiments.launch.local --processes=N [options] -- ARGUMENTS',
-    )  # fmt: skip
+    )
     parser.add_argument('--processes', type=int, required=True, help='how many')
     parser.add_argument('--cpu_devices', type=int, default=0, help='virtual ones of each process')
     parser.add_argument('--restarts', type=int, default=3, help='at the most; default: 3')
@@ -276,7 +277,15 @@ def main() -> None:
         devices = [f'--cpu_devices={options.cpu_devices}'] if options.cpu_devices else []
         common = [f'--coordinator=localhost:{free_port()}', f'--num_processes={options.processes}']
         return [
-            [sys.executable, '-m', options.module, *arguments, *devices, *common, f'--process_id={i}']
+            [
+                sys.executable,
+                '-m',
+                options.module,
+                *arguments,
+                *devices,
+                *common,
+                f'--process_id={i}',
+            ]
             for i in range(options.processes)
         ]
 

@@ -33,9 +33,7 @@ def main() -> None:
     meshes.configure(cpu_devices=args.max_devices)
     net, crop = programs.build(config, args.classes), config.augment.crop
     counts = [2**i for i in range(args.max_devices.bit_length())]
-    wanted = list(
-        dict.fromkeys(s for count in counts for s in report.schemes(count, net).values())
-    )
+    wanted = list(dict.fromkeys(s for count in counts for s in report.schemes(count, net).values()))
     print(f'{args.config}, {config.model.dtype}, {args.images} images a device', flush=True)
     began = time.perf_counter()
     different = [scheme for scheme in wanted if not _count(scheme, config, args, net)]
@@ -93,17 +91,25 @@ def _count(scheme, config, args, net) -> bool:
         f'{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries',
         *report.count_lines(written, wanted),
         f'  compiled: {listed or "nothing"}{"" if right[1] else "  DIFFERENT ELEMENTS"}',
-        sep='\n', flush=True,
-    )  # fmt: skip
+        sep='\n',
+        flush=True,
+    )
     return all(right)
 
 
 def _arguments():
-    parser = ArgumentParser(prog='python -m experiments.scaling', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        prog='python -m experiments.scaling',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('--config', default='configs/paper.py', help='a preset')
-    parser.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'),
-                        help="of the arithmetic; '': the preset's")  # fmt: skip
+    parser.add_argument(
+        '--dtype',
+        default='',
+        choices=('', 'float32', 'bfloat16'),
+        help="of the arithmetic; '': the preset's",
+    )
     parser.add_argument('--classes', type=int, default=1000)
     parser.add_argument('--images', type=int, default=64, help='a device, in what is compiled')
     parser.add_argument('--max_devices', type=int, default=MAX_DEVICES, help='virtual CPU devices')

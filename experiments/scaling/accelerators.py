@@ -36,22 +36,40 @@ class Accelerator(NamedTuple):
 
 ACCELERATORS = {
     'gtx580': Accelerator(
-        'NVIDIA GTX 580', 'float32', 512 * 2 * 1.544e9, 8e9, 8e9, 2, 0,
+        'NVIDIA GTX 580',
+        'float32',
+        512 * 2 * 1.544e9,
+        8e9,
+        8e9,
+        2,
+        0,
         "the paper's. 512 cores x 2 x 1.544 GHz; PCI Express 2.0 x16: 8 GB/s each way (NVIDIA's "
         'specifications of the card)',
     ),
     'h100': Accelerator(
-        'NVIDIA H100 SXM (DGX H100)', 'bfloat16', 989.4e12, 450e9, 450e9, 8, 50e9,
+        'NVIDIA H100 SXM (DGX H100)',
+        'bfloat16',
+        989.4e12,
+        450e9,
+        450e9,
+        8,
+        50e9,
         '1,979 TFLOP/s "with sparsity", half without; NVLink 900 GB/s, both ways together, among '
         'the 8 of a machine (nvidia.com/en-us/data-center/h100); a 400 Gb/s ConnectX-7 for each GPU '
         '(docs.nvidia.com/dgx-basepod)',
     ),
     'v5e': Accelerator(
-        'Google TPU v5e', 'bfloat16', 197e12, 50e9, 100e9, 256, 0,
+        'Google TPU v5e',
+        'bfloat16',
+        197e12,
+        50e9,
+        100e9,
+        256,
+        0,
         '197 TFLOP/s; 400 GB/s per chip, both ways and four links together; a 2D torus, whose slices '
         'below 16x16 have corners with only two links (cloud.google.com/tpu/docs/v5e)',
     ),
-}  # fmt: skip
+}
 
 
 def bandwidth(accelerator: Accelerator, axis: str, mesh: tuple[int, int]) -> float:

@@ -117,8 +117,10 @@ def train_step(
 def gradients(axis: str, dtype: str, plan: list[Layer], shards: int = 1) -> list[Move]:
     """Sums of the gradients of some layers, each divided over `shards` devices; biases' in float32."""
     kernels, biases = sum(layer.kernel for layer in plan), sum(layer.bias for layer in plan)
-    return [Move('all-reduce', axis, dtype, kernels // shards, 'gradient'),
-            Move('all-reduce', axis, 'f32', biases // shards, 'gradient')]
+    return [
+        Move('all-reduce', axis, dtype, kernels // shards, 'gradient'),
+        Move('all-reduce', axis, 'f32', biases // shards, 'gradient'),
+    ]
 
 
 def hybrid_step(net: model.AlexNet, crop: int, images: int, mesh: tuple[int, int]) -> list[Move]:

@@ -6,10 +6,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4,
-         'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}  # fmt: skip
-KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute',
-         'collective-broadcast', 'ragged-all-to-all')  # fmt: skip
+BYTES = {
+    'pred': 1,
+    's8': 1,
+    'u8': 1,
+    's16': 2,
+    'u16': 2,
+    'f16': 2,
+    'bf16': 2,
+    's32': 4,
+    'u32': 4,
+    'f32': 4,
+    's64': 8,
+    'u64': 8,
+    'f64': 8,
+}
+KINDS = (
+    'all-reduce',
+    'all-gather',
+    'reduce-scatter',
+    'all-to-all',
+    'collective-permute',
+    'collective-broadcast',
+    'ragged-all-to-all',
+)
 # '%name = RESULT KIND(operands), attributes'; RESULT is 'f32[2,3]{1,0}' or '(f32[2]{0}, bf16[]...)'.
 INSTRUCTION = re.compile(
     rf'^\s*(?:ROOT )?%?[\w.-]+ = (?P<result>\(.*?\)|\S+) (?P<kind>{"|".join(KINDS)})'
@@ -71,8 +91,9 @@ def _groups(attributes: str) -> frozenset[frozenset[int]]:
             return frozenset(frozenset(int(i) for i in group.split(',')) for group in groups)
     match = IOTA.search(attributes)
     if match:
-        shape, counted, order = ([int(n) for n in part.split(',')] if part else None
-                                 for part in match.groups())  # fmt: skip
+        shape, counted, order = (
+            [int(n) for n in part.split(',')] if part else None for part in match.groups()
+        )
         numbers = np.arange(math.prod(counted)).reshape(counted)
         rows = (numbers.transpose(order) if order else numbers).reshape(shape)
         return frozenset(frozenset(map(int, row)) for row in rows)

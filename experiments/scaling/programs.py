@@ -37,9 +37,15 @@ def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax
     mesh, net, crop = make_mesh(shape), build(config, classes), config.augment.crop
     optimizer = make_optimizer(config, mesh)
     step = steps.make_train_step(
-        net, optimizer, mesh, seed=config.seed, mean=np.zeros((crop, crop, 3), np.float32),
-        eigenvectors=np.eye(3), sigma=np.ones(3), **config.colour,
-    )  # fmt: skip
+        net,
+        optimizer,
+        mesh,
+        seed=config.seed,
+        mean=np.zeros((crop, crop, 3), np.float32),
+        eigenvectors=np.eye(3),
+        sigma=np.ones(3),
+        **config.colour,
+    )
     count = images * mesh.size
     batch = {
         'image': _array((count, crop, crop, 3), jnp.uint8, mesh, P('data')),

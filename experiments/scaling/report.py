@@ -68,22 +68,27 @@ def count_lines(moved: list[Move], wanted: list[Move]) -> list[str]:
         arrays, size = counted.get(key, (0, 0))
         should = expected.get(key, (0, 0))[1]
         verdict = '' if size == should else '  DIFFERENT'
-        out.append('  {:<16}{:<7}{:<6}'.format(*key) + f'{arrays:>7}{size:>16,}{should:>16,}{verdict}')
+        out.append(
+            '  {:<16}{:<7}{:<6}'.format(*key) + f'{arrays:>7}{size:>16,}{should:>16,}{verdict}'
+        )
     return out if len(out) > 1 else ['  no collective']
 
 
 def curve_lines(accelerator: Accelerator, images: int, points: dict[str, list[Point]]) -> list[str]:
     """The predicted table of one accelerator."""
     names = list(points)
-    out = [f'{accelerator.name}, {accelerator.dtype}, {images} images a device: MB sent by each '
-           'device, efficiency if nothing overlaps, if all gradients do']  # fmt: skip
+    out = [
+        f'{accelerator.name}, {accelerator.dtype}, {images} images a device: MB sent by each '
+        'device, efficiency if nothing overlaps, if all gradients do'
+    ]
     out.append(f'  {"devices":<9}' + ''.join(f'{name:>28}' for name in names))
     for count in sorted({p.devices for line in points.values() for p in line}):
         cells = []
         for name in names:
             point = next((p for p in points[name] if p.devices == count), None)
-            cells.append(f'{point.megabytes:>12,.1f}{point.none:>8.1%}{point.full:>8.1%}'
-                         if point else '')  # fmt: skip
+            cells.append(
+                f'{point.megabytes:>12,.1f}{point.none:>8.1%}{point.full:>8.1%}' if point else ''
+            )
         out.append(f'  {count:<9}' + ''.join(f'{cell:>28}' for cell in cells))
     return out
 
@@ -102,9 +107,14 @@ def draw(
     lowest = min(p.none for lines in predicted.values() for line in lines.values() for p in line)
     bottom = 10 * math.floor(10 * lowest)
     figure, panels = plt.subplots(
-        len(keys), len(sizes), figsize=(3.8 * len(sizes), 3.1 * len(keys) + 1.1), squeeze=False,
-        sharex=True, sharey=True, layout='constrained',
-    )  # fmt: skip
+        len(keys),
+        len(sizes),
+        figsize=(3.8 * len(sizes), 3.1 * len(keys) + 1.1),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout='constrained',
+    )
     figure.suptitle(title, fontsize=10)
     for row, key in zip(panels, keys, strict=True):
         for axes, images in zip(row, sizes, strict=True):
@@ -124,8 +134,13 @@ def draw(
         axes.set_xlabel('devices')
     for axes in panels[:, 0]:
         axes.set_ylabel('efficiency, %')
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
-                  fontsize=9, frameon=False)  # fmt: skip
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        loc='outside lower center',
+        ncols=4,
+        fontsize=9,
+        frameon=False,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
     plt.close(figure)
