@@ -8,7 +8,7 @@ A checkpoint is a folder named by its step, `<directory>/<step>/`, with the arra
              fingerprint
     crc32    of the two above, so that a digit changed in the history does not pass for another
 
-A folder appears under its final name only when it is complete; in a bucket (`files.py`), where
+A folder appears under its final name only when it is complete; in a bucket (`common/paths.py`), where
 nothing can be renamed, it counts only with the object commit_success.txt, the last to be written.
 What is damaged later is found by the CRC, by orbax, or by the fingerprints, and never used.
 """
@@ -26,8 +26,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from alexnet_jax import files, fingerprint, manager
-from alexnet_jax.errors import UserError
+from alexnet_jax import fingerprint, manager
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
         if keep < 1:
             raise UserError(f'{directory}: {keep} checkpoints to keep; it must be at least 1')
-        self.directory = files.absolute(files.path(directory))  # orbax refuses relative ones
+        self.directory = paths.absolute(paths.path(directory))  # orbax refuses relative ones
         self._policy = manager.LatestAndBest(keep)
         self._manager: manager.Manager | None = None
         logging.getLogger('absl').addFilter(manager.without_chatter)
@@ -98,7 +99,7 @@ class Checkpoints:
                 ),
                 force=True,  # the caller decides when to save; orbax's own rules do not apply
             )
-        except files.failures(self.directory) as error:
+        except paths.failures(self.directory) as error:
             _raise_if_lost(error)
             raise self._failed(f'cannot save step {step}', error) from error
 
@@ -141,7 +142,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # a new one removes what is half-written
                 self._open()
         intact = f'the checkpoints here are intact: {self.steps()}'
-        return SaveError(f'{self.directory}: {what}: {files.full(error)}{_line(error)}; {intact}')
+        return SaveError(f'{self.directory}: {what}: {paths.full(error)}{_line(error)}; {intact}')
 
     def close(self) -> None:
         """Waits, and ends orbax's threads."""
@@ -202,7 +203,7 @@ class Checkpoints:
             record = json.loads(path.read_bytes())
             content = {'meta': record['meta'], 'leaves': record['leaves']}
             intact = record['crc32'] == fingerprint.crc32(content)
-        except (files.failures(path), ValueError, KeyError, TypeError) as error:
+        except (paths.failures(path), ValueError, KeyError, TypeError) as error:
             raise _Damaged(f'meta/metadata cannot be read ({_line(error)})') from error
         if not intact:
             raise _Damaged('meta/metadata has changed since it was written (CRC)')
@@ -225,7 +226,7 @@ class Checkpoints:
         except _Damaged:
             return None  # restore() is where damage is reported
 
-    def _at(self, step: int) -> files.Path:
+    def _at(self, step: int) -> paths.Path:
         return self.directory / str(step)
 
     def _load(self, step: int, record: dict, target: Any) -> Any:

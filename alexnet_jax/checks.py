@@ -2,12 +2,13 @@
 
 import jax
 
-from alexnet_jax import checkpoint, files, model, optim, rundir, stopping, switches
+from alexnet_jax import checkpoint, model, optim, rundir, stopping, switches
 from alexnet_jax import mesh as meshes
-from alexnet_jax.errors import UserError, choose
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import UserError, choose
 
 
-def check(config, workdir: files.Path) -> jax.sharding.Mesh:
+def check(config, workdir: paths.Path) -> jax.sharding.Mesh:
     """The mesh that the config asks for; UserError if values, devices or directories do not allow it."""
     rundir.check(config, workdir)
     mesh, layers, last = _values(config)
@@ -68,13 +69,13 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
     return mesh, layers, net.names[-1]
 
 
-def _start(config, workdir: files.Path, layers: dict, last: str) -> None:
+def _start(config, workdir: paths.Path, layers: dict, last: str) -> None:
     """UserError if what this start begins with is missing, unreadable or of another network."""
     own = checkpoint.Checkpoints(workdir / 'checkpoints')
     if own.steps():
         own.shapes()
     elif config.train.init_from:
-        path = files.path(config.train.init_from)
+        path = paths.path(config.train.init_from)
         rundir.read_config(path)
         there = checkpoint.Checkpoints(path / 'checkpoints').shapes()
         for layer in [name for name in layers if name != last]:

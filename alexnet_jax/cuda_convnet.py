@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from alexnet_jax import layers, model
-from alexnet_jax.errors import UserError, choose, one_each
+from alexnet_jax.common.errors import UserError, choose, one_each
 
 CONV, LOCAL = 5, 3  # pixels, sides of the kernels; padded to the same size
 POOL = {'window': 3, 'stride': 2}

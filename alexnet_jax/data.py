@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax import sampler
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets import import_tensorflow
-from alexnet_jax.errors import UserError
 from alexnet_jax.machine import cores
 from alexnet_jax.store import Jpegs, Store
 

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alexnet_jax import errors, files
-from alexnet_jax.errors import UserError
+from alexnet_jax.common import errors, paths
+from alexnet_jax.common.errors import UserError
 
 OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX's errors of one process
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
@@ -144,12 +144,12 @@ def agree(what: dict) -> None:
             raise UserError(f'the processes of this run differ: {"; ".join(differing)}')
 
 
-def check_shared(workdir: files.Path) -> None:
+def check_shared(workdir: paths.Path) -> None:
     """UserError unless all processes see what process 0 writes to the work directory."""
     token = np.frombuffer(uuid.uuid4().bytes, np.uint8)
     token = bytes(multihost_utils.broadcast_one_to_all(token)).hex()
-    file = files.existing(workdir) / f'.alexnet_jax-{token}'
-    with contextlib.suppress(files.failures(file)):
+    file = paths.existing(workdir) / f'.alexnet_jax-{token}'
+    with contextlib.suppress(paths.failures(file)):
         if jax.process_index() == 0:
             file.write_bytes(b'')
     multihost_utils.sync_global_devices('token written')

@@ -19,7 +19,6 @@ from alexnet_jax import (
     checkpoint,
     data,
     distributed,
-    files,
     metrics,
     model,
     prepare,
@@ -29,8 +28,9 @@ from alexnet_jax import (
 )
 from alexnet_jax import mesh as meshes
 from alexnet_jax.backend import choices
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import ArgumentParser, UserError, choose, log_to_stdout, run
 from alexnet_jax.datasets import pictures
-from alexnet_jax.errors import ArgumentParser, UserError, choose, log_to_stdout, run
 from alexnet_jax.store import Store
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
@@ -65,7 +65,7 @@ def evaluate(
 class Run(NamedTuple):
     """A trained network, read back from its run directory."""
 
-    path: files.Path
+    path: paths.Path
     config: dict
     net: model.AlexNet
     step: int
@@ -78,7 +78,7 @@ def open_run(path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest') ->
 
     Raises UserError for what is not a run directory and for missing or damaged checkpoints.
     """
-    path = files.path(path)
+    path = paths.path(path)
     config, facts = rundir.read_config(path), rundir.read_facts(path)
     net = switches.build(classes=len(facts.names), **config['model'])
     shapes = jax.eval_shape(lambda: model.init(net, 0, config['augment']['crop']))
@@ -158,7 +158,7 @@ def load(run_dir: str | os.PathLike, views: str = 'ten', step: str | int = 'late
 
 
 def compare(
-    paths: Sequence[str | os.PathLike],
+    run_dirs: Sequence[str | os.PathLike],
     *,
     views: Sequence[str] = ('centre', 'ten'),
     split: str = 'val',
@@ -172,11 +172,11 @@ def compare(
     store: where the prepared pictures are, if not where the first run had them. Raises UserError
     for what is not a run directory, for damaged checkpoints, and for runs on different classes.
     """
-    configs = [rundir.read_config(path) for path in paths]
+    configs = [rundir.read_config(path) for path in run_dirs]
     towers = {config['model']['towers'] for config in configs}
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
-    runs = [open_run(path, mesh, step) for path in paths]
+    runs = [open_run(path, mesh, step) for path in run_dirs]
     # a training may save meanwhile
     distributed.agree({f'the step of {r.path}': r.step for r in runs})
     opened = open_store(runs, store)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

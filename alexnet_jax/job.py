@@ -13,7 +13,6 @@ from alexnet_jax import (
     data,
     diagnosis,
     evaluate,
-    files,
     metrics,
     model,
     optim,
@@ -22,6 +21,7 @@ from alexnet_jax import (
     switches,
 )
 from alexnet_jax import mesh as meshes
+from alexnet_jax.common import paths
 from alexnet_jax.store import Store
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Job:
 def _params_from(run_dir: str, target: dict, fresh: dict, last: str) -> dict:
     """Another run's parameters; the last layer stays fresh where the class count differs."""
     rundir.read_config(run_dir)
-    other = checkpoint.Checkpoints(files.path(run_dir) / 'checkpoints')
+    other = checkpoint.Checkpoints(paths.path(run_dir) / 'checkpoints')
     there = other.shapes()
     bias = there.get(f'params/{last}/bias')
     same = bias is not None and bias.shape == target[last]['bias'].shape

@@ -12,10 +12,11 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import allocator, data, files
+from alexnet_jax import allocator, data
 from alexnet_jax import mesh as meshes
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import ArgumentParser, UserError
 from alexnet_jax.datasets import pictures
-from alexnet_jax.errors import ArgumentParser, UserError
 from alexnet_jax.store import Store
 
 DRAWN = 100  # pictures that are drawn below, or beside, each other at the most
@@ -66,10 +67,10 @@ def start(made: ArgumentParser) -> argparse.Namespace:
 
 def check_output(output: str) -> None:
     """UserError unless a PNG file can be written there."""
-    path = files.path(output)
+    path = paths.path(output)
     if path.suffix.lower() != '.png':
         raise UserError(f'--output={output}: pictures are written as PNG: end the name in .png')
-    if files.is_remote(path):
+    if paths.is_remote(path):
         return
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(
@@ -95,7 +96,7 @@ def png(picture: np.ndarray) -> bytes:
 
 def write(output: str, content: bytes) -> None:
     """Writes the file whole or not at all, and says so."""
-    files.replace(files.path(output), content)
+    paths.replace(paths.path(output), content)
     print(f'wrote {output}')
 
 
@@ -107,12 +108,12 @@ def read(path: str, size: int) -> np.ndarray:
     try:
         content = pathlib.Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {files.reason(error)}; give a picture') from error
+        raise UserError(f'{path}: cannot be read: {paths.reason(error)}; give a picture') from error
     try:
         return pictures.square(content, size)
     except Exception as error:  # on damaged files Pillow raises almost anything
         raise UserError(
-            f'{path}: not a picture, or a damaged one ({files.reason(error)}); '
+            f'{path}: not a picture, or a damaged one ({paths.reason(error)}); '
             'repair it, or leave it out'
         ) from error
 

@@ -11,8 +11,9 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import allocator, configfile
-from alexnet_jax.errors import UserError, log_to_stdout, run
+from alexnet_jax import allocator
+from alexnet_jax.common import configfile
+from alexnet_jax.common.errors import UserError, log_to_stdout, run
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file(

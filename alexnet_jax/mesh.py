@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.backend import choices
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 
 
 def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:

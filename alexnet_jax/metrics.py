@@ -16,8 +16,8 @@ from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import record_writer
 
-from alexnet_jax import files
-from alexnet_jax.errors import UserError
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import UserError
 
 FILE = 'metrics.jsonl'
 
@@ -60,9 +60,9 @@ class Writer:
         self._active = active
         if not active:
             return
-        folder = self._workdir = files.path(workdir)
+        folder = self._workdir = paths.path(workdir)
         self._scratch = None
-        if files.is_remote(folder):
+        if paths.is_remote(folder):
             self._scratch = tempfile.TemporaryDirectory()
             folder = pathlib.Path(self._scratch.name)
             (folder / FILE).write_bytes(b''.join(line for line, _ in _rows(self._workdir / FILE)))
@@ -121,10 +121,10 @@ class Writer:
         try:
             for file in (self._file, self._events.file):
                 there = self._workdir / pathlib.Path(file.name).relative_to(folder)
-                files.replace(there, pathlib.Path(file.name).read_bytes())
+                paths.replace(there, pathlib.Path(file.name).read_bytes())
         except Exception as error:
             raise UserError(
-                f'{there}: cannot be written ({files.reason(error)}); the same command goes on '
+                f'{there}: cannot be written ({paths.reason(error)}); the same command goes on '
                 'from the last checkpoint'
             ) from error
 
@@ -147,10 +147,10 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     A torn last line (the run was killed while writing it, or is writing it now) is left out.
     Raises UserError if another line is not a row.
     """
-    return [row for _, row in _rows(files.path(workdir) / FILE)]
+    return [row for _, row in _rows(paths.path(workdir) / FILE)]
 
 
-def _rows(path: files.Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _rows(path: paths.Path) -> list[tuple[bytes, dict[str, Any]]]:
     """(line, row) of every whole line."""
     if not path.exists():
         return []
@@ -179,7 +179,7 @@ def _remove_repeated(path: pathlib.Path, start: int) -> None:
     content = b''.join(kept)
     if not path.exists() or content == path.read_bytes():
         return
-    files.replace(path, content)
+    paths.replace(path, content)
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from alexnet_jax.errors import UserError, choose
+from alexnet_jax.common.errors import UserError, choose
 
 NAMES = ('sgd', 'lars')
 

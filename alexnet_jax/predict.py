@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax import evaluate, looking, steps, words
-from alexnet_jax.errors import UserError, run
+from alexnet_jax import evaluate, looking, steps
+from alexnet_jax.common import class_names
+from alexnet_jax.common.errors import UserError, run
 
 COLUMNS, BATCH = 4, 20  # of a figure, as in the paper; pictures that are predicted at a time
 # Told apart by everybody, and by their lightness and the hatching when printed in grey.
@@ -51,7 +52,7 @@ def predict(
 
 def describe(prediction: Prediction, names: Sequence[str]) -> str:
     """The five most probable classes, one a line."""
-    label, names = prediction.label, words.shown(names)
+    label, names = prediction.label, class_names.shown(names)
     lines = [prediction.title + ('' if label is None else f' (correct: {names[label]})')]
     for i in prediction.top():
         mark = '  <' if i == label else ''
@@ -68,7 +69,7 @@ def figure(predictions: Sequence[Prediction], names: Sequence[str]):
     from matplotlib import patheffects
     from matplotlib.figure import Figure
 
-    names = words.shown(names)
+    names = class_names.shown(names)
     outline = [patheffects.withStroke(linewidth=2.5, foreground='white')]
     columns = min(COLUMNS, len(predictions))
     rows = -(-len(predictions) // columns)

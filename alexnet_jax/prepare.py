@@ -18,11 +18,12 @@ import time
 import numpy as np
 import PIL
 
-from alexnet_jax import datasets, errors
+from alexnet_jax import datasets
 from alexnet_jax import store as stores
+from alexnet_jax.common import errors
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets import writer
 from alexnet_jax.datasets.pictures import FILTER
-from alexnet_jax.errors import UserError
 
 LARGE = 200_000  # pictures: from here on `ensure` does not prepare by itself
 

@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageDraw, ImageFont
 
-from alexnet_jax import data, evaluate, looking, rundir, steps, words
+from alexnet_jax import data, evaluate, looking, rundir, steps
 from alexnet_jax import mesh as meshes
-from alexnet_jax.errors import UserError, run
+from alexnet_jax.common import class_names
+from alexnet_jax.common.errors import UserError, run
 from alexnet_jax.store import Store
 
 
@@ -177,7 +178,7 @@ def main() -> None:
         asked += of_split('val')
     found, distances = nearest(np.concatenate(asked), of_split('train'), k)
     classes = store.labels('train')[found]
-    n, names = len(images), words.shown(store.names)
+    n, names = len(images), class_names.shown(store.names)
     for i, title in enumerate(titles):
         known = '' if labels[i] is None else f' ({names[labels[i]]})'
         pairs = zip(classes[i], distances[i], strict=True)

@@ -8,7 +8,7 @@
     metrics.jsonl   and TensorBoard files (`metrics.py`)
     checkpoints/    (`checkpoint.py`)
 
-It may be in a bucket (`files.py`), but for the lock.
+It may be in a bucket (`common/paths.py`), but for the lock.
 """
 
 import contextlib
@@ -29,8 +29,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import configfile, files, machine
-from alexnet_jax.errors import UserError
+from alexnet_jax import machine
+from alexnet_jax.common import configfile, paths
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.store import Store
 
 LATER = {  # fields that older runs do not have, with what they mean by it
@@ -48,25 +49,25 @@ class Facts(NamedTuple):
 
 def read_config(path: str | os.PathLike) -> dict:
     """The config of a run directory; UserError if it is none."""
-    file = files.path(path) / 'config.json'
+    file = paths.path(path) / 'config.json'
     try:
         config = json.loads(file.read_text())
         return config | {part: fields | config[part] for part, fields in LATER.items()}
-    except (files.failures(file), ValueError, KeyError, TypeError) as error:
+    except (paths.failures(file), ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'{path}: not a run directory ({file} cannot be read: {files.reason(error)}); give one that '
+            f'{path}: not a run directory ({file} cannot be read: {paths.reason(error)}); give one that '
             'alexnet_jax.main made, such as runs/paper'
         ) from error
 
 
 def read_facts(path: str | os.PathLike) -> Facts:
     """The class names and the mean image; UserError if they are missing."""
-    path = files.path(path)
+    path = paths.path(path)
     try:
         with np.load(io.BytesIO((path / 'stats.npz').read_bytes())) as stats:
             return Facts((path / 'names.txt').read_text().splitlines(), stats['mean'])
     except (
-        files.failures(path),
+        paths.failures(path),
         ValueError,
         KeyError,
         EOFError,
@@ -87,12 +88,12 @@ def _free(field: str, config) -> bool:
     return field.startswith('config.run.') and not decides
 
 
-def check(config, workdir: files.Path) -> None:
+def check(config, workdir: paths.Path) -> None:
     """A work directory belongs to one config; only `config.run` may change between starts."""
-    if files.is_remote(workdir):
-        files.try_bucket(workdir)
+    if paths.is_remote(workdir):
+        paths.try_bucket(workdir)
     else:
-        there = files.existing(workdir)
+        there = paths.existing(workdir)
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(
                 f'--workdir={workdir}: {there} is not a folder that can be written to; give another'
@@ -112,7 +113,7 @@ def check(config, workdir: files.Path) -> None:
         )
 
 
-def write(config, workdir: files.Path, store: Store) -> None:
+def write(config, workdir: paths.Path, store: Store) -> None:
     """Writes everything but metrics and checkpoints; a later start adds itself to `run.json`."""
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / 'run.json'
@@ -121,10 +122,10 @@ def write(config, workdir: files.Path, store: Store) -> None:
     except ValueError as error:
         raise UserError(f'{file}: not JSON ({error}); mend or remove it') from error
     # stats.npz last of the three: `check_store` takes it for the sign that they are there.
-    files.replace(workdir / 'store.json', (store.path / 'store.json').read_bytes())
-    files.replace(workdir / 'names.txt', ''.join(f'{name}\n' for name in store.names).encode())
-    files.replace(workdir / 'stats.npz', (store.path / 'stats.npz').read_bytes())
-    files.replace(workdir / 'config.json', _json(_plain(config)))
+    paths.replace(workdir / 'store.json', (store.path / 'store.json').read_bytes())
+    paths.replace(workdir / 'names.txt', ''.join(f'{name}\n' for name in store.names).encode())
+    paths.replace(workdir / 'stats.npz', (store.path / 'stats.npz').read_bytes())
+    paths.replace(workdir / 'config.json', _json(_plain(config)))
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     start = {
         'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
@@ -134,7 +135,7 @@ def write(config, workdir: files.Path, store: Store) -> None:
         'devices': [f'{device} ({device.device_kind})' for device in jax.devices()],
         'processor': processor(),
     }
-    files.replace(file, _json([*starts, start]))
+    paths.replace(file, _json([*starts, start]))
 
 
 def processor() -> str:
@@ -166,13 +167,13 @@ def commit() -> str:
 
 
 @contextlib.contextmanager
-def locked(workdir: files.Path):
+def locked(workdir: paths.Path):
     """Makes the directory, and keeps other starts out of it; UserError if one is under way.
 
     The kernel releases the lock of a process that ends, however it ends. A file system without
     locks does not keep anyone out, and neither does a bucket: there, start no run twice.
     """
-    if files.is_remote(workdir):
+    if paths.is_remote(workdir):
         yield
         return
     try:
@@ -199,7 +200,7 @@ def _json(value) -> bytes:
     return (json.dumps(value, indent=2) + '\n').encode()
 
 
-def check_store(workdir: files.Path, store: Store) -> None:
+def check_store(workdir: paths.Path, store: Store) -> None:
     """UserError if the run in `workdir` began with other pictures than those of `store`."""
     if not (workdir / 'stats.npz').exists():
         return
@@ -212,7 +213,7 @@ def check_store(workdir: files.Path, store: Store) -> None:
         )
 
 
-def _read_counts(workdir: files.Path) -> dict[str, int] | None:
+def _read_counts(workdir: paths.Path) -> dict[str, int] | None:
     """The pictures of each split as the run began; None in a run directory without store.json."""
     try:
         return json.loads((workdir / 'store.json').read_text())['counts']

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 
 log = logging.getLogger(__name__)
 SECONDS = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}

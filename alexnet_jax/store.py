@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.machine import cores
 
 FORMATS = ('jpg', 'u8')

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from alexnet_jax import cuda_convnet, model
-from alexnet_jax.errors import UserError, choose, one_each
+from alexnet_jax.common.errors import UserError, choose, one_each
 
 
 def build(*, net: str, classes: int, **fields):

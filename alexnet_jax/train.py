@@ -14,10 +14,8 @@ from jax.experimental import multihost_utils
 from alexnet_jax import (
     checkpoint,
     checks,
-    configfile,
     diagnosis,
     distributed,
-    files,
     metrics,
     prepare,
     progress,
@@ -25,7 +23,8 @@ from alexnet_jax import (
     stopping,
 )
 from alexnet_jax import mesh as meshes
-from alexnet_jax.errors import Stopped, UserError
+from alexnet_jax.common import configfile, paths
+from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.job import Job
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ def train(config, workdir: str | os.PathLike) -> None:
     config: the ConfigDict of `configs/base.py`. Raises UserError, before anything is written, for
     what the config, the data or the work directory do not allow; Stopped if it was asked to stop.
     """
-    workdir = files.path(workdir)
+    workdir = paths.path(workdir)
     distributed.agree({**configfile.fields(config), '--workdir': str(workdir)})
     if jax.process_count() > 1:
         distributed.check_shared(workdir)

@@ -10,7 +10,7 @@ import numpy as np
 
 from alexnet_jax import evaluate, looking, progress
 from alexnet_jax import mesh as meshes
-from alexnet_jax.errors import UserError, run
+from alexnet_jax.common.errors import UserError, run
 
 
 def conv1_kernels(trained: evaluate.Run) -> np.ndarray:

@@ -16,7 +16,8 @@ centre, and their mirror images).
 import math
 import statistics
 
-from alexnet_jax import configfile, evaluate, metrics, rundir
+from alexnet_jax import evaluate, metrics, rundir
+from alexnet_jax.common import configfile
 from experiments import lab as labs
 
 TITLE = 'Local response normalization on CIFAR-10 (§3.3)'

@@ -17,8 +17,8 @@ import scipy.optimize
 
 from alexnet_jax import evaluate, metrics, steps, train
 from alexnet_jax import mesh as meshes
+from alexnet_jax.common.errors import run
 from alexnet_jax.datasets import figures, pictures
-from alexnet_jax.errors import run
 from configs import quickstart
 
 CROPS = {'centre': 'centre crop', 'ten': 'ten crops'}

@@ -24,8 +24,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import evaluate, files, model, progress, visualize
+from alexnet_jax import evaluate, model, progress, visualize
 from alexnet_jax import mesh as meshes
+from alexnet_jax.common import paths
 from experiments import lab as labs
 
 TITLE = 'Figure 3: what the two towers specialise in (§6.1)'
@@ -221,7 +222,7 @@ def plot(results, file):
     if drawn(results):
         buffer = io.BytesIO()
         figure(results).savefig(buffer, format='png', dpi=150, bbox_inches='tight')
-        files.replace(file, buffer.getvalue())
+        paths.replace(file, buffer.getvalue())
 
 
 if __name__ == '__main__':

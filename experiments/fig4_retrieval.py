@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import data, evaluate, files, looking, predict, retrieve, words
+from alexnet_jax import data, evaluate, looking, predict, retrieve
 from alexnet_jax import mesh as meshes
+from alexnet_jax.common import class_names, paths
 from experiments import fig3_filters
 from experiments import lab as labs
 
@@ -149,7 +150,7 @@ def report(results) -> str:
             '',
         ]
         for query in first['extra']['queries']:
-            name, *names = words.shown([query['name'], *query['names']])
+            name, *names = class_names.shown([query['name'], *query['names']])
             pairs = zip(names, query['distances'], strict=True)
             lines.append(f'- {name}: ' + ', '.join(f'{n} ({d:.4g})' for n, d in pairs))
     return '\n'.join(lines)
@@ -188,14 +189,14 @@ def plot(results, file):
     below = retrieve.draw(
         np.stack([fig3_filters.unpacked(query['picture']) for query in queries]),
         np.stack([[fig3_filters.unpacked(one) for one in query['pictures']] for query in queries]),
-        [words.shown([query['name'], *query['names']]) for query in queries],
+        [class_names.shown([query['name'], *query['names']]) for query in queries],
     )
     width = max(above.shape[1], below.shape[1])
     both = [
         np.pad(part, ((0, 20), (0, width - part.shape[1]), (0, 0)), constant_values=255)
         for part in (above, below)
     ]
-    files.replace(file, looking.png(np.concatenate(both)))
+    paths.replace(file, looking.png(np.concatenate(both)))
 
 
 if __name__ == '__main__':

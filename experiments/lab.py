@@ -40,8 +40,9 @@ from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
 from typing import Any
 
-from alexnet_jax import configfile, errors, files, mesh, metrics, rundir
-from alexnet_jax.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
+from alexnet_jax import mesh, metrics, rundir
+from alexnet_jax.common import configfile, errors, paths
+from alexnet_jax.common.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
 from alexnet_jax.train import NOT_FINITE
 
 SCALES = ('smoke', 'small', 'full')
@@ -258,8 +259,8 @@ def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
         run: {
             'name': run,
             'seed': seed,
-            'extra': apart(look, files.path(run)),
-            'eval': _rows(files.path(run), 'eval'),
+            'extra': apart(look, paths.path(run)),
+            'eval': _rows(paths.path(run), 'eval'),
         }
         for run, seed in seeds.items()
     }
@@ -331,7 +332,7 @@ def write(file: pathlib.Path, results: dict[str, Any]) -> None:
     """Replaces a file of results, one line a run."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [f'{json.dumps(key)}: {json.dumps(value)}' for key, value in results.items()]
-    files.replace(file, ('{\n' + ',\n'.join(lines) + '\n}\n').encode())
+    paths.replace(file, ('{\n' + ',\n'.join(lines) + '\n}\n').encode())
 
 
 def provenance(results: dict[str, Any]) -> str:
@@ -491,7 +492,7 @@ def _main(module: ModuleType) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     if taken := getattr(options, 'run', []):
-        folder = options.results or files.path(taken[0])
+        folder = options.results or paths.path(taken[0])
         show(module, look_at(taken, module.look), folder / f'{name}.png')
         return
     results, figures, runs = RESULTS, FIGURES, pathlib.Path('runs')

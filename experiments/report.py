@@ -12,8 +12,8 @@ import importlib
 import re
 import shlex
 
-from alexnet_jax import files
-from alexnet_jax.errors import ArgumentParser, run
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import ArgumentParser, run
 from experiments import lab as labs
 
 EXPERIMENTS = (
@@ -141,7 +141,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args()
-    files.replace(PAGE, assemble().encode())
+    paths.replace(PAGE, assemble().encode())
     print(f'wrote {PAGE}')
 
 

@@ -13,8 +13,8 @@ import pathlib
 
 import numpy as np
 
+from alexnet_jax.common.errors import UserError, run
 from alexnet_jax.datasets import pictures
-from alexnet_jax.errors import UserError, run
 
 
 def opencv_square(image: np.ndarray, size: int) -> np.ndarray:

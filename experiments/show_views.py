@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 
 from alexnet_jax import data, sampler, steps
-from alexnet_jax.errors import UserError, run
+from alexnet_jax.common.errors import UserError, run
 from alexnet_jax.store import Store, open_store
 
 View = tuple[str, np.ndarray]  # a label, and u8[crop,crop,3]

@@ -29,8 +29,8 @@ import pathlib
 import shutil
 
 from alexnet_jax import datasets, evaluate, metrics
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets import figures
-from alexnet_jax.errors import UserError
 from experiments import ablations
 from experiments import lab as labs
 

@@ -3,7 +3,8 @@
 import ast
 import json
 
-from alexnet_jax import configfile, train
+from alexnet_jax import train
+from alexnet_jax.common import configfile
 from experiments import lab
 
 

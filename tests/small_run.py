@@ -26,8 +26,9 @@ runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
 # The program as users start it, but for one event at which it kills itself.
 DRIVER = """
 import os, pathlib, signal, sys, tempfile, time
-from alexnet_jax import checkpoint, data, evaluate, files, main, metrics, train
-from alexnet_jax.errors import run
+from alexnet_jax import checkpoint, data, evaluate, main, metrics, train
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import run
 
 event, number = sys.argv[1], int(sys.argv[2])
 if event not in ('TensorFlow', 'SIGTERM'):
@@ -82,7 +83,7 @@ def start_and_terminate(*args):
 train.Job.start = start_and_terminate
 
 if event == 'blind':
-    files.existing = lambda path: pathlib.Path(tempfile.mkdtemp())
+    paths.existing = lambda path: pathlib.Path(tempfile.mkdtemp())
 
 real = evaluate.evaluate
 def evaluate_and_kill(*args, **kwargs):

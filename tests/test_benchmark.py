@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import configfile, data, model, switches
-from alexnet_jax.errors import UserError
+from alexnet_jax import data, model, switches
+from alexnet_jax.common import configfile
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.store import open_store
 from configs import cifar10, original, paper
 from experiments.benchmark import __main__ as benchmark

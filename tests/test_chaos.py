@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from experiments import chaos
 
 DUE = [15, 30, 38, 45, 60, 75, 90]
@@ -253,7 +253,8 @@ def columns(tmp_path_factory):
     """Both comparisons, short, at the same time; without TensorFlow, whose import takes seconds."""
     driver = (
         'import sys; sys.modules["tensorflow"] = None\n'
-        'from alexnet_jax import errors, main\n'
+        'from alexnet_jax import main\n'
+        'from alexnet_jax.common import errors\n'
         'errors.run(main.main)'
     )
     folder = tmp_path_factory.mktemp('chaos')

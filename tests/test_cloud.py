@@ -26,9 +26,10 @@ from etils.epath import backend, gpath, stat_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 import alexnet_jax
-from alexnet_jax import checks, distributed, evaluate, files, metrics, progress, rundir, train
+from alexnet_jax import checks, distributed, evaluate, metrics, progress, rundir, train
 from alexnet_jax.checkpoint import Checkpoints, SaveError
-from alexnet_jax.errors import Stopped, UserError
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import Stopped, UserError
 from tests.test_train import BATCH, EXAMPLES, make_config
 from tests.tiny_store import write_store
 
@@ -221,7 +222,7 @@ def truncate(bucket, prefix) -> str:
 
 def outcome(workdir):
     """The last checkpoint's step, arrays and meta (history and running sums); rows without times."""
-    checkpoints = Checkpoints(files.path(workdir) / 'checkpoints')
+    checkpoints = Checkpoints(paths.path(workdir) / 'checkpoints')
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     step, state, meta = checkpoints.restore(
         {
@@ -281,7 +282,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
 
     # The same files are there (arrays and events have random names): what was removed is gone.
     names = [name.removeprefix('bucket/run') for name in bucket.names('bucket/run/')]
-    paths = [path for path in (tmp_path / 'run').rglob('*') if path.is_file()]
+    files = [path for path in (tmp_path / 'run').rglob('*') if path.is_file()]
     there, here = (
         {
             re.sub('/(state|tensorboard)/.*', '', name)
@@ -290,7 +291,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
         }
         for each in (
             [name for name in names if not name.endswith('/')],
-            ['/' + str(path.relative_to(tmp_path / 'run')) for path in paths],
+            ['/' + str(path.relative_to(tmp_path / 'run')) for path in files],
         )
     )
     assert there == here
@@ -426,8 +427,8 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
     with pytest.raises(UserError, match='gs://bucket/none: not a run directory .*404'):
         rundir.read_config('gs://bucket/none')
     with pytest.raises(UserError, match='s3://bucket/run: give a folder, or gs://BUCKET/RUN'):
-        files.path('s3://bucket/run')
-    workdir = files.path('gs://bucket/new')
+        paths.path('s3://bucket/run')
+    workdir = paths.path('gs://bucket/new')
     before = dict(bucket.objects)
     rundir.check(None, workdir)
     distributed.check_shared(workdir)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from alexnet_jax import model, optim, switches
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from configs import base
 
 CONFIGS = pathlib.Path(base.__file__).parent

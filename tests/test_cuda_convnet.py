@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import layers, model, switches
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from configs import cifar10, paper
 
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import datasets, looking
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets import figures, tfds_sets
-from alexnet_jax.errors import UserError
 from tests import fixtures
 
 

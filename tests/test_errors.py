@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alexnet_jax import errors
+from alexnet_jax.common import errors
 from experiments import lab
 
 
@@ -41,7 +41,7 @@ def test_results_of_an_experiment_in_a_folder_that_cannot_be_written(
     def run(trial):
         lab.add(trial._file, 'a-0', {})
 
-    monkeypatch.setattr(lab.files, 'replace', write)
+    monkeypatch.setattr(lab.paths, 'replace', write)
     monkeypatch.setattr(lab.signal, 'signal', lambda number, handler: None)
     monkeypatch.setattr(sys, 'argv', ['trial', f'--results={tmp_path / folder}'])
     (tmp_path / 'file').touch()

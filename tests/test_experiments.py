@@ -9,8 +9,9 @@ import sys
 import jax
 import pytest
 
-from alexnet_jax import configfile, model, switches
-from alexnet_jax.errors import UserError
+from alexnet_jax import model, switches
+from alexnet_jax.common import configfile
+from alexnet_jax.common.errors import UserError
 from experiments import ablations, does_it_train, lab, table1, table2
 from tests.small_lab import in_process, leave, make
 from tests.tiny_run import without_tensorflow

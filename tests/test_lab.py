@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alexnet_jax.errors import Stopped, UserError
+from alexnet_jax.common.errors import Stopped, UserError
 from experiments import fig1_relu_tanh, lab
 from tests.small_lab import leave, make
 from tests.tiny_store import write_store

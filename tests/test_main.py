@@ -15,8 +15,8 @@ import pytest
 import alexnet_jax
 from alexnet_jax import evaluate, metrics
 from alexnet_jax import mesh as meshes
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets.pictures import square
-from alexnet_jax.errors import UserError
 from experiments.chaos import compilation_cache
 from tests import fixtures
 from tests.small_run import WITHOUT_TENSORFLOW
@@ -36,7 +36,8 @@ SMALL = {
 SMALL_DISK = """
 import collections, shutil, sys
 shutil.disk_usage = lambda path: collections.namedtuple('usage', 'free')(10**6)
-from alexnet_jax import errors, prepare
+from alexnet_jax import prepare
+from alexnet_jax.common import errors
 errors.run(prepare.main)
 """
 
@@ -137,7 +138,7 @@ def place(tmp_path, cache):
 )
 def test_output_that_nobody_reads(line, code, words):
     script = (
-        'import logging\nfrom alexnet_jax.errors import log_to_stdout, run\n'
+        'import logging\nfrom alexnet_jax.common.errors import log_to_stdout, run\n'
         f'def main():\n    log_to_stdout()\n    {line}\nrun(main)'
     )
     process = subprocess.Popen(

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import metrics
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 
 
 def write_lines(workdir, *lines):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from alexnet_jax import layers, model, optim, steps, switches
 from alexnet_jax import mesh as meshes
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from configs import caffe, original
 
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]

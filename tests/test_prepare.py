@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import datasets, prepare, store
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets import figures, pictures, tfds_sets, writer
-from alexnet_jax.errors import UserError
 from tests import fixtures
 
 COMMAND = [sys.executable, '-m', 'alexnet_jax.prepare']

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets import pictures
-from alexnet_jax.errors import UserError
 from experiments import resize_difference
 from tests.fixtures import write_tree
 

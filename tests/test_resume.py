@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import rundir
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.store import open_store
 from tests.small_run import EXAMPLES, ROOT, assert_same, command, environment, make_store, outcome
 

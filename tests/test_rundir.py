@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from alexnet_jax import rundir
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from configs import original
 
 HOLDER = """

@@ -11,7 +11,7 @@ from jax import lax
 from PIL import Image
 
 from alexnet_jax import layers, model, optim, steps
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from configs import caffe, cnn_star, no_talk, one_gpu, original, owt, paper
 from experiments.scaling import __main__ as command
 from experiments.scaling import accelerators, formula, hlo, hybrid, programs, report

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import sampler
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.store import open_store
 from experiments import show_views
 from tests.tiny_store import write_store

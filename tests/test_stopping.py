@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from alexnet_jax import stopping
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -71,7 +71,7 @@ def test_a_second_ctrl_c_interrupts_at_once():
 def test_an_interrupted_command_does_not_wait_for_its_threads():
     script = (
         'import threading, time\n'
-        'from alexnet_jax import errors\n'
+        'from alexnet_jax.common import errors\n'
         'def main():\n'
         '    threading.Thread(target=time.sleep, args=(60,)).start()\n'
         '    raise KeyboardInterrupt\n'

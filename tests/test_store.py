@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.machine import cores
 from alexnet_jax.store import open_store, verify
 from tests.tiny_store import decode, write_store

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import checkpoint, data, model, rundir, switches
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.store import open_store
 from configs import quickstart
 from tests.tiny_store import write_store

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 
 
 class Example(NamedTuple):

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets.source import Example, Source, import_tensorflow, split_off
-from alexnet_jax.errors import UserError
 
 EMBEDDED = 'alexnet_shapes'
 IMAGENET = 'imagenet2012'

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets.pictures import square, statistics
 from alexnet_jax.datasets.source import Example, Source
-from alexnet_jax.errors import UserError
 from alexnet_jax.machine import cores
 
 FLUSH_SECONDS = 5.0  # between the points from which an interrupted pass goes on

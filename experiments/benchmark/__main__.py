@@ -26,8 +26,9 @@ import tempfile
 import time
 from importlib.metadata import version
 
-from alexnet_jax import allocator, configfile, machine, rundir
-from alexnet_jax.errors import ArgumentParser, UserError, run
+from alexnet_jax import allocator, machine, rundir
+from alexnet_jax.common import configfile
+from alexnet_jax.common.errors import ArgumentParser, UserError, run
 from alexnet_jax.store import open_store
 from experiments.benchmark import report
 from experiments.benchmark.protocol import Worker, WorkerError, drained

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from alexnet_jax import model
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 
 
 def logits(net: model.AlexNet, params: dict, images, key=None):

@@ -30,8 +30,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from alexnet_jax import configfile, files
-from alexnet_jax.errors import (
+from alexnet_jax.common import configfile, paths
+from alexnet_jax.common.errors import (
     BUG,
     DONE,
     INTERRUPTED,
@@ -235,10 +235,10 @@ def latest_step(workdir: str | os.PathLike) -> int:
     By name alone, so that it is quick and needs no JAX; a damaged one counts. Where nothing can be
     read it is -1 too: the processes will say what is wrong there.
     """
-    path = files.path(workdir)
+    path = paths.path(workdir)
     try:
         names = [entry.name for entry in (path / 'checkpoints').iterdir()]
-    except files.failures(path):
+    except paths.failures(path):
         return -1
     return max((int(name) for name in names if name.isdecimal()), default=-1)
 

@@ -11,7 +11,7 @@ import uuid
 
 from etils import epath
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 
 BUCKET = 'gs://'
 Path = pathlib.Path | epath.Path

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.common.errors import UserError
 
 
 def load(argument: str) -> ConfigDict:
