@@ -2,10 +2,11 @@
 
 import jax
 
-from alexnet_jax import checkpoint, model, optim, rundir, stopping, switches
-from alexnet_jax import mesh as meshes
+from alexnet_jax import checkpoint, model, optim, rundir, switches
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, choose
+from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.devices import preemption
 
 
 def check(config, workdir: paths.Path) -> jax.sharding.Mesh:
@@ -29,7 +30,7 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
                 f'config.run.{field}={config.run[field]}: must be a multiple of '
                 f'config.run.dispatch={config.run.dispatch}, the steps that are made at once'
             )
-    stopping.parse(config.run.stop_after)
+    preemption.parse(config.run.stop_after)
     choose('config.run.saves', config.run.saves, ('background', 'wait'))
     choose('config.run.failed_save', config.run.failed_save, ('stop', 'warn'))
     if config.run.failed_save == 'warn' and jax.process_count() > 1:

@@ -16,7 +16,7 @@ import numpy as np
 from alexnet_jax import sampler
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.datasets import import_tensorflow
-from alexnet_jax.machine import cores
+from alexnet_jax.devices.cpu import cores
 from alexnet_jax.store import Jpegs, Store
 
 Batch = dict[str, np.ndarray]

@@ -14,23 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import (
-    allocator,
-    checkpoint,
-    data,
-    distributed,
-    metrics,
-    model,
-    prepare,
-    rundir,
-    steps,
-    switches,
-)
-from alexnet_jax import mesh as meshes
-from alexnet_jax.backend import choices
+from alexnet_jax import checkpoint, data, metrics, model, prepare, rundir, steps, switches
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import ArgumentParser, UserError, choose, log_to_stdout, run
 from alexnet_jax.datasets import pictures
+from alexnet_jax.devices import allocator, distributed
+from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.devices.backend import choices
 from alexnet_jax.store import Store
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]

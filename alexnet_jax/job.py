@@ -20,8 +20,8 @@ from alexnet_jax import (
     steps,
     switches,
 )
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common import paths
+from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.store import Store
 
 log = logging.getLogger(__name__)

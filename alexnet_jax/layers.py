@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alexnet_jax.backend import choices
+from alexnet_jax.devices.backend import choices
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 

@@ -12,11 +12,12 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import allocator, data
-from alexnet_jax import mesh as meshes
+from alexnet_jax import data
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import ArgumentParser, UserError
 from alexnet_jax.datasets import pictures
+from alexnet_jax.devices import allocator
+from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.store import Store
 
 DRAWN = 100  # pictures that are drawn below, or beside, each other at the most

@@ -11,9 +11,9 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from alexnet_jax import allocator
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError, log_to_stdout, run
+from alexnet_jax.devices import allocator
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file(
@@ -65,7 +65,8 @@ def main() -> None:
     log_to_stdout()
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS tells of every file
 
-    from alexnet_jax import distributed, mesh, train  # later: errors in the flags come at once
+    from alexnet_jax import train
+    from alexnet_jax.devices import distributed, mesh
 
     mesh.configure(CPU_DEVICES.value, deterministic=CONFIG.value.run.deterministic)
     distributed.start(

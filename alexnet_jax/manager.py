@@ -41,7 +41,7 @@ class Manager(ocp.CheckpointManager):
         super().__init__(directory, options=options)
 
     def reached_preemption(self, step: int) -> bool:
-        # orbax would tell JAX's preemption service the steps that it saves, and `stopping.py` tells
+        # orbax would tell JAX's preemption service the steps that it saves, and `preemption.py` tells
         # it a count: a lower number in between can make all pass the one at which they are to stop.
         return False
 

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from PIL import Image, ImageDraw, ImageFont
 
 from alexnet_jax import data, evaluate, looking, rundir, steps
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, run
+from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.store import Store
 
 

@@ -29,9 +29,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import machine
 from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import cpu
 from alexnet_jax.store import Store
 
 LATER = {  # fields that older runs do not have, with what they mean by it
@@ -140,8 +140,8 @@ def write(config, workdir: paths.Path, store: Store) -> None:
 
 def processor() -> str:
     """The model of the CPU, and how many of its cores this process may use."""
-    count = machine.cores()
-    return f'{machine.processor()} ({count} core{"s" * (count != 1)})'
+    count = cpu.cores()
+    return f'{cpu.processor()} ({count} core{"s" * (count != 1)})'
 
 
 def commit() -> str:

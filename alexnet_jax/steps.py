@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import mesh as meshes
 from alexnet_jax import model
-from alexnet_jax.backend import choices
+from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.devices.backend import choices
 
 VIEWS = {  # windows as fractions of the room, and flips; in the source's order (`original.md` §5)
     'centre': [(0.5, 0.5, False)],

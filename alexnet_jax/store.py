@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.machine import cores
+from alexnet_jax.devices.cpu import cores
 
 FORMATS = ('jpg', 'u8')
 

@@ -11,20 +11,11 @@ import numpy as np
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from alexnet_jax import (
-    checkpoint,
-    checks,
-    diagnosis,
-    distributed,
-    metrics,
-    prepare,
-    progress,
-    rundir,
-    stopping,
-)
-from alexnet_jax import mesh as meshes
+from alexnet_jax import checkpoint, checks, diagnosis, metrics, prepare, progress, rundir
 from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import Stopped, UserError
+from alexnet_jax.devices import distributed, preemption
+from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.job import Job
 
 log = logging.getLogger(__name__)
@@ -69,7 +60,7 @@ def train(config, workdir: str | os.PathLike) -> None:
     main_process = jax.process_index() == 0
     with (
         rundir.locked(workdir) if main_process else contextlib.nullcontext(),
-        stopping.watch(config.run.stop_after, step) as stop,
+        preemption.watch(config.run.stop_after, step) as stop,
     ):
         if main_process and checkpoints.steps() != there:
             raise UserError(f'{workdir}: another start saved a checkpoint just now; start again')

@@ -9,8 +9,8 @@ the greatest; with --per_kernel every kernel is first given mean 0 and standard 
 import numpy as np
 
 from alexnet_jax import evaluate, looking, progress
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common.errors import UserError, run
+from alexnet_jax.devices import mesh as meshes
 
 
 def conv1_kernels(trained: evaluate.Run) -> np.ndarray:

@@ -45,8 +45,8 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax import checkpoint, metrics, optim, progress, rundir
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common.errors import ArgumentParser, UserError, run
+from alexnet_jax.devices import mesh as meshes
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES, EXAMPLES, BATCH = 4, 60, 8  # 7.5 steps an epoch

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import checkpoint, evaluate, looking, model, steps
-from alexnet_jax import mesh as meshes
+from alexnet_jax.devices import mesh as meshes
 from experiments import lab as labs
 
 TITLE = 'Does it train from the initial values of the text? (§5)'

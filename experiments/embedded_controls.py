@@ -16,9 +16,9 @@ import numpy as np
 import scipy.optimize
 
 from alexnet_jax import evaluate, metrics, steps, train
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common.errors import run
 from alexnet_jax.datasets import figures, pictures
+from alexnet_jax.devices import mesh as meshes
 from configs import quickstart
 
 CROPS = {'centre': 'centre crop', 'ten': 'ten crops'}

@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax import evaluate, model, progress, visualize
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common import paths
+from alexnet_jax.devices import mesh as meshes
 from experiments import lab as labs
 
 TITLE = 'Figure 3: what the two towers specialise in (§6.1)'

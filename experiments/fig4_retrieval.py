@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax import data, evaluate, looking, predict, retrieve
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common import class_names, paths
+from alexnet_jax.devices import mesh as meshes
 from experiments import fig3_filters
 from experiments import lab as labs
 

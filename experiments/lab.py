@@ -40,9 +40,10 @@ from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
 from typing import Any
 
-from alexnet_jax import mesh, metrics, rundir
+from alexnet_jax import metrics, rundir
 from alexnet_jax.common import configfile, errors, paths
 from alexnet_jax.common.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
+from alexnet_jax.devices import mesh
 from alexnet_jax.train import NOT_FINITE
 
 SCALES = ('smoke', 'small', 'full')

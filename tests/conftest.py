@@ -7,7 +7,7 @@ import tempfile
 import jax
 import jaxlib
 
-from alexnet_jax import mesh
+from alexnet_jax.devices import mesh
 from experiments.chaos import compilation_cache
 
 # Tests mostly wait for the compiler, and the programs they start inherit this. Without the emitters

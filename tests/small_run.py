@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alexnet_jax import allocator, metrics, progress
+from alexnet_jax import metrics, progress
+from alexnet_jax.devices import allocator
 from experiments.chaos import compilation_cache
 from tests.tiny_store import write_store
 

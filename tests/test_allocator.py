@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from alexnet_jax import allocator
+from alexnet_jax.devices import allocator
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_the_settings_of_the_user_stay(linux, monkeypatch):
 
 RESTARTED = """
 import os, sys
-from alexnet_jax import allocator
+from alexnet_jax.devices import allocator
 allocator.settings = lambda: {} if 'GLIBC_TUNABLES' in os.environ else {'GLIBC_TUNABLES': 'a=1'}
 print('start', os.getpid(), sys.argv[1:])
 allocator.keep_memory()

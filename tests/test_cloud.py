@@ -26,10 +26,11 @@ from etils.epath import backend, gpath, stat_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 import alexnet_jax
-from alexnet_jax import checks, distributed, evaluate, metrics, progress, rundir, train
+from alexnet_jax import checks, evaluate, metrics, progress, rundir, train
 from alexnet_jax.checkpoint import Checkpoints, SaveError
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import Stopped, UserError
+from alexnet_jax.devices import distributed
 from tests.test_train import BATCH, EXAMPLES, make_config
 from tests.tiny_store import write_store
 

@@ -18,8 +18,8 @@ from jax import lax
 from PIL import Image
 
 from alexnet_jax import layers, model, optim, steps, switches
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import mesh as meshes
 from configs import caffe, original
 
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]

@@ -11,8 +11,8 @@ from etils.epath import gpath
 from PIL import Image
 
 from alexnet_jax import evaluate, looking, predict, retrieve, visualize
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.progress import kernel_picture
 from alexnet_jax.store import open_store
 from experiments import cifar_lrn, fig3_filters, fig4_retrieval, lab, report

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import looking, retrieve, steps
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import mesh as meshes
 from tests.tiny_run import CLASSES, CROP, TRAIN, VAL, call, refuses, write_run
 
 

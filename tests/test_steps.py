@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import backend, model, optim, steps, switches
-from alexnet_jax import mesh as meshes
+from alexnet_jax import model, optim, steps, switches
+from alexnet_jax.devices import backend
+from alexnet_jax.devices import mesh as meshes
 from configs import base
 
 SIZE, CROP, CLASSES = 72, 64, 10

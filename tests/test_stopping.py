@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from alexnet_jax import stopping
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import preemption
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -25,24 +25,24 @@ ROOT = pathlib.Path(__file__).parent.parent
     ],
 )
 def test_stop_after(given, expected):
-    assert stopping.parse(given) == expected
+    assert preemption.parse(given) == expected
 
 
 @pytest.mark.parametrize('given', ['0', '0h', '-1', '1.5h', 'h', '23 h', '23H', 'soon'])
 def test_what_is_neither_steps_nor_a_time(given):
     with pytest.raises(UserError, match='config.run.stop_after'):
-        stopping.parse(given)
+        preemption.parse(given)
 
 
 def test_after_steps_counted_from_the_start():
-    with stopping.watch('3', 10) as stop:
+    with preemption.watch('3', 10) as stop:
         assert [bool(stop(step)) for step in (10, 11, 12, 13)] == [False, False, False, True]
 
 
 def test_after_a_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(stopping.time, 'monotonic', lambda: now[0])
-    with stopping.watch('45m', 0) as stop:
+    monkeypatch.setattr(preemption.time, 'monotonic', lambda: now[0])
+    with preemption.watch('45m', 0) as stop:
         now[0] = 2699.0
         assert not stop(5)
         now[0] = 2700.0
@@ -54,7 +54,7 @@ def test_after_a_time(monkeypatch):
 )
 def test_signals(number, name):
     before = signal.getsignal(number)
-    with stopping.watch('', 0) as stop:
+    with preemption.watch('', 0) as stop:
         assert not stop(0)
         signal.raise_signal(number)
         assert stop(1) == name
@@ -62,7 +62,7 @@ def test_signals(number, name):
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
-    with pytest.raises(KeyboardInterrupt), stopping.watch('', 0):
+    with pytest.raises(KeyboardInterrupt), preemption.watch('', 0):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import backend, checkpoint, checks, diagnosis, evaluate, metrics, optim, train
-from alexnet_jax import mesh as meshes
+from alexnet_jax import checkpoint, checks, diagnosis, evaluate, metrics, optim, train
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.common.errors import Stopped, UserError
+from alexnet_jax.devices import backend
+from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.store import open_store
 from configs import quickstart
 from tests.small_run import assert_same, outcome

@@ -26,9 +26,10 @@ import tempfile
 import time
 from importlib.metadata import version
 
-from alexnet_jax import allocator, machine, rundir
+from alexnet_jax import rundir
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import ArgumentParser, UserError, run
+from alexnet_jax.devices import allocator, cpu
 from alexnet_jax.store import open_store
 from experiments.benchmark import report
 from experiments.benchmark.protocol import Worker, WorkerError, drained
@@ -67,7 +68,7 @@ def main() -> None:
         'devices': 1,
         'form': 'ours',
         'cpu': backend == 'cpu',
-        'threads': machine.cores(),
+        'threads': cpu.cores(),
         'allocator': True,
         'deterministic': False,
         'dispatch': 1,
@@ -233,8 +234,8 @@ def _device() -> tuple[str, str]:
 def _machine(kind: str) -> dict:
     return {
         'device': kind,
-        'cores': machine.cores(),
-        'processor': machine.processor(),
+        'cores': cpu.cores(),
+        'processor': cpu.processor(),
         'python': platform.python_version(),
         'jax': version('jax'),
         'jaxlib': version('jaxlib'),

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 from alexnet_jax import data, model, optim, steps, switches
-from alexnet_jax import mesh as meshes
 from alexnet_jax.common import configfile
+from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.job import make_optimizer
 from alexnet_jax.store import open_store
 from experiments.benchmark import operations, plain, protocol

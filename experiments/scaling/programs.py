@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import mesh as meshes
 from alexnet_jax import model, optim, steps, switches
+from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.job import make_optimizer
 from experiments.scaling import hlo
 from experiments.scaling.formula import Move

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.backend import choices
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices.backend import choices
 
 
 def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
