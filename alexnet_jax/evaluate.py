@@ -14,14 +14,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import checkpoint, data, metrics, model, prepare, rundir, steps, switches
+from alexnet_jax import checkpoint, metrics, model, rundir, steps, switches
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import ArgumentParser, UserError, choose, log_to_stdout, run
-from alexnet_jax.datasets import pictures
 from alexnet_jax.devices import allocator, distributed
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices.backend import choices
-from alexnet_jax.store import Store
+from alexnet_jax.input import prepare
+from alexnet_jax.input.batches import eval_batches
+from alexnet_jax.input.images import square
+from alexnet_jax.input.store import Store
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
 
@@ -38,7 +40,7 @@ def evaluate(
     # One program at a time where they cannot overlap; elsewhere the next batch is read meanwhile.
     finish = (lambda x: x) if choices(mesh).overlap else jax.block_until_ready
     parts = []
-    for local in data.eval_batches(store, split, batch=batch, rows=rows, threads=threads):
+    for local in eval_batches(store, split, batch=batch, rows=rows, threads=threads):
         arrays = meshes.global_batch(mesh, batch, local)
         members = [finish(p(arrays['image'])) for p in predicts]
         probabilities = finish(sum(members) / len(members))
@@ -133,7 +135,7 @@ class Classifier:
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Pictures u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K]."""
-        squares = [pictures.square(image, self.size) for image in images]
+        squares = [square(image, self.size) for image in images]
         return np.asarray(self._predict(np.stack(squares)))
 
 

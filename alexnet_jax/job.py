@@ -10,7 +10,6 @@ import jax
 
 from alexnet_jax import (
     checkpoint,
-    data,
     diagnosis,
     evaluate,
     metrics,
@@ -22,7 +21,8 @@ from alexnet_jax import (
 )
 from alexnet_jax.common import paths
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.store import Store
+from alexnet_jax.input import batches
+from alexnet_jax.input.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Job:
 
     def batches(self, start: int):
         """This process's rows of the batches from a step on."""
-        return data.train_batches(
+        return batches.train_batches(
             self.store,
             seed=self.config.seed,
             batch=self.config.train.batch,

@@ -12,13 +12,13 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import data
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import ArgumentParser, UserError
-from alexnet_jax.datasets import pictures
 from alexnet_jax.devices import allocator
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.store import Store
+from alexnet_jax.input.batches import eval_batches
+from alexnet_jax.input.images import square
+from alexnet_jax.input.store import Store
 
 DRAWN = 100  # pictures that are drawn below, or beside, each other at the most
 
@@ -111,7 +111,7 @@ def read(path: str, size: int) -> np.ndarray:
     except OSError as error:
         raise UserError(f'{path}: cannot be read: {paths.reason(error)}; give a picture') from error
     try:
-        return pictures.square(content, size)
+        return square(content, size)
     except Exception as error:  # on damaged files Pillow raises almost anything
         raise UserError(
             f'{path}: not a picture, or a damaged one ({paths.reason(error)}); '
@@ -152,5 +152,5 @@ def chosen(store: Store, flag: str, count: int, seed: int) -> np.ndarray:
 def squares(store: Store, split: str, records: np.ndarray) -> np.ndarray:
     """Some pictures of a split, i64[n] -> u8[n,S,S,3]."""
     count = store.counts[split]
-    (batch,) = data.eval_batches(store, split, batch=count, rows=records, threads=1)
+    (batch,) = eval_batches(store, split, batch=count, rows=records, threads=1)
     return batch['image']

@@ -65,6 +65,7 @@ def main() -> None:
     log_to_stdout()
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS tells of every file
 
+    # Imported late, so that errors in the flags appear at once.
     from alexnet_jax import train
     from alexnet_jax.devices import distributed, mesh
 

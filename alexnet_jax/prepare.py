@@ -5,265 +5,19 @@
     python -m alexnet_jax.prepare --source=/data/flowers
     python -m alexnet_jax.prepare --source=/data/flowers --verify
 
-Pictures are resized to a shorter side of `size` and cut to the central square, as in the paper (§2).
-The same command again goes on where it was stopped, and ends with the same bytes.
+Pictures are resized to a shorter side of `size` and cropped to the central square, as in the paper
+(§2). Run the same command again to resume an interrupted pass; the store ends with the same bytes.
 """
 
 import argparse
-import json
-import os
-import shutil
 import time
 
-import numpy as np
-import PIL
-
-from alexnet_jax import datasets
-from alexnet_jax import store as stores
-from alexnet_jax.common import errors
-from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets import writer
-from alexnet_jax.datasets.pictures import FILTER
-
-LARGE = 200_000  # pictures: from here on `ensure` does not prepare by itself
-
-
-def default_store(source: str, size: int, format: str) -> str:
-    """Where a store goes if nothing else is said: data/SOURCE-SIZE-FORMAT.
-
-    SOURCE is the last part of a folder's path, or a TFDS name with '-' for '/'.
-    """
-    folder, other = (
-        os.path.join('data', f'{name}-{size}-{format}')
-        for name in (os.path.basename(_whole(source)), source.replace('/', '-'))
-    )
-    return folder if _is_folder(source, folder) else other
-
-
-def prepare(
-    source: str,
-    *,
-    dir: str | None = None,
-    store: str | None = None,
-    format: str = 'jpg',
-    size: int = 256,
-    val_fraction: float = 0.1,
-    limit: float = np.inf,
-) -> stores.Store:
-    """Makes a store, goes on with an interrupted one, or opens one that is complete.
-
-    Waits for another process that is making the same store. A complete one that `store` names is
-    opened whatever it was made from, if format and size are as wanted: the pictures may have moved.
-
-    Args: as the command's; `limit`: refuse a source of this many pictures or more.
-
-    Raises:
-      UserError: the source is unusable, a picture does not decode, the disk is too small, or the
-        folder holds something else. A pass that fails within seconds (writer.FLUSH_SECONDS) leaves
-        nothing; what a longer one has done stays, to go on from once the picture is repaired.
-    """
-    _check_options(format, size, val_fraction)
-    path, named = store or default_store(source, size, format), bool(store)
-    origin = _whole(source) if _is_folder(source, path) else source
-    wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
-    finished = _finished(path, wanted, named)
-    if finished:
-        return finished
-    advice = _advice(source, dir, store, format, size, val_fraction)
-    try:
-        with writer.locked(path):  # the process that we wait for may have finished the store
-            return _finished(path, wanted, named) or _make(path, wanted, source, dir, limit, advice)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
-
-
-def ensure(
-    *,
-    source: str,
-    dir: str | None = None,
-    store: str | None = None,
-    format: str = 'jpg',
-    size: int = 256,
-    val_fraction: float = 0.1,
-    alone: bool = True,
-) -> stores.Store:
-    """Opens the store of a source for training; a small set (< 200,000) is prepared first.
-
-    alone: whether no other process does the same now; if one may, nothing is prepared.
-
-    Raises:
-      UserError: as `prepare`; with the command to run where a large set has no store yet. Where its
-        size can be known before TFDS builds it, it is not built.
-    """
-    _check_options(format, size, val_fraction)
-    there = _description(store or default_store(source, size, format))
-    complete = there and there['complete']
-    if not complete and (not alone or datasets.is_large(source, data_dir=dir, pictures=LARGE)):
-        raise UserError(_advice(source, dir, store, format, size, val_fraction))
-    return prepare(
-        source,
-        dir=dir,
-        store=store,
-        format=format,
-        size=size,
-        val_fraction=val_fraction,
-        limit=LARGE,
-    )
-
-
-def _check_options(format: str, size: int, val_fraction: float) -> None:
-    if format not in stores.FORMATS or size < 1:
-        raise UserError(
-            f'format {format!r}, size {size}: the format is one of '
-            f'{", ".join(stores.FORMATS)}, the size a positive number of pixels'
-        )
-    if not 0 < val_fraction < 1:
-        raise UserError(
-            f'val_fraction {val_fraction}: give a part between 0 and 1, as --val_fraction=0.1'
-        )
-
-
-def _whole(folder: str) -> str:
-    return os.path.abspath(os.path.expanduser(folder))
-
-
-def _is_folder(source: str, path: str) -> bool:
-    """Whether a source is a folder, or was one when the store in `path` was made from it."""
-    if datasets.is_folder(source):
-        return True
-    try:
-        with open(os.path.join(path, 'store.json'), encoding='utf-8') as file:
-            return json.load(file)['source'] == _whole(source)
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
-
-
-def _finished(path: str, wanted: dict, named: bool) -> stores.Store | None:
-    """The store, if it is complete; UserError if there is another one, or something else."""
-    there = _description(path)
-    if not there:
-        return None
-    if named and there['complete']:
-        _check_same(path, there, {key: wanted[key] for key in ('format', 'size')})
-        different = _differences(there, wanted)
-        if different:
-            print(f'{path}: is complete, and used as it is ({different})', flush=True)
-    else:
-        _check_same(path, there, wanted)
-    if not there['complete']:
-        return None
-    writer.clean(path)
-    return stores.open_store(path)
-
-
-def _make(
-    path: str, wanted: dict, source: str, dir: str | None, limit: float, advice: str
-) -> stores.Store:
-    size, format = wanted['size'], wanted['format']
-    begun = _description(path)
-    try:
-        opened = _open(source, dir, wanted['val_fraction'])
-        pictures = sum(opened.splits.values())
-        if pictures >= limit:
-            raise UserError(advice)
-        wanted = {
-            **wanted,
-            'filter': FILTER,
-            'classes': len(opened.class_names),
-            'counts': opened.splits,
-            'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},
-        }
-        _check_same(path, begun or {}, wanted)
-        begun = None  # from here on what is there is ours
-        progress = writer.read_progress(path, size)
-        _check_disk(path, pictures - progress['written'][:, 0].sum(), size, format)
-        writer.write_description(path, {**wanted, 'complete': False})
-        writer.write_records(path, opened, size=size, format=format, progress=progress)
-        writer.finish(
-            path, opened, format=format, progress=progress, description={**wanted, 'complete': True}
-        )
-    except (OSError, UserError):
-        if not begun and not os.path.exists(os.path.join(path, writer.PROGRESS)):
-            writer.empty(path)
-        raise
-    return stores.open_store(path)
-
-
-def _open(source: str, dir: str | None, val_fraction: float) -> datasets.Source:
-    try:
-        return datasets.open_source(source, data_dir=dir, val_fraction=val_fraction)
-    except OSError as error:
-        raise UserError(f'{source}: cannot be read: {error.strerror or error}') from error
-
-
-def _description(path: str) -> dict | None:
-    """The store.json of a folder; None where a store can be begun."""
-    try:
-        with open(os.path.join(path, 'store.json'), encoding='utf-8') as file:
-            return {'complete': False, **json.load(file)}
-    except FileNotFoundError as error:
-        others = {*os.listdir(path)} - {*writer.TEMPORARY} if os.path.exists(path) else {}
-        if others and 'store.json' not in others:  # another process may have begun just now
-            raise UserError(f'{path}: there are other things: give another --store') from error
-        return None
-    except OSError as error:
-        raise UserError(
-            f'{path}: cannot be read as a store: {error.strerror}: give another --store'
-        ) from error
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f'{path}: not a store, or damaged ({error}): give another --store, or '
-            f'remove {path} and run prepare again'
-        ) from error
-
-
-def _check_same(path: str, there: dict, wanted: dict) -> None:
-    different = _differences(there, wanted)
-    if different:
-        as_it_is = there['complete'] and 'source' in wanted  # else it was named already
-        raise UserError(
-            f'{path} is another store ({different}): give another --store'
-            f'{f" (--store={path} takes it as it is)" if as_it_is else ""}, or '
-            f'remove {path} and run prepare again'
-        )
-
-
-def _differences(there: dict, wanted: dict) -> str:
-    return '; '.join(
-        f'{key} {there.get(key)}, not {value}'
-        for key, value in wanted.items()
-        if there.get(key, value) != value
-    )
-
-
-def _check_disk(path: str, pictures: int, size: int, format: str) -> None:
-    # A JPEG record of a photograph takes 0.45 bytes a pixel, of noisy pictures more.
-    needed = pictures * (size * size * (3 if format == 'u8' else 0.55) + 1000) / 1e9
-    free = shutil.disk_usage(path).free / 1e9
-    text = f'about {needed:.2f} GB for {pictures:,} pictures, and {free:.2f} GB are free'
-    if free < needed:
-        raise UserError(f'{path}: the disk is too small: it needs {text}: give another --store')
-    print(f'{path}: needs {text}', flush=True)
-
-
-def _advice(source, dir, store, format, size, val_fraction) -> str:
-    options = {
-        'source': source,
-        'dir': dir,
-        'store': store,
-        'format': format,
-        'size': size,
-        'val_fraction': val_fraction,
-    }
-    given = ' '.join(f'--{key}={value}' for key, value in options.items() if value)
-    return (
-        f'{source} has no store yet, and is too large to make one on first use, or several '
-        f'processes would make it at once: run python -m alexnet_jax.prepare {given}'
-    )
+from alexnet_jax.common.errors import ArgumentParser, run
+from alexnet_jax.input import prepare, store
 
 
 def main() -> None:
-    parser = errors.ArgumentParser(
+    parser = ArgumentParser(
         prog='python -m alexnet_jax.prepare',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -272,7 +26,7 @@ def main() -> None:
     parser.add_argument('--dir', help="TFDS's folder of data sets; for imagenet2012, of the tars")
     parser.add_argument('--store', help='folder to make (default: data/SOURCE-SIZE-FORMAT)')
     parser.add_argument(
-        '--format', choices=stores.FORMATS, default='jpg', help='JPEG, or raw pixels'
+        '--format', choices=store.FORMATS, default='jpg', help='JPEG, or raw pixels'
     )
     parser.add_argument('--size', type=int, default=256, help='pixels a side')
     parser.add_argument(
@@ -284,22 +38,22 @@ def main() -> None:
     parser.add_argument('--verify', action='store_true', help='check all records of the store')
     options = vars(parser.parse_args())
     if options.pop('verify'):
-        path = options['store'] or default_store(
+        path = options['store'] or prepare.default_store(
             *(options[k] for k in ('source', 'size', 'format'))
         )
-        stores.verify(stores.open_store(path))
+        store.verify(store.open_store(path))
         print(f'{path}: every record is as it was written')
         return
     began = time.monotonic()
-    store = prepare(**options)
+    made = prepare.prepare(**options)
     print(
-        f'{store.path}: {store.counts["train"]} + {store.counts["val"]} pictures of '
-        f'{store.classes} classes, {time.monotonic() - began:.1f} s'
+        f'{made.path}: {made.counts["train"]} + {made.counts["val"]} pictures of '
+        f'{made.classes} classes, {time.monotonic() - began:.1f} s'
     )
     print(
-        f'mean colour {store.mean.mean((0, 1)).round(2)}, standard deviations {store.sigma.round(2)}'
+        f'mean colour {made.mean.mean((0, 1)).round(2)}, standard deviations {made.sigma.round(2)}'
     )
 
 
 if __name__ == '__main__':
-    errors.run(main)
+    run(main)

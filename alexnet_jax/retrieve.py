@@ -16,14 +16,15 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageDraw, ImageFont
 
-from alexnet_jax import data, evaluate, looking, rundir, steps
+from alexnet_jax import evaluate, looking, rundir, steps
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, run
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.store import Store
+from alexnet_jax.input.batches import Batch, eval_batches
+from alexnet_jax.input.store import Store
 
 
-def make_features(trained: evaluate.Run, mesh: Mesh) -> Callable[[data.Batch], np.ndarray]:
+def make_features(trained: evaluate.Run, mesh: Mesh) -> Callable[[Batch], np.ndarray]:
     """features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,F], those of the mask's pictures.
 
     It raises UserError for features that are not finite, since nothing is near to them.
@@ -45,7 +46,7 @@ def make_features(trained: evaluate.Run, mesh: Mesh) -> Callable[[data.Batch], n
     return features
 
 
-def padded(images: np.ndarray, batch: int) -> Iterator[data.Batch]:
+def padded(images: np.ndarray, batch: int) -> Iterator[Batch]:
     """Pictures u8[N,S,S,3] as batches of one size, for `make_features`."""
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
@@ -170,7 +171,7 @@ def main() -> None:
 
     def of_split(split):
         rows = np.arange(args.batch)
-        batches = data.eval_batches(store, split, batch=args.batch, rows=rows, threads=args.threads)
+        batches = eval_batches(store, split, batch=args.batch, rows=rows, threads=args.threads)
         return map(features, batches)
 
     asked = [*map(features, padded(images, args.batch))]

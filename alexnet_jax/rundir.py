@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import cpu
-from alexnet_jax.store import Store
+from alexnet_jax.input.store import Store
 
 LATER = {  # fields that older runs do not have, with what they mean by it
     'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': []},

@@ -11,11 +11,12 @@ import numpy as np
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from alexnet_jax import checkpoint, checks, diagnosis, metrics, prepare, progress, rundir
+from alexnet_jax import checkpoint, checks, diagnosis, metrics, progress, rundir
 from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import distributed, preemption
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input import prepare
 from alexnet_jax.job import Job
 
 log = logging.getLogger(__name__)

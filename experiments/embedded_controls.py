@@ -17,8 +17,9 @@ import scipy.optimize
 
 from alexnet_jax import evaluate, metrics, steps, train
 from alexnet_jax.common.errors import run
-from alexnet_jax.datasets import figures, pictures
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.images import decode, square
+from alexnet_jax.input.sources import shapes
 from configs import quickstart
 
 CROPS = {'centre': 'centre crop', 'ten': 'ten crops'}
@@ -38,14 +39,14 @@ class Split(NamedTuple):
 
 def load(name: str) -> Split:
     """Renders a split of the embedded set again."""
-    number, count = figures.SPLITS[name]
+    number, count = shapes.SPLITS[name]
     rows = []
     for index in range(count):
-        data, label, (x0, y0, x1, y1) = figures.render(figures.SEED, number, index)
-        image = pictures.decode(data)
+        data, label, (x0, y0, x1, y1) = shapes.render(shapes.SEED, number, index)
+        image = decode(data)
         rows.append(
             (
-                pictures.square(data, PIXELS),
+                square(data, PIXELS),
                 np.asarray(image).mean((0, 1)),
                 (len(data), *image.size),
                 (x0 + x1, y0 + y1, x1 - x0, y1 - y0),

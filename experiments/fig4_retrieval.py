@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import data, evaluate, looking, predict, retrieve
+from alexnet_jax import evaluate, looking, predict, retrieve
 from alexnet_jax.common import class_names, paths
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.batches import eval_batches
 from experiments import fig3_filters
 from experiments import lab as labs
 
@@ -88,7 +89,7 @@ def nearest(store, features) -> tuple[np.ndarray, np.ndarray]:
 
     def of_split(split):
         rows = np.arange(BATCH)
-        return map(features, data.eval_batches(store, split, batch=BATCH, rows=rows, threads=0))
+        return map(features, eval_batches(store, split, batch=BATCH, rows=rows, threads=0))
 
     return retrieve.nearest(np.concatenate([*of_split('val')]), of_split('train'), NEIGHBOURS)
 

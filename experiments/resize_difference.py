@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 
 from alexnet_jax.common.errors import UserError, run
-from alexnet_jax.datasets import pictures
+from alexnet_jax.input.images import decode, square
 
 
 def opencv_square(image: np.ndarray, size: int) -> np.ndarray:
@@ -41,8 +41,8 @@ def main() -> None:
         raise UserError(f'{args.folder}: no pictures here ({", ".join(sorted(suffixes))})')
     differences = {'shrunk': [], 'enlarged': []}
     for file in files:
-        image = np.asarray(pictures.decode(file.read_bytes()))
-        ours = pictures.square(image, args.size).astype(np.int16)
+        image = np.asarray(decode(file.read_bytes()))
+        ours = square(image, args.size).astype(np.int16)
         kind = 'shrunk' if min(image.shape[:2]) > args.size else 'enlarged'
         differences[kind].append(np.abs(ours - opencv_square(image, args.size)).mean())
     for kind, values in differences.items():

@@ -11,9 +11,11 @@ import argparse
 
 import numpy as np
 
-from alexnet_jax import data, sampler, steps
+from alexnet_jax import steps
 from alexnet_jax.common.errors import UserError, run
-from alexnet_jax.store import Store, open_store
+from alexnet_jax.input import sampler
+from alexnet_jax.input.batches import eval_batches, train_batches
+from alexnet_jax.input.store import Store, open_store
 
 View = tuple[str, np.ndarray]  # a label, and u8[crop,crop,3]
 
@@ -32,7 +34,7 @@ def training_views(
         order = sampler.records(seed, epoch * total + np.arange(total), total)
         position = epoch * total + int(np.flatnonzero(order == index)[0])
         # In batches of one, steps are positions.
-        batches = data.train_batches(
+        batches = train_batches(
             store,
             seed=seed,
             batch=1,
@@ -58,7 +60,7 @@ def training_views(
 def ten_crops(store: Store, index: int, *, crop: int) -> list[View]:
     """The ten views that are averaged at test time, in the order of `steps.VIEWS`."""
     total, room = store.counts['train'], store.size - crop
-    batches = data.eval_batches(store, 'train', batch=total, rows=np.array([index]), threads=1)
+    batches = eval_batches(store, 'train', batch=total, rows=np.array([index]), threads=1)
     picture = next(batches)['image'][0]
     names = ['top left', 'top right', 'centre', 'bottom left', 'bottom right']
     views = []

@@ -28,9 +28,10 @@ import os
 import pathlib
 import shutil
 
-from alexnet_jax import datasets, evaluate, metrics
+from alexnet_jax import evaluate, metrics
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets import figures
+from alexnet_jax.input import sources
+from alexnet_jax.input.sources import shapes
 from experiments import ablations
 from experiments import lab as labs
 
@@ -125,8 +126,8 @@ def draw(folder: pathlib.Path) -> str:
     """Some pictures of the embedded set, as a folder."""
     for split, count in SHAPES.items():
         for index in range(count):
-            data, label, _ = figures.render(figures.SEED, figures.SPLITS[split][0], index)
-            place = folder / {'validation': 'val'}.get(split, split) / figures.NAMES[label]
+            data, label, _ = shapes.render(shapes.SEED, shapes.SPLITS[split][0], index)
+            place = folder / {'validation': 'val'}.get(split, split) / shapes.NAMES[label]
             place.mkdir(parents=True, exist_ok=True)
             (place / f'{index}.jpg').write_bytes(data)
     return str(folder)
@@ -142,9 +143,9 @@ def first_half(source: str, folder: pathlib.Path) -> str:
                 'give another folder for results, --results=DIR'
             )
         return str(folder)
-    if not datasets.is_folder(source):
+    if not sources.is_folder(source):
         raise UserError(f'{source}: half of its classes are to be linked to, it must be a folder')
-    opened = datasets.open_source(source)
+    opened = sources.open_source(source)
     begun = folder.with_name(f'{folder.name}.begun')
     shutil.rmtree(begun, ignore_errors=True)
     for split in opened.splits:

@@ -27,7 +27,8 @@ runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
 # The program as users start it, but for one event at which it kills itself.
 DRIVER = """
 import os, pathlib, signal, sys, tempfile, time
-from alexnet_jax import checkpoint, data, evaluate, main, metrics, train
+from alexnet_jax import checkpoint, evaluate, main, metrics, train
+from alexnet_jax.input import batches
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import run
 
@@ -44,7 +45,7 @@ def kill_at(where, signal_=signal.SIGKILL):
         if count == number:
             os.kill(os.getpid(), signal_)
 
-read = data.train_batches
+read = batches.train_batches
 def train_batches(*args, **kwargs):
     kill_at('SIGTERM before the first step', signal.SIGTERM)
     for batch in read(*args, **kwargs):
@@ -54,7 +55,7 @@ def train_batches(*args, **kwargs):
         if event == 'slow' or event.startswith('SIG') and count >= number:
             time.sleep(0.3)  # with several processes it takes a second until all have agreed
         yield batch
-data.train_batches = train_batches
+batches.train_batches = train_batches
 
 saves, unfinished = 0, None
 rename = os.rename

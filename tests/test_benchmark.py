@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import data, model, switches
+from alexnet_jax import model, switches
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.store import open_store
+from alexnet_jax.input import batches
+from alexnet_jax.input.store import open_store
 from configs import cifar10, original, paper
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import operations, ours, plain, report
@@ -279,9 +280,9 @@ def test_the_input_is_that_of_the_preset(tmp_path, random):
 
 
 def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'cores', lambda: 16)
-    made, taken, cut = [], [], data._cut
-    monkeypatch.setattr(data, '_cut', lambda *args: made.append(1) or cut(*args))
+    monkeypatch.setattr(batches, 'cores', lambda: 16)
+    made, taken, cut = [], [], batches._cut
+    monkeypatch.setattr(batches, '_cut', lambda *args: made.append(1) or cut(*args))
     write_store(
         tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8}
     )

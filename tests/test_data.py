@@ -14,9 +14,10 @@ import time
 import numpy as np
 import pytest
 
-from alexnet_jax import data, sampler
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.store import open_store
+from alexnet_jax.input import batches, sampler
+from alexnet_jax.input.batches import eval_batches, fake_batches, train_batches
+from alexnet_jax.input.store import open_store
 from tests.tiny_store import write_store
 
 READERS = [(format, reader) for format in ('jpg', 'u8') for reader in ('tf', 'threads')]
@@ -40,7 +41,7 @@ def train(store, **changes):
     kwargs = dict(seed=3, batch=8, start=0, stop=4, crop=CROP, chunk=1, random=True, threads=2)
     kwargs |= changes
     kwargs.setdefault('rows', np.arange(kwargs['batch']))
-    return data.train_batches(store, **kwargs)
+    return train_batches(store, **kwargs)
 
 
 def assert_equal(batch, other, rows=slice(None)):
@@ -88,7 +89,7 @@ def test_every_column_of_a_jpeg_crop(photograph, x, reader, monkeypatch):
         flip = np.arange(count) % 2 == 1
         return sampler.Draws(offset + y, offset + x, flip, np.zeros((count, 3), np.float32))
 
-    monkeypatch.setattr(data.sampler, 'draws', draws)
+    monkeypatch.setattr(batches.sampler, 'draws', draws)
     (got,) = train(store, batch=2, stop=1, crop=224, reader=reader)
     records = sampler.records(3, np.arange(2), 2)
     crops = pictures['train'][records][:, y : y + 224, x : x + 224]
@@ -122,7 +123,7 @@ def test_all_readers_give_equal_bytes(stores, format):
     for a, b in zip(train(store, reader='tf'), train(store, reader='threads'), strict=True):
         assert_equal(a, b)
     kwargs = dict(batch=4, rows=np.arange(4), threads=2)
-    ours = (data.eval_batches(store, 'val', reader=r, **kwargs) for r in ('tf', 'threads'))
+    ours = (eval_batches(store, 'val', reader=r, **kwargs) for r in ('tf', 'threads'))
     for a, b in zip(*ours, strict=True):
         assert_equal(a, b)
 
@@ -167,12 +168,12 @@ def test_reading_starts_where_it_is_asked_to(stores, monkeypatch):
     calls = []
     draws = sampler.draws
     monkeypatch.setattr(
-        data.sampler, 'draws', lambda *args, **kw: calls.append(args[:2]) or draws(*args, **kw)
+        batches.sampler, 'draws', lambda *args, **kw: calls.append(args[:2]) or draws(*args, **kw)
     )
-    batches = train(store, seed=4, start=10_000_000, stop=20_000_000, reader='threads', threads=2)
-    next(batches)
+    reading = train(store, seed=4, start=10_000_000, stop=20_000_000, reader='threads', threads=2)
+    next(reading)
     time.sleep(0.3)  # for whatever else would be read meanwhile
-    batches.close()
+    reading.close()
     # Only the asked step and those read ahead are made. (Another seed: a thread of the test before.)
     calls = [first for seed, first in calls if seed == 4]
     assert min(calls) == 10_000_000 * 8 and max(calls) <= 10_000_010 * 8
@@ -187,9 +188,7 @@ def test_evaluation_counts_every_picture_once(stores, format, reader, processes,
     seen = []
     for process in range(processes):
         rows = np.arange(batch).reshape(processes, -1)[process]
-        steps = list(
-            data.eval_batches(store, 'val', batch=batch, rows=rows, threads=2, reader=reader)
-        )
+        steps = list(eval_batches(store, 'val', batch=batch, rows=rows, threads=2, reader=reader))
         assert len(steps) == -(-count // batch)
         for s, got in enumerate(steps):
             assert got['image'].shape == (len(rows), SIZE, SIZE, 3)
@@ -212,15 +211,15 @@ def test_a_damaged_record_reaches_the_consumer_as_one_line(tmp_path, reader):
     write_store(tmp_path)
     file = tmp_path / 'train.jpg'
     file.write_bytes(bytes(b ^ (i == 500) for i, b in enumerate(file.read_bytes())))
-    batches = train(open_store(tmp_path), stop=5, reader=reader)
+    reading = train(open_store(tmp_path), stop=5, reader=reader)
     with pytest.raises(UserError, match="record 0 of split 'train' in .*damaged") as caught:
-        list(batches)
+        list(reading)
     assert '\n' not in str(caught.value) and 'Tensor' not in str(caught.value)
 
 
 @pytest.mark.parametrize('reader', ['tf', 'threads'])
 def test_an_error_while_reading_reaches_the_consumer_as_it_was(stores, reader, monkeypatch):
-    cut = data._cut
+    cut = batches._cut
 
     def fail_later(pixels, plan, crop):
         if plan.rest['label'][0] == later:
@@ -230,12 +229,12 @@ def test_an_error_while_reading_reaches_the_consumer_as_it_was(stores, reader, m
     steps = list(train(stores['u8'][0], stop=20, reader=reader))
     first_labels = [int(step['label'][0]) for step in steps]
     later = next(v for v in first_labels if v != first_labels[0])
-    monkeypatch.setattr(data, '_cut', fail_later)
-    batches = train(stores['u8'][0], stop=20, reader=reader)
+    monkeypatch.setattr(batches, '_cut', fail_later)
+    reading = train(stores['u8'][0], stop=20, reader=reader)
     for _ in range(first_labels.index(later)):
-        next(batches)
+        next(reading)
     with pytest.raises(UserError, match='^one line$'):
-        next(batches)
+        next(reading)
 
 
 @pytest.mark.parametrize('format, reader', READERS)
@@ -280,7 +279,7 @@ def test_a_reader_that_ended_lets_go_of_the_file(tmp_path, reader):
 
     write_store(tmp_path, format='u8', size=SIZE, classes=3, counts={'train': 8, 'val': 5})
     store = open_store(tmp_path)
-    batches = data.eval_batches(store, 'val', batch=2, rows=np.arange(2), threads=1, reader=reader)
+    batches = eval_batches(store, 'val', batch=2, rows=np.arange(2), threads=1, reader=reader)
     next(batches)
     assert mapped()
     assert len(list(batches)) == 2
@@ -321,8 +320,9 @@ def test_a_process_ends_quietly_while_reading(stores, format, reader):
     code = f"""
         import os
         import numpy as np
-        from alexnet_jax import data, store
-        os.kept = data.train_batches(
+        from alexnet_jax.input import batches
+        from alexnet_jax.input import store
+        os.kept = train_batches(
             store.open_store({str(stores[format][0].path)!r}), seed=0, batch=20_000, start=0,
             stop=1_000_000, rows=np.arange(20_000), crop=32, chunk=1, random=True, threads=2,
             reader={reader!r})
@@ -336,7 +336,7 @@ def test_a_process_ends_quietly_while_reading(stores, format, reader):
 
 def test_fake_batches(stores):
     kwargs = dict(batch=8, crop=CROP, classes=5, seed=1)
-    fake = data.fake_batches(rows=np.arange(8), **kwargs)
+    fake = fake_batches(rows=np.arange(8), **kwargs)
     first, second = itertools.islice(fake, 2)
     real = next(train(stores['u8'][0], reader='threads'))
     assert first.keys() == real.keys()
@@ -345,4 +345,4 @@ def test_fake_batches(stores):
     assert_equal(first, second)
     assert len({row.tobytes() for row in first['image']}) == 8
     assert 0 <= first['label'].min() and first['label'].max() < 5
-    assert_equal(next(data.fake_batches(rows=np.array([6, 1]), **kwargs)), first, [6, 1])
+    assert_equal(next(fake_batches(rows=np.array([6, 1]), **kwargs)), first, [6, 1])

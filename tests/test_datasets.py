@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import datasets, looking
+from alexnet_jax import looking
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets import figures, tfds_sets
+from alexnet_jax.input import sources
+from alexnet_jax.input.sources import shapes, tfds
 from tests import fixtures
 
 
@@ -29,7 +30,7 @@ def test_folder_with_val_gives_sorted_files_and_labels_by_sorted_names(tmp_path)
     (tmp_path / 'train' / 'a' / '.hidden').write_text('not a picture')
     (tmp_path / 'train' / 'a' / 'deeper').mkdir()
     (tmp_path / 'train' / 'a' / 'deeper' / 'no_suffix').write_bytes(b'data')
-    source = datasets.open_source(str(tmp_path))
+    source = sources.open_source(str(tmp_path))
     assert source.class_names == ['a', 'b']
     assert source.splits == {'train': 6, 'val': 2}
     files = [
@@ -53,7 +54,7 @@ def test_folder_with_val_gives_sorted_files_and_labels_by_sorted_names(tmp_path)
 def test_without_val_the_split_test_is_taken(tmp_path):
     fixtures.write_tree(tmp_path / 'train', {'a': 3, 'b': 2})
     fixtures.write_tree(tmp_path / 'test', {'a': 1, 'b': 1})
-    source = datasets.open_source(str(tmp_path))
+    source = sources.open_source(str(tmp_path))
     assert source.splits == {'train': 5, 'val': 2}
     assert all(f'{tmp_path}/test/' in name for name, _, _ in source.read('val', 0))
 
@@ -74,7 +75,7 @@ def tiny_imagenet(root):
 
 def test_tiny_imagenet(tmp_path):
     names = tiny_imagenet(tmp_path)
-    source = datasets.open_source(str(tmp_path))
+    source = sources.open_source(str(tmp_path))
     assert (source.class_names, source.splits) == (['n01', 'n02'], {'train': 6, 'val': 2})
     assert [(Path(n).name, label) for n, _, label in source.read('val', 0)] == [
         (names[0], 1),
@@ -90,14 +91,14 @@ def test_tiny_imagenet(tmp_path):
     ):
         (tmp_path / 'val/val_annotations.txt').write_text(listed)
         with pytest.raises(UserError, match=complaint):
-            datasets.open_source(str(tmp_path))
+            sources.open_source(str(tmp_path))
 
 
 def test_some_classes_of_tiny_imagenet(tmp_path):
     names = tiny_imagenet(tmp_path)
     with open(tmp_path / 'val/val_annotations.txt', 'a') as file:
         file.write(f'{names[0]}\tn03\t0\n')
-    source = datasets.open_source(str(tmp_path))
+    source = sources.open_source(str(tmp_path))
     assert source.splits == {'train': 6, 'val': 2} and source.class_names == ['n01', 'n02']
 
 
@@ -106,7 +107,7 @@ def test_folder_without_val_holds_out_a_seeded_fraction(tmp_path, tree):
     fixtures.write_tree(tmp_path / tree, {'a': 12, 'b': 8})
 
     def names(split, seed):
-        source = datasets.open_source(str(tmp_path), val_fraction=0.25, seed=seed)
+        source = sources.open_source(str(tmp_path), val_fraction=0.25, seed=seed)
         assert source.splits == {'train': 15, 'val': 5}
         return [example.name for example in source.read(split, 0)]
 
@@ -163,7 +164,7 @@ def test_folder_errors(tmp_path, make, message):
     root.mkdir()
     make(root)
     with pytest.raises(UserError, match=message):
-        datasets.open_source(str(root))
+        sources.open_source(str(root))
 
 
 @pytest.mark.parametrize(
@@ -185,37 +186,37 @@ def test_what_is_a_folder(tmp_path, monkeypatch, name, folder):
     monkeypatch.chdir(tmp_path)
     for made in ('here', 'sub/here'):
         (tmp_path / made).mkdir(parents=True)
-    assert datasets.is_folder(name) == folder
+    assert sources.is_folder(name) == folder
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     fixtures.write_tree(tmp_path / 'flowers', {'a': 5, 'b': 5})
-    source = datasets.open_source('~/flowers')
+    source = sources.open_source('~/flowers')
     assert source.class_names == ['a', 'b']
     assert read(source, 'val')[0].name.startswith(f'{tmp_path}/flowers/')
     with pytest.raises(UserError, match=f'^{tmp_path}/gone: there is no such folder$'):
-        datasets.open_source('~/gone')
+        sources.open_source('~/gone')
 
 
 # The embedded set
 
 
 def test_figures_are_a_function_of_their_place_and_balanced():
-    pictures = [figures.render(1, 0, index) for index in range(40)]
-    assert figures.render(1, 0, 17) == pictures[17]
-    assert figures.render(2, 0, 17)[0] != pictures[17][0]
-    assert figures.render(1, 1, 17)[0] != pictures[17][0]
+    pictures = [shapes.render(1, 0, index) for index in range(40)]
+    assert shapes.render(1, 0, 17) == pictures[17]
+    assert shapes.render(2, 0, 17)[0] != pictures[17][0]
+    assert shapes.render(1, 1, 17)[0] != pictures[17][0]
     assert set(collections.Counter(label for _, label, _ in pictures).values()) == {4}
     sizes = {Image.open(io.BytesIO(data)).size for data, _, _ in pictures}
     assert len(sizes) == 40
-    assert all(figures.SHORTER_SIDE[0] <= min(size) <= figures.SHORTER_SIDE[1] for size in sizes)
+    assert all(shapes.SHORTER_SIDE[0] <= min(size) <= shapes.SHORTER_SIDE[1] for size in sizes)
 
 
 @pytest.mark.parametrize('label', range(10))
 def test_figure_fills_the_same_box_whatever_its_class(label):
-    mask, box = figures._mask(np.random.default_rng(5), label, 120, 150)
-    _, first = figures._mask(np.random.default_rng(5), 0, 120, 150)
+    mask, box = shapes._mask(np.random.default_rng(5), label, 120, 150)
+    _, first = shapes._mask(np.random.default_rng(5), 0, 120, 150)
     assert box == first
     y, x = np.nonzero(mask[:, :, 0] > 0.1)
     assert np.abs(np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) - box).max() < 2.5
@@ -225,19 +226,19 @@ def test_figure_fills_the_same_box_whatever_its_class(label):
 @pytest.fixture
 def small_embedded(monkeypatch):
     def make(**splits):
-        monkeypatch.setattr(figures, 'SPLITS', splits)
+        monkeypatch.setattr(shapes, 'SPLITS', splits)
 
     return make
 
 
 def test_embedded_set_goes_through_tfds(tmp_path, small_embedded):
     small_embedded(train=(0, 30), validation=(1, 20))
-    source = datasets.open_source('alexnet_shapes', data_dir=str(tmp_path))
-    assert source.class_names == figures.NAMES
+    source = sources.open_source('alexnet_shapes', data_dir=str(tmp_path))
+    assert source.class_names == shapes.NAMES
     assert source.splits == {'train': 30, 'val': 20}
     for split, number in (('train', 0), ('val', 1)):
         examples = read(source, split)
-        rendered = [figures.render(figures.SEED, number, i) for i in range(source.splits[split])]
+        rendered = [shapes.render(shapes.SEED, number, i) for i in range(source.splits[split])]
         assert {(example.data, example.label) for example in examples} == {
             (data, label) for data, label, _ in rendered
         }
@@ -246,7 +247,7 @@ def test_embedded_set_goes_through_tfds(tmp_path, small_embedded):
 
 def test_tfds_set_without_validation_holds_out_a_fraction(tmp_path, small_embedded):
     small_embedded(train=(0, 20))
-    source = datasets.open_source('alexnet_shapes', data_dir=str(tmp_path), val_fraction=0.3)
+    source = sources.open_source('alexnet_shapes', data_dir=str(tmp_path), val_fraction=0.3)
     assert source.splits == {'train': 14, 'val': 6}
     train, val = read(source, 'train'), read(source, 'val')
     assert len({example.data for example in train + val}) == 20
@@ -256,7 +257,7 @@ def test_tfds_set_without_validation_holds_out_a_fraction(tmp_path, small_embedd
 
 def refused(name, root):
     with pytest.raises(UserError) as caught:
-        list(datasets.open_source(name, data_dir=str(root)).read('train', 0))
+        list(sources.open_source(name, data_dir=str(root)).read('train', 0))
     message = str(caught.value)
     assert message.startswith(f'{name}: ') and '\n' not in message
     return message
@@ -290,7 +291,7 @@ def test_names_on_a_machine_without_tensorflow(tmp_path, monkeypatch, name):
 
 
 def test_a_tfds_name_with_a_config():
-    builder = tfds_sets._builder('imagenet_resized/32x32', '/not/there')
+    builder = tfds._builder('imagenet_resized/32x32', '/not/there')
     assert builder.info.full_name.startswith('imagenet_resized/32x32/')
 
 
@@ -322,7 +323,7 @@ def test_tfds_sets_that_cannot_be_built(tmp_path, monkeypatch, number):
 
 def test_damaged_tfds_records(tmp_path, small_embedded):
     small_embedded(train=(0, 30), validation=(1, 20))
-    datasets.open_source('alexnet_shapes', data_dir=str(tmp_path))
+    sources.open_source('alexnet_shapes', data_dir=str(tmp_path))
     for file in tmp_path.rglob('*train.tfrecord*'):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
@@ -341,7 +342,7 @@ def test_damaged_tfds_records(tmp_path, small_embedded):
     ],
 )
 def test_large_tfds_sets_are_known_by_their_download(tmp_path, name, pictures, large):
-    assert datasets.is_large(name, data_dir=str(tmp_path), pictures=pictures) == large
+    assert sources.is_large(name, data_dir=str(tmp_path), pictures=pictures) == large
     assert not list(tmp_path.iterdir())
 
 
@@ -360,8 +361,8 @@ def test_known_counts_decide_before_the_download(monkeypatch, prepared, counts, 
     builder = types.SimpleNamespace(
         is_prepared=lambda: prepared, info=types.SimpleNamespace(splits=splits), url_infos=None
     )
-    monkeypatch.setattr(tfds_sets, '_builder', lambda name, root: builder)
-    assert datasets.is_large('made_up', pictures=100) == large
+    monkeypatch.setattr(tfds, '_builder', lambda name, root: builder)
+    assert sources.is_large('made_up', pictures=100) == large
 
 
 # ImageNet
@@ -369,7 +370,7 @@ def test_known_counts_decide_before_the_download(monkeypatch, prepared, counts, 
 
 def test_missing_imagenet_says_which_files_go_where(tmp_path):
     with pytest.raises(UserError) as caught:
-        datasets.open_source('imagenet2012', data_dir=str(tmp_path))
+        sources.open_source('imagenet2012', data_dir=str(tmp_path))
     for part in (
         f'{tmp_path}/ILSVRC2012_img_train.tar (138 GB)',
         f'{tmp_path}/ILSVRC2012_img_val.tar (6.3 GB)',
@@ -384,7 +385,7 @@ def test_missing_imagenet_says_which_files_go_where(tmp_path):
 @pytest.mark.parametrize('place', ['.', 'downloads/manual'])
 def test_imagenet_goes_through_its_tfds_builder(tmp_path, place):
     made = fixtures.write_imagenet_tars(tmp_path / place, per_class=3, val=5)
-    source = datasets.open_source('imagenet2012', data_dir=str(tmp_path))
+    source = sources.open_source('imagenet2012', data_dir=str(tmp_path))
     assert source.splits == {'train': 9, 'val': 5}
     assert len(source.class_names) == 1000 and source.class_names[0] == 'n01440764'
     train = {example.name.split()[-1]: example for example in source.read('train', 0)}
@@ -407,6 +408,6 @@ def test_imagenet_goes_through_its_tfds_builder(tmp_path, place):
 def test_imagenet_build_needs_disk(tmp_path, monkeypatch):
     fixtures.write_imagenet_tars(tmp_path)
     usage = collections.namedtuple('usage', 'free')
-    monkeypatch.setattr(tfds_sets.shutil, 'disk_usage', lambda path: usage(1000))
+    monkeypatch.setattr(tfds.shutil, 'disk_usage', lambda path: usage(1000))
     with pytest.raises(UserError, match='only 0.0 GB are free'):
-        datasets.open_source('imagenet2012', data_dir=str(tmp_path))
+        sources.open_source('imagenet2012', data_dir=str(tmp_path))

@@ -11,7 +11,7 @@ from alexnet_jax import evaluate, metrics
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import distributed
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.store import open_store
+from alexnet_jax.input.store import open_store
 from experiments.launch.local import free_port
 from tests.small_run import (
     ROOT,

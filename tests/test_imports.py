@@ -30,7 +30,6 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SINGLE = {'__init__': 'package'}  # modules outside the rooms; all others are commands
 # Modules that have not moved into their room yet.
-SINGLE |= dict.fromkeys(('data', 'sampler', 'store', 'datasets', 'prepare'), 'input')
 SINGLE |= dict.fromkeys(('rundir', 'checkpoint', 'manager', 'fingerprint', 'metrics'), 'rundir')
 SINGLE |= dict.fromkeys(('layers', 'model', 'switches', 'cuda_convnet'), 'nets')
 SINGLE |= dict.fromkeys(('train', 'job', 'steps', 'optim', 'evaluate', 'diagnosis'), 'training')
@@ -56,11 +55,13 @@ OUTSIDE = {
     'tests': (set(), False),
 }
 # Its class is made from one of TFDS: it imports TFDS at the top, and is itself imported on demand.
-ON_DEMAND = 'alexnet_jax.datasets.shapes'
+ON_DEMAND = 'alexnet_jax.input.sources.shapes_builder'
 
 
 class Import(NamedTuple):
-    name: str  # absolute and dotted, down to what is imported: 'alexnet_jax.errors.UserError'
+    name: (
+        str  # absolute and dotted, down to what is imported: 'alexnet_jax.common.errors.UserError'
+    )
     line: int
     in_function: bool
 
@@ -131,7 +132,7 @@ def library() -> list[Path]:
 
 
 def dotted(path: Path) -> str:
-    """'alexnet_jax/datasets/folder.py' -> 'alexnet_jax.datasets.folder'."""
+    """'alexnet_jax/input/store.py' -> 'alexnet_jax.input.store'."""
     return '.'.join(path.relative_to(ROOT).with_suffix('').parts)
 
 

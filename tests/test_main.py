@@ -15,8 +15,8 @@ import pytest
 import alexnet_jax
 from alexnet_jax import evaluate, metrics
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets.pictures import square
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.images import square
 from experiments.chaos import compilation_cache
 from tests import fixtures
 from tests.small_run import WITHOUT_TENSORFLOW

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import datasets, prepare, store
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets import figures, pictures, tfds_sets, writer
+from alexnet_jax.input import prepare, sources, store, store_writer
+from alexnet_jax.input.images import FILTER, decode, square, statistics
+from alexnet_jax.input.sources import shapes, tfds
 from tests import fixtures
 
 COMMAND = [sys.executable, '-m', 'alexnet_jax.prepare']
@@ -51,7 +52,7 @@ def test_square_is_the_centre_of_the_resized_picture(width, height):
     method = Image.Resampling.BILINEAR if short > 32 else Image.Resampling.BICUBIC
     left, top = (new[0] - 32) // 2, (new[1] - 32) // 2
     expected = np.asarray(image.resize(new, method))[top : top + 32, left : left + 32]
-    got = pictures.square(np.asarray(image), 32)
+    got = square(np.asarray(image), 32)
     assert got.shape == (32, 32, 3) and got.dtype == np.uint8
     # The two passes of a resize, rows and columns, may come in the other order: rounding.
     assert np.abs(got.astype(int) - expected).max() <= 2
@@ -60,7 +61,7 @@ def test_square_is_the_centre_of_the_resized_picture(width, height):
 def test_down_is_antialiased():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.abs(pictures.square(stripes, 64)[:, 2:-2] - 127.5).max() < 3
+    assert np.abs(square(stripes, 64)[:, 2:-2] - 127.5).max() < 3
 
 
 def as_16_bit(image):
@@ -88,7 +89,7 @@ def test_decodes_by_content(format, convert, tolerance):
     stored = convert(image)
     grey = stored.mode in ('L', 'LA', '1') or stored.mode.startswith('I')
     expected = np.asarray(image.convert('L').convert('RGB') if grey else image).astype(int)
-    decoded = pictures.decode(fixtures.encode(stored, format))
+    decoded = decode(fixtures.encode(stored, format))
     assert decoded.mode == 'RGB'
     assert np.abs(np.asarray(decoded) - expected).max() <= tolerance
 
@@ -96,7 +97,7 @@ def test_decodes_by_content(format, convert, tolerance):
 @pytest.mark.parametrize('channels', [1, 3, 4])
 def test_decodes_arrays(channels):
     array = np.random.default_rng(0).integers(0, 256, (9, 8, channels), np.uint8)
-    assert (np.asarray(pictures.decode(array)) == array[:, :, :3]).all()
+    assert (np.asarray(decode(array)) == array[:, :, :3]).all()
 
 
 def test_exif_orientation_is_ignored():
@@ -104,7 +105,7 @@ def test_exif_orientation_is_ignored():
     exif[0x0112] = 6
     data = io.BytesIO()
     image.save(data, 'JPEG', exif=exif)
-    assert pictures.decode(data.getvalue()).size == image.size
+    assert decode(data.getvalue()).size == image.size
 
 
 # The store
@@ -117,11 +118,11 @@ def test_store_holds_the_source(tree, tmp_path, format):
     assert (made.size, made.classes, made.names) == (24, 2, ['ape', 'bee'])
     assert made.counts == {'train': 13, 'val': 5}
     store.verify(made)
-    source = datasets.open_source(tree)
+    source = sources.open_source(tree)
     for split in ('train', 'val'):
         examples = list(source.read(split, 0))
         assert list(made.labels(split)) == [example.label for example in examples]
-        squares = [pictures.square(example.data, 24) for example in examples]
+        squares = [square(example.data, 24) for example in examples]
         if format == 'u8':
             assert (made.pixels(split) == squares).all()
         else:
@@ -131,7 +132,7 @@ def test_store_holds_the_source(tree, tmp_path, format):
                 image = Image.open(io.BytesIO(record))
                 assert (image.format, image.size) == ('JPEG', (24, 24))
                 assert np.abs(np.asarray(image).astype(int) - pixels).mean() < 8
-    assert json.loads((path / 'store.json').read_text())['filter'] == pictures.FILTER
+    assert json.loads((path / 'store.json').read_text())['filter'] == FILTER
     kinds = {
         f'{split}.{kind}'
         for split in ('train', 'val')
@@ -156,7 +157,7 @@ def test_statistics_stay_exact_for_a_million_pictures():
     count, side = 1_281_167, 256
     image = np.full((side, side, 3), 255 * count, np.int64)
     products = np.full((3, 3), 255**2 * count * side**2, np.int64)
-    facts = pictures.statistics(image, products, count)
+    facts = statistics(image, products, count)
     assert (facts['mean'] == 255).all() and facts['sigma'].max() < 1e-2
 
 
@@ -172,9 +173,9 @@ class Killed(BaseException):
 def test_interrupted_equals_uninterrupted(tree, tmp_path, monkeypatch, format, flush):
     options = {'format': format, 'size': 24}
     prepare.prepare(tree, store=str(tmp_path / 'whole'), **options)
-    monkeypatch.setattr(writer, 'FLUSH_SECONDS', flush)
-    monkeypatch.setattr(writer, 'cores', lambda: 1)
-    real, starts, budget = datasets.open_source, [], 0
+    monkeypatch.setattr(store_writer, 'FLUSH_SECONDS', flush)
+    monkeypatch.setattr(store_writer, 'cores', lambda: 1)
+    real, starts, budget = sources.open_source, [], 0
 
     def killing(*args, **kwargs):
         source = real(*args, **kwargs)
@@ -186,9 +187,9 @@ def test_interrupted_equals_uninterrupted(tree, tmp_path, monkeypatch, format, f
                     raise Killed
                 yield example
 
-        return datasets.Source(source.name, source.class_names, source.splits, read)
+        return sources.Source(source.name, source.class_names, source.splits, read)
 
-    monkeypatch.setattr(datasets, 'open_source', killing)
+    monkeypatch.setattr(sources, 'open_source', killing)
     path = tmp_path / 'broken'
     for budget in (2, 5, 6, 100):  # noqa: B007  read by `killing`
         try:
@@ -206,8 +207,8 @@ def test_interrupted_equals_uninterrupted(tree, tmp_path, monkeypatch, format, f
 def test_sigkill_at_any_moment(tmp_path):
     tree = str(fixtures.write_tree(tmp_path / 'tree', {'ape': 100, 'bee': 100}))
     program = (
-        'import sys; from alexnet_jax import prepare; from alexnet_jax.datasets import writer;'
-        'writer.FLUSH_SECONDS = 0; prepare.prepare(*sys.argv[1:2], store=sys.argv[2], size=200)'
+        'import sys; from alexnet_jax.input import prepare, store_writer;'
+        'store_writer.FLUSH_SECONDS = 0; prepare.prepare(*sys.argv[1:2], store=sys.argv[2], size=200)'
     )
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
     prepare.prepare(tree, store=str(whole), size=200)
@@ -240,12 +241,12 @@ def _stamp(path):
 def test_complete_store_is_opened_without_its_source(tree, tmp_path, monkeypatch):
     path = tmp_path / 'store'
     prepare.prepare(tree, store=str(path), size=24)
-    for name in ('train.index', writer.LOCK):
+    for name in ('train.index', store_writer.LOCK):
         (path / name).write_bytes(b'left by a kill at the very end')
-    monkeypatch.setattr(datasets, 'open_source', None)
+    monkeypatch.setattr(sources, 'open_source', None)
     made = prepare.ensure(source=tree, store=str(path), size=24)
     assert made.counts['train'] == 13
-    assert not (path / 'train.index').exists() and not (path / writer.LOCK).exists()
+    assert not (path / 'train.index').exists() and not (path / store_writer.LOCK).exists()
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def test_a_store_that_is_named_opens_wherever_its_pictures_are(
     before = files(path)
     (tmp_path / 'other').mkdir()
     monkeypatch.chdir(tmp_path / 'other')
-    monkeypatch.setattr(datasets, 'open_source', None)
+    monkeypatch.setattr(sources, 'open_source', None)
     capsys.readouterr()
     assert prepare.ensure(source=source, store=str(path), size=24).counts == {'train': 10, 'val': 1}
     origin = f'source {tmp_path}/here/sub/flowers'
@@ -306,7 +307,7 @@ def test_an_interrupted_store_that_is_named_goes_on_with_its_source_only(
     flowers, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(writer, 'finish', lambda *args, **kwargs: exit())
+        patch.setattr(store_writer, 'finish', lambda *args, **kwargs: exit())
         with pytest.raises(SystemExit):
             prepare.prepare('flowers', store='store', size=24)
     with pytest.raises(UserError, match='is another store .source '):
@@ -318,13 +319,13 @@ def test_an_interrupted_store_that_is_named_goes_on_with_its_source_only(
 def test_the_store_of_a_tfds_name_with_a_config(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
-    from alexnet_jax.datasets import shapes
+    from alexnet_jax.input.sources import shapes_builder
 
-    class TwoConfigs(shapes.AlexnetShapes):
+    class TwoConfigs(shapes_builder.AlexnetShapes):
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ('large', 'small')]
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, 'SPLITS', {'train': (0, 20), 'validation': (1, 10)})
+    monkeypatch.setattr(shapes, 'SPLITS', {'train': (0, 20), 'validation': (1, 10)})
     made = prepare.ensure(source='two_configs/small', dir='sets', size=24)
     assert (made.source, made.counts) == ('two_configs/small', {'train': 20, 'val': 10})
     assert os.listdir('data') == ['two_configs-small-24-jpg']
@@ -362,7 +363,7 @@ class Stopping:
     """`datasets.open_source` that stops the first time, until `go`; that one may then fail."""
 
     def __init__(self, fails=False, later=lambda: None):
-        self.real, self.fails, self.later = datasets.open_source, fails, later
+        self.real, self.fails, self.later = sources.open_source, fails, later
         self.count, self.reached, self.go = 0, threading.Event(), threading.Event()
 
     def __call__(self, *args, **kwargs):
@@ -378,7 +379,7 @@ class Stopping:
 
 
 def two_at_once(stopping, tree, path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, 'open_source', stopping)
+    monkeypatch.setattr(sources, 'open_source', stopping)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(prepare.prepare, tree, store=str(path), size=24)
         try:
@@ -403,21 +404,21 @@ def test_a_waiting_start_takes_over_from_one_that_fails(tree, tmp_path, monkeypa
     path = tmp_path / 'data' / 'store'
 
     def is_held():  # the lock of the first was removed with it
-        with open(path / writer.LOCK, 'ab') as file, pytest.raises(BlockingIOError):
+        with open(path / store_writer.LOCK, 'ab') as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     stopping = Stopping(fails=True, later=is_held)
     first, second = two_at_once(stopping, tree, path, monkeypatch, capsys)
     assert str(first.exception()) == 'the first one fails'
     store.verify(second.result())
-    assert writer.LOCK not in os.listdir(path)
+    assert store_writer.LOCK not in os.listdir(path)
 
 
 def test_a_killed_process_holds_nothing(tree, tmp_path, capsys):
     path = tmp_path / 'store'
     program = (
-        'import sys, time; from alexnet_jax.datasets import writer\n'
-        'with writer.locked(sys.argv[1]): print("held", flush=True); time.sleep(600)'
+        'import sys, time; from alexnet_jax.input import store_writer\n'
+        'with store_writer.locked(sys.argv[1]): print("held", flush=True); time.sleep(600)'
     )
     holder = subprocess.Popen([sys.executable, '-c', program, str(path)], stdout=subprocess.PIPE)
     with holder, concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -428,7 +429,7 @@ def test_a_killed_process_holds_nothing(tree, tmp_path, capsys):
         finally:
             holder.kill()
         store.verify(made.result(60))
-    assert writer.LOCK not in os.listdir(path)
+    assert store_writer.LOCK not in os.listdir(path)
 
 
 @pytest.mark.parametrize('when', ['before', 'after'])
@@ -446,16 +447,16 @@ def test_a_holder_removes_the_folder_while_another_starts(tree, tmp_path, monkey
             path.rmdir()
             path.parent.rmdir()
 
-    monkeypatch.setattr(writer.os, 'makedirs', makedirs)
-    with writer.locked(str(path)):
-        assert os.listdir(path) == [writer.LOCK]
+    monkeypatch.setattr(store_writer.os, 'makedirs', makedirs)
+    with store_writer.locked(str(path)):
+        assert os.listdir(path) == [store_writer.LOCK]
     assert sorted(os.listdir(tmp_path)) == ['tree']  # what it made has gone again
 
 
 def test_folders_that_a_first_try_made_go_too(tmp_path, monkeypatch):
     is_open = iter([False, True])
-    monkeypatch.setattr(writer, '_is_open', lambda *args: next(is_open))
-    with writer.locked(str(tmp_path / 'data' / 'store')):
+    monkeypatch.setattr(store_writer, '_is_open', lambda *args: next(is_open))
+    with store_writer.locked(str(tmp_path / 'data' / 'store')):
         assert os.listdir(tmp_path / 'data') == ['store']
     assert not list(tmp_path.iterdir())
 
@@ -467,16 +468,16 @@ def test_a_folder_that_cannot_be_made_is_no_endless_loop(tmp_path):
 
 
 def test_the_lock_of_the_next_process_is_not_removed(tmp_path):
-    with writer.locked(str(tmp_path)):
-        writer.empty(str(tmp_path))
-        assert os.listdir(tmp_path) == [writer.LOCK]
+    with store_writer.locked(str(tmp_path)):
+        store_writer.empty(str(tmp_path))
+        assert os.listdir(tmp_path) == [store_writer.LOCK]
 
 
 def test_a_file_system_without_locks(tree, tmp_path, monkeypatch):
     def flock(*args):
         raise OSError(37, 'No locks available')
 
-    monkeypatch.setattr(writer.fcntl, 'flock', flock)
+    monkeypatch.setattr(store_writer.fcntl, 'flock', flock)
     store.verify(prepare.prepare(tree, store=str(tmp_path / 'store'), size=24))
 
 
@@ -501,7 +502,7 @@ def test_truncated_picture_is_named_and_nothing_is_left(tree, tmp_path, split):
 
 
 def test_a_long_pass_is_kept_until_the_picture_is_repaired(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, 'FLUSH_SECONDS', 0)
+    monkeypatch.setattr(store_writer, 'FLUSH_SECONDS', 0)
     prepare.prepare(tree, store=str(tmp_path / 'whole'), size=24)
     bad = os.path.join(tree, 'val', 'bee', '001.jpg')
     data = open(bad, 'rb').read()
@@ -518,18 +519,18 @@ def test_a_long_pass_is_kept_until_the_picture_is_repaired(tree, tmp_path, monke
 @pytest.mark.parametrize('label', [-1, 2])
 def test_label_outside_the_class_count(tmp_path, monkeypatch, label):
     pixels = np.zeros((9, 9, 3), np.uint8)
-    source = datasets.Source(
+    source = sources.Source(
         'made',
         ['a', 'b'],
         {'train': 2, 'val': 1},
         lambda split, start: iter(
             [
-                datasets.Example('the first', pixels, 0),
-                datasets.Example('the second', pixels, label),
+                sources.Example('the first', pixels, 0),
+                sources.Example('the second', pixels, label),
             ]
         ),
     )
-    monkeypatch.setattr(datasets, 'open_source', lambda *args, **kwargs: source)
+    monkeypatch.setattr(sources, 'open_source', lambda *args, **kwargs: source)
     with pytest.raises(UserError, match=f'the second: label {label} is outside the 2 classes'):
         prepare.prepare('made', store=str(tmp_path / 'data' / 'store'), size=8)
     assert not list(tmp_path.iterdir())
@@ -546,13 +547,13 @@ def test_a_short_pass_that_fails_leaves_the_folders_as_they_were(tree, tmp_path)
 
 
 def test_source_that_gives_too_few(tree, tmp_path, monkeypatch):
-    real = datasets.open_source
+    real = sources.open_source
 
     def counting_more(*args, **kwargs):
         source = real(*args, **kwargs)
-        return datasets.Source('made', source.class_names, {'train': 13, 'val': 6}, source.read)
+        return sources.Source('made', source.class_names, {'train': 13, 'val': 6}, source.read)
 
-    monkeypatch.setattr(datasets, 'open_source', counting_more)
+    monkeypatch.setattr(sources, 'open_source', counting_more)
     with pytest.raises(UserError, match='made: val gave 5 pictures, not 6'):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
 
@@ -572,7 +573,7 @@ def test_full_disk_is_one_line(tree, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(writer, '_record', full)
+    monkeypatch.setattr(store_writer, '_record', full)
     with pytest.raises(UserError, match='cannot be written: No space left on device'):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
     assert sorted(os.listdir(tmp_path)) == ['tree']
@@ -622,17 +623,21 @@ def test_files_of_the_user_are_no_temporary_files(tree, tmp_path):
     assert 'stats.npz.tmp' not in before
     prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
     assert files(tmp_path / 'store') == before
-    writer.empty(str(tmp_path / 'store'))
+    store_writer.empty(str(tmp_path / 'store'))
     assert files(tmp_path / 'store') == {'a.tmp': b'mine', 'a.index': b'mine'}
 
 
 def test_all_names_that_are_written_are_known(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, 'FLUSH_SECONDS', 0)
-    monkeypatch.setattr(writer, 'clean', lambda path: None)
+    monkeypatch.setattr(store_writer, 'FLUSH_SECONDS', 0)
+    monkeypatch.setattr(store_writer, 'clean', lambda path: None)
     for format in store.FORMATS:
         prepare.prepare(tree, store=str(tmp_path / format), size=24, format=format)
-        assert {writer.PROGRESS, 'val.index'} < {*os.listdir(tmp_path / format)} <= {*writer.FILES}
-        writer.empty(str(tmp_path / format))
+        assert (
+            {store_writer.PROGRESS, 'val.index'}
+            < {*os.listdir(tmp_path / format)}
+            <= {*store_writer.FILES}
+        )
+        store_writer.empty(str(tmp_path / format))
         assert os.listdir(tmp_path / format) == []
 
 
@@ -659,11 +664,11 @@ def test_the_command_refuses_a_val_fraction_that_is_none(tree, tmp_path):
 
 
 def test_an_interrupted_store_of_other_counts_is_not_continued(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, 'finish', lambda *args, **kwargs: exit())
+    monkeypatch.setattr(store_writer, 'finish', lambda *args, **kwargs: exit())
     with pytest.raises(SystemExit):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
     before = files(tmp_path / 'store')
-    assert 'store.json' in before and writer.LOCK not in before
+    assert 'store.json' in before and store_writer.LOCK not in before
     os.remove(os.path.join(tree, 'train', 'ape', '000.jpg'))
     with pytest.raises(UserError, match='counts .*13.*, not .*12.*, or remove .*/store and'):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
@@ -693,7 +698,7 @@ def test_ensure_never_builds_imagenet(tmp_path):
 
 
 def test_ensure_refuses_a_large_set_before_tfds_builds_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds_sets, '_build', None)
+    monkeypatch.setattr(tfds, '_build', None)
     with pytest.raises(UserError, match='python -m alexnet_jax.prepare --source=places365_small'):
         prepare.ensure(source='places365_small', dir=str(tmp_path), store=str(tmp_path / 'store'))
     assert not list(tmp_path.iterdir())

@@ -13,8 +13,8 @@ from PIL import Image
 from alexnet_jax import evaluate, looking, predict, retrieve, visualize
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.store import open_store
 from alexnet_jax.progress import kernel_picture
-from alexnet_jax.store import open_store
 from experiments import cifar_lrn, fig3_filters, fig4_retrieval, lab, report
 from experiments.lab import Lab
 from tests.small_lab import in_process, make

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets import pictures
+from alexnet_jax.input.images import square
 from experiments import resize_difference
 from tests.fixtures import write_tree
 
@@ -20,7 +20,7 @@ def test_our_squares_are_close_to_opencv(height, width):
         np.linspace(0, 8, width).round().astype(int),
     )
     image = coarse[y][:, x]
-    ours = pictures.square(image, 64).astype(int)
+    ours = square(image, 64).astype(int)
     theirs = resize_difference.opencv_square(image, 64)
     assert theirs.shape == (64, 64, 3)
     assert np.abs(ours - theirs).mean() < 3

@@ -10,7 +10,7 @@ import pytest
 
 from alexnet_jax import rundir
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.store import open_store
+from alexnet_jax.input.store import open_store
 from tests.small_run import EXAMPLES, ROOT, assert_same, command, environment, make_store, outcome
 
 ENDS = {'never': 0, 'TensorFlow': 0, 'SIGTERM': 75, 'SIGINT': 75, 'stop_after': 75}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from alexnet_jax import sampler
+from alexnet_jax.input import sampler
 
 DRAWS = 100_000
 

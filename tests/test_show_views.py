@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from alexnet_jax import sampler
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.store import open_store
+from alexnet_jax.input import sampler
+from alexnet_jax.input.store import open_store
 from experiments import show_views
 from tests.tiny_store import write_store
 

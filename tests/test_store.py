@@ -9,7 +9,7 @@ import pytest
 
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices.cpu import cores
-from alexnet_jax.store import open_store, verify
+from alexnet_jax.input.store import open_store, verify
 from tests.tiny_store import decode, write_store
 
 

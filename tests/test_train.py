@@ -12,7 +12,7 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.store import open_store
+from alexnet_jax.input.store import open_store
 from configs import quickstart
 from tests.small_run import assert_same, outcome
 from tests.tiny_store import write_store

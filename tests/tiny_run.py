@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import checkpoint, data, model, rundir, switches
+from alexnet_jax import checkpoint, model, rundir, switches
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.store import open_store
+from alexnet_jax.input import batches
+from alexnet_jax.input.store import open_store
 from configs import quickstart
 from tests.tiny_store import write_store
 
@@ -79,7 +80,7 @@ def save_params(run: Path, step: int, params: dict) -> None:
 def without_tensorflow(monkeypatch) -> None:
     """Pictures are read without TensorFlow, whose import would take most of a short test's time."""
     nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr(data, 'importlib', nothing)
+    monkeypatch.setattr(batches, 'importlib', nothing)
 
 
 def refuses(monkeypatch, tmp_path, module, run, arguments, message) -> None:

@@ -30,7 +30,7 @@ from alexnet_jax import rundir
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import ArgumentParser, UserError, run
 from alexnet_jax.devices import allocator, cpu
-from alexnet_jax.store import open_store
+from alexnet_jax.input.store import open_store
 from experiments.benchmark import report
 from experiments.benchmark.protocol import Worker, WorkerError, drained
 

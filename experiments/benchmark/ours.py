@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alexnet_jax import data, model, optim, steps, switches
+from alexnet_jax import model, optim, steps, switches
 from alexnet_jax.common import configfile
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.batches import fake_batches, train_batches
+from alexnet_jax.input.store import open_store
 from alexnet_jax.job import make_optimizer
-from alexnet_jax.store import open_store
 from experiments.benchmark import operations, plain, protocol
 
 MEAN = 120.0  # of every pixel, where there is no store
@@ -49,7 +50,7 @@ def _mesh(spec, config):
 def _batch(spec, config):
     rows, crop = np.arange(spec['batch']), config.augment.crop
     return next(
-        data.fake_batches(batch=len(rows), rows=rows, crop=crop, classes=spec['classes'], seed=0)
+        fake_batches(batch=len(rows), rows=rows, crop=crop, classes=spec['classes'], seed=0)
     )
 
 
@@ -163,7 +164,7 @@ class Pipeline:
 
     def _open(self):
         size, augment = self._spec['batch'], self._config.augment
-        return data.train_batches(
+        return train_batches(
             open_store(self._spec['store']),
             seed=0,
             batch=size,

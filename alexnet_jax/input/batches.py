@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax import sampler
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets import import_tensorflow
 from alexnet_jax.devices.cpu import cores
-from alexnet_jax.store import Jpegs, Store
+from alexnet_jax.input import sampler
+from alexnet_jax.input.sources import import_tensorflow
+from alexnet_jax.input.store import Jpegs, Store
 
 Batch = dict[str, np.ndarray]
 

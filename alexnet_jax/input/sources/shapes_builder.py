@@ -8,7 +8,7 @@ import io
 import numpy as np
 import tensorflow_datasets as tfds
 
-from alexnet_jax.datasets import figures
+from alexnet_jax.input.sources import shapes
 
 
 class AlexnetShapes(tfds.core.GeneratorBasedBuilder):
@@ -19,11 +19,11 @@ class AlexnetShapes(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            description=figures.__doc__,
+            description=shapes.__doc__,
             features=tfds.features.FeaturesDict(
                 {
                     'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
-                    'label': tfds.features.ClassLabel(names=figures.NAMES),
+                    'label': tfds.features.ClassLabel(names=shapes.NAMES),
                     # x0, y0, x1, y1 in 0..1
                     'box': tfds.features.Tensor(shape=(4,), dtype=np.float32),
                 }
@@ -33,9 +33,9 @@ class AlexnetShapes(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download
-        return {name: self._generate_examples(*split) for name, split in figures.SPLITS.items()}
+        return {name: self._generate_examples(*split) for name, split in shapes.SPLITS.items()}
 
     def _generate_examples(self, split, count):
         for index in range(count):
-            data, label, box = figures.render(figures.SEED, split, index)
+            data, label, box = shapes.render(shapes.SEED, split, index)
             yield index, {'image': io.BytesIO(data), 'label': label, 'box': box}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets.source import Example, Source, import_tensorflow, split_off
+from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, split_off
 
 EMBEDDED = 'alexnet_shapes'
 IMAGENET = 'imagenet2012'
@@ -77,7 +77,7 @@ def _builder(name: str, root: str):
 
     logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns of sets it is about to build
     if name == EMBEDDED:
-        from alexnet_jax.datasets import shapes  # noqa: F401  importing it registers the builder
+        from alexnet_jax.input.sources import shapes_builder  # noqa: F401  registers the builder
 
         tfds.disable_progress_bar()  # it takes seconds
     try:

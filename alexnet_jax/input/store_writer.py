@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets.pictures import square, statistics
-from alexnet_jax.datasets.source import Example, Source
 from alexnet_jax.devices.cpu import cores
+from alexnet_jax.input.images import square, statistics
+from alexnet_jax.input.sources.source import Example, Source
 
 FLUSH_SECONDS = 5.0  # between the points from which an interrupted pass goes on
 INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one row a record

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.datasets.source import Example, Source, split_off
+from alexnet_jax.input.sources.source import Example, Source, split_off
 
 # What Tiny ImageNet has besides pictures: boxes and, instead of class folders in val/, a list.
 BOXES, LIST = '_boxes.txt', 'val_annotations.txt'

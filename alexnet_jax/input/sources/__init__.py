@@ -2,8 +2,8 @@
 
 import os
 
-from alexnet_jax.datasets import folder, tfds_sets
-from alexnet_jax.datasets.source import Example, Source, import_tensorflow
+from alexnet_jax.input.sources import folder, tfds
+from alexnet_jax.input.sources.source import Example, Source, import_tensorflow
 
 __all__ = ['Example', 'Source', 'import_tensorflow', 'is_folder', 'is_large', 'open_source']
 
@@ -22,7 +22,7 @@ def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:
     Raises:
       UserError: there is no TFDS set of this name, or its files are missing.
     """
-    return not is_folder(name) and tfds_sets.is_large(name, data_dir, pictures)
+    return not is_folder(name) and tfds.is_large(name, data_dir, pictures)
 
 
 def open_source(
@@ -44,4 +44,4 @@ def open_source(
     """
     if is_folder(name):
         return folder.open_folder(os.path.expanduser(name), val_fraction=val_fraction, seed=seed)
-    return tfds_sets.open_tfds(name, data_dir=data_dir, val_fraction=val_fraction, seed=seed)
+    return tfds.open_tfds(name, data_dir=data_dir, val_fraction=val_fraction, seed=seed)
