@@ -2,16 +2,17 @@
 
 import jax
 
-from alexnet_jax import checkpoint, model, optim, rundir, switches
+from alexnet_jax import model, optim, switches
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices import preemption
+from alexnet_jax.rundir import checkpoint, directory
 
 
 def check(config, workdir: paths.Path) -> jax.sharding.Mesh:
     """The mesh that the config asks for; UserError if values, devices or directories do not allow it."""
-    rundir.check(config, workdir)
+    directory.check(config, workdir)
     mesh, layers, last = _values(config)
     _start(config, workdir, layers, last)
     return mesh
@@ -77,7 +78,7 @@ def _start(config, workdir: paths.Path, layers: dict, last: str) -> None:
         own.shapes()
     elif config.train.init_from:
         path = paths.path(config.train.init_from)
-        rundir.read_config(path)
+        directory.read_config(path)
         there = checkpoint.Checkpoints(path / 'checkpoints').shapes()
         for layer in [name for name in layers if name != last]:
             for name, leaf in layers[layer].items():

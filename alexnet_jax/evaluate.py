@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import checkpoint, metrics, model, rundir, steps, switches
+from alexnet_jax import model, steps, switches
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import ArgumentParser, UserError, choose, log_to_stdout, run
 from alexnet_jax.devices import allocator, distributed
@@ -24,6 +24,7 @@ from alexnet_jax.input import prepare
 from alexnet_jax.input.batches import eval_batches
 from alexnet_jax.input.images import square
 from alexnet_jax.input.store import Store
+from alexnet_jax.rundir import checkpoint, directory, metrics
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
 
@@ -62,7 +63,7 @@ class Run(NamedTuple):
     net: model.AlexNet
     step: int
     params: dict
-    facts: rundir.Facts
+    facts: directory.Facts
 
 
 def open_run(path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest') -> Run:
@@ -71,7 +72,7 @@ def open_run(path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest') ->
     Raises UserError for what is not a run directory and for missing or damaged checkpoints.
     """
     path = paths.path(path)
-    config, facts = rundir.read_config(path), rundir.read_facts(path)
+    config, facts = directory.read_config(path), directory.read_facts(path)
     net = switches.build(classes=len(facts.names), **config['model'])
     shapes = jax.eval_shape(lambda: model.init(net, 0, config['augment']['crop']))
     shardings = meshes.shardings(mesh, model.param_specs(shapes, mesh.shape['model']))
@@ -108,7 +109,7 @@ def open_store(runs: Sequence[Run], store: str = '') -> Store:
                 f'{opened.path} has {opened.size}'
             )
     if not store:  # others, of the same classes, only where they are asked for
-        rundir.check_store(first.path, opened)
+        directory.check_store(first.path, opened)
     return opened
 
 
@@ -164,7 +165,7 @@ def compare(
     store: where the prepared pictures are, if not where the first run had them. Raises UserError
     for what is not a run directory, for damaged checkpoints, and for runs on different classes.
     """
-    configs = [rundir.read_config(path) for path in run_dirs]
+    configs = [directory.read_config(path) for path in run_dirs]
     towers = {config['model']['towers'] for config in configs}
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})

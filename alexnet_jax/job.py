@@ -8,21 +8,12 @@ from collections.abc import Callable
 
 import jax
 
-from alexnet_jax import (
-    checkpoint,
-    diagnosis,
-    evaluate,
-    metrics,
-    model,
-    optim,
-    rundir,
-    steps,
-    switches,
-)
+from alexnet_jax import diagnosis, evaluate, model, optim, steps, switches
 from alexnet_jax.common import paths
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import Store
+from alexnet_jax.rundir import checkpoint, directory, metrics
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +140,7 @@ class Job:
 
 def _params_from(run_dir: str, target: dict, fresh: dict, last: str) -> dict:
     """Another run's parameters; the last layer stays fresh where the class count differs."""
-    rundir.read_config(run_dir)
+    directory.read_config(run_dir)
     other = checkpoint.Checkpoints(paths.path(run_dir) / 'checkpoints')
     there = other.shapes()
     bias = there.get(f'params/{last}/bias')

@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageDraw, ImageFont
 
-from alexnet_jax import evaluate, looking, rundir, steps
+from alexnet_jax import evaluate, looking, steps
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, run
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.input.store import Store
+from alexnet_jax.rundir import directory
 
 
 def make_features(trained: evaluate.Run, mesh: Mesh) -> Callable[[Batch], np.ndarray]:
@@ -155,7 +156,7 @@ def main() -> None:
         raise UserError('--threads must not be below 0')
     if args.images and args.queries is not None:
         raise UserError('--queries is for the validation split: leave it or the pictures out')
-    towers = rundir.read_config(args.run)['model']['towers']
+    towers = directory.read_config(args.run)['model']['towers']
     mesh = meshes.make((0, 0), towers=towers, batches={'--batch': args.batch})
     trained = evaluate.open_run(args.run, mesh, args.step)
     store = evaluate.open_store([trained], args.store)

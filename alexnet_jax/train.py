@@ -11,13 +11,14 @@ import numpy as np
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from alexnet_jax import checkpoint, checks, diagnosis, metrics, progress, rundir
+from alexnet_jax import checks, diagnosis, progress
 from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import distributed, preemption
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import prepare
 from alexnet_jax.job import Job
+from alexnet_jax.rundir import checkpoint, directory, metrics
 
 log = logging.getLogger(__name__)
 NOT_FINITE = 'is not finite'  # what every message about a training that diverged says
@@ -36,7 +37,7 @@ def train(config, workdir: str | os.PathLike) -> None:
     mesh = checks.check(config, workdir)
     store = prepare.ensure(**config.data, alone=jax.process_count() == 1)
     distributed.agree({f'the store {config.data.store}': store.identity()})
-    rundir.check_store(workdir, store)
+    directory.check_store(workdir, store)
     job = Job.make(config, mesh, store)
     checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=config.run.keep)
     there = checkpoints.steps()
@@ -60,7 +61,7 @@ def train(config, workdir: str | os.PathLike) -> None:
         log.info('resuming at step %s', f'{step:,}')
     main_process = jax.process_index() == 0
     with (
-        rundir.locked(workdir) if main_process else contextlib.nullcontext(),
+        directory.locked(workdir) if main_process else contextlib.nullcontext(),
         preemption.watch(config.run.stop_after, step) as stop,
     ):
         if main_process and checkpoints.steps() != there:
@@ -68,7 +69,7 @@ def train(config, workdir: str | os.PathLike) -> None:
         writer = metrics.Writer(workdir, start=step, active=main_process)
         try:
             if main_process:
-                rundir.write(config, workdir, store)
+                directory.write(config, workdir, store)
             if config.train.init_from and not checkpoints.steps():  # the other run may change
                 checkpoints.save(step, state, {'history': history, 'running': running})
             _loop(job, state, history, running, checkpoints, writer, workdir, stop)

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax import evaluate, metrics
+from alexnet_jax import evaluate
+from alexnet_jax.rundir import metrics
 from experiments import lab as labs
 
 TITLE = 'Ablations of the ImageNet network (§3, §4, §7)'

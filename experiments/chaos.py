@@ -44,9 +44,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import checkpoint, metrics, optim, progress, rundir
+from alexnet_jax import optim, progress
 from alexnet_jax.common.errors import ArgumentParser, UserError, run
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.rundir import checkpoint, directory, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES, EXAMPLES, BATCH = 4, 60, 8  # 7.5 steps an epoch
@@ -523,7 +524,7 @@ def main() -> None:
     draw_pictures(folder / 'pictures', np.random.default_rng([args.seed, 0]))
     record = {
         'command': ['python', '-m', 'experiments.chaos', *sys.argv[1:]],
-        'commit': rundir.commit(),
+        'commit': directory.commit(),
         'jax': version('jax'),
         'orbax': version('orbax-checkpoint'),
         'machine': f'{platform.system()} {platform.machine()}, {os.cpu_count()} cores',

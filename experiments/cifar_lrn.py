@@ -16,8 +16,9 @@ centre, and their mirror images).
 import math
 import statistics
 
-from alexnet_jax import evaluate, metrics, rundir
+from alexnet_jax import evaluate
 from alexnet_jax.common import configfile
+from alexnet_jax.rundir import directory, metrics
 from experiments import lab as labs
 
 TITLE = 'Local response normalization on CIFAR-10 (§3.3)'
@@ -80,7 +81,7 @@ def whole(net: str) -> float:
 
 def errors(workdir) -> dict[str, float]:
     """The test errors of a finished run, %, by view; only one where the crop is the whole picture."""
-    fields = rundir.read_config(workdir)
+    fields = directory.read_config(workdir)
     views = tuple(VIEWS) if fields['augment']['crop'] < fields['data']['size'] else ('centre',)
     sums = evaluate.compare([workdir], views=views)
     return {view: metrics.errors(values)['top1_error'] for (_, view), values in sums.items()}

@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import checkpoint, evaluate, looking, model, steps
+from alexnet_jax import evaluate, looking, model, steps
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.rundir import checkpoint
 from experiments import lab as labs
 
 TITLE = 'Does it train from the initial values of the text? (§5)'

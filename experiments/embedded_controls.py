@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 
-from alexnet_jax import evaluate, metrics, steps, train
+from alexnet_jax import evaluate, steps, train
 from alexnet_jax.common.errors import run
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.images import decode, square
 from alexnet_jax.input.sources import shapes
+from alexnet_jax.rundir import metrics
 from configs import quickstart
 
 CROPS = {'centre': 'centre crop', 'ten': 'ten crops'}

@@ -40,10 +40,10 @@ from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
 from typing import Any
 
-from alexnet_jax import metrics, rundir
 from alexnet_jax.common import configfile, errors, paths
 from alexnet_jax.common.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
 from alexnet_jax.devices import mesh
+from alexnet_jax.rundir import directory, metrics
 from alexnet_jax.train import NOT_FINITE
 
 SCALES = ('smoke', 'small', 'full')
@@ -255,7 +255,7 @@ def apart(function: Callable, *args):
 
 def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
     """Results of runs that were made elsewhere, called like their directories; they are not kept."""
-    seeds = {run: rundir.read_config(run)['seed'] for run in runs}
+    seeds = {run: directory.read_config(run)['seed'] for run in runs}
     return {
         run: {
             'name': run,

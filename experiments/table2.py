@@ -28,10 +28,11 @@ import os
 import pathlib
 import shutil
 
-from alexnet_jax import evaluate, metrics
+from alexnet_jax import evaluate
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import sources
 from alexnet_jax.input.sources import shapes
+from alexnet_jax.rundir import metrics
 from experiments import ablations
 from experiments import lab as labs
 

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alexnet_jax import metrics, progress
+from alexnet_jax import progress
 from alexnet_jax.devices import allocator
+from alexnet_jax.rundir import metrics
 from experiments.chaos import compilation_cache
 from tests.tiny_store import write_store
 
@@ -27,7 +28,9 @@ runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
 # The program as users start it, but for one event at which it kills itself.
 DRIVER = """
 import os, pathlib, signal, sys, tempfile, time
-from alexnet_jax import checkpoint, evaluate, main, metrics, train
+from alexnet_jax import evaluate, main, train
+from alexnet_jax.rundir import checkpoint
+from alexnet_jax.rundir import metrics
 from alexnet_jax.input import batches
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import run

@@ -17,9 +17,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from alexnet_jax import fingerprint
-from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.rundir import fingerprint
+from alexnet_jax.rundir.checkpoint import Checkpoints
 from experiments.launch.local import free_port
 
 
@@ -442,7 +442,8 @@ WORKER = """
 import json, logging, pathlib, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from alexnet_jax import checkpoint, fingerprint
+from alexnet_jax.rundir import checkpoint
+from alexnet_jax.rundir import fingerprint
 from alexnet_jax.common import errors
 
 folder, port, process = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -26,11 +26,12 @@ from etils.epath import backend, gpath, stat_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 import alexnet_jax
-from alexnet_jax import checks, evaluate, metrics, progress, rundir, train
-from alexnet_jax.checkpoint import Checkpoints, SaveError
+from alexnet_jax import checks, evaluate, progress, train
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import distributed
+from alexnet_jax.rundir import directory, metrics
+from alexnet_jax.rundir.checkpoint import Checkpoints, SaveError
 from tests.test_train import BATCH, EXAMPLES, make_config
 from tests.tiny_store import write_store
 
@@ -426,12 +427,12 @@ def test_rows_reach_a_bucket_whole(bucket):
 def test_a_bucket_that_fails(bucket, monkeypatch):
     """Whatever the libraries raise becomes one line."""
     with pytest.raises(UserError, match='gs://bucket/none: not a run directory .*404'):
-        rundir.read_config('gs://bucket/none')
+        directory.read_config('gs://bucket/none')
     with pytest.raises(UserError, match='s3://bucket/run: give a folder, or gs://BUCKET/RUN'):
         paths.path('s3://bucket/run')
     workdir = paths.path('gs://bucket/new')
     before = dict(bucket.objects)
-    rundir.check(None, workdir)
+    directory.check(None, workdir)
     distributed.check_shared(workdir)
     assert bucket.objects == before  # nothing is left of the trials
 
@@ -447,7 +448,7 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
     with pytest.raises(
         UserError, match=r'--workdir=gs://bucket/new: .* \(403: no access\); give'
     ) as error:
-        rundir.check(None, workdir)
+        directory.check(None, workdir)
     assert '\n' not in str(error.value)
     with pytest.raises(
         UserError, match='gs://bucket/new/metrics.jsonl: .*403: no access.* goes on'
@@ -458,4 +459,4 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
         checkpoints.save(1, STATE, {})
     monkeypatch.setitem(sys.modules, 'google.cloud.storage', None)
     with pytest.raises(UserError, match='pip install google-cloud-storage'):
-        rundir.check(None, workdir)
+        directory.check(None, workdir)

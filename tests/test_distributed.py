@@ -7,11 +7,12 @@ import time
 
 import pytest
 
-from alexnet_jax import evaluate, metrics
+from alexnet_jax import evaluate
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import distributed
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import open_store
+from alexnet_jax.rundir import metrics
 from experiments.launch.local import free_port
 from tests.small_run import (
     ROOT,

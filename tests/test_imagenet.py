@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from alexnet_jax import metrics
+from alexnet_jax.rundir import metrics
 from tests.fixtures import write_imagenet_tars
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import alexnet_jax
-from alexnet_jax import evaluate, metrics
+from alexnet_jax import evaluate
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.images import square
+from alexnet_jax.rundir import metrics
 from experiments.chaos import compilation_cache
 from tests import fixtures
 from tests.small_run import WITHOUT_TENSORFLOW

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import metrics
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.rundir import metrics
 
 
 def write_lines(workdir, *lines):
@@ -203,7 +203,7 @@ def test_tensorflow_is_not_imported(tmp_path):
     code = f"""
 import sys
 import numpy as np
-from alexnet_jax import metrics
+from alexnet_jax.rundir import metrics
 writer = metrics.Writer({str(tmp_path)!r}, start=-1)
 writer.write('train', 0, {{'loss': 1.0}})
 writer.image('conv1', 0, np.zeros((4, 4, 3), np.uint8))

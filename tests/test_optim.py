@@ -9,9 +9,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import fingerprint, optim, steps, train
+from alexnet_jax import optim, steps, train
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.rundir import fingerprint
 from configs import base, cnn_star, large_batch, original
 
 MOMENTUM, DECAY, TRUST = 0.9, 5e-4, 0.02

@@ -8,9 +8,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from alexnet_jax import rundir
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input.store import open_store
+from alexnet_jax.rundir import directory
 from tests.small_run import EXAMPLES, ROOT, assert_same, command, environment, make_store, outcome
 
 ENDS = {'never': 0, 'TensorFlow': 0, 'SIGTERM': 75, 'SIGINT': 75, 'stop_after': 75}
@@ -113,19 +113,19 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(store, tmp_path, changed)
     opened = open_store(store)
     other = dataclasses.replace(opened, **changed)
     run = tmp_path / 'run'
-    rundir.check_store(run, other)  # it has not begun
-    rundir.write(ml_collections.ConfigDict({'seed': 0}), run, opened)
-    rundir.check_store(run, opened)
+    directory.check_store(run, other)  # it has not begun
+    directory.write(ml_collections.ConfigDict({'seed': 0}), run, opened)
+    directory.check_store(run, opened)
     with pytest.raises(UserError, match='began with other pictures'):
-        rundir.check_store(run, other)
+        directory.check_store(run, other)
 
 
 def test_a_run_directory_without_store_json_goes_on(store, tmp_path):
     """As those had none that were made before counts were compared."""
     opened = open_store(store)
-    rundir.write(ml_collections.ConfigDict({'seed': 0}), tmp_path, opened)
+    directory.write(ml_collections.ConfigDict({'seed': 0}), tmp_path, opened)
     (tmp_path / 'store.json').unlink()
-    rundir.check_store(tmp_path, opened)
+    directory.check_store(tmp_path, opened)
     (tmp_path / 'store.json').write_text('{')
     with pytest.raises(UserError, match='store.json cannot be read'):
-        rundir.check_store(tmp_path, opened)
+        directory.check_store(tmp_path, opened)

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from alexnet_jax import rundir
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.rundir import directory
 from configs import original
 
 HOLDER = """
 import pathlib, sys, time
-from alexnet_jax import rundir
-with rundir.locked(pathlib.Path(sys.argv[1])):
+from alexnet_jax.rundir import directory
+with directory.locked(pathlib.Path(sys.argv[1])):
     print('held', flush=True)
     time.sleep(600)
 """
@@ -28,15 +28,15 @@ def test_one_start_at_a_time(tmp_path):
     try:
         assert holder.stdout.readline() == 'held\n'
         with pytest.raises(UserError, match='another process is training here'):
-            with rundir.locked(tmp_path / 'run'):
+            with directory.locked(tmp_path / 'run'):
                 pass
     finally:
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    with rundir.locked(tmp_path / 'run'):
+    with directory.locked(tmp_path / 'run'):
         pass
-    with rundir.locked(tmp_path / 'run'):
+    with directory.locked(tmp_path / 'run'):
         assert not list((tmp_path / 'run').iterdir())
 
 
@@ -44,9 +44,9 @@ def test_a_commit_where_git_is(monkeypatch):
     described = subprocess.run(
         ['git', 'describe', '--always'], capture_output=True, text=True, check=False
     )
-    assert rundir.commit().removesuffix('-dirty') == (described.stdout.strip() or 'unknown')
+    assert directory.commit().removesuffix('-dirty') == (described.stdout.strip() or 'unknown')
     monkeypatch.setenv('PATH', '/nowhere')
-    assert rundir.commit() == 'unknown'
+    assert directory.commit() == 'unknown'
 
 
 def test_a_commit_is_dirty_where_code_was_changed(tmp_path, monkeypatch):
@@ -62,48 +62,50 @@ def test_a_commit_is_dirty_where_code_was_changed(tmp_path, monkeypatch):
         file.write_text('as committed')
     for words in ('init', 'add .', '-c user.name=a -c user.email=a commit -m first'):
         subprocess.run(['git', *words.split()], cwd=tmp_path, check=True, capture_output=True)
-    monkeypatch.setattr(rundir, '__file__', str(tmp_path / code[0]))
-    clean = rundir.commit()
+    monkeypatch.setattr(directory, '__file__', str(tmp_path / code[0]))
+    clean = directory.commit()
     assert clean != 'unknown'
     for name in written:
         (tmp_path / name).write_text('changed')
     (tmp_path / 'experiments/results/new.json').touch()
     (tmp_path / code[1]).write_text('as committed')  # written, not changed
-    assert rundir.commit() == clean
+    assert directory.commit() == clean
     for name in code:
         (tmp_path / name).write_text('changed')
-        assert rundir.commit() == f'{clean}-dirty'
+        assert directory.commit() == f'{clean}-dirty'
         (tmp_path / name).write_text('as committed')
-    assert rundir.commit() == clean
+    assert directory.commit() == clean
     (tmp_path / 'experiments/new.py').touch()
-    assert rundir.commit() == f'{clean}-dirty'
+    assert directory.commit() == f'{clean}-dirty'
 
 
 def test_the_processor_and_its_cores(monkeypatch):
-    monkeypatch.setattr(rundir.os, 'sched_getaffinity', lambda process: {3}, raising=False)
-    monkeypatch.setattr(rundir.pathlib.Path, 'read_text', lambda path: f'model name\t: {path}: 9\n')
-    assert rundir.processor() == '/proc/cpuinfo: 9 (1 core)'
-    monkeypatch.setattr(rundir.pathlib.Path, 'read_text', lambda path: 'CPU part\t: 0xd0c\n')
+    monkeypatch.setattr(directory.os, 'sched_getaffinity', lambda process: {3}, raising=False)
+    monkeypatch.setattr(
+        directory.pathlib.Path, 'read_text', lambda path: f'model name\t: {path}: 9\n'
+    )
+    assert directory.processor() == '/proc/cpuinfo: 9 (1 core)'
+    monkeypatch.setattr(directory.pathlib.Path, 'read_text', lambda path: 'CPU part\t: 0xd0c\n')
     monkeypatch.setattr(platform, 'processor', lambda: '')
     monkeypatch.setattr(platform, 'machine', lambda: 'aarch64')
-    assert rundir.processor() == 'aarch64 (1 core)'
+    assert directory.processor() == 'aarch64 (1 core)'
 
 
 def test_a_damaged_run_json_is_named(tmp_path):
     (tmp_path / 'run.json').write_text(json.dumps([])[:1])
     with pytest.raises(UserError, match='run.json: not JSON'):
-        rundir.write(None, tmp_path, None)
+        directory.write(None, tmp_path, None)
 
 
 def test_a_run_made_before_some_fields_were_there_goes_on(tmp_path):
     config = original.get_config()
     there = json.loads(json.dumps(config.to_dict()))
-    for part, later in rundir.LATER.items():
+    for part, later in directory.LATER.items():
         for field in later:
             del there[part][field]
     (tmp_path / 'config.json').write_text(json.dumps(there))
-    rundir.check(config, tmp_path)
-    assert rundir.read_config(tmp_path)['model']['net'] == 'alexnet'
+    directory.check(config, tmp_path)
+    assert directory.read_config(tmp_path)['model']['net'] == 'alexnet'
     config.optim.name = 'lars'
     with pytest.raises(UserError, match="config.optim.name: 'sgd' there, 'lars' here"):
-        rundir.check(config, tmp_path)
+        directory.check(config, tmp_path)

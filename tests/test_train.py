@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import checkpoint, checks, diagnosis, evaluate, metrics, optim, train
-from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax import checks, diagnosis, evaluate, optim, train
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import open_store
+from alexnet_jax.rundir import checkpoint, metrics
+from alexnet_jax.rundir.checkpoint import Checkpoints
 from configs import quickstart
 from tests.small_run import assert_same, outcome
 from tests.tiny_store import write_store

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import checkpoint, model, rundir, switches
+from alexnet_jax import model, switches
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import open_store
+from alexnet_jax.rundir import checkpoint, directory
 from configs import quickstart
 from tests.tiny_store import write_store
 
@@ -54,7 +55,7 @@ def write_run(folder: Path) -> TinyRun:
     )
     net = switches.build(classes=CLASSES, **config.model)
     params = random_params(net, CROP, seed=0)
-    rundir.write(config, folder / 'run', store)
+    directory.write(config, folder / 'run', store)
     save_params(folder / 'run', STEP, params)
     return TinyRun(folder / 'run', folder / 'store', pictures, net, params, store.mean)
 

@@ -26,11 +26,11 @@ import tempfile
 import time
 from importlib.metadata import version
 
-from alexnet_jax import rundir
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import ArgumentParser, UserError, run
 from alexnet_jax.devices import allocator, cpu
 from alexnet_jax.input.store import open_store
+from alexnet_jax.rundir import directory
 from experiments.benchmark import report
 from experiments.benchmark.protocol import Worker, WorkerError, drained
 
@@ -239,7 +239,7 @@ def _machine(kind: str) -> dict:
         'python': platform.python_version(),
         'jax': version('jax'),
         'jaxlib': version('jaxlib'),
-        'commit': rundir.commit(),
+        'commit': directory.commit(),
         'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
     }
 

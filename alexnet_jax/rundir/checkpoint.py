@@ -26,9 +26,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from alexnet_jax import fingerprint, manager
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.rundir import fingerprint, manager
 
 log = logging.getLogger(__name__)
 
