@@ -2,11 +2,13 @@
 
 import jax
 
-from alexnet_jax import model, optim, switches
+from alexnet_jax import optim
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices import preemption
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory
 
 
@@ -20,7 +22,7 @@ def check(config, workdir: paths.Path) -> jax.sharding.Mesh:
 
 def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
     """The mesh, the shapes of a network for one class, and the name of its last layer."""
-    net = switches.build(classes=1, **config.model)
+    net = build(classes=1, **config.model)
     optim.make_rates(examples=1, batch=1, **config.optim)
     for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep', 'dispatch'):
         if config.run[field] <= 0:
@@ -49,7 +51,7 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
             f'config.data.size={config.data.size} pixels'
         )
     try:
-        layers = jax.eval_shape(lambda: model.init(net, 0, config.augment.crop))
+        layers = jax.eval_shape(lambda: alexnet.init(net, 0, config.augment.crop))
     except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about some shape
         raise UserError(
             f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels: '

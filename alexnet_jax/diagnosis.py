@@ -6,7 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alexnet_jax import model, steps
+from alexnet_jax import steps
+from alexnet_jax.nets import alexnet
 
 STUCK = 0.005  # of ln(classes): how near to it a loss counts as one that has learnt nothing
 CAUSES = (
@@ -20,7 +21,7 @@ HINT = (
 )
 
 
-def make_find_broken(net: model.AlexNet, *, seed: int, **inputs_of) -> Callable:
+def make_find_broken(net: alexnet.AlexNet, *, seed: int, **inputs_of) -> Callable:
     """find_broken(params, step, batch, rates) -> where a training step stopped being finite.
 
     On any mesh; inputs_of: what `steps.make_inputs` takes. Without a step it looks at params alone.
@@ -51,7 +52,7 @@ def _finite(layers: dict) -> dict[str, jax.Array]:
     return {name: steps.all_finite(arrays) for name, arrays in layers.items()}
 
 
-def first_broken(net: model.AlexNet, finite: dict[str, dict[str, bool]]) -> str:
+def first_broken(net: alexnet.AlexNet, finite: dict[str, dict[str, bool]]) -> str:
     """Where it began, from which params, activations and gradients are finite."""
     bad = {kind: [n for n in net.names if not found.get(n, True)] for kind, found in finite.items()}
     # A gradient that is not finite makes those of all layers below it so, too: the last is the first.

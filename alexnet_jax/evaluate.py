@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet_jax import model, steps, switches
+from alexnet_jax import steps
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import ArgumentParser, UserError, choose, log_to_stdout, run
 from alexnet_jax.devices import allocator, distributed
@@ -24,6 +24,8 @@ from alexnet_jax.input import prepare
 from alexnet_jax.input.batches import eval_batches
 from alexnet_jax.input.images import square
 from alexnet_jax.input.store import Store
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory, metrics
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
@@ -60,7 +62,7 @@ class Run(NamedTuple):
 
     path: paths.Path
     config: dict
-    net: model.AlexNet
+    net: alexnet.AlexNet
     step: int
     params: dict
     facts: directory.Facts
@@ -73,9 +75,9 @@ def open_run(path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest') ->
     """
     path = paths.path(path)
     config, facts = directory.read_config(path), directory.read_facts(path)
-    net = switches.build(classes=len(facts.names), **config['model'])
-    shapes = jax.eval_shape(lambda: model.init(net, 0, config['augment']['crop']))
-    shardings = meshes.shardings(mesh, model.param_specs(shapes, mesh.shape['model']))
+    net = build(classes=len(facts.names), **config['model'])
+    shapes = jax.eval_shape(lambda: alexnet.init(net, 0, config['augment']['crop']))
+    shardings = meshes.shardings(mesh, alexnet.param_specs(shapes, mesh.shape['model']))
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

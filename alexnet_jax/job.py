@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 import jax
 
-from alexnet_jax import diagnosis, evaluate, model, optim, steps, switches
+from alexnet_jax import diagnosis, evaluate, optim, steps
 from alexnet_jax.common import paths
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import Store
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory, metrics
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class Job:
     config: object
     mesh: jax.sharding.Mesh
     store: Store
-    net: model.AlexNet
+    net: alexnet.AlexNet
     optimizer: object
     rates: Callable
     total: int  # steps, at the most
@@ -50,7 +52,7 @@ class Job:
 
     @classmethod
     def make(cls, config, mesh, store: Store) -> 'Job':
-        net = switches.build(classes=store.classes, **config.model)
+        net = build(classes=store.classes, **config.model)
         optimizer = make_optimizer(config, mesh)
         examples, crop = store.counts['train'], config.augment.crop
         inputs_of = {

@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import model
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices.backend import choices
+from alexnet_jax.nets import alexnet
 
 VIEWS = {  # windows as fractions of the room, and flips; in the source's order (`original.md` §5)
     'centre': [(0.5, 0.5, False)],
@@ -78,7 +78,7 @@ def make_inputs(
     return inputs
 
 
-def apply_loss(net: model.AlexNet, params, x, labels, seed: int, step, rows):
+def apply_loss(net: alexnet.AlexNet, params, x, labels, seed: int, step, rows):
     """In training mode -> losses f32[B] (nats), logits f32[B,K], and the layers' activations."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     logits, out = net.apply({'params': params}, x, key, rows)
@@ -108,7 +108,7 @@ def count(scores, losses, labels, mask) -> dict[str, jax.Array]:
     }
 
 
-def abstract_state(net: model.AlexNet, optimizer, mesh: Mesh, crop: int) -> TrainState:
+def abstract_state(net: alexnet.AlexNet, optimizer, mesh: Mesh, crop: int) -> TrainState:
     """The shapes and shardings of the state on a mesh: what `init_state` makes, checkpoints restore."""
     shapes = jax.eval_shape(lambda: _init(net, optimizer, 0, crop))
     shardings = meshes.shardings(mesh, state_specs(shapes, mesh))
@@ -118,13 +118,13 @@ def abstract_state(net: model.AlexNet, optimizer, mesh: Mesh, crop: int) -> Trai
 
 
 def _init(net, optimizer, seed, crop):
-    params = model.init(net, seed, crop)
+    params = alexnet.init(net, seed, crop)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def state_specs(state: TrainState, mesh: Mesh) -> TrainState:
     """The partition spec of every leaf: whatever is shaped like the parameters is divided like them."""
-    specs = model.param_specs(state.params, mesh.shape['model'])
+    specs = alexnet.param_specs(state.params, mesh.shape['model'])
     structure = jax.tree.structure(state.params)
 
     def of(x):
@@ -136,7 +136,7 @@ def state_specs(state: TrainState, mesh: Mesh) -> TrainState:
     return TrainState(P(), specs, opt_specs)
 
 
-def init_state(net: model.AlexNet, optimizer, mesh: Mesh, *, seed: int, crop: int) -> TrainState:
+def init_state(net: alexnet.AlexNet, optimizer, mesh: Mesh, *, seed: int, crop: int) -> TrainState:
     """A fresh state, the same on every mesh."""
     target = abstract_state(net, optimizer, mesh, crop)
     shardings = jax.tree.map(lambda x: x.sharding, target)
@@ -144,7 +144,7 @@ def init_state(net: model.AlexNet, optimizer, mesh: Mesh, *, seed: int, crop: in
 
 
 def make_train_step(
-    net: model.AlexNet,
+    net: alexnet.AlexNet,
     optimizer,
     mesh: Mesh,
     *,
@@ -161,7 +161,7 @@ def make_train_step(
     several updates, none after a loss that is not finite; every array of batch, rates and sums then has
     a leading axis, the updates.
     """
-    local = model.localize(net, mesh.shape['model'])
+    local = alexnet.localize(net, mesh.shape['model'])
     shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, inputs_of['mean'].shape[0]))
     specs = state_specs(shapes, mesh)
     inputs = make_inputs(**inputs_of)
@@ -214,14 +214,14 @@ def make_train_step(
 
 
 def make_predict(
-    net: model.AlexNet, mesh: Mesh, *, mean: np.ndarray, views: str, crop: int
+    net: alexnet.AlexNet, mesh: Mesh, *, mean: np.ndarray, views: str, crop: int
 ) -> Callable:
     """predict(params, images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views.
 
     views: 'centre' or 'ten' (§4.1). The windows of `crop` pixels and the flips are taken on the
     device, one view at a time.
     """
-    local = model.localize(net, mesh.shape['model'])
+    local = alexnet.localize(net, mesh.shape['model'])
     window = window_mean(mean, crop)
 
     def predict(params, images):
@@ -243,23 +243,23 @@ def make_predict(
     return _forward(predict, net, mesh, crop, P('data'))
 
 
-def _forward(function: Callable, net: model.AlexNet, mesh: Mesh, crop: int, out: P) -> Callable:
+def _forward(function: Callable, net: alexnet.AlexNet, mesh: Mesh, crop: int, out: P) -> Callable:
     """function(params, images), over a mesh; out: how its result is divided."""
-    shapes = jax.eval_shape(lambda: model.init(net, 0, crop))
-    specs = model.param_specs(shapes, mesh.shape['model'])
+    shapes = jax.eval_shape(lambda: alexnet.init(net, 0, crop))
+    specs = alexnet.param_specs(shapes, mesh.shape['model'])
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=(specs, P('data')), out_specs=out, check_vma=True
     )
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, out))
 
 
-def make_features(net: model.AlexNet, mesh: Mesh, *, mean: np.ndarray, crop: int) -> Callable:
+def make_features(net: alexnet.AlexNet, mesh: Mesh, *, mean: np.ndarray, crop: int) -> Callable:
     """features(params, images u8[B,S,S,3]) -> f32[B,F], of the centre crop in test mode.
 
     The last intermediate before the logits, over all towers: in the paper's network the activations
     of fc7 (§6.1), without the halving of dropout. Where that is a map, it is flattened.
     """
-    local = model.localize(net, mesh.shape['model'])
+    local = alexnet.localize(net, mesh.shape['model'])
     window = window_mean(mean, crop)
 
     def features(params, images):

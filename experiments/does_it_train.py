@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import evaluate, looking, model, steps
+from alexnet_jax import evaluate, looking, steps
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.nets import alexnet
 from alexnet_jax.rundir import checkpoint
 from experiments import lab as labs
 
@@ -117,7 +118,7 @@ def look(workdir) -> dict:
     images = looking.squares(store, 'val', chosen)
     crop = trained.config['augment']['crop']
     x = steps.normalize(steps.centre(images, crop), steps.window_mean(trained.facts.mean, crop))
-    first = jax.jit(lambda: model.init(trained.net, trained.config['seed'], crop))()
+    first = jax.jit(lambda: alexnet.init(trained.net, trained.config['seed'], crop))()
     measure = jax.jit(lambda params: activations(trained.net, params, x))
     measured = {'0': plain(measure(first))}
     for step in kept:

@@ -24,9 +24,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import evaluate, model, progress, visualize
+from alexnet_jax import evaluate, progress, visualize
 from alexnet_jax.common import paths
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.nets import alexnet
 from experiments import lab as labs
 
 TITLE = 'Figure 3: what the two towers specialise in (§6.1)'
@@ -71,7 +72,7 @@ def look(workdir) -> dict:
     trained = evaluate.open_run(workdir, meshes.make((1, 1), towers=1, batches={}))
     kernels = visualize.conv1_kernels(trained)
     seed, crop = trained.config['seed'], trained.config['augment']['crop']
-    fresh = jax.jit(lambda: model.init(trained.net, seed, crop)['conv1']['kernel'])()
+    fresh = jax.jit(lambda: alexnet.init(trained.net, seed, crop)['conv1']['kernel'])()
     return {
         'picture': packed(progress.kernel_picture(kernels), 'PNG'),
         'start': measures(np.asarray(fresh)),

@@ -1,6 +1,6 @@
 """The layers of the network and their gradients as plain NumPy loops in float64.
 
-Written from the formulas, element by element, to share nothing with `alexnet_jax.layers`: slow,
+Written from the formulas, element by element, to share nothing with `alexnet_jax.nets.layers`: slow,
 for small arrays. Arrays are NHWC. `g` is the gradient of some scalar with respect to a layer's
 output, and every `*_grad` returns the gradient of that scalar with respect to the layer's inputs.
 `test_layers.py` checks the gradients by numerical differences and the values against SciPy.

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import model, switches
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import open_store
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from configs import cifar10, original, paper
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import operations, ours, plain, report
@@ -26,21 +27,21 @@ from experiments.benchmark.protocol import ROOT, Worker, WorkerError
 from tests.tiny_store import write_store
 
 
-def build(preset, **changes):
+def make_net(preset, **changes):
     config = preset.get_config()
     config.model.update(changes)
-    return switches.build(classes=1000, **config.model)
+    return build(classes=1000, **config.model)
 
 
 def test_arithmetic_of_the_paper_s_network():
     """`performance.md`, ceilings: 1.449 GFLOP an image forward, 4.136 in training."""
-    totals = operations.totals(build(paper), batch=2, crop=224)
+    totals = operations.totals(make_net(paper), batch=2, crop=224)
     assert totals['infer'] / 2e9 == pytest.approx(1.449, abs=5e-4)
     assert totals['train'] / 2e9 == pytest.approx(4.136, abs=5e-4)
 
 
 def test_the_first_layer_that_is_there_needs_no_gradient_of_the_images():
-    net = build(paper, width=0.125, remove='conv1')
+    net = make_net(paper, width=0.125, remove='conv1')
     ops = operations.operations(net, batch=2, crop=224)
     assert [op.name for op in ops][:3] == ['images max_pool', 'images max_pool', 'conv2 conv']
     totals = operations.totals(net, batch=2, crop=224)
@@ -53,7 +54,7 @@ def test_the_first_layer_that_is_there_needs_no_gradient_of_the_images():
 
 
 def test_operations_are_named_and_complete():
-    names = [op.name for op in operations.operations(build(original), batch=2, crop=224)]
+    names = [op.name for op in operations.operations(make_net(original), batch=2, crop=224)]
     assert names.count('conv1 conv') == names.count('conv3 conv') == 1  # the towers read the same
     assert names.count('conv2 conv') == 2  # one a tower
     assert names.count('fc6 dense') == names.count('fc8 dense') == 1  # both towers at once
@@ -64,11 +65,11 @@ def test_operations_are_named_and_complete():
 
 def test_arithmetic_of_locally_connected_layers():
     """9 pixels of 64 and 32 channels, 32 kernels, at 36 places."""
-    net = switches.build(classes=10, **cifar10.get_config('13pct').model)
+    net = build(classes=10, **cifar10.get_config('13pct').model)
     found = {op.name: operations.flops(op) for op in operations.operations(net, batch=2, crop=24)}
     assert found['local3 local'] == 2 * 2 * 36 * 9 * 64 * 32
     assert found['local4 local'] == 2 * 2 * 36 * 9 * 32 * 32
-    net = switches.build(classes=10, **cifar10.get_config('18pct').model)
+    net = build(classes=10, **cifar10.get_config('18pct').model)
     names = [op.name for op in operations.operations(net, batch=2, crop=32)]
     assert {'conv2 avg_pool', 'conv3 avg_pool'} < {*names}
 
@@ -84,7 +85,7 @@ def test_operations_are_timed_without_waiting_for_each():
 
 
 def test_table_times_every_operation():
-    rows = operations.table(build(paper, width=0.125), batch=1, crop=96, repeats=1)
+    rows = operations.table(make_net(paper, width=0.125), batch=1, crop=96, repeats=1)
     assert [row['name'] for row in rows][:3] == ['conv1 conv', 'conv1 lrn', 'conv1 max_pool']
     assert all(row['forward_s'] > 0 for row in rows)
 
@@ -92,10 +93,10 @@ def test_table_times_every_operation():
 def test_plain_form_is_the_same_function():
     """Logits and gradients in float64, of `original`, which has every operation; the loss depends on all."""
     crop = 96
-    net = build(original, width=0.125)
-    params = model.init(net, 0, crop)
+    net = make_net(original, width=0.125)
+    params = alexnet.init(net, 0, crop)
     with jax.enable_x64(True):
-        net = build(original, width=0.125, dtype='float64')
+        net = make_net(original, width=0.125, dtype='float64')
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
         images = jnp.asarray(np.random.default_rng(0).normal(0, 60, (3, crop, crop, 3)))
 
@@ -125,10 +126,10 @@ def test_reference_is_in_full_float32(tmp_path, monkeypatch):
 
         return gradients
 
-    net = build(paper, width=0.125)
-    shapes = jax.eval_shape(lambda: model.init(net, 0, 64))
+    net = make_net(paper, width=0.125)
+    shapes = jax.eval_shape(lambda: alexnet.init(net, 0, 64))
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-    monkeypatch.setattr(model, 'init', lambda *args: params)
+    monkeypatch.setattr(alexnet, 'init', lambda *args: params)
     monkeypatch.setattr(jax, 'grad', grad)
     config = configfile.load('configs/paper.py')
     config.augment.crop = 64
@@ -324,7 +325,7 @@ def test_every_task_makes_what_it_counts(tmp_path, changes):
     )
     config = configfile.load('configs/paper.py')
     config.model.width, config.augment.crop = 0.125, 64
-    net = switches.build(classes=10, **config.model)
+    net = build(classes=10, **config.model)
     spec = {
         'batch': 4,
         'classes': 10,

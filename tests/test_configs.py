@@ -6,8 +6,10 @@ import pathlib
 import jax
 import pytest
 
-from alexnet_jax import model, optim, switches
+from alexnet_jax import optim
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from configs import base
 
 CONFIGS = pathlib.Path(base.__file__).parent
@@ -98,8 +100,8 @@ def fields(config):
 
 def shapes(config):
     classes = 10 if config.model.net == 'cuda_convnet' else 1000
-    net = switches.build(classes=classes, **config.model)
-    return net, jax.eval_shape(lambda: model.init(net, 0, config.augment.crop))
+    net = build(classes=classes, **config.model)
+    return net, jax.eval_shape(lambda: alexnet.init(net, 0, config.augment.crop))
 
 
 @pytest.mark.parametrize(('preset', 'overrides'), TABLE, ids=str)
@@ -177,4 +179,4 @@ def test_impossible_switches_are_one_line(change, message):
 
 def test_an_unknown_field_is_a_type_error():
     with pytest.raises(TypeError):
-        switches.build(classes=10, **base.get_config().model, colour=1)
+        build(classes=10, **base.get_config().model, colour=1)

@@ -5,21 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import layers, model, switches
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.nets import alexnet, layers
+from alexnet_jax.nets.build import build
 from configs import cifar10, paper
 
 
-def build(variant, **changes):
+def make_net(variant, **changes):
     config = cifar10.get_config(variant)
     with config.unlocked():
         config.model.update(changes)
-    return switches.build(classes=10, **config.model), config.augment.crop
+    return build(classes=10, **config.model), config.augment.crop
 
 
 def applied(variant, **changes):
-    net, crop = build(variant, **changes)
-    params = model.init(net, 0, crop)
+    net, crop = make_net(variant, **changes)
+    params = alexnet.init(net, 0, crop)
     images = 50 * jax.random.normal(jax.random.key(1), (2, crop, crop, 3))
     logits, out = net.apply({'params': params}, images)
     return params, images, logits, {name: value[0] for name, value in out.items()}, net
@@ -74,7 +75,7 @@ def test_a_net_with_the_fields_of_another():
     for config, net in ((cifar10, 'alexnet'), (paper, 'cuda_convnet')):
         fields = {**config.get_config().model, 'net': net}
         with pytest.raises(UserError, match=f"net='{net}' has fields of its own: .*cifar10"):
-            switches.build(classes=10, **fields)
+            build(classes=10, **fields)
 
 
 @pytest.mark.parametrize(
@@ -98,5 +99,5 @@ def test_a_net_with_the_fields_of_another():
 )
 def test_impossible_switches_are_one_line(change, message):
     with pytest.raises(UserError, match=message) as error:
-        build('19pct', **change)
+        make_net('19pct', **change)
     assert '\n' not in str(error.value)

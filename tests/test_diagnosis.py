@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import diagnosis, model, switches
+from alexnet_jax import diagnosis
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from configs import base
 
 CROP, CLASSES, BATCH = 64, 10, 4
@@ -16,7 +18,7 @@ RATES = {'weights': 0.01, 'biases': 0.01, 'conv1': 0.01, 'colour': 1.0}
 def network():
     config = base.get_config()
     config.model.width = 0.25
-    net = switches.build(classes=CLASSES, **config.model)
+    net = build(classes=CLASSES, **config.model)
     find_broken = diagnosis.make_find_broken(
         net,
         seed=0,
@@ -25,7 +27,7 @@ def network():
         sigma=np.ones(3, np.float32),
         **config.colour,
     )
-    return find_broken, model.init(net, 0, CROP)
+    return find_broken, alexnet.init(net, 0, CROP)
 
 
 def scaled(params, **factors):

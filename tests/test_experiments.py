@@ -9,9 +9,10 @@ import sys
 import jax
 import pytest
 
-from alexnet_jax import model, switches
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from experiments import ablations, does_it_train, lab, table1, table2
 from tests.small_lab import in_process, leave, make
 from tests.tiny_run import without_tensorflow
@@ -43,8 +44,8 @@ def builds(config, changes):
     """Whether a config with its changes is a network of integer widths that fits small crops."""
     config = configfile.load(config)
     config.update_from_flattened_dict({**changes, 'model.width': 0.0625})
-    net = switches.build(classes=10, **config.model)
-    return bool(jax.eval_shape(lambda: model.init(net, 0, 64)))
+    net = build(classes=10, **config.model)
+    return bool(jax.eval_shape(lambda: alexnet.init(net, 0, 64)))
 
 
 def losses(*values):

@@ -30,7 +30,6 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SINGLE = {'__init__': 'package'}  # modules outside the rooms; all others are commands
 # Modules that have not moved into their room yet.
-SINGLE |= dict.fromkeys(('layers', 'model', 'switches', 'cuda_convnet'), 'nets')
 SINGLE |= dict.fromkeys(('train', 'job', 'steps', 'optim', 'evaluate', 'diagnosis'), 'training')
 SINGLE |= dict.fromkeys(('progress', 'checks'), 'training')
 SINGLE |= {'looking': 'shared'}

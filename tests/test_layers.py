@@ -11,7 +11,7 @@ import scipy.signal
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import layers
+from alexnet_jax.nets import layers
 from tests import references
 
 # kernel size, stride, padding, (height, width), input and output channels

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import layers, model, switches
+from alexnet_jax.nets import alexnet, layers
+from alexnet_jax.nets.build import build
 from configs import base, caffe, cnn_star, original, owt
 
 
-def build(config=None, classes=10, **changes):
+def make_net(config=None, classes=10, **changes):
     config = config or base.get_config()
     config.model.update(changes)
-    return switches.build(classes=classes, **config.model)
+    return build(classes=classes, **config.model)
 
 
 def images(batch=2, crop=64, seed=0):
@@ -21,7 +22,7 @@ def images(batch=2, crop=64, seed=0):
 
 def shapes(net, crop, train=False):
     def forward():
-        params = model.init(net, 0, crop)
+        params = alexnet.init(net, 0, crop)
         extra = (jax.random.key(0), jnp.arange(2)) if train else ()
         return net.apply({'params': params}, jnp.zeros((2, crop, crop, 3)), *extra)
 
@@ -30,7 +31,7 @@ def shapes(net, crop, train=False):
 
 
 def test_activation_shapes_of_the_paper():
-    found = shapes(build(classes=1000), 224)
+    found = shapes(make_net(classes=1000), 224)
     sizes = {'conv1': 55, 'pool1': 27, 'conv2': 27, 'pool2': 13, 'conv3': 13, 'conv4': 13}
     sizes |= {'conv5': 13, 'pool5': 6}
     kernels = {'1': 48, '2': 128, '3': 192, '4': 192, '5': 128}
@@ -44,7 +45,7 @@ def test_activation_shapes_of_the_paper():
 
 
 def test_disjoint_pooling_has_the_geometry_of_run_147():
-    found = shapes(build(pooling='disjoint'), 224)
+    found = shapes(make_net(pooling='disjoint'), 224)
     names = ('conv1', 'pool1', 'conv2', 'pool2', 'conv3', 'conv4', 'conv5', 'pool5')
     assert [found[n][0][0] for n in names] == [55, 28, 26, 13, 13, 13, 11, 6]
 
@@ -52,22 +53,22 @@ def test_disjoint_pooling_has_the_geometry_of_run_147():
 @pytest.mark.parametrize('crop', [64, 112, 192, 224])
 def test_disjoint_pooling_ends_at_the_size_of_overlapping_pooling(crop):
     ends = [
-        shapes(build(pooling=pooling), crop)['pool5'] for pooling in ('overlapping', 'disjoint')
+        shapes(make_net(pooling=pooling), crop)['pool5'] for pooling in ('overlapping', 'disjoint')
     ]
     assert ends[0] == ends[1]
 
 
 def test_other_presets_have_their_shapes():
-    assert shapes(build(cnn_star.get_config()), 224)['conv6'] == [(6, 6, 128)] * 2
-    found = shapes(build(caffe.get_config()), 227)
+    assert shapes(make_net(cnn_star.get_config()), 224)['conv6'] == [(6, 6, 128)] * 2
+    found = shapes(make_net(caffe.get_config()), 227)
     assert (found['conv1'], found['pool5']) == ([(55, 55, 96)], [(6, 6, 256)])
-    found = shapes(build(owt.get_config()), 224)
+    found = shapes(make_net(owt.get_config()), 224)
     assert (found['conv1'], found['pool5']) == ([(55, 55, 64)], [(6, 6, 256)])
 
 
 def test_original_normalizes_before_the_relu_and_twice_in_layer_2():
-    net = build(original.get_config(), width=0.25)
-    params = model.init(net, 0, 64)
+    net = make_net(original.get_config(), width=0.25)
+    params = alexnet.init(net, 0, 64)
     _, out = net.apply({'params': params}, images())
     assert list(out)[:8] == [
         'conv1',
@@ -88,13 +89,13 @@ def test_original_normalizes_before_the_relu_and_twice_in_layer_2():
 
 @pytest.mark.parametrize('norms', ['all', 'first', 'none'])
 def test_norms(norms):
-    _, out = build(norms=norms, width=0.25).init_with_output(jax.random.key(0), images())[0]
+    _, out = make_net(norms=norms, width=0.25).init_with_output(jax.random.key(0), images())[0]
     found = [name for name in out if 'norm' in name]
     assert found == {'all': ['norm1', 'norm2'], 'first': ['norm1'], 'none': []}[norms]
 
 
 def test_norm_window_across_towers_is_the_norm_of_all_channels():
-    net = build(norm_window='all', norm_alpha=0.01, width=0.25)
+    net = make_net(norm_window='all', norm_alpha=0.01, width=0.25)
     (_, out), _ = net.init_with_output(jax.random.key(0), images())
     whole = jnp.concatenate(out['act1'], axis=-1)
     expected = layers.lrn(whole, alpha=0.01, k=2.0, n=5, beta=0.75)
@@ -107,7 +108,7 @@ def test_norm_window_across_towers_is_the_norm_of_all_channels():
 
 @pytest.mark.parametrize('name', ['conv1', 'conv2', 'conv3', 'conv4', 'conv5'])
 def test_a_removed_layer_passes_its_input_on(name):
-    net = build(remove=name, width=0.25)
+    net = make_net(remove=name, width=0.25)
     (_, out), variables = net.init_with_output(jax.random.key(0), images(crop=224))
     assert name not in out and name not in variables['params']
     assert out['pool5'][0].shape[1:3] == (6, 6)
@@ -120,7 +121,7 @@ def test_the_towers_exchange_only_where_they_should():
     """Which tower's kernels a change in tower 0's conv1 reaches, by layer."""
 
     def reached(net):
-        params = model.init(net, 0, 64)
+        params = alexnet.init(net, 0, 64)
         _, before = net.apply({'params': params}, images())
         kernel = params['conv1']['kernel'].at[0].add(0.01)
         params = {**params, 'conv1': {**params['conv1'], 'kernel': kernel}}
@@ -128,15 +129,15 @@ def test_the_towers_exchange_only_where_they_should():
         return {n for n in before if not np.array_equal(before[n][1], after[n][1])}
 
     own = {'conv1', 'act1', 'norm1', 'pool1', 'conv2', 'act2', 'norm2', 'pool2'}
-    found = reached(build(width=0.25))
+    found = reached(make_net(width=0.25))
     assert not found & own
     assert found >= {'conv3', 'conv4', 'conv5', 'fc6', 'fc7'}
-    assert reached(build(width=0.25, exchange=())) == set()
-    assert reached(build(width=0.25, exchange=('fc7',))) == {'fc7'}
+    assert reached(make_net(width=0.25, exchange=())) == set()
+    assert reached(make_net(width=0.25, exchange=('fc7',))) == {'fc7'}
 
 
 def test_fc6_reads_height_width_and_channels_over_both_towers_in_this_order():
-    net = build(width=0.25)
+    net = make_net(width=0.25)
     (_, out), variables = net.init_with_output(jax.random.key(0), images())
     params = variables['params']['fc6']
     x = np.concatenate(out['pool5'], axis=-1).reshape(2, -1)
@@ -151,7 +152,7 @@ def test_dropout_forms():
         return net.apply(variables, x, *train)[0]
 
     x, train = images(), (jax.random.key(0), jnp.arange(2))
-    net = build(width=0.25)
+    net = make_net(width=0.25)
     variables = net.init(jax.random.key(1), x)
     _, out = net.apply(variables, x)
     kernel, bias = (np.asarray(variables['params']['fc8'][k]) for k in ('kernel', 'bias'))
@@ -163,8 +164,8 @@ def test_dropout_forms():
     np.testing.assert_allclose(
         logits(net, variables), read_by_fc8((0.5, 0.5)), rtol=1e-4, atol=1e-5
     )
-    inverted = build(width=0.25, dropout='inverted')
-    none = build(width=0.25, dropout='none')
+    inverted = make_net(width=0.25, dropout='inverted')
+    none = make_net(width=0.25, dropout='none')
     np.testing.assert_array_equal(logits(inverted, variables), logits(none, variables))
     np.testing.assert_array_equal(logits(none, variables), logits(none, variables, *train))
     a, b = logits(net, variables, *train), logits(inverted, variables, *train)
@@ -179,7 +180,7 @@ def test_dropout_forms():
 
 
 def test_initial_values():
-    params = model.init(build(original.get_config(), classes=1000), 0, 224)
+    params = alexnet.init(make_net(original.get_config(), classes=1000), 0, 224)
     for layer, std in zip(sorted(params), original.get_config().model.std, strict=True):
         kernel = np.asarray(params[layer]['kernel'])
         assert abs(kernel.std() / std - 1) < 0.02, layer
@@ -190,23 +191,23 @@ def test_initial_values():
 
 
 def test_a_narrow_net_starts_with_larger_kernels():
-    params = model.init(build(width=0.25), 0, 224)
+    params = alexnet.init(make_net(width=0.25), 0, 224)
     stds = [float(params[layer]['kernel'].std()) for layer in sorted(params)]
     np.testing.assert_allclose(stds, [0.01] + [0.02] * 7, rtol=0.06)
 
 
 def test_torch_initialization_is_uniform_within_the_fan_in():
-    params = model.init(build(owt.get_config(), width=0.25), 0, 224)
+    params = alexnet.init(make_net(owt.get_config(), width=0.25), 0, 224)
     for layer, fan_in in (('conv1', 363), ('conv3', 9 * 48), ('fc7', 1024)):
         for leaf in params[layer].values():
             assert 0.9 * fan_in**-0.5 < abs(leaf).max() <= fan_in**-0.5
 
 
 def test_bfloat16_is_only_the_arithmetic():
-    net = build(width=0.25, dtype='bfloat16')
+    net = make_net(width=0.25, dtype='bfloat16')
     (logits, out), variables = net.init_with_output(jax.random.key(0), images())
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
     assert (logits.dtype, out['fc7'][0].dtype) == (jnp.float32, jnp.bfloat16)
-    plain, _ = build(width=0.25).apply(variables, images())
+    plain, _ = make_net(width=0.25).apply(variables, images())
     np.testing.assert_allclose(logits, plain, atol=0.05)
     assert (logits != logits.astype(jnp.bfloat16)).any()  # not rounded: there would be ties

@@ -17,9 +17,11 @@ import pytest
 from jax import lax
 from PIL import Image
 
-from alexnet_jax import layers, model, optim, steps, switches
+from alexnet_jax import optim, steps
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.nets import alexnet, layers
+from alexnet_jax.nets.build import build
 from configs import caffe, original
 
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -47,7 +49,7 @@ def train_in_float64(shape, config, wrap=lambda optimizer: optimizer, count=5, s
     config.model.dtype = 'float64'
     crop = config.augment.crop
     mesh = meshes.make(shape, towers=config.model.towers, batches={'batch': BATCH})
-    net = switches.build(classes=CLASSES, **config.model)
+    net = build(classes=CLASSES, **config.model)
     optimizer = wrap(optim.sgd(momentum=0.9, decay=5e-4))
     images = photographs(crop)
     step = steps.make_train_step(
@@ -192,7 +194,7 @@ def test_the_comparison_sees_one_changed_mask(narrow, narrow_alone, monkeypatch)
 def test_the_comparison_sees_a_lost_term_of_the_sum_over_towers(narrow, narrow_alone, monkeypatch):
     real = lax.psum
     monkeypatch.setattr(
-        model.lax,
+        alexnet.lax,
         'psum',
         lambda x, axis: (
             real(jnp.where(lax.axis_index(axis) == 0, x, 0 * x), axis)

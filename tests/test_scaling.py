@@ -10,8 +10,9 @@ import pytest
 from jax import lax
 from PIL import Image
 
-from alexnet_jax import layers, model, optim, steps
+from alexnet_jax import optim, steps
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.nets import alexnet, layers
 from configs import caffe, cnn_star, no_talk, one_gpu, original, owt, paper
 from experiments.scaling import __main__ as command
 from experiments.scaling import accelerators, formula, hlo, hybrid, programs, report
@@ -37,7 +38,7 @@ def lower(config, shape):
 
 
 def expected(config, shape, of=formula.train_step):
-    return of(programs.build(config, CLASSES), CROP, IMAGES, shape)
+    return of(programs.make_net(config, CLASSES), CROP, IMAGES, shape)
 
 
 def moved(config, shape):
@@ -52,13 +53,13 @@ def moved(config, shape):
 def test_data_parallel_step_sums_gradients_and_metrics_and_nothing_else(shape, dtype):
     moves = moved(narrow(dtype=dtype), shape)
     assert {(m.kind, m.axis) for m in moves} == {('all-reduce', 'data')}
-    params = jax.eval_shape(lambda: model.init(programs.build(narrow(), CLASSES), 0, CROP))
+    params = jax.eval_shape(lambda: alexnet.init(programs.make_net(narrow(), CLASSES), 0, CROP))
     sizes = sum(x.size for x in jax.tree.leaves(params))
     metrics = len(('count', 'loss', 'top1', 'top5'))
     assert sum(m.elements for m in moves) == sizes + metrics
     # Biases are added in float32, so their gradients are float32, as the metrics are.
     # Those of layers that are computed for each tower alone come in two halves.
-    halves = {name: 2 if name in model.GROUPED else 1 for name in params}
+    halves = {name: 2 if name in alexnet.GROUPED else 1 for name in params}
     biases = [params[name]['bias'].size // n for name, n in halves.items() for _ in range(n)]
     other = [m.elements for m in moves if m.dtype != HLO_NAMES[dtype]]
     assert sorted(other) == (sorted([1] * metrics + biases) if dtype == 'bfloat16' else [])
@@ -182,8 +183,8 @@ PRESETS = [paper, original, one_gpu, cnn_star, no_talk, caffe, owt]
 @pytest.mark.parametrize('preset', PRESETS, ids=lambda p: p.__name__.split('.')[-1])
 def test_the_formula_knows_every_layer(preset):
     config = preset.get_config()
-    net = programs.build(config, 1000)
-    params = jax.eval_shape(lambda: model.init(net, 0, config.augment.crop))
+    net = programs.make_net(config, 1000)
+    params = jax.eval_shape(lambda: alexnet.init(net, 0, config.augment.crop))
     sizes = {name: (p['kernel'].size, p['bias'].size) for name, p in params.items()}
     plan = formula.layers(net, config.augment.crop)
     assert {layer.name: (layer.kernel, layer.bias) for layer in plan} == sizes
@@ -191,7 +192,7 @@ def test_the_formula_knows_every_layer(preset):
 
 def test_the_paper_s_arithmetic():
     """`original.md` §1: 724,406,816 multiply-adds; 4.136 GFLOP an image in training."""
-    net = programs.build(paper.get_config(), 1000)
+    net = programs.make_net(paper.get_config(), 1000)
     plan = formula.layers(net, 224)
     assert sum(layer.macs for layer in plan) == 724_406_816
     assert [layer.gathered for layer in plan if layer.gathered] == [
@@ -215,11 +216,11 @@ def test_hybrid_moves_what_its_formula_says(shape):
 def test_hybrid_is_the_same_function():
     """Its gradients on 2x2 devices are those of the network without dropout on one."""
     config = narrow(dropout='none')
-    net, mesh = programs.build(config, CLASSES), programs.make_mesh((2, 2))
+    net, mesh = programs.make_net(config, CLASSES), programs.make_mesh((2, 2))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32),
-        jax.eval_shape(lambda: model.init(net, 0, CROP)),
+        jax.eval_shape(lambda: alexnet.init(net, 0, CROP)),
     )
     images = rng.normal(0, 1, (4, CROP, CROP, 3)).astype(np.float32)
     labels = rng.integers(0, CLASSES, 4).astype(np.int32)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import model, optim, steps, switches
+from alexnet_jax import optim, steps
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from configs import base
 
 SIZE, CROP, CLASSES = 72, 64, 10
@@ -24,7 +26,7 @@ def mesh():
 def net():
     config = base.get_config()
     config.model.width = 0.25
-    return switches.build(classes=CLASSES, **config.model)
+    return build(classes=CLASSES, **config.model)
 
 
 def test_rank_counts_ties_and_nan_against_the_network():
@@ -62,7 +64,7 @@ def test_predict_averages_the_probabilities_of_the_views(net, mesh, views):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
     mean = rng.uniform(0, 255, (SIZE, SIZE, 3)).astype(np.float32)
-    params = model.init(net, 0, CROP)
+    params = alexnet.init(net, 0, CROP)
     predict = steps.make_predict(net, mesh, mean=mean, views=views, crop=CROP)
     room = SIZE - CROP
     window = mean[room // 2 : room // 2 + CROP, room // 2 : room // 2 + CROP]  # for every view

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import model, switches
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import open_store
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory
 from configs import quickstart
 from tests.tiny_store import write_store
@@ -28,7 +29,7 @@ class TinyRun(NamedTuple):
     path: Path
     store: Path
     pictures: dict[str, np.ndarray]
-    net: model.AlexNet
+    net: alexnet.AlexNet
     params: dict
     mean: np.ndarray
 
@@ -53,7 +54,7 @@ def write_run(folder: Path) -> TinyRun:
             'model.width': 0.0625,
         }
     )
-    net = switches.build(classes=CLASSES, **config.model)
+    net = build(classes=CLASSES, **config.model)
     params = random_params(net, CROP, seed=0)
     directory.write(config, folder / 'run', store)
     save_params(folder / 'run', STEP, params)
@@ -68,7 +69,7 @@ def random_params(net, crop: int, seed: int) -> dict:
         fan_in = math.prod(shape.shape[1:-1])
         return jax.numpy.asarray(rng.normal(0, fan_in**-0.5, shape.shape), shape.dtype)
 
-    return jax.tree.map(draw, jax.eval_shape(lambda: model.init(net, 0, crop)))
+    return jax.tree.map(draw, jax.eval_shape(lambda: alexnet.init(net, 0, crop)))
 
 
 def save_params(run: Path, step: int, params: dict) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import layers, model
+from alexnet_jax.nets import alexnet, layers
 from experiments.scaling import hlo
 
 NAMES = ('conv', 'local', 'lrn', 'map_norm', 'max_pool', 'avg_pool', 'dropout_mask', 'dense')
@@ -30,7 +30,7 @@ class Operation(NamedTuple):
     kwargs: dict
 
 
-def operations(net: model.AlexNet, batch: int, crop: int) -> list[Operation]:
+def operations(net: alexnet.AlexNet, batch: int, crop: int) -> list[Operation]:
     """All calls of `layers` in one training pass, in order; a layer has one for each tower."""
     calls, layer = [], ['images']  # what comes before the first layer works on them
 
@@ -52,7 +52,7 @@ def operations(net: model.AlexNet, batch: int, crop: int) -> list[Operation]:
         layer[0] = context.module.name or layer[0]
         return call(*args, **kwargs)
 
-    params = jax.eval_shape(lambda: model.init(net, 0, crop))
+    params = jax.eval_shape(lambda: alexnet.init(net, 0, crop))
     images = jax.ShapeDtypeStruct((batch, crop, crop, 3), jnp.float32)
     patches = [recorded(name) for name in NAMES]
     for patch in patches:
@@ -87,7 +87,7 @@ def flops(operation: Operation) -> int:
     return 0
 
 
-def totals(net: model.AlexNet, batch: int, crop: int) -> dict[str, int]:
+def totals(net: alexnet.AlexNet, batch: int, crop: int) -> dict[str, int]:
     """FLOP of a batch, by task: the first layer needs no gradient of its input."""
     ops = operations(net, batch, crop)
     forward, first = sum(map(flops, ops)), first_product(ops)
@@ -102,7 +102,7 @@ def first_product(ops: list[Operation]) -> str:
     return next(op.name for op in ops if flops(op))
 
 
-def table(net: model.AlexNet, batch: int, crop: int, repeats: int = 5) -> list[dict]:
+def table(net: alexnet.AlexNet, batch: int, crop: int, repeats: int = 5) -> list[dict]:
     """Times every operation alone: rows of name, calls, flops, products, forward and backward in seconds.
 
     `products`: how many of `flops` a training step makes, 2 where the input needs no gradient, else 3.

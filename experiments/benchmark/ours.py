@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alexnet_jax import model, optim, steps, switches
+from alexnet_jax import optim, steps
 from alexnet_jax.common import configfile
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import fake_batches, train_batches
 from alexnet_jax.input.store import open_store
 from alexnet_jax.job import make_optimizer
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from experiments.benchmark import operations, plain, protocol
 
 MEAN = 120.0  # of every pixel, where there is no store
@@ -37,7 +39,7 @@ def prepare(spec: dict):
         return {'matmul': _matmul, 'copy': _copy}[spec['task']](spec)
     config = configfile.load(spec['config'])
     config.model.dtype = spec['dtype']
-    net = switches.build(classes=spec['classes'], **config.model)
+    net = build(classes=spec['classes'], **config.model)
     tasks = {'train': _train, 'infer': _infer, 'both': _both, 'reference': _reference}
     return tasks[spec['task']](spec, config, net)
 
@@ -222,8 +224,8 @@ def _input(spec):
 def _infer(spec, config, net):
     """Probabilities of the centre crop, of pictures that stay on the device."""
     mesh, crop = _mesh(spec, config), config.augment.crop
-    params = model.init(net, 0, crop)
-    specs = model.param_specs(params, mesh.shape['model'])
+    params = alexnet.init(net, 0, crop)
+    specs = alexnet.param_specs(params, mesh.shape['model'])
     params = jax.device_put(params, meshes.shardings(mesh, specs))
     images = meshes.global_batch(mesh, spec['batch'], {'image': _batch(spec, config)['image']})[
         'image'
@@ -249,7 +251,7 @@ def _reference(spec, config, net):
     Without dropout's masks: units are halved as at test time. Gradients of the mean cross-entropy.
     Facts: `net`, what it is; `own`, how far our gradients are from these as they are timed.
     """
-    params = model.init(net, 0, config.augment.crop)
+    params = alexnet.init(net, 0, config.augment.crop)
     batch = _batch(spec, config)
     x = batch['image'].astype(np.float32) - np.float32(MEAN)
 

@@ -30,7 +30,7 @@ def weights(layer: str, name: str, x: np.ndarray, side: int) -> np.ndarray:
 
 
 class Net(torch.nn.Module):
-    """The network that `net` describes, with the fields of `alexnet_jax.model.AlexNet`."""
+    """The network that `net` describes, with the fields of `alexnet_jax.nets.alexnet.AlexNet`."""
 
     def __init__(
         self, net: dict, params: dict[str, np.ndarray], lrn: str, layout: torch.memory_format

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from alexnet_jax import model
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.nets import alexnet
 
 
-def logits(net: model.AlexNet, params: dict, images, key=None):
+def logits(net: alexnet.AlexNet, params: dict, images, key=None):
     """What `net.apply` gives, from the same parameters; with a key as in training."""
     same = net.exchange == ('conv3', 'fc6', 'fc7') and net.remove == 'none' and net.groups == 1
     if not same or net.norm_window != 'tower' or net.dropout_at != 'outputs':
@@ -22,7 +22,7 @@ def logits(net: model.AlexNet, params: dict, images, key=None):
     x = images.astype(net.dtype)
     for i, after in enumerate(net.after):
         kernel, bias = (params[f'conv{i + 1}'][name].astype(x.dtype) for name in ('kernel', 'bias'))
-        padding = net.conv1_padding if i == 0 else (model.PADDINGS[i],) * 2
+        padding = net.conv1_padding if i == 0 else (alexnet.PADDINGS[i],) * 2
         x = lax.conv_general_dilated(
             x,
             jnp.concatenate(list(kernel), axis=-1),
@@ -38,7 +38,7 @@ def logits(net: model.AlexNet, params: dict, images, key=None):
     for i in range(2):
         layer = params[f'fc{6 + i}']
         x = x @ jnp.concatenate(list(layer['kernel'].astype(x.dtype)), axis=-1)
-        x = model.ACTIVATIONS[net.activation](x + layer['bias'].astype(x.dtype).reshape(-1))
+        x = alexnet.ACTIVATIONS[net.activation](x + layer['bias'].astype(x.dtype).reshape(-1))
         if key is not None:
             x = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), 0.5, x.shape), x, 0)
         factor = {'original': 0.5 if key is None else 1.0, 'inverted': 1.0 if key is None else 2.0}
@@ -50,9 +50,9 @@ def logits(net: model.AlexNet, params: dict, images, key=None):
 
 def _after(net, op, x):
     if op == 'act':
-        return model.ACTIVATIONS[net.activation](x)
+        return alexnet.ACTIVATIONS[net.activation](x)
     if op == 'pool':
-        window, stride = model.POOLING[net.pooling]
+        window, stride = alexnet.POOLING[net.pooling]
         ends = [(0, -(n - window) % stride) for n in x.shape[1:3]]
         return lax.reduce_window(
             x,
@@ -62,7 +62,7 @@ def _after(net, op, x):
             (1, stride, stride, 1),
             ((0, 0), *ends, (0, 0)),
         )
-    norm = net.norm if op == 'norm' else model.MAP_NORM
+    norm = net.norm if op == 'norm' else alexnet.MAP_NORM
     n, towers = norm['n'], net.local_towers if op == 'norm' else 1
     window = (1, 1, 1, 1, n) if op == 'norm' else (1, n, n, 1, 1)
     split = x.reshape(*x.shape[:3], towers, -1)
@@ -70,7 +70,7 @@ def _after(net, op, x):
     return (split / (norm['k'] + norm['alpha'] * sums) ** norm['beta']).reshape(x.shape)
 
 
-def make_train_step(net: model.AlexNet, optimizer, mean):
+def make_train_step(net: alexnet.AlexNet, optimizer, mean):
     """As `steps.make_train_step`, on one device and without colour noise."""
 
     def step(state, batch, rates):
@@ -91,7 +91,7 @@ def make_train_step(net: model.AlexNet, optimizer, mean):
     return jax.jit(step, donate_argnums=0)
 
 
-def make_predict(net: model.AlexNet, mean):
+def make_predict(net: alexnet.AlexNet, mean):
     """As `steps.make_predict` of the centre crop, on one device."""
     return jax.jit(
         lambda params, images: jax.nn.softmax(

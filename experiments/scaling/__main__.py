@@ -31,7 +31,7 @@ def main() -> None:
     config = configfile.load(args.config)
     config.model.dtype = args.dtype or config.model.dtype
     meshes.configure(cpu_devices=args.max_devices)
-    net, crop = programs.build(config, args.classes), config.augment.crop
+    net, crop = programs.make_net(config, args.classes), config.augment.crop
     counts = [2**i for i in range(args.max_devices.bit_length())]
     wanted = list(dict.fromkeys(s for count in counts for s in report.schemes(count, net).values()))
     print(f'{args.config}, {config.model.dtype}, {args.images} images a device', flush=True)

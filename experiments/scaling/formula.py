@@ -6,7 +6,7 @@ as in `hlo.Collective`. Towers T, devices (data, model).
 
 from typing import NamedTuple
 
-from alexnet_jax import model
+from alexnet_jax.nets import alexnet
 from experiments.scaling.hlo import BYTES
 
 METRICS = 4  # count, loss, top1, top5, f32 each (`steps.count`)
@@ -32,14 +32,14 @@ class Move(NamedTuple):
     use: str = ''  # 'exchange', for which the next layer waits; 'gradient', 'metrics', 'norm'
 
 
-def layers(net: model.AlexNet, crop: int) -> list[Layer]:
+def layers(net: alexnet.AlexNet, crop: int) -> list[Layer]:
     """The layers of a network for crops of so many pixels."""
     towers = net.local_towers
     out = []
     size, channels = crop, 3  # of what one tower reads
-    window, stride = model.POOLING[net.pooling]
+    window, stride = alexnet.POOLING[net.pooling]
     for i, features in enumerate(net.kernels):
-        name, k = f'conv{i + 1}', model.SIZES[i]
+        name, k = f'conv{i + 1}', alexnet.SIZES[i]
         kernel = macs = 0
         gathered = []
         if name in net.exchange:
@@ -48,9 +48,9 @@ def layers(net: model.AlexNet, crop: int) -> list[Layer]:
         if i == 0:
             first = size = (size + sum(net.conv1_padding) - k) // 4 + 1
         elif name != net.remove:
-            size += 2 * model.padding_of(i, net.pooling, size, first) - k + 1
+            size += 2 * alexnet.padding_of(i, net.pooling, size, first) - k + 1
         if name != net.remove:
-            halves = name in model.GROUPED and (net.remove, name) not in model.UNGROUPED
+            halves = name in alexnet.GROUPED and (net.remove, name) not in alexnet.UNGROUPED
             kernel = towers * k * k * channels // (net.groups if halves else 1) * features
             macs, channels = kernel * size * size, features
         for op in net.after[i].split():
@@ -72,7 +72,7 @@ def layers(net: model.AlexNet, crop: int) -> list[Layer]:
     return [*out, Layer('fc8', kernel, net.classes, kernel, ())]
 
 
-def flops(net: model.AlexNet, crop: int) -> int:
+def flops(net: alexnet.AlexNet, crop: int) -> int:
     """Floating-point operations of training on one image: products and sums, forward and backward.
 
     The first layer needs no gradient of its input. Of the products alone, not of normalization,
@@ -83,7 +83,7 @@ def flops(net: model.AlexNet, crop: int) -> int:
 
 
 def train_step(
-    net: model.AlexNet, crop: int, images: int, mesh: tuple[int, int], *, lars: bool = False
+    net: alexnet.AlexNet, crop: int, images: int, mesh: tuple[int, int], *, lars: bool = False
 ) -> list[Move]:
     """What `steps.make_train_step` must move on a (data, model) mesh, `images` for each device.
 
@@ -123,7 +123,7 @@ def gradients(axis: str, dtype: str, plan: list[Layer], shards: int = 1) -> list
     ]
 
 
-def hybrid_step(net: model.AlexNet, crop: int, images: int, mesh: tuple[int, int]) -> list[Move]:
+def hybrid_step(net: alexnet.AlexNet, crop: int, images: int, mesh: tuple[int, int]) -> list[Move]:
     """What `hybrid.make_gradients` must move: 'One weird trick' (Krizhevsky, 2014) on such a mesh.
 
     The convolutions are data-parallel over all devices. The outputs of fc6 and fc7, and fc8's

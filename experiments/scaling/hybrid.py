@@ -1,7 +1,7 @@
 """'One weird trick' (Krizhevsky, 2014) as a small program: to be counted, not to train with.
 
 Data-parallel convolutions, fully-connected layers divided by their units. No dropout and no update,
-which move nothing; otherwise the function of `alexnet_jax.model`.
+which move nothing; otherwise the function of `alexnet_jax.nets.alexnet`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import layers, model
+from alexnet_jax.nets import alexnet, layers
 
 SPECS = {
     ('fc6', 'kernel'): P(None, None, 'model'),
@@ -23,18 +23,18 @@ SPECS = {
 }  # everything else: P()
 
 
-def possible(net: model.AlexNet, shards: int) -> bool:
+def possible(net: alexnet.AlexNet, shards: int) -> bool:
     """Whether this program fits the network: fc6 and fc7 read all towers and divide evenly."""
     return {'fc6', 'fc7'} <= set(net.exchange) and not any(n % shards for n in net.hidden)
 
 
-def make_gradients(net: model.AlexNet, mesh: Mesh, *, crop: int) -> tuple[Callable, dict, P]:
+def make_gradients(net: alexnet.AlexNet, mesh: Mesh, *, crop: int) -> tuple[Callable, dict, P]:
     """(gradients, the specs of its parameters, the spec of its images and labels).
 
     gradients(params, images f32[B,H,W,3], labels i32[B]) -> the gradients of the mean loss. The
     images are divided over both axes of the mesh, the fully-connected layers over `model`.
     """
-    shapes = jax.eval_shape(lambda: model.init(net, 0, crop))
+    shapes = jax.eval_shape(lambda: alexnet.init(net, 0, crop))
     specs = {
         layer: {name: SPECS.get((layer, name), P()) for name in leaves}
         for layer, leaves in shapes.items()
@@ -56,7 +56,7 @@ def make_gradients(net: model.AlexNet, mesh: Mesh, *, crop: int) -> tuple[Callab
 
         def hidden(layer, x):
             y = jnp.einsum('bi,tio->bto', x, cast(layer))
-            return model.ACTIVATIONS[net.activation](layers.add(y, params[layer]['bias'][None]))
+            return alexnet.ACTIVATIONS[net.activation](layers.add(y, params[layer]['bias'][None]))
 
         x = layers.exchange(trunk(params, images))
         x = lax.all_gather(x.reshape(x.shape[0], -1), 'model', axis=0, tiled=True)

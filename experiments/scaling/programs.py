@@ -9,9 +9,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import model, optim, steps, switches
+from alexnet_jax import optim, steps
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.job import make_optimizer
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
 from experiments.scaling import hlo
 from experiments.scaling.formula import Move
 from experiments.scaling.hybrid import make_gradients
@@ -28,13 +30,13 @@ def make_mesh(shape: tuple[int, int]) -> jax.sharding.Mesh:
     return meshes.make(shape, towers=shape[1], batches={})
 
 
-def build(config, classes: int) -> model.AlexNet:
-    return switches.build(classes=classes, **config.model)
+def make_net(config, classes: int) -> alexnet.AlexNet:
+    return build(classes=classes, **config.model)
 
 
 def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax.stages.Lowered:
     """The step of `steps.make_train_step`, with so many images for each device."""
-    mesh, net, crop = make_mesh(shape), build(config, classes), config.augment.crop
+    mesh, net, crop = make_mesh(shape), make_net(config, classes), config.augment.crop
     optimizer = make_optimizer(config, mesh)
     step = steps.make_train_step(
         net,
@@ -59,11 +61,11 @@ def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax
 
 def hybrid(config, classes: int, shape: tuple[int, int], images: int) -> jax.stages.Lowered:
     """The gradients of `hybrid.make_gradients`, with so many images for each device."""
-    mesh, net, crop = make_mesh(shape), build(config, classes), config.augment.crop
+    mesh, net, crop = make_mesh(shape), make_net(config, classes), config.augment.crop
     gradients, specs, rows = make_gradients(net, mesh, crop=crop)
     params = jax.tree.map(
         lambda x, spec: _array(x.shape, x.dtype, mesh, spec),
-        jax.eval_shape(lambda: model.init(net, 0, crop)),
+        jax.eval_shape(lambda: alexnet.init(net, 0, crop)),
         specs,
     )
     count = images * mesh.size

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from alexnet_jax import model
+from alexnet_jax.nets import alexnet
 from experiments.scaling import formula, hybrid, programs
 from experiments.scaling.accelerators import ACCELERATORS, Accelerator, efficiency
 from experiments.scaling.formula import Move
@@ -30,7 +30,7 @@ class Point(NamedTuple):
     full: float  # if all sums of gradients do
 
 
-def schemes(devices: int, net: model.AlexNet) -> dict[str, tuple[str, tuple[int, int]]]:
+def schemes(devices: int, net: alexnet.AlexNet) -> dict[str, tuple[str, tuple[int, int]]]:
     """What is compared on so many devices: {name: (program, (data, model))}."""
     towers, group = net.local_towers, min(devices, 8)
     out = {'data parallel': ('train', (devices, 1))}

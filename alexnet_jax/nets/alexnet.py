@@ -1,7 +1,7 @@
 """The network: five or six convolutional layers, two hidden layers, a softmax layer, in towers.
 
 Parameters carry a leading axis over the towers, which the mesh axis `model` may divide; activations
-are tuples with the arrays of this device's towers. `switches.build` makes the network from the
+are tuples with the arrays of this device's towers. `build.build` makes the network from the
 fields of `config.model`.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import layers
+from alexnet_jax.nets import layers
 
 # kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146)
 SIZES = (11, 5, 3, 3, 3, 3)

@@ -8,8 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from alexnet_jax import layers, model
 from alexnet_jax.common.errors import UserError, choose, one_each
+from alexnet_jax.nets import alexnet, layers
 
 CONV, LOCAL = 5, 3  # pixels, sides of the kernels; padded to the same size
 POOL = {'window': 3, 'stride': 2}
@@ -33,14 +33,14 @@ class Local(nn.Module):
         (x,) = xs
         place = (1, *x.shape[1:3])
         kernel_shape = (*place, LOCAL * LOCAL * x.shape[3], self.features)
-        kernels, biases = model.params_of(self, kernel_shape, (*place, self.features))
+        kernels, biases = alexnet.params_of(self, kernel_shape, (*place, self.features))
         return (layers.local(x, kernels[0], biases[0]),)
 
 
 class CudaConvnet(nn.Module):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every intermediate by name).
 
-    Arrays and parameters are those of `model.AlexNet` with one tower. Layers are called by kind and
+    Arrays and parameters are those of `alexnet.AlexNet` with one tower. Layers are called by kind and
     number (conv1, local3, fc4), the last one fc10, as in cuda-convnet.
     """
 
@@ -65,7 +65,7 @@ class CudaConvnet(nn.Module):
 
     @nn.compact
     def __call__(self, images, dropout_key=None, rows=None):
-        """As `model.AlexNet`; these networks have no dropout."""
+        """As `alexnet.AlexNet`; these networks have no dropout."""
         out, xs = {}, (images.astype(self.dtype),)
         *inits, last_init = self.kernel_inits
         each = zip(self.kinds, self.units, self.after, inits, strict=True)
@@ -74,22 +74,22 @@ class CudaConvnet(nn.Module):
             common = {'kernel_init': init, 'bias_init': _zeros, 'dtype': self.dtype, 'name': name}
             if kind == 'conv':
                 padding = ((CONV // 2,) * 2,) * 2
-                layer = model.Conv(units, CONV, stride=1, padding=padding, groups=1, **common)
+                layer = alexnet.Conv(units, CONV, stride=1, padding=padding, groups=1, **common)
             elif kind == 'local':
                 layer = Local(units, **common)
             else:
-                layer = model.Hidden(units, **common)
+                layer = alexnet.Hidden(units, **common)
                 xs = tuple(x.reshape(x.shape[0], -1) for x in xs)
             xs = out[name] = layer(xs)
             for op in ops.split():
                 xs = out[f'{op}{i}'] = tuple(self._apply(op, x) for x in xs)
         xs = tuple(x.reshape(x.shape[0], -1) for x in xs)
-        logits = model.Logits(self.classes, last_init, _zeros, self.dtype, None, name='fc10')
+        logits = alexnet.Logits(self.classes, last_init, _zeros, self.dtype, None, name='fc10')
         return logits(xs), out
 
     def _apply(self, op, x):
         if op == 'act':
-            return model.ACTIVATIONS[self.activation](x)
+            return alexnet.ACTIVATIONS[self.activation](x)
         if op == 'norm':
             norm = layers.lrn if self.norm_window == 'channels' else layers.map_norm
             return norm(x, **self.norm)
@@ -131,8 +131,8 @@ def build(
         raise UserError('config.model.layers: after an fc layer there can only be fc layers')
     choose('config.model.norms', norms, ('all', 'none'))
     choose('config.model.norm_window', norm_window, ('channels', 'map'))
-    choose('config.model.activation', activation, tuple(model.ACTIVATIONS))
-    choose('config.model.dtype', dtype, model.dtypes())
+    choose('config.model.activation', activation, tuple(alexnet.ACTIVATIONS))
+    choose('config.model.dtype', dtype, alexnet.dtypes())
     if norm_n % 2 == 0:
         raise UserError(f'config.model.norm_n={norm_n}: a window of an odd size')
     if norms == 'none':
@@ -146,6 +146,6 @@ def build(
         norm_window=norm_window,
         norm={'alpha': norm_scale / size, 'k': K, 'n': norm_n, 'beta': BETA},
         activation=activation,
-        kernel_inits=tuple(lambda fan_in, s=s: model.gaussian(s) for s in std),
+        kernel_inits=tuple(lambda fan_in, s=s: alexnet.gaussian(s) for s in std),
         dtype=jnp.dtype(dtype),
     )

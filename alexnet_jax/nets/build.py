@@ -9,17 +9,17 @@ import inspect
 import flax.linen as nn
 import jax.numpy as jnp
 
-from alexnet_jax import cuda_convnet, model
 from alexnet_jax.common.errors import UserError, choose, one_each
+from alexnet_jax.nets import alexnet, cuda_convnet
 
 
 def build(*, net: str, classes: int, **fields):
     """The network that the fields of `config.model` describe.
 
-    net: 'alexnet' (`alexnet`) or 'cuda_convnet' (`cuda_convnet.build`). Raises UserError where a
+    net: 'alexnet' (`build_alexnet`) or 'cuda_convnet' (`cuda_convnet.build`). Raises UserError where a
     field has a value that does not exist or that the others exclude.
     """
-    nets = {'alexnet': alexnet, 'cuda_convnet': cuda_convnet.build}
+    nets = {'alexnet': build_alexnet, 'cuda_convnet': cuda_convnet.build}
     choose('config.model.net', net, nets)
     if {*inspect.signature(nets[net]).parameters} - {*fields, 'classes'}:
         raise UserError(
@@ -29,7 +29,7 @@ def build(*, net: str, classes: int, **fields):
     return nets[net](classes=classes, **fields)
 
 
-def alexnet(
+def build_alexnet(
     *,
     classes: int,
     towers: int,
@@ -56,7 +56,7 @@ def alexnet(
     std: tuple[float, ...],
     bias: tuple[float, ...],
     dtype: str,
-) -> model.AlexNet:
+) -> alexnet.AlexNet:
     """The paper's network, and its relatives; see `configs/base.py` for each switch."""
     convs = len(kernels)
     names = tuple(f'conv{i + 1}' for i in range(convs))
@@ -64,15 +64,15 @@ def alexnet(
     if convs not in (5, 6) or len(hidden) != 2:
         raise UserError('config.model: 5 or 6 numbers of kernels and 2 numbers of hidden units')
 
-    choose('config.model.activation', activation, tuple(model.ACTIVATIONS))
-    choose('config.model.pooling', pooling, tuple(model.POOLING))
+    choose('config.model.activation', activation, tuple(alexnet.ACTIVATIONS))
+    choose('config.model.pooling', pooling, tuple(alexnet.POOLING))
     choose('config.model.norms', norms, ('all', 'first', 'none'))
     choose('config.model.norm_window', norm_window, ('tower', 'all'))
     choose('config.model.norm_alpha_per', norm_alpha_per, ('element', 'window'))
     choose('config.model.dropout', dropout, ('original', 'inverted', 'none'))
     choose('config.model.dropout_at', dropout_at, ('outputs', 'inputs'))
     choose('config.model.init', init, ('gaussian', 'torch'))
-    choose('config.model.dtype', dtype, model.dtypes())
+    choose('config.model.dtype', dtype, alexnet.dtypes())
     choose('config.model.remove', remove, ('none', *names[:5]))
     for name in exchange:
         choose('config.model.exchange', name, (*names[1:], 'fc6', 'fc7'))
@@ -105,11 +105,11 @@ def alexnet(
     # A narrow network is dead at the start if its layers do not compensate for their smaller fan-in.
     scales = [s if i == 0 else s * width**-0.5 for i, s in enumerate(std)]
     if init == 'torch':
-        kernel_inits = bias_inits = (model.uniform,) * len(layer_names)
+        kernel_inits = bias_inits = (alexnet.uniform,) * len(layer_names)
     else:
-        kernel_inits = tuple(lambda fan_in, s=s: model.gaussian(s) for s in scales)
+        kernel_inits = tuple(lambda fan_in, s=s: alexnet.gaussian(s) for s in scales)
         bias_inits = tuple(lambda fan_in, b=b: nn.initializers.constant(b) for b in bias)
-    return model.AlexNet(
+    return alexnet.AlexNet(
         classes=classes,
         kernels=tuple(per_tower(count) for count in kernels),
         hidden=tuple(per_tower(count) for count in hidden),
