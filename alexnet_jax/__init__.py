@@ -4,7 +4,8 @@ __version__ = '0.1.0'
 
 
 def load(run_dir, views: str = 'ten', step: str | int = 'latest'):
-    """A trained network as a function from uint8 pictures to probabilities: `evaluate.load`."""
-    from alexnet_jax import evaluate  # not at import: nothing may start JAX before flags are read
+    """A trained network as a function from uint8 images to probabilities: `inference.load`."""
+    # Imported late: nothing may start JAX before the flags are read.
+    from alexnet_jax.training import inference
 
-    return evaluate.load(run_dir, views, step)
+    return inference.load(run_dir, views, step)

@@ -66,8 +66,8 @@ def main() -> None:
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS tells of every file
 
     # Imported late, so that errors in the flags appear at once.
-    from alexnet_jax import train
     from alexnet_jax.devices import distributed, mesh
+    from alexnet_jax.training import loop
 
     mesh.configure(CPU_DEVICES.value, deterministic=CONFIG.value.run.deterministic)
     distributed.start(
@@ -77,7 +77,7 @@ def main() -> None:
         logging.getLogger('alexnet_jax').setLevel(logging.INFO)
     default = configfile.run_directory(config_flags.get_config_filename(FLAGS['config']))
     with distributed.together():
-        train.train(CONFIG.value, WORKDIR.value or default)
+        loop.train(CONFIG.value, WORKDIR.value or default)
 
 
 if __name__ == '__main__':

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax import evaluate, looking, steps
+from alexnet_jax import figures
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, run
+from alexnet_jax.training import inference, steps
 
 COLUMNS, BATCH = 4, 20  # of a figure, as in the paper; pictures that are predicted at a time
 # Told apart by everybody, and by their lightness and the hatching when printed in grey.
@@ -36,7 +37,7 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    classify: evaluate.Classifier,
+    classify: inference.Classifier,
     titles: Sequence[str],
     labels: Sequence[int | None],
     pictures: Sequence[np.ndarray],
@@ -100,33 +101,33 @@ def _short(text: str) -> str:
 
 
 def main() -> None:
-    parser = looking.parser('predict', __doc__, output=None)
-    looking.add_pictures(parser)
+    parser = figures.parser('predict', __doc__, output=None)
+    figures.add_pictures(parser)
     parser.add_argument('--val', type=int, help='instead: so many pictures of the validation split')
     parser.add_argument('--views', default='ten', choices=tuple(steps.VIEWS), help='crops (§4.1)')
-    args = looking.start(parser)
+    args = figures.start(parser)
     if bool(args.images) == (args.val is not None):
         raise UserError('give pictures, or --val=N for some of the validation split')
-    classify = evaluate.load(args.run, args.views, args.step)
+    classify = inference.load(args.run, args.views, args.step)
     if args.images:
         titles, names = args.images, classify.names
-        labels = [looking.label_of(path, names) for path in titles]
-        pictures = [looking.read(path, classify.size) for path in titles]
+        labels = [figures.label_of(path, names) for path in titles]
+        pictures = [figures.read(path, classify.size) for path in titles]
     else:
-        store = evaluate.open_store([classify.run], args.store)
-        records = looking.chosen(store, '--val', args.val, args.seed)
+        store = inference.open_store([classify.run], args.store)
+        records = figures.chosen(store, '--val', args.val, args.seed)
         titles = [f'validation picture {record}' for record in records]
         labels = store.labels('val')[records].tolist()
-        pictures = looking.squares(store, 'val', records)
+        pictures = figures.squares(store, 'val', records)
     if args.output:
-        looking.check_drawn(len(pictures))
+        figures.check_drawn(len(pictures))
     predictions = predict(classify, titles, labels, pictures)
     for prediction in predictions:
         print(describe(prediction, classify.names))
     if args.output:
         buffer = io.BytesIO()
         figure(predictions, classify.names).savefig(buffer, format='png', dpi=120)
-        looking.write(args.output, buffer.getvalue())
+        figures.write(args.output, buffer.getvalue())
 
 
 if __name__ == '__main__':

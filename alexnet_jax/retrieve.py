@@ -16,16 +16,17 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageDraw, ImageFont
 
-from alexnet_jax import evaluate, looking, steps
+from alexnet_jax import figures
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, run
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.input.store import Store
 from alexnet_jax.rundir import directory
+from alexnet_jax.training import inference, steps
 
 
-def make_features(trained: evaluate.Run, mesh: Mesh) -> Callable[[Batch], np.ndarray]:
+def make_features(trained: inference.Run, mesh: Mesh) -> Callable[[Batch], np.ndarray]:
     """features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,F], those of the mask's pictures.
 
     It raises UserError for features that are not finite, since nothing is near to them.
@@ -133,40 +134,40 @@ def shared(labels: Sequence[int | None], neighbours: np.ndarray) -> str:
 def _queries(args, store: Store) -> tuple[list[str], list[int | None], np.ndarray]:
     """Titles, labels (None: unknown) and pictures u8[N,S,S,3]."""
     if args.images:
-        looking.check_drawn(len(args.images))
-        labels = [looking.label_of(path, store.names) for path in args.images]
-        return args.images, labels, np.stack([looking.read(p, store.size) for p in args.images])
+        figures.check_drawn(len(args.images))
+        labels = [figures.label_of(path, store.names) for path in args.images]
+        return args.images, labels, np.stack([figures.read(p, store.size) for p in args.images])
     count = 5 if args.queries is None else args.queries
-    records = looking.chosen(store, '--queries', count, args.seed)
-    looking.check_drawn(len(records))
+    records = figures.chosen(store, '--queries', count, args.seed)
+    figures.check_drawn(len(records))
     titles = [f'validation picture {record}' for record in records]
-    return titles, store.labels('val')[records].tolist(), looking.squares(store, 'val', records)
+    return titles, store.labels('val')[records].tolist(), figures.squares(store, 'val', records)
 
 
 def main() -> None:
-    parser = looking.parser('retrieve', __doc__, output='neighbours.png')
-    looking.add_pictures(parser)
+    parser = figures.parser('retrieve', __doc__, output='neighbours.png')
+    figures.add_pictures(parser)
     parser.add_argument('--queries', type=int, help='validation pictures to draw (default: 5)')
     parser.add_argument('--neighbours', type=int, default=6, help='training pictures for each')
     parser.add_argument('--score', action='store_true', help='ask with the whole split as well')
     parser.add_argument('--batch', type=int, default=100, help='images a step')
     parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
-    args = looking.start(parser)
+    args = figures.start(parser)
     if args.threads < 0:
         raise UserError('--threads must not be below 0')
     if args.images and args.queries is not None:
         raise UserError('--queries is for the validation split: leave it or the pictures out')
     towers = directory.read_config(args.run)['model']['towers']
     mesh = meshes.make((0, 0), towers=towers, batches={'--batch': args.batch})
-    trained = evaluate.open_run(args.run, mesh, args.step)
-    store = evaluate.open_store([trained], args.store)
+    trained = inference.open_run(args.run, mesh, args.step)
+    store = inference.open_store([trained], args.store)
     k, there = args.neighbours, store.counts['train']
     if not 1 <= k <= there:
         raise UserError(
             f'--neighbours={k}: the training split of {store.path} has {there:,} '
             'pictures; give a number from 1 to that'
         )
-    looking.check_drawn(k)
+    figures.check_drawn(k)
     titles, labels, images = _queries(args, store)
     features = make_features(trained, mesh)
 
@@ -188,12 +189,12 @@ def main() -> None:
     print(shared(labels, classes[:n]))
     if args.score:
         print(f'the whole validation split: {shared(store.labels("val").tolist(), classes[n:])}')
-    neighbours = looking.squares(store, 'train', found[:n].ravel()).reshape(n, k, *images.shape[1:])
+    neighbours = figures.squares(store, 'train', found[:n].ravel()).reshape(n, k, *images.shape[1:])
     captions = [
         [title.rpartition('/')[2] if label is None else names[label], *(names[c] for c in row)]
         for title, label, row in zip(titles, labels, classes[:n], strict=True)
     ]
-    looking.write(args.output, looking.png(draw(images, neighbours, captions)))
+    figures.write(args.output, figures.png(draw(images, neighbours, captions)))
 
 
 if __name__ == '__main__':

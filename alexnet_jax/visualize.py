@@ -8,12 +8,13 @@ the greatest; with --per_kernel every kernel is first given mean 0 and standard 
 
 import numpy as np
 
-from alexnet_jax import evaluate, looking, progress
+from alexnet_jax import figures
 from alexnet_jax.common.errors import UserError, run
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.training import inference, progress
 
 
-def conv1_kernels(trained: evaluate.Run) -> np.ndarray:
+def conv1_kernels(trained: inference.Run) -> np.ndarray:
     """The kernels of the first convolution, f32[T,h,w,3,C]; UserError where there is none."""
     if 'conv1' not in trained.params:
         raise UserError(
@@ -24,14 +25,14 @@ def conv1_kernels(trained: evaluate.Run) -> np.ndarray:
 
 
 def main() -> None:
-    parser = looking.parser('visualize', __doc__, output='kernels.png')
+    parser = figures.parser('visualize', __doc__, output='kernels.png')
     parser.add_argument('--per_kernel', action='store_true', help='give all the same contrast')
     parser.add_argument('--scale', type=int, default=6, help='pixels along the side of a weight')
-    args = looking.start(parser)
+    args = figures.start(parser)
     if not 1 <= args.scale <= 100:
         raise UserError(f'--scale={args.scale}: give a number of pixels from 1 to 100')
     mesh = meshes.make((1, 1), towers=1, batches={})
-    trained = evaluate.open_run(args.run, mesh, args.step)
+    trained = inference.open_run(args.run, mesh, args.step)
     kernels = conv1_kernels(trained)
     towers, h, w, _, count = kernels.shape
     print(
@@ -39,7 +40,7 @@ def main() -> None:
         f'weights from {kernels.min():.3g} to {kernels.max():.3g}'
     )
     picture = progress.kernel_picture(kernels, scale=args.scale, per_kernel=args.per_kernel)
-    looking.write(args.output, looking.png(picture))
+    figures.write(args.output, figures.png(picture))
 
 
 if __name__ == '__main__':

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax import evaluate
 from alexnet_jax.rundir import metrics
+from alexnet_jax.training import evaluation
 from experiments import lab as labs
 
 TITLE = 'Ablations of the ImageNet network (§3, §4, §7)'
@@ -103,7 +103,7 @@ def run(lab):
 
 def errors(workdir) -> dict:
     """The errors of a finished run, {'centre': {'top1_error', ...}, 'ten': ...}, in percent."""
-    sums = evaluate.compare([workdir])
+    sums = evaluation.compare([workdir])
     return {view: metrics.errors(value) for (_, view), value in sums.items()}
 
 

@@ -44,10 +44,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import optim, progress
 from alexnet_jax.common.errors import ArgumentParser, UserError, run
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.rundir import checkpoint, directory, metrics
+from alexnet_jax.training import optim, progress
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES, EXAMPLES, BATCH = 4, 60, 8  # 7.5 steps an epoch

@@ -16,9 +16,9 @@ centre, and their mirror images).
 import math
 import statistics
 
-from alexnet_jax import evaluate
 from alexnet_jax.common import configfile
 from alexnet_jax.rundir import directory, metrics
+from alexnet_jax.training import evaluation
 from experiments import lab as labs
 
 TITLE = 'Local response normalization on CIFAR-10 (§3.3)'
@@ -83,7 +83,7 @@ def errors(workdir) -> dict[str, float]:
     """The test errors of a finished run, %, by view; only one where the crop is the whole picture."""
     fields = directory.read_config(workdir)
     views = tuple(VIEWS) if fields['augment']['crop'] < fields['data']['size'] else ('centre',)
-    sums = evaluate.compare([workdir], views=views)
+    sums = evaluation.compare([workdir], views=views)
     return {view: metrics.errors(values)['top1_error'] for (_, view), values in sums.items()}
 
 

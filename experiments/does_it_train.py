@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import evaluate, looking, steps
+from alexnet_jax import figures
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.nets import alexnet
 from alexnet_jax.rundir import checkpoint
+from alexnet_jax.training import inference, steps
 from experiments import lab as labs
 
 TITLE = 'Does it train from the initial values of the text? (§5)'
@@ -110,19 +111,19 @@ def run(lab):
 def look(workdir) -> dict:
     """The network of a run at its start and at every checkpoint."""
     mesh = meshes.make((1, 1), towers=1, batches={})
-    trained = evaluate.open_run(workdir, mesh)
+    trained = inference.open_run(workdir, mesh)
     kept = checkpoint.Checkpoints(workdir / 'checkpoints').steps()
-    store = evaluate.open_store([trained])
+    store = inference.open_store([trained])
     count = store.counts['val']  # over the whole split: it may be sorted
     chosen = np.linspace(0, count - 1, min(count, PICTURES)).astype(int)
-    images = looking.squares(store, 'val', chosen)
+    images = figures.squares(store, 'val', chosen)
     crop = trained.config['augment']['crop']
     x = steps.normalize(steps.centre(images, crop), steps.window_mean(trained.facts.mean, crop))
     first = jax.jit(lambda: alexnet.init(trained.net, trained.config['seed'], crop))()
     measure = jax.jit(lambda params: activations(trained.net, params, x))
     measured = {'0': plain(measure(first))}
     for step in kept:
-        measured[str(step)] = plain(measure(evaluate.open_run(workdir, mesh, step).params))
+        measured[str(step)] = plain(measure(inference.open_run(workdir, mesh, step).params))
     return {'measured': measured}
 
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 
-from alexnet_jax import evaluate, steps, train
 from alexnet_jax.common.errors import run
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.images import decode, square
 from alexnet_jax.input.sources import shapes
 from alexnet_jax.rundir import metrics
+from alexnet_jax.training import evaluation, loop, steps
 from configs import quickstart
 
 CROPS = {'centre': 'centre crop', 'ten': 'ten crops'}
@@ -162,8 +162,8 @@ def networks(seeds: int, root: pathlib.Path) -> dict[str, dict[str, list[float]]
             config.seed = seed
             config.update_from_flattened_dict(changes)
             run_dir = root / f'{name.replace(" ", "_")}-{seed}'
-            train.train(config, run_dir)
-            for (_, view), sums in evaluate.compare([run_dir]).items():
+            loop.train(config, run_dir)
+            for (_, view), sums in evaluation.compare([run_dir]).items():
                 results[view][name].append(metrics.errors(sums)['top1_error'])
     return results
 

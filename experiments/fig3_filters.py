@@ -24,10 +24,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import evaluate, progress, visualize
+from alexnet_jax import visualize
 from alexnet_jax.common import paths
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.nets import alexnet
+from alexnet_jax.training import inference, progress
 from experiments import lab as labs
 
 TITLE = 'Figure 3: what the two towers specialise in (§6.1)'
@@ -69,7 +70,7 @@ def train(lab, after):
 
 def look(workdir) -> dict:
     """Conv1's kernels as a picture, and the two numbers of each, at the start and at the end."""
-    trained = evaluate.open_run(workdir, meshes.make((1, 1), towers=1, batches={}))
+    trained = inference.open_run(workdir, meshes.make((1, 1), towers=1, batches={}))
     kernels = visualize.conv1_kernels(trained)
     seed, crop = trained.config['seed'], trained.config['augment']['crop']
     fresh = jax.jit(lambda: alexnet.init(trained.net, seed, crop)['conv1']['kernel'])()

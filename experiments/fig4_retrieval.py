@@ -20,10 +20,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax import evaluate, looking, predict, retrieve
+from alexnet_jax import figures, predict, retrieve
 from alexnet_jax.common import class_names, paths
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import eval_batches
+from alexnet_jax.training import inference
 from experiments import fig3_filters
 from experiments import lab as labs
 
@@ -41,15 +42,15 @@ def run(lab):
 
 def look(workdir) -> dict:
     """Predictions and neighbours to draw, and the shares of neighbours of the query's class."""
-    classify = evaluate.load(workdir)
-    store = evaluate.open_store([classify.run])
+    classify = inference.load(workdir)
+    store = inference.open_store([classify.run])
     return {'predictions': predictions(classify, store), **neighbours(classify.run, store)}
 
 
 def predictions(classify, store) -> dict:
     """Some validation pictures; of the classes only those that are named in the figure."""
-    records = looking.choose(store.labels('val'), min(LABELLED, store.counts['val']), seed=0)
-    labels, images = store.labels('val')[records], looking.squares(store, 'val', records)
+    records = figures.choose(store.labels('val'), min(LABELLED, store.counts['val']), seed=0)
+    labels, images = store.labels('val')[records], figures.squares(store, 'val', records)
     made = predict.predict(classify, [''] * len(records), labels.tolist(), images)
     kept = sorted({*labels.tolist()}.union(*(one.top().tolist() for one in made)))
     return {
@@ -66,7 +67,7 @@ def neighbours(trained, store) -> dict:
     found, distances = nearest(store, retrieve.make_features(trained, mesh))
     train, val = store.labels('train'), store.labels('val')
     shares = [np.bincount(labels, minlength=store.classes) / len(labels) for labels in (train, val)]
-    records = looking.choose(val, min(QUERIES, store.counts['val']), seed=1)
+    records = figures.choose(val, min(QUERIES, store.counts['val']), seed=1)
     return {
         'same': of_the_class(store, found),
         'same_by_pixels': of_the_class(store, nearest(store, pixels)[0]),
@@ -74,9 +75,9 @@ def neighbours(trained, store) -> dict:
         'queries': [
             {
                 'name': store.names[val[record]],
-                'picture': packed(looking.squares(store, 'val', np.array([record]))[0]),
+                'picture': packed(figures.squares(store, 'val', np.array([record]))[0]),
                 'names': [store.names[k] for k in train[found[record]]],
-                'pictures': [packed(one) for one in looking.squares(store, 'train', found[record])],
+                'pictures': [packed(one) for one in figures.squares(store, 'train', found[record])],
                 'distances': [float(f'{d:.4g}') for d in distances[record]],
             }
             for record in records
@@ -197,7 +198,7 @@ def plot(results, file):
         np.pad(part, ((0, 20), (0, width - part.shape[1]), (0, 0)), constant_values=255)
         for part in (above, below)
     ]
-    paths.replace(file, looking.png(np.concatenate(both)))
+    paths.replace(file, figures.png(np.concatenate(both)))
 
 
 if __name__ == '__main__':

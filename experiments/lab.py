@@ -44,7 +44,7 @@ from alexnet_jax.common import configfile, errors, paths
 from alexnet_jax.common.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
 from alexnet_jax.devices import mesh
 from alexnet_jax.rundir import directory, metrics
-from alexnet_jax.train import NOT_FINITE
+from alexnet_jax.training.loop import NOT_FINITE
 
 SCALES = ('smoke', 'small', 'full')
 HERE = pathlib.Path(__file__).parent

@@ -11,11 +11,11 @@ import argparse
 
 import numpy as np
 
-from alexnet_jax import steps
 from alexnet_jax.common.errors import UserError, run
 from alexnet_jax.input import sampler
 from alexnet_jax.input.batches import eval_batches, train_batches
 from alexnet_jax.input.store import Store, open_store
+from alexnet_jax.training import steps
 
 View = tuple[str, np.ndarray]  # a label, and u8[crop,crop,3]
 

@@ -28,11 +28,11 @@ import os
 import pathlib
 import shutil
 
-from alexnet_jax import evaluate
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import sources
 from alexnet_jax.input.sources import shapes
 from alexnet_jax.rundir import metrics
+from alexnet_jax.training import evaluation
 from experiments import ablations
 from experiments import lab as labs
 
@@ -115,7 +115,7 @@ def together(lab, label: str, runs: dict[str, pathlib.Path]) -> None:
 
 def errors(*workdirs) -> dict:
     """Ten-crop errors, in percent, of the mean of some networks."""
-    *_, sums = evaluate.compare(workdirs, views=('ten',)).values()  # the last are of all together
+    *_, sums = evaluation.compare(workdirs, views=('ten',)).values()  # the last are of all together
     return metrics.errors(sums)
 
 

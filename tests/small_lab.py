@@ -3,14 +3,14 @@
 import ast
 import json
 
-from alexnet_jax import train
 from alexnet_jax.common import configfile
+from alexnet_jax.training import loop
 from experiments import lab
 
 
 def in_process(command, workdir, until):
     """A run as `lab.in_new_process` makes it, but here, and always to its end."""
-    train.train(configured(command), workdir)
+    loop.train(configured(command), workdir)
     return False
 
 

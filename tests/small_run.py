@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alexnet_jax import progress
 from alexnet_jax.devices import allocator
 from alexnet_jax.rundir import metrics
+from alexnet_jax.training import progress
 from experiments.chaos import compilation_cache
 from tests.tiny_store import write_store
 
@@ -28,12 +28,12 @@ runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
 # The program as users start it, but for one event at which it kills itself.
 DRIVER = """
 import os, pathlib, signal, sys, tempfile, time
-from alexnet_jax import evaluate, main, train
-from alexnet_jax.rundir import checkpoint
-from alexnet_jax.rundir import metrics
-from alexnet_jax.input import batches
+from alexnet_jax import main
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import run
+from alexnet_jax.input import batches
+from alexnet_jax.rundir import checkpoint, metrics
+from alexnet_jax.training import evaluation, loop
 
 event, number = sys.argv[1], int(sys.argv[2])
 if event not in ('TensorFlow', 'SIGTERM'):
@@ -81,20 +81,20 @@ def save_and_kill(self, step, *args):
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Checkpoints.save = save_and_kill
 
-start = train.Job.start
+start = loop.Job.start
 def start_and_terminate(*args):
     kill_at('SIGTERM while starting', signal.SIGTERM)
     return start(*args)
-train.Job.start = start_and_terminate
+loop.Job.start = start_and_terminate
 
 if event == 'blind':
     paths.existing = lambda path: pathlib.Path(tempfile.mkdtemp())
 
-real = evaluate.evaluate
+real = evaluation.evaluate
 def evaluate_and_kill(*args, **kwargs):
     kill_at('before evaluation')
     return real(*args, **kwargs)
-evaluate.evaluate = evaluate_and_kill
+evaluation.evaluate = evaluate_and_kill
 
 write = metrics.Writer.write
 def write_and_kill(self, kind, step, values):

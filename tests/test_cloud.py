@@ -26,12 +26,12 @@ from etils.epath import backend, gpath, stat_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 import alexnet_jax
-from alexnet_jax import checks, evaluate, progress, train
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import distributed
 from alexnet_jax.rundir import directory, metrics
 from alexnet_jax.rundir.checkpoint import Checkpoints, SaveError
+from alexnet_jax.training import checks, evaluation, loop, progress
 from tests.test_train import BATCH, EXAMPLES, make_config
 from tests.tiny_store import write_store
 
@@ -269,11 +269,11 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     caplog.set_level('INFO', 'alexnet_jax')
     changes = {'optim.epochs': 2.0, 'run.eval_every': 1.0, 'run.checkpoint_every': 1}
     config, run = make_config(store, **changes), 'gs://bucket/run'
-    train.train(config, tmp_path / 'run')
+    loop.train(config, tmp_path / 'run')
     with pytest.raises(Stopped, match='gs://bucket/run: stopped at step 4'):
-        train.train(make_config(store, **changes, **{'run.stop_after': '4'}), run)
+        loop.train(make_config(store, **changes, **{'run.stop_after': '4'}), run)
     truncate(bucket, 'bucket/run/checkpoints/4/state/')
-    train.train(config, run)
+    loop.train(config, run)
     assert 'gs://bucket/run/checkpoints/4 is damaged and passed over' in caplog.text
     assert 'resuming at step 3' in caplog.text
     expected = outcome(tmp_path / 'run')
@@ -312,14 +312,14 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     assert seen == [1, 2, 3, 4, 4, 5]
 
     # Whatever reads a run reads this one.
-    sums = evaluate.compare([run, tmp_path / 'run'], views=('centre',), batch=BATCH)
+    sums = evaluation.compare([run, tmp_path / 'run'], views=('centre',), batch=BATCH)
     there, here, _ = sums.values()
     assert list(sums)[0][0] == 'gs://bucket/run (step 5)'
     assert there == here and there['count'] == 7
     assert alexnet_jax.load(run).step == 5
     config = make_config(store, **{'train.init_from': run})
     mesh = checks.check(config, tmp_path / 'next')
-    job = train.Job.make(config, mesh, train.prepare.ensure(**config.data))
+    job = loop.Job.make(config, mesh, loop.prepare.ensure(**config.data))
     state, _, _ = job.start(Checkpoints(tmp_path / 'none'), run)
     kernel = state.params['conv3']['kernel']
     assert np.asarray(kernel).tobytes() == expected[1]['params/conv3/kernel']
@@ -328,7 +328,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     with pytest.raises(
         UserError, match='gs://bucket/run holds a run of another config .*optim.epochs'
     ):
-        train.train(make_config(store), run)
+        loop.train(make_config(store), run)
 
 
 STATE = {'a': jnp.arange(6000.0), 'b': {'c': jnp.ones((3, 5))}}

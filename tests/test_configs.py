@@ -6,10 +6,10 @@ import pathlib
 import jax
 import pytest
 
-from alexnet_jax import optim
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
+from alexnet_jax.training import optim
 from configs import base
 
 CONFIGS = pathlib.Path(base.__file__).parent

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import looking
+from alexnet_jax import figures
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import sources
 from alexnet_jax.input.sources import shapes, tfds
@@ -84,7 +84,7 @@ def test_tiny_imagenet(tmp_path):
     pictures = [*source.read('train', 0)]
     assert not [name for name, *_ in pictures if name.endswith('.txt')]
     for name, _, label in pictures:  # in CLASS/images
-        assert looking.label_of(name, source.class_names) == label
+        assert figures.label_of(name, source.class_names) == label
     for listed, complaint in (
         (f'{names[0]}\tn03\t0\n', 'val: there are no pictures of the classes'),
         (f'{names[0]} n01\n', 'val_annotations.txt: every line must be'),

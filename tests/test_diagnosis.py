@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import diagnosis
 from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
+from alexnet_jax.training import diagnosis
 from configs import base
 
 CROP, CLASSES, BATCH = 64, 10, 4

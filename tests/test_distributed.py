@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from alexnet_jax import evaluate
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import distributed
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import open_store
 from alexnet_jax.rundir import metrics
+from alexnet_jax.training import evaluation, inference
 from experiments.launch.local import free_port
 from tests.small_run import (
     ROOT,
@@ -172,11 +172,11 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
 
     # Evaluated by two processes, and here, by all devices and by one.
     printed = evaluated_by_two(workdir, store)
-    assert printed == evaluate.table(evaluate.compare([workdir], batch=4))
+    assert printed == evaluation.table(evaluation.compare([workdir], batch=4))
     mesh = meshes.make((1, 1), towers=2, batches={})
-    trained = evaluate.open_run(workdir, mesh)
-    predict = evaluate.predictor(trained, mesh, 'centre')
-    sums = evaluate.evaluate([predict], mesh, open_store(store), split='val', batch=4, threads=1)
+    trained = inference.open_run(workdir, mesh)
+    predict = inference.predictor(trained, mesh, 'centre')
+    sums = evaluation.evaluate([predict], mesh, open_store(store), split='val', batch=4, threads=1)
     (*_, last) = (row for row in metrics.read(workdir) if row['kind'] == 'eval')
     assert metrics.errors(sums)['top1_error'] == last['top1_error']
     assert metrics.errors(sums)['loss'] == pytest.approx(last['loss'], rel=1e-5)

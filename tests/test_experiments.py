@@ -322,7 +322,7 @@ def test_which_networks_go_together(tmp_path, monkeypatch):
         table2.run(trial)
         return trial.results, [names for names in compared if len(names) > 1]
 
-    monkeypatch.setattr(table2.evaluate, 'compare', compare)
+    monkeypatch.setattr(table2.evaluation, 'compare', compare)
     cnns = ['cnn-0', 'cnn-1', 'cnn-2', 'cnn-3']
     assert run(5)[1] == [cnns, ['star-1', *cnns]]
     assert run(5)[1] == []

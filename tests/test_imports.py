@@ -28,11 +28,12 @@ FLOORS = (
     ('package',),  # the package's own short list of names; nobody imports it
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-SINGLE = {'__init__': 'package'}  # modules outside the rooms; all others are commands
-# Modules that have not moved into their room yet.
-SINGLE |= dict.fromkeys(('train', 'job', 'steps', 'optim', 'evaluate', 'diagnosis'), 'training')
-SINGLE |= dict.fromkeys(('progress', 'checks'), 'training')
-SINGLE |= {'looking': 'shared'}
+SINGLE = {
+    '__init__': 'package',
+    'figures': 'shared',
+}  # modules outside the rooms; all others are commands
+
+
 # Outside module -> (the rooms that may import it, whether only inside functions).
 OUTSIDE = {
     'tensorflow': ({'input'}, True),

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import alexnet_jax
-from alexnet_jax import evaluate
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.images import square
 from alexnet_jax.rundir import metrics
+from alexnet_jax.training import inference
 from experiments.chaos import compilation_cache
 from tests import fixtures
 from tests.small_run import WITHOUT_TENSORFLOW
@@ -537,7 +537,7 @@ def test_starting_from_another_run_with_other_classes(world, second):
     world.refuses(('evaluate', 'run', 'again'), 'different classes')
     world.refuses(('evaluate', 'run', '--store=four'), 'four has other classes', '--store=DIR')
     mesh = meshes.make((1, 1), towers=2, batches={})
-    runs = [evaluate.open_run(world.folder / name, mesh) for name in ('run', 'again')]
+    runs = [inference.open_run(world.folder / name, mesh) for name in ('run', 'again')]
     first, again = (jax.tree.map(np.asarray, r.params) for r in runs)
     for layer in set(first) - {'fc8'}:
         for name, value in first[layer].items():

@@ -9,10 +9,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import optim, steps, train
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.rundir import fingerprint
+from alexnet_jax.training import loop, optim, steps
 from configs import base, cnn_star, large_batch, original
 
 MOMENTUM, DECAY, TRUST = 0.9, 5e-4, 0.02
@@ -284,7 +284,7 @@ def test_lars_is_the_same_on_every_mesh(shape):
     mesh = meshes.make(shape, towers=2, batches={})
     expected = run(gradients, rates, name='lars')[-1]
     with jax.enable_x64(True):
-        update = train.Job.make(config, mesh, store).optimizer
+        update = loop.Job.make(config, mesh, store).optimizer
         assert distance(run_on_mesh(update, mesh, gradients, rates), expected) < 1e-12
         if shape[1] > 1:  # what the norms of single towers would make of it
             update = optim.lars(momentum=MOMENTUM, decay=DECAY, trust=TRUST)

@@ -17,11 +17,11 @@ import pytest
 from jax import lax
 from PIL import Image
 
-from alexnet_jax import optim, steps
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.nets import alexnet, layers
 from alexnet_jax.nets.build import build
+from alexnet_jax.training import optim, steps
 from configs import caffe, original
 
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import evaluate, predict
+from alexnet_jax import predict
+from alexnet_jax.training import inference
 from tests.tiny_run import CLASSES, call, refuses, write_run
 
 NAMES = list('abcdefg')
-load = functools.cache(evaluate.load)  # the commands and the tests compile one program
+load = functools.cache(inference.load)  # the commands and the tests compile one program
 
 
 @pytest.fixture(scope='module')
@@ -68,7 +69,7 @@ def parse(said):
 def test_files(run, tmp_path, monkeypatch, capsys):
     """Read by content; the folder's name tells the class."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, 'load', load)
+    monkeypatch.setattr(inference, 'load', load)
     (tmp_path / 'class 2').mkdir()
     rng = np.random.default_rng(0)
     paths = ['class 2/a.jpg', 'b.txt']
@@ -92,7 +93,7 @@ def test_files(run, tmp_path, monkeypatch, capsys):
 
 def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, 'load', load)
+    monkeypatch.setattr(inference, 'load', load)
     monkeypatch.setattr(predict, 'BATCH', 2)  # so in two batches
     call(monkeypatch, predict, run.path, '--val=4', '--views=centre')
     found = parse(capsys.readouterr().out)

@@ -10,11 +10,12 @@ import pytest
 from etils.epath import gpath
 from PIL import Image
 
-from alexnet_jax import evaluate, looking, predict, retrieve, visualize
+from alexnet_jax import figures, predict, retrieve, visualize
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import open_store
-from alexnet_jax.progress import kernel_picture
+from alexnet_jax.training import inference
+from alexnet_jax.training.progress import kernel_picture
 from experiments import cifar_lrn, fig3_filters, fig4_retrieval, lab, report
 from experiments.lab import Lab
 from tests.small_lab import in_process, make
@@ -180,7 +181,7 @@ def test_verdict(differences, words):
 
 
 @pytest.fixture(scope='module')
-def figures(tmp_path_factory):
+def drawn(tmp_path_factory):
     """Results of figures 3 and 4, of one run; every validation picture is a training picture, too."""
     folder = tmp_path_factory.mktemp('figures')
     given = tiny(folder / 'store', 72, '--config.augment.crop=64', '--config.optim.epochs=0.5')
@@ -204,21 +205,21 @@ def figures(tmp_path_factory):
     return SimpleNamespace(third=third, fourth=fourth)
 
 
-def test_figure_3(figures, tmp_path):
-    run = figures.third.workdir('original', 0)
-    extra = figures.third.results['original-0']['extra']
+def test_figure_3(drawn, tmp_path):
+    run = drawn.third.workdir('original', 0)
+    extra = drawn.third.results['original-0']['extra']
     kernels = visualize.conv1_kernels(
-        evaluate.open_run(run, meshes.make((1, 1), towers=1, batches={}))
+        inference.open_run(run, meshes.make((1, 1), towers=1, batches={}))
     )
     assert kernels.shape == (2, 11, 11, 3, 3) and extra['end'] == fig3_filters.measures(kernels)
     assert extra['start'] != extra['end'] and np.shape(extra['start']['colour']) == (2, 3)
     np.testing.assert_array_equal(fig3_filters.unpacked(extra['picture']), kernel_picture(kernels))
-    table = fig3_filters.report(figures.third.results)
+    table = fig3_filters.report(drawn.third.results)
     assert f'| original, seed 0 | 1 | 3 | {np.mean(extra["end"]["colour"][1]):.2f} | ' in table
-    (axes,) = fig3_filters.figure(figures.third.results).axes
+    (axes,) = fig3_filters.figure(drawn.third.results).axes
     np.testing.assert_array_equal(axes.images[0].get_array(), kernel_picture(kernels))
     assert axes.get_title('left') == ''  # of a single run
-    fig3_filters.plot(figures.third.results, tmp_path / 'figure.png')
+    fig3_filters.plot(drawn.third.results, tmp_path / 'figure.png')
     drawn = np.asarray(Image.open(tmp_path / 'figure.png').convert('RGB'))
     assert colours(kernel_picture(kernels)) <= colours(drawn)
 
@@ -267,9 +268,9 @@ def test_figure_3_of_several_runs(tmp_path):
     assert not (tmp_path / 'none.png').exists()
 
 
-def test_figure_4(figures, tmp_path, monkeypatch):
+def test_figure_4(drawn, tmp_path, monkeypatch):
     """The nearest picture is the same picture: its class, its name, and nothing between them."""
-    extra = figures.fourth.results['original-0']['extra']
+    extra = drawn.fourth.results['original-0']['extra']
     assert extra['same'][0] == 100.0 and len(extra['same']) == 6 and extra['same'][5] < 50
     assert extra['chance'] == pytest.approx(10.0)
     assert extra['same_by_pixels'][0] == 100.0 and extra['same_by_pixels'][5] < 50
@@ -282,14 +283,14 @@ def test_figure_4(figures, tmp_path, monkeypatch):
     assert (len(made['labels']), len(made['pictures'])) == (8, 8)
     assert all(0.5 < sum(row) < 1.001 for row in made['probabilities'])
     assert [made['names'][label] for label in made['labels']] == [
-        f'class {k}' for k in looking.choose(np.arange(40, 60) % 10, 8, seed=0) % 10
+        f'class {k}' for k in figures.choose(np.arange(40, 60) % 10, 8, seed=0) % 10
     ]
-    table = fig4_retrieval.report(figures.fourth.results)
+    table = fig4_retrieval.report(drawn.fourth.results)
     own, by_pixels = (np.mean(extra[kind]) for kind in ('same', 'same_by_pixels'))
     assert f'| {own:.1f} | 100.0 | {by_pixels:.1f} | 10.00 |' in table and '(runs: 1;' in table
 
     # Drawn: eight pictures with their bars; below, pictures and classes of five queries.
-    results = copy.deepcopy(figures.fourth.results)
+    results = copy.deepcopy(drawn.fourth.results)
     asked = results['original-0']['extra']['queries']
     asked[0]['name'] = 'n01440764'
     above, plain = [], predict.figure
@@ -314,16 +315,16 @@ def test_figure_4(figures, tmp_path, monkeypatch):
     assert len(drawn) == 860 + 20 + len(below)  # the part above is of that size
 
 
-def test_a_run_that_is_there_already(figures, monkeypatch, capsys):
+def test_a_run_that_is_there_already(drawn, monkeypatch, capsys):
     """Its table and its figure, and nothing is kept of it among results."""
     monkeypatch.setattr(lab, 'apart', lambda look, run: look(run))
     monkeypatch.setattr(lab, 'Lab', None)
     monkeypatch.setattr('signal.signal', lambda *args: None)
-    run = figures.third.workdir('original', 0)
+    run = drawn.third.workdir('original', 0)
     monkeypatch.setattr('sys.argv', ['fig3_filters', f'--run={run}'])
     lab._main(fig3_filters)
     out = capsys.readouterr().out
-    assert out.replace(str(run), 'original').startswith(fig3_filters.report(figures.third.results))
+    assert out.replace(str(run), 'original').startswith(fig3_filters.report(drawn.third.results))
     assert out.endswith(f'figure: {run}/fig3_filters.png\n') and (run / 'fig3_filters.png').exists()
     monkeypatch.setattr('sys.argv', ['fig3_filters', f'--run={run.parent}/nowhere'])
     with pytest.raises(UserError, match='nowhere: not a run directory'):
@@ -331,17 +332,17 @@ def test_a_run_that_is_there_already(figures, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('module', [fig3_filters, fig4_retrieval])
-def test_a_run_in_a_bucket(figures, monkeypatch, capsys, module):
+def test_a_run_in_a_bucket(drawn, monkeypatch, capsys, module):
     """It is read from there, and its figure is put beside it."""
     name = module.__name__.rpartition('.')[2]
-    made = {fig3_filters: figures.third, fig4_retrieval: figures.fourth}[module].results[
+    made = {fig3_filters: drawn.third, fig4_retrieval: drawn.fourth}[module].results[
         'original-0'
     ]
     bucket, address = Bucket(), 'gs://bucket/run'
     monkeypatch.setattr(gpath, '_is_tf_installed', lambda: False)
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, 'gs', FileSystem(bucket))
     for file in ('config.json', 'metrics.jsonl'):
-        bucket.put(f'bucket/run/{file}', (figures.third.workdir('original', 0) / file).read_bytes())
+        bucket.put(f'bucket/run/{file}', (drawn.third.workdir('original', 0) / file).read_bytes())
 
     def apart(look, path):
         path = pickle.loads(pickle.dumps(path))  # on its way to another process

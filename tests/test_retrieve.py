@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import looking, retrieve, steps
+from alexnet_jax import figures, retrieve
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.training import steps
 from tests.tiny_run import CLASSES, CROP, TRAIN, VAL, call, refuses, write_run
 
 
@@ -57,7 +58,7 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
     found, distances = brute_force(fc7['val'], fc7['train'], 3)
     assert fc7['train'].shape == (TRAIN, 256) and np.ptp(distances) > 0
     queries = [int(re.match(r'validation picture (\d+) ', line)[1]) for line in lines[:4]]
-    assert queries == looking.choose(np.arange(VAL) % CLASSES, 4, seed=1).tolist()
+    assert queries == figures.choose(np.arange(VAL) % CLASSES, 4, seed=1).tolist()
     same = 0
     picture = np.asarray(Image.open(output))
     assert picture.shape == (4 * 172 + 4, 4 * 148 + 4 + 16, 3)  # of pictures enlarged to 144
@@ -184,19 +185,19 @@ def test_choose():
     """One of each class before a second of any; another seed chooses others."""
     labels = np.array([0] * 20 + [1] * 2 + [2] * 5)
     for seed in range(5):
-        records = looking.choose(labels, 8, seed)
+        records = figures.choose(labels, 8, seed)
         assert len({*records.tolist()}) == 8
         assert sorted(labels[records[:3]]) == sorted(labels[records[3:6]]) == [0, 1, 2]
         assert sorted(labels[records[6:]]) == [0, 2]
-        np.testing.assert_array_equal(records[:4], looking.choose(labels, 4, seed))
-    assert looking.choose(labels, 8, 0).tolist() != looking.choose(labels, 8, 1).tolist()
+        np.testing.assert_array_equal(records[:4], figures.choose(labels, 4, seed))
+    assert figures.choose(labels, 8, 0).tolist() != figures.choose(labels, 8, 1).tolist()
 
 
 def test_the_folder_of_a_class():
     """The nearest of a file's folder and the one above it; not the file, and none further up."""
     names = ['cat', 'dog', 'images']
     found = {
-        path: looking.label_of(path, names)
+        path: figures.label_of(path, names)
         for path in (
             '/cat/dog/a.jpg',
             '/cat/1/a.jpg',
@@ -232,5 +233,5 @@ def test_the_folder_of_a_class():
 )
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
     (tmp_path / 'text.jpg').write_text('no picture')
-    monkeypatch.setattr(looking, 'DRAWN', 20)
+    monkeypatch.setattr(figures, 'DRAWN', 20)
     refuses(monkeypatch, tmp_path, retrieve, run.path, arguments, message)

@@ -10,9 +10,9 @@ import pytest
 from jax import lax
 from PIL import Image
 
-from alexnet_jax import optim, steps
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets import alexnet, layers
+from alexnet_jax.training import optim, steps
 from configs import caffe, cnn_star, no_talk, one_gpu, original, owt, paper
 from experiments.scaling import __main__ as command
 from experiments.scaling import accelerators, formula, hlo, hybrid, programs, report

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import optim, steps
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
+from alexnet_jax.training import optim, steps
 from configs import base
 
 SIZE, CROP, CLASSES = 72, 64, 10

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import checks, diagnosis, evaluate, optim, train
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import open_store
 from alexnet_jax.rundir import checkpoint, metrics
 from alexnet_jax.rundir.checkpoint import Checkpoints
+from alexnet_jax.training import checks, diagnosis, evaluation, loop, optim
 from configs import quickstart
 from tests.small_run import assert_same, outcome
 from tests.tiny_store import write_store
@@ -53,7 +53,7 @@ def test_plateau_drops_the_rate_and_then_ends_the_run(store, tmp_path):
     """No error can fall by 200 points: after the first evaluation each one is a stall."""
     changes = {'schedule': 'plateau', 'patience': 1.0, 'threshold': 200.0, 'max_drops': 2}
     changes = {f'optim.{name}': value for name, value in changes.items()} | {'run.eval_every': 1.0}
-    train.train(make_config(store, **changes, **{'optim.epochs': 50.0}), tmp_path / 'run')
+    loop.train(make_config(store, **changes, **{'optim.epochs': 50.0}), tmp_path / 'run')
     rows = metrics.read(tmp_path / 'run')
     steps = [optim.steps_per(e, EXAMPLES, BATCH) for e in (1, 2, 3, 4)]
     assert [r['step'] for r in rows if r['kind'] == 'eval'] == steps == [3, 5, 8, 10]
@@ -68,7 +68,7 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
 
     Stopped and resumed: the same bits; one at a time: the same numbers, but for rounding.
     """
-    groups, make = [], train.Job.make
+    groups, make = [], loop.Job.make
 
     def watched(*args):
         job = make(*args)
@@ -79,22 +79,22 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
 
         return dataclasses.replace(job, train_steps=train_steps)
 
-    monkeypatch.setattr(train.Job, 'make', watched)
+    monkeypatch.setattr(loop.Job, 'make', watched)
     every = {'run.eval_every': 2.0, 'run.checkpoint_every': 3, 'run.log_every': 3}
     config = make_config(store, **every, **{'run.dispatch': 3})
-    train.train(config, tmp_path / 'whole')
+    loop.train(config, tmp_path / 'whole')
     assert groups == [(0, 3), (6, 3)]
     config.run.stop_after = '1'
     with pytest.raises(Stopped, match='stopped at step 3 '):
-        train.train(config, tmp_path / 'stopped')
+        loop.train(config, tmp_path / 'stopped')
     assert Checkpoints(tmp_path / 'stopped/checkpoints').steps() == [3]
     config.run.stop_after = ''
-    train.train(config, tmp_path / 'stopped')
+    loop.train(config, tmp_path / 'stopped')
     assert Checkpoints(tmp_path / 'stopped/checkpoints').steps()[-2:] == [9, 10]
     whole = outcome(tmp_path / 'whole')
     assert_same(outcome(tmp_path / 'stopped'), whole)
     config.run.dispatch = 1
-    train.train(config, tmp_path / 'one')
+    loop.train(config, tmp_path / 'one')
     one = outcome(tmp_path / 'one')[3]
     assert [(r['kind'], r['step']) for r in one] == [
         ('train', 2),
@@ -111,7 +111,7 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, monkeypatch):
     """Step 4 is the first that is made alone: else its compilation would be in the rate of steps 2 and 3."""
-    events, make, line = [], train.Job.make, train.progress.line
+    events, make, line = [], loop.Job.make, loop.progress.line
 
     def watched(*args):
         job = make(*args)
@@ -126,8 +126,8 @@ def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, 
 
         return dataclasses.replace(job, train_step=train_step, train_steps=train_steps)
 
-    monkeypatch.setattr(train.Job, 'make', watched)
-    monkeypatch.setattr(train.progress, 'line', lambda *args: events.append('rate') or line(*args))
+    monkeypatch.setattr(loop.Job, 'make', watched)
+    monkeypatch.setattr(loop.progress, 'line', lambda *args: events.append('rate') or line(*args))
     every = {
         'run.eval_every': 2.0,
         'run.checkpoint_every': 100,
@@ -135,7 +135,7 @@ def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, 
         'run.stop_after': '6',
     }
     with pytest.raises(Stopped):
-        train.train(make_config(store, **every, **{'run.dispatch': 2}), tmp_path / 'run')
+        loop.train(make_config(store, **every, **{'run.dispatch': 2}), tmp_path / 'run')
     assert events == ['two', 'two', 'rate', 'rate', 'one', 'one', 'rate']
 
 
@@ -145,7 +145,7 @@ def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
     )
     config.run.stop_after = '1'
     with pytest.raises(Stopped):
-        train.train(config, tmp_path / 'run')
+        loop.train(config, tmp_path / 'run')
     assert 'config.run.dispatch=20: so many steps do not fit' in caplog.text
 
 
@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_within_a_dispatch_is_found(store, tmp_path):
     changes = {'run.dispatch': 2, 'run.log_every': 2, 'run.eval_every': 9.0}
     config = make_config(store, **changes, **{'optim.rate': 1e30})
     with pytest.raises(UserError, match='the loss of step 1 is not finite: the activations'):
-        train.train(config, tmp_path / 'run')
+        loop.train(config, tmp_path / 'run')
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(store, tmp_pa
         'the loss of step 1 is not finite: the activations .* broke first; .* step 1; likely causes'
     )
     with pytest.raises(UserError, match=where) as error:
-        train.train(config, tmp_path / 'run')
+        loop.train(config, tmp_path / 'run')
     assert '\n' not in str(error.value)
     # The first update is huge, but finite; what it leads to is not.
     assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1]
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(store, tmp_pa
 @pytest.mark.slow
 def test_parameters_that_are_not_finite_are_never_saved(store, tmp_path, monkeypatch):
     """Whatever made them so: the loss of the step that they come from is still finite."""
-    make = train.Job.make
+    make = loop.Job.make
 
     def poisoned(*args):
         job = make(*args)
@@ -186,10 +186,10 @@ def test_parameters_that_are_not_finite_are_never_saved(store, tmp_path, monkeyp
 
         return dataclasses.replace(job, train_step=train_step)
 
-    monkeypatch.setattr(train.Job, 'make', poisoned)
+    monkeypatch.setattr(loop.Job, 'make', poisoned)
     message = 'step 3 is not finite: .*; the last good checkpoint is that of step 2;'
     with pytest.raises(UserError, match=message):
-        train.train(make_config(store, **{'run.checkpoint_every': 1}), tmp_path / 'run')
+        loop.train(make_config(store, **{'run.checkpoint_every': 1}), tmp_path / 'run')
     assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1, 2]
 
 
@@ -198,7 +198,7 @@ def test_a_loss_that_stays_at_chance_is_noticed(store, tmp_path, monkeypatch, ca
     monkeypatch.setattr(diagnosis, 'STUCK', 10.0)  # so that any loss counts as chance
     changes = {'run.stuck_after': 4, 'optim.epochs': 2.0}
     with caplog.at_level('WARNING'):
-        train.train(make_config(store, **changes), tmp_path / 'run')
+        loop.train(make_config(store, **changes), tmp_path / 'run')
     assert 'step 4: for 4 steps the loss has been that of pure chance' in caplog.text
 
 
@@ -219,10 +219,10 @@ def test_a_checkpoint_that_cannot_be_written(store, tmp_path, monkeypatch, caplo
     config = make_config(store, **changes, **{'run.eval_every': 10.0})
     if failed_save == 'stop':
         with pytest.raises(UserError, match='no space for step 3'):
-            train.train(config, tmp_path / 'run')
+            loop.train(config, tmp_path / 'run')
         assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [2, 3]
     else:
-        train.train(config, tmp_path / 'run')
+        loop.train(config, tmp_path / 'run')
         assert 'no space for step 3; going on without it' in caplog.text
         assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [4, 5]
 
@@ -240,7 +240,7 @@ def test_training_waits_for_checkpoints_where_it_should(store, tmp_path, monkeyp
 
         monkeypatch.setattr(Checkpoints, name, noted)
     changes = {'run.saves': saves, 'run.checkpoint_every': 2, 'optim.epochs': 1.0}
-    train.train(make_config(store, **changes), tmp_path / 'run')
+    loop.train(make_config(store, **changes), tmp_path / 'run')
     before = ['wait', 'save', 'wait']  # saving waits for the checkpoint before, too
     after = {'background': before, 'wait': [*before, 'wait']}[saves]
     assert events[: 2 * len(after)] == after * 2
@@ -253,13 +253,13 @@ def test_what_went_wrong_first_is_told(store, tmp_path, monkeypatch):
 
         return raises
 
-    monkeypatch.setattr(train, '_loop', fail('a damaged record', UserError))
+    monkeypatch.setattr(loop, '_loop', fail('a damaged record', UserError))
     monkeypatch.setattr(Checkpoints, 'close', fail('no space', checkpoint.SaveError))
     with pytest.raises(UserError, match='a damaged record'):
-        train.train(make_config(store), tmp_path / 'run')
-    monkeypatch.setattr(train, '_loop', lambda *args: None)
+        loop.train(make_config(store), tmp_path / 'run')
+    monkeypatch.setattr(loop, '_loop', lambda *args: None)
     with pytest.raises(UserError, match='no space'):
-        train.train(make_config(store), tmp_path / 'run')
+        loop.train(make_config(store), tmp_path / 'run')
 
 
 @pytest.mark.slow
@@ -276,17 +276,17 @@ def test_the_last_checkpoint_must_be_written(store, tmp_path, monkeypatch):
         store, **{'run.failed_save': 'warn', 'optim.epochs': 2.0, 'run.eval_every': 10.0}
     )
     with pytest.raises(UserError, match='no space for step 5'):
-        train.train(config, tmp_path / 'run')
+        loop.train(config, tmp_path / 'run')
 
 
 @pytest.mark.slow
 def test_profile_and_frozen_layers(store, tmp_path):
     config = make_config(store, **{'run.profile': (1, 3), 'train.freeze': ('conv1', 'conv2')})
-    train.train(config, tmp_path / 'run')
+    loop.train(config, tmp_path / 'run')
     assert list((tmp_path / 'run/profile').rglob('*.xplane.pb'))
     checkpoints = Checkpoints(tmp_path / 'run/checkpoints')
     mesh = checks.check(config, tmp_path / 'run')
-    job = train.Job.make(config, mesh, train.prepare.ensure(**config.data))
+    job = loop.Job.make(config, mesh, loop.prepare.ensure(**config.data))
     trained, _, _ = job.start(checkpoints, '')
     fresh, _, _ = job.start(Checkpoints(tmp_path / 'none'), '')
     same = {
@@ -324,7 +324,7 @@ def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, monkeypatc
         number = images[:, 0, 0, 0].astype(int)
         return jax.nn.one_hot(jnp.where(number < 30, number, number + 1) % 3, 3)
 
-    sums = evaluate.evaluate(
+    sums = evaluation.evaluate(
         [predict], mesh, open_store(tmp_path / 's'), split='val', batch=8, threads=1
     )
     assert (sums['count'], sums['top1'], sums['top5']) == (37, 30, 37)
@@ -336,7 +336,7 @@ def test_evaluations_are_due_after_whole_intervals(store):
     class Counts:
         counts = {'train': EXAMPLES}
 
-    job = object.__new__(train.Job)
+    job = object.__new__(loop.Job)
     object.__setattr__(job, 'config', config)
     object.__setattr__(job, 'store', Counts)
     # Half epochs end after 1.25, 2.5, 3.75, 5, ... steps.

@@ -6,7 +6,7 @@ from PIL import Image
 
 from alexnet_jax import visualize
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.progress import kernel_picture
+from alexnet_jax.training.progress import kernel_picture
 from tests.tiny_run import STEP, call, refuses, write_run
 
 

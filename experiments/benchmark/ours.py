@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alexnet_jax import optim, steps
 from alexnet_jax.common import configfile
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import fake_batches, train_batches
 from alexnet_jax.input.store import open_store
-from alexnet_jax.job import make_optimizer
 from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
+from alexnet_jax.training import optim, steps
+from alexnet_jax.training.setup import make_optimizer
 from experiments.benchmark import operations, plain, protocol
 
 MEAN = 120.0  # of every pixel, where there is no store

@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax import optim, steps
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.job import make_optimizer
 from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
+from alexnet_jax.training import optim, steps
+from alexnet_jax.training.setup import make_optimizer
 from experiments.scaling import hlo
 from experiments.scaling.formula import Move
 from experiments.scaling.hybrid import make_gradients

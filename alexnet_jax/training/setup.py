@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 
-from alexnet_jax import diagnosis, evaluate, optim, steps
 from alexnet_jax.common import paths
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import batches
@@ -16,6 +15,7 @@ from alexnet_jax.input.store import Store
 from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory, metrics
+from alexnet_jax.training import diagnosis, evaluation, optim, steps
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Job:
 
     def evaluate(self, state: steps.TrainState) -> dict[str, float]:
         """Errors on the validation split, centre crop."""
-        sums = evaluate.evaluate(
+        sums = evaluation.evaluate(
             [lambda images: self.predict(state.params, images)],
             self.mesh,
             self.store,

@@ -2,7 +2,6 @@
 
 import jax
 
-from alexnet_jax import optim
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.devices import mesh as meshes
@@ -10,6 +9,7 @@ from alexnet_jax.devices import preemption
 from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory
+from alexnet_jax.training import optim
 
 
 def check(config, workdir: paths.Path) -> jax.sharding.Mesh:

@@ -11,14 +11,14 @@ import numpy as np
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from alexnet_jax import checks, diagnosis, progress
 from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import distributed, preemption
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import prepare
-from alexnet_jax.job import Job
 from alexnet_jax.rundir import checkpoint, directory, metrics
+from alexnet_jax.training import checks, diagnosis, progress
+from alexnet_jax.training.setup import Job
 
 log = logging.getLogger(__name__)
 NOT_FINITE = 'is not finite'  # what every message about a training that diverged says

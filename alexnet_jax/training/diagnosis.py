@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alexnet_jax import steps
 from alexnet_jax.nets import alexnet
+from alexnet_jax.training import steps
 
 STUCK = 0.005  # of ln(classes): how near to it a loss counts as one that has learnt nothing
 CAUSES = (

@@ -1,0 +1,94 @@
+"""Evaluation as in the paper: centre crop, ten crops (§4.1), and ensembles, with exact counts."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from alexnet_jax.devices import distributed
+from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.devices.backend import choices
+from alexnet_jax.input.batches import eval_batches
+from alexnet_jax.input.store import Store
+from alexnet_jax.rundir import directory, metrics
+from alexnet_jax.training import steps
+from alexnet_jax.training.inference import Predict, open_run, open_store, predictor
+
+
+def evaluate(
+    predicts: Sequence[Predict], mesh: Mesh, store: Store, *, split: str, batch: int, threads: int
+) -> dict[str, float]:
+    """Sums over a split, every picture once: {'count', 'loss', 'top1', 'top5'}, hits and nats.
+
+    predicts: one function for each member of the ensemble; their probabilities are averaged.
+    """
+    score = steps.make_score(mesh)
+    rows = meshes.rows(mesh, batch)
+    # One program at a time where they cannot overlap; elsewhere the next batch is read meanwhile.
+    finish = (lambda x: x) if choices(mesh).overlap else jax.block_until_ready
+    parts = []
+    for local in eval_batches(store, split, batch=batch, rows=rows, threads=threads):
+        arrays = meshes.global_batch(mesh, batch, local)
+        members = [finish(p(arrays['image'])) for p in predicts]
+        probabilities = finish(sum(members) / len(members))
+        parts.append(finish(score(probabilities, arrays['label'], arrays['mask'])))
+        if len(parts) > 1:  # never more than two batches in flight
+            jax.block_until_ready(parts[-2])
+    parts = jax.device_get(parts)
+    sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+    if sums['count'] != store.counts[split]:
+        raise AssertionError(f'{sums["count"]:g} pictures counted, {store.counts[split]} are there')
+    return sums
+
+
+def compare(
+    run_dirs: Sequence[str | os.PathLike],
+    *,
+    views: Sequence[str] = ('centre', 'ten'),
+    split: str = 'val',
+    step: str | int = 'latest',
+    store: str = '',
+    batch: int = 100,
+    threads: int = 0,
+) -> dict[tuple[str, str], dict[str, float]]:
+    """Sums by (name, view) for each run, and for all together where there are several ('N CNNs').
+
+    store: where the prepared pictures are, if not where the first run had them. Raises UserError
+    for what is not a run directory, for damaged checkpoints, and for runs on different classes.
+    """
+    configs = [directory.read_config(path) for path in run_dirs]
+    towers = {config['model']['towers'] for config in configs}
+    shape = (0, 0) if len(towers) == 1 else (0, 1)
+    mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
+    runs = [open_run(path, mesh, step) for path in run_dirs]
+    # a training may save meanwhile
+    distributed.agree({f'the step of {r.path}': r.step for r in runs})
+    opened = open_store(runs, store)
+    results = {}
+    for view in views:
+        predicts = [predictor(r, mesh, view) for r in runs]
+        members = [
+            (f'{r.path} (step {r.step:,})', [p]) for r, p in zip(runs, predicts, strict=True)
+        ]
+        if len(runs) > 1:
+            members.append((f'{len(runs)} CNNs', predicts))
+        for name, ensemble in members:
+            results[name, view] = evaluate(
+                ensemble, mesh, opened, split=split, batch=batch, threads=threads
+            )
+    return results
+
+
+def table(results: dict[tuple[str, str], dict[str, float]]) -> str:
+    """What `compare` returns, like the paper's tables 1 and 2."""
+    width = max(len('Model'), *(len(name) for name, _ in results))
+    lines = [f'{"Model":{width}}  Crops   Top-1    Top-5  Pictures']
+    for (name, view), sums in results.items():
+        e = metrics.errors(sums)
+        crops = {'centre': 1, 'ten': 10}[view]
+        lines.append(
+            f'{name:{width}}  {crops:5}  {e["top1_error"]:5.2f} %  {e["top5_error"]:5.2f} %  '
+            f'{sums["count"]:8,.0f}'
+        )
+    return '\n'.join(lines)

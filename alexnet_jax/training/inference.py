@@ -1,0 +1,117 @@
+"""A trained network, read back from its run directory, as a function from pictures to probabilities."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import UserError, choose
+from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input import prepare
+from alexnet_jax.input.images import square
+from alexnet_jax.input.store import Store
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
+from alexnet_jax.rundir import checkpoint, directory
+from alexnet_jax.training import steps
+
+Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
+
+
+class Run(NamedTuple):
+    """A trained network, read back from its run directory."""
+
+    path: paths.Path
+    config: dict
+    net: alexnet.AlexNet
+    step: int
+    params: dict
+    facts: directory.Facts
+
+
+def open_run(path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest') -> Run:
+    """Reads a run's parameters onto a mesh. step: 'best', 'latest' or a number.
+
+    Raises UserError for what is not a run directory and for missing or damaged checkpoints.
+    """
+    path = paths.path(path)
+    config, facts = directory.read_config(path), directory.read_facts(path)
+    net = build(classes=len(facts.names), **config['model'])
+    shapes = jax.eval_shape(lambda: alexnet.init(net, 0, config['augment']['crop']))
+    shardings = meshes.shardings(mesh, alexnet.param_specs(shapes, mesh.shape['model']))
+    target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    checkpoints = checkpoint.Checkpoints(path / 'checkpoints')
+    wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
+    if step == 'best' and wanted is None:
+        raise UserError(f'{path}: no evaluated checkpoint here to be the best; use latest')
+    found, params, _ = checkpoints.restore_params(target, wanted)
+    return Run(path, config, net, found, params, facts)
+
+
+def open_store(runs: Sequence[Run], store: str = '') -> Store:
+    """The prepared pictures of some runs; store: where they are, if not where the first run had them.
+
+    Raises UserError if these are others than a run was trained on, of other classes or sizes.
+    """
+    first = runs[0]
+    if any(r.facts.names != first.facts.names for r in runs):
+        raise UserError('these runs were trained on different classes: no common table')
+    data_config = {**first.config['data'], 'store': store or first.config['data']['store']}
+    opened = prepare.ensure(**data_config, alone=jax.process_count() == 1)
+    if opened.names != first.facts.names:
+        raise UserError(
+            f'{opened.path} has other classes than {first.path} was trained on; '
+            'give the store of its classes, --store=DIR'
+        )
+    for r in runs:
+        if r.facts.mean.shape[0] != opened.size:
+            raise UserError(
+                f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, and '
+                f'{opened.path} has {opened.size}'
+            )
+    if not store:  # others, of the same classes, only where they are asked for
+        directory.check_store(first.path, opened)
+    return opened
+
+
+def predictor(trained: Run, mesh: Mesh, views: str) -> Predict:
+    """predict(images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views."""
+    crop = trained.config['augment']['crop']
+    predict = steps.make_predict(trained.net, mesh, mean=trained.facts.mean, views=views, crop=crop)
+    return lambda images: predict(trained.params, images)
+
+
+class Classifier:
+    """What `alexnet_jax.load` returns: pictures -> probabilities, with `names`, one per class.
+
+    `run` is the opened run, `size` the side of the square that is cut from a picture, in pixels.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, views: str, step: str | int):
+        self._mesh = meshes.make((1, 1), towers=1, batches={})
+        self.run = open_run(run_dir, self._mesh, step)
+        self.names = self.run.facts.names
+        self.step = self.run.step
+        self.size = self.run.facts.mean.shape[0]
+        self._predict = predictor(self.run, self._mesh, views)
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K]."""
+        squares = [square(image, self.size) for image in images]
+        return np.asarray(self._predict(np.stack(squares)))
+
+
+def load(run_dir: str | os.PathLike, views: str = 'ten', step: str | int = 'latest') -> Classifier:
+    """A trained network as a function from uint8 pictures to probabilities, with class names.
+
+    views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number. Raises
+    UserError for what is not a run directory and for missing or damaged checkpoints.
+    """
+    choose('views', views, steps.VIEWS)
+    return Classifier(run_dir, views, step)
