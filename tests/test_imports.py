@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
+
 PACKAGE = 'alexnet_jax'
 
 # From the bottom up: a room imports from those below it, never from its neighbours on the same floor.

@@ -1,0 +1,130 @@
+"""What the command says about pictures is what the loaded network computes, in the right order."""
+
+import functools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import predict
+from alexnet_jax.training import inference
+from tests.helpers.run_dirs import CLASSES, call, refuses, write_run
+
+NAMES = list('abcdefg')
+load = functools.cache(inference.load)  # the commands and the tests compile one program
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp('tiny'))
+
+
+@pytest.fixture
+def prediction():
+    probabilities = np.array([0.05, 0.4, 0.0, 0.05, 0.2, 0.3, 0.0], np.float32)
+    return predict.Prediction('x/y.png', 4, np.zeros((8, 8, 3), np.uint8), probabilities)
+
+
+def test_describe(prediction):
+    """Most probable first, of equal ones the first label; the correct one is marked."""
+    expected = ['   40.0 %  b', '   30.0 %  f', '   20.0 %  e  <', '    5.0 %  a', '    5.0 %  d']
+    lines = predict.describe(prediction, NAMES).splitlines()
+    assert lines == ['x/y.png (correct: e)', *expected]
+    lines = predict.describe(prediction._replace(label=None), NAMES).splitlines()
+    assert lines == ['x/y.png', *(line.removesuffix('  <') for line in expected)]
+
+
+def test_figure(prediction):
+    """Bars from the top down as long as probable; the correct one alone is hatched and coloured."""
+    names = [*NAMES[:4], '$_{e$', *NAMES[5:]]  # which matplotlib could take for a formula
+    unknown = prediction._replace(label=None, title='folder/$_{y$.png')
+    drawn = predict.figure([prediction, unknown], names)
+    drawn.draw_without_rendering()
+    above = drawn.axes[:2]
+    assert [axes.images[0].get_array().shape for axes in above] == [(8, 8, 3)] * 2
+    for axes, correct, title in zip(drawn.axes[2:], (2, None), ('$_{e$', '$_{y$.png'), strict=True):
+        assert axes.get_title() == title
+        bars = sorted(axes.patches, key=lambda bar: -axes.transData.transform((0, bar.get_y()))[1])
+        assert [bar.get_width() for bar in bars] == pytest.approx([0.4, 0.3, 0.2, 0.05, 0.05])
+        hatched = [i for i, bar in enumerate(bars) if bar.get_hatch()]
+        assert hatched == ([] if correct is None else [correct])
+        assert len({bar.get_facecolor() for bar in bars}) == 1 + len(hatched)
+        words = [t.get_text() for t in sorted(axes.texts, key=lambda t: t.get_position()[::-1])]
+        assert words == ['b', '40 %', 'f', '30 %', '$_{e$', '20 %', 'a', '5 %', 'd', '5 %']
+
+
+def parse(said):
+    """The lines of a command -> {title: [(percent, name and mark)]}."""
+    found, title = {}, None
+    for line in said.splitlines():
+        if line.startswith('  '):
+            percent, _, name = line.partition(' %  ')
+            found[title].append((float(percent), name))
+        elif not line.startswith('wrote '):
+            title = line
+            found[title] = []
+    return found
+
+
+def test_files(run, tmp_path, monkeypatch, capsys):
+    """Read by content; the folder's name tells the class."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, 'load', load)
+    (tmp_path / 'class 2').mkdir()
+    rng = np.random.default_rng(0)
+    paths = ['class 2/a.jpg', 'b.txt']
+    pictures = [rng.integers(0, 256, (90, 120, 3), np.uint8), np.zeros((50, 40, 3), np.uint8)]
+    for path, picture in zip(paths, pictures, strict=True):
+        Image.fromarray(picture).save(path, 'PNG')
+    call(monkeypatch, predict, run.path, *paths, '--output=p.png')
+    said = capsys.readouterr().out
+    assert said.endswith('wrote p.png\n')
+    with Image.open('p.png') as drawn:
+        assert drawn.size == (624, 504)
+    probabilities = load(run.path, 'ten', 'latest')(pictures)
+    found = parse(said)
+    assert [*found] == ['class 2/a.jpg (correct: class 2)', 'b.txt']
+    for lines, p, label in zip(found.values(), probabilities, (2, None), strict=True):
+        top = sorted(range(CLASSES), key=lambda k: -p[k])[:5]
+        assert [name for _, name in lines] == [f'class {k}' + '  <' * (k == label) for k in top]
+        np.testing.assert_allclose([percent for percent, _ in lines], 100 * p[top], atol=0.051)
+        assert np.ptp(p) > 0.01
+
+
+def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, 'load', load)
+    monkeypatch.setattr(predict, 'BATCH', 2)  # so in two batches
+    call(monkeypatch, predict, run.path, '--val=4', '--views=centre')
+    found = parse(capsys.readouterr().out)
+    records = [int(title.split()[2]) for title in found]
+    assert len({*records}) == 4 and not [*tmp_path.iterdir()]
+    classify = load(run.path, 'centre', 'latest')
+    pictures = run.pictures['val'][records]
+    probabilities = np.concatenate([classify(pictures[:2]), classify(pictures[2:])])
+    for (title, lines), record, p in zip(found.items(), records, probabilities, strict=True):
+        assert title == f'validation picture {record} (correct: class {record % CLASSES})'
+        np.testing.assert_allclose([x for x, _ in lines], 100 * np.sort(p)[:0:-1], atol=0.051)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['nowhere', 'text.jpg'], 'nowhere: not a run directory'),
+        (['RUN'], 'give pictures, or --val=N'),
+        (['RUN', 'text.jpg', '--val=1'], 'give pictures, or --val=N'),
+        (['RUN', '--val=0'], '--val=0: the validation split of .* has 12 pictures'),
+        (['RUN', '--val=13'], '--val=13: the validation split of .* has 12 pictures'),
+        (['RUN', '--val=1', '--step=7'], 'no checkpoint of step 7'),
+        (['RUN', 'nowhere.jpg'], 'nowhere.jpg: cannot be read: No such file'),
+        (['RUN', '.'], '.: cannot be read: Is a directory'),
+        (['RUN', 'text.jpg'], 'text.jpg: not a picture, or a damaged one'),
+        (['RUN', '--val=1', '--output=nowhere/p.png'], 'nowhere is not a folder'),
+        (['RUN', '--val=1', '--views=two'], 'invalid choice'),
+        # first of all
+        (['nowhere', 'text.jpg', '--output='], '--output=: pictures are written as PNG'),
+    ],
+)
+def test_refusals(run, tmp_path, monkeypatch, arguments, message):
+    (tmp_path / 'text.jpg').write_text('no picture')
+    refuses(monkeypatch, tmp_path, predict, run.path, arguments, message)

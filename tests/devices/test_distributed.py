@@ -1,0 +1,260 @@
+"""Several processes: the bits of one, and what happens when they disagree, stop or die."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import distributed
+from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.store import open_store
+from alexnet_jax.rundir import metrics
+from alexnet_jax.training import evaluation, inference
+from experiments.launch.local import free_port
+from tests.helpers.commands import (
+    ROOT,
+    WITHOUT_TENSORFLOW,
+    assert_same,
+    command,
+    environment,
+    make_store,
+    outcome,
+)
+
+MESH = '--config.run.mesh=(2,2)'
+EPOCHS, STEPS = '--config.optim.epochs=8.0', 40
+# of an epoch's five steps two pairs
+GROUPS = ('--config.run.dispatch=2', '--config.run.checkpoint_every=4')
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp('store') / 'tiny')
+
+
+@pytest.fixture
+def start_all():
+    """Starts one process per list of arguments, two devices each, and sees that none stays."""
+    started = []
+
+    def start(workdir, store, *arguments, processes=(2, 2), events=('never', 'never'), number=1):
+        port = free_port()
+        for process, (more, count, event) in enumerate(
+            zip(arguments or ((), ()), processes, events, strict=True)
+        ):
+            line = command(
+                workdir,
+                store,
+                '--cpu_devices=2',
+                MESH,
+                EPOCHS,
+                *GROUPS,
+                f'--coordinator=localhost:{port}',
+                f'--num_processes={count}',
+                f'--process_id={process}',
+                '--connect_timeout=10',
+                *more,
+                event=event,
+                number=number,
+            )
+            started.append(
+                subprocess.Popen(
+                    line,
+                    cwd=ROOT,
+                    env=environment(store),
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        return started[-len(processes) :]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ends(processes, timeout=200):
+    """(exit code, output) of each."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
+
+
+def evaluated_by_two(workdir, store):
+    """What `alexnet_jax.evaluate` prints as two processes of two devices."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                '-c',
+                WITHOUT_TENSORFLOW,
+                'alexnet_jax.evaluate',
+                str(workdir),
+                '--batch=4',
+                '--cpu_devices=2',
+                f'--coordinator=localhost:{port}',
+                '--num_processes=2',
+                f'--process_id={process}',
+            ],
+            cwd=ROOT,
+            env=environment(store),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for process in range(2)
+    ]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    own = [[line for line in out.splitlines() if '[Gloo]' not in line] for out, _ in outputs]
+    assert own[1] == []
+    return '\n'.join(own[0])
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_path, start_all):
+    """SIGTERM to one, each killed while saving, one stopped as it starts, Ctrl-C, a time, to the end."""
+    line = command(tmp_path / 'alone', store, '--cpu_devices=4', MESH, EPOCHS, *GROUPS)
+    subprocess.run(line, cwd=ROOT, env=environment(store), check=True, capture_output=True)
+    alone = outcome(tmp_path / 'alone')
+
+    workdir = tmp_path / 'run'
+    stopped = ends(start_all(workdir, store, events=('never', 'SIGTERM'), number=4))
+    step = outcome(workdir)[0]
+    assert 0 < step < STEPS
+    for code, output in stopped:
+        assert (code, f'stopped at step {step} (' in output) == (75, True), output[-2000:]
+
+    # Killed while its part of the second checkpoint from here is being written: the other finds out
+    # in a step, or, when it waits for the checkpoint, by the heartbeats, where JAX may be the first
+    # to notice, and abort.
+    lost = {76: 'another process of this run was lost'}
+    aborted = {-signal.SIGABRT: 'another task died'}
+    for victim, saves, words in (
+        (1, 'background', lost),
+        (1, 'wait', lost | aborted),
+        (0, 'wait', lost | aborted),
+    ):
+        events = ['never', 'never']
+        events[victim] = 'save'
+        more = [(f'--config.run.saves={saves}',)] * 2
+        processes = start_all(workdir, store, *more, events=events, number=2)
+        processes[victim].communicate(timeout=200)
+        killed = time.monotonic()
+        ((code, output),) = ends([processes[1 - victim]])
+        assert processes[victim].returncode == -signal.SIGKILL
+        assert code in words and words[code] in output, (code, output[-2000:])
+        assert time.monotonic() - killed < 60
+        assert outcome(workdir)[0] < STEPS
+
+    for event in ('SIGTERM while starting', 'SIGTERM before the first step'):
+        for code, output in ends(start_all(workdir, store, events=('never', event))):
+            assert (code, 'one of the processes was asked' in output) == (75, True), output[-2000:]
+
+    for event, more, words in (
+        ('SIGINT', (), ('Ctrl-C', 'one of the processes was asked')),
+        ('slow', ('--config.run.stop_after=1s',), ('stop_after=1s',) * 2),
+    ):
+        stopped = ends(start_all(workdir, store, more, more, events=(event, 'slow')))
+        step = outcome(workdir)[0]
+        assert step < STEPS
+        for (code, output), why in zip(stopped, words, strict=True):
+            assert (code, f'stopped at step {step} ({why}' in output) == (75, True), output[-2000:]
+
+    for code, output in ends(start_all(workdir, store)):
+        assert code == 0, output[-2000:]
+    assert_same(outcome(workdir), alone)
+
+    # Evaluated by two processes, and here, by all devices and by one.
+    printed = evaluated_by_two(workdir, store)
+    assert printed == evaluation.table(evaluation.compare([workdir], batch=4))
+    mesh = meshes.make((1, 1), towers=2, batches={})
+    trained = inference.open_run(workdir, mesh)
+    predict = inference.predictor(trained, mesh, 'centre')
+    sums = evaluation.evaluate([predict], mesh, open_store(store), split='val', batch=4, threads=1)
+    (*_, last) = (row for row in metrics.read(workdir) if row['kind'] == 'eval')
+    assert metrics.errors(sums)['top1_error'] == last['top1_error']
+    assert metrics.errors(sums)['loss'] == pytest.approx(last['loss'], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('second', 'event', 'message'),
+    [
+        (
+            ('--config.train.batch=4', '--workdir={}/other'),
+            'never',
+            "differ: --workdir: '{}/run' in process 0, '{}/other' in 1; config.train.batch: 8 in process",
+        ),
+        ((), 'blind', 'process 1 does not see'),
+    ],
+)
+def test_processes_that_disagree(store, tmp_path, start_all, second, event, message):
+    second = [argument.format(tmp_path) for argument in second]
+    message = message.format(tmp_path, tmp_path)
+    found = ends(
+        start_all(tmp_path / 'run', store, (), second, events=('never', event)), timeout=100
+    )
+    assert [code for code, _ in found] == [2, 2], found
+    assert any(message in output for _, output in found), found
+    assert not any('Traceback' in output for _, output in found)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('counts', 'message'),
+    [((2, 3), '--num_processes is [2, 3]'), ((3, 2), 'did not find each other within 10 s')],
+)
+def test_process_counts_that_disagree(store, tmp_path, start_all, counts, message):
+    found = ends(start_all(tmp_path / 'run', store, processes=counts), timeout=100)
+    assert [code for code, _ in found] == [2, 2], found
+    assert all(message in output for _, output in found), found
+    assert not any('Traceback' in output for _, output in found)
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_not_there(store, tmp_path):
+    line = command(
+        tmp_path / 'run',
+        store,
+        '--coordinator=localhost:9',
+        '--num_processes=2',
+        '--process_id=1',
+        '--connect_timeout=3',
+    )
+    done = subprocess.run(
+        line,
+        cwd=ROOT,
+        env=environment(store),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert (
+        'localhost:9: the processes of this run did not find each other within 3 s' in done.stderr
+    )
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (('localhost:1', 0, 0, False), 'belong together'),
+        (('', 2, 0, False), 'belong together'),
+        (('localhost:1', 2, -1, False), 'belong together'),
+        (('localhost', 2, 0, False), 'HOST:PORT'),
+        (('localhost:1', 2, 2, False), 'the numbers are 0 to 1'),
+        (('localhost:1', 2, 0, True), 'leave --coordinator'),
+    ],
+)
+def test_flags_that_do_not_belong_together(given, message):
+    with pytest.raises(UserError, match=message):
+        distributed.start(*given, timeout=1)

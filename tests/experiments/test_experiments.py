@@ -1,0 +1,464 @@
+"""The experiments on training, ablations and tables: their arithmetic, and each on a handful of pictures."""
+
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from alexnet_jax.common import configfile
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
+from experiments import ablations, does_it_train, lab, table1, table2
+from tests.helpers import ROOT
+from tests.helpers.experiments import in_process, leave, make
+from tests.helpers.run_dirs import without_tensorflow
+from tests.helpers.stores import write_store
+
+SIZES = [
+    '--config.data.size=72',
+    '--config.augment.crop=64',
+    '--config.run.eval_batch=8',
+    '--config.optim.epochs=0.5',
+    '--config.run.mesh=(1, 1)',
+]
+
+
+@pytest.fixture(autouse=True)
+def no_tensorflow(monkeypatch):
+    without_tensorflow(monkeypatch)
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp('store') / 'tiny'
+    write_store(path, format='u8', size=72, classes=10, counts={'train': 64, 'val': 20})
+    return [f'--config.data.store={path}', *SIZES]
+
+
+def builds(config, changes):
+    """Whether a config with its changes is a network of integer widths that fits small crops."""
+    config = configfile.load(config)
+    config.update_from_flattened_dict({**changes, 'model.width': 0.0625})
+    net = build(classes=10, **config.model)
+    return bool(jax.eval_shape(lambda: alexnet.init(net, 0, 64)))
+
+
+def losses(*values):
+    """Rows of training; the unit is the loss of chance, of ten classes."""
+    return [{'step': 10 * i + 9, 'loss': value * math.log(10)} for i, value in enumerate(values)]
+
+
+def trained(*values):
+    return {'train': losses(*values), 'data': {'classes': 10}}
+
+
+@pytest.mark.slow
+def test_does_it_train(tmp_path, store):
+    ends = []
+
+    def start(command, workdir, until):
+        ends.append(until)
+        return in_process(command, workdir, until)
+
+    trial = make(tmp_path, store, start=start)
+    does_it_train.run(trial)
+    assert ends == [None, None]  # no run is stopped before the end of its schedule
+    assert list(trial.results) == ['paper-0', 'original-0']
+    result = trial.results['original-0']
+    assert [row['step'] for row in result['train']] == [0, 1, 2, 3]
+    assert [*result['extra']['measured']] == ['0', '2', '4']
+    begin, _, end = result['extra']['measured'].values()
+    assert [*begin['squares']] == ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
+    assert result['data']['classes'] == 10 and begin != end  # four steps at a rate of 0.01
+    assert abs(begin['squares']['fc7'] - 1) < 0.5  # biases are 1
+    assert (
+        trial.results['paper-0']['extra']['measured']['0']['logits_std'] < begin['logits_std'] / 3
+    )
+    table = does_it_train.report(trial.results)
+    assert '| original | 0.03 | 1 | 1e-4 / 5 | not within 4 steps |' in table
+    assert '| paper bias | 0.01 | 0.1 | 1e-4 | not run |' in table
+    assert 'original: the loss left ln(classes) in 0 of 1 seed within 4 steps.' in table
+
+
+def test_every_initialisation_builds():
+    for *_, config, changes in does_it_train.RUNS.values():
+        assert builds(f'configs/{config}.py', changes)
+    assert {*does_it_train.STYLES} == {*does_it_train.RUNS}
+
+
+def test_when_the_loss_leaves_chance():
+    assert does_it_train.left(trained(1.0, 0.94, 0.96, 0.94, 0.5)) == 40  # not the first dip
+    assert does_it_train.left(trained(0.9)) == 10
+    assert does_it_train.left(trained(0.9, 0.951)) is None
+    assert does_it_train.left(trained(0.9, math.nan)) is None
+    assert does_it_train.left(trained()) is None
+
+
+def test_what_is_said_about_training():
+    results = {}
+    for seed, values in enumerate([(1, 1, 0.9), (1, 0.9, 0.8), None]):
+        measured = {'squares': {'fc8': 1.0}, 'logits_std': 0.5}
+        extra = {'measured': {'0': measured, '3': measured}}
+        results[f'original-{seed}'] = {
+            'name': 'original',
+            'seed': seed,
+            'diverged': values is None,
+            **trained(*values or ()),
+            'eval': [{'top1_error': 60.0 + seed}],
+            'extra': extra if values else None,
+        }
+    table = does_it_train.report(results)
+    assert '| 30, 20, diverged | 30, 30 | 2.07, 1.84 | 60.5 ± 0.7 | 0.5, 0.5 |' in table
+    assert 'original: the loss left ln(classes) in 2 of 3 seeds, between steps 20 and 30.' in table
+    assert 'Chance: ln(10) = 2.303.' in table
+
+
+def test_the_figure_of_does_it_train(drawn, tmp_path):
+    """Losses of every seed and chance; of seed 0 the first layer-by-layer values, and those over training."""
+    results = {}
+    for seed, end in enumerate((1.0, 3.0)):
+        measured = {
+            '0': {'squares': {'conv1': 1.0, 'fc8': 2.0}, 'logits_std': 0.5},
+            '3': {'squares': {'conv1': 4.0, 'fc8': end}, 'logits_std': end},
+        }
+        results[f'paper-{seed}'] = {
+            'name': 'paper',
+            'seed': seed,
+            **trained(1, 0.9),
+            'extra': {'measured': measured},
+        }
+    does_it_train.plot(results, tmp_path / 'none.png')
+    curves, spreads, start, *panels = drawn[0].axes
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ['paper']
+    assert [panel.get_title() for panel in panels] == [*does_it_train.STYLES]
+    assert [[*line.get_xdata()] for line in curves.lines] == [[10, 20], [10, 20], [0, 1]]
+    assert [*curves.lines[2].get_ydata()] == [math.log(10)] * 2
+    assert [[*line.get_ydata()] for line in spreads.lines] == [[0.5, 1.0]]
+    assert [[*line.get_ydata()] for line in start.lines] == [[1.0, 2.0]]
+    assert [[*line.get_ydata()] for line in panels[0].lines] == [[1.0, 2.0], [4.0, 1.0]]
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ['step 0', 'step 3']
+    assert not panels[1].lines and panels[1].get_ylim() == start.get_ylim()
+    assert len({str(style) for _, style in does_it_train.STYLES.values()}) == len(
+        does_it_train.RUNS
+    )
+
+
+def test_every_ablation_builds():
+    for row in ablations.ROWS.values():
+        assert builds(row.config, row.changes)
+
+
+def ablated(**rows):
+    """Results whose ten-crop top-1 errors are those named; top-5 half, one crop 1 point more."""
+    results = {}
+    for name, values in rows.items():
+        for seed, error in enumerate(values):
+            extra = {
+                view: {'top1_error': error + more, 'top5_error': error / 2}
+                for view, more in (('ten', 0), ('centre', 1))
+            }
+            name = name.replace('_', ' ')
+            results[f'{name}-{seed}'] = {
+                'name': name,
+                'seed': seed,
+                'diverged': False,
+                'extra': extra,
+                'train': losses(1.3, 0.5),
+                'data': {'counts': {'val': 1000}, 'classes': 10},
+            }
+    return results
+
+
+def test_differences_are_paired_by_seed():
+    results = ablated(reference=[40, 44, 42], no_norms=[43, 46, 46], tanh=[39, 43])
+    assert ablations.differences(results, 'no norms', 'top1_error') == [3, 2, 4]
+    assert ablations.differences(results, 'no norms', 'top5_error') == [1.5, 1, 2]
+    assert ablations.differences(results, 'tanh', 'top1_error') == [-1, -1]
+    assert ablations.differences(results, 'one crop', 'top1_error') == [1, 1, 1]
+    results['reference-1'].update(extra=None, diverged=True)
+    assert ablations.differences(results, 'no norms', 'top1_error') == [3, 4]
+
+
+def test_what_differences_show():
+    assert lab.standard_error([2, 3, 4]) == pytest.approx(1 / 3**0.5)
+    assert lab.standard_error([3]) == math.inf
+    assert lab.p_value([2, 3, 4]) == pytest.approx(0.0351, abs=1e-4)  # a table of Student's t
+    assert lab.p_value([-2, -3, -4]) == lab.p_value([2, 3, 4])
+    assert lab.p_value([3]) == lab.p_value([0, 0]) == 1.0 and lab.p_value([1, 1]) == 0.0
+    assert ablations.verdict([2, 3, 4]) == 'worse' and ablations.verdict([-2, -3, -4]) == 'better'
+    assert ablations.verdict([0, 3, 4]) == 'not resolved'  # 2.33, and twice 1.2
+    assert ablations.verdict([5]) == ablations.verdict([0, 0]) == 'not resolved'
+    norms, first, dropout, tanh = (
+        ablations.ROWS[name] for name in ('no norms', 'first norm only', 'no dropout', 'tanh')
+    )
+    assert ablations.agrees([2, 3, 4], norms) == 'yes' == ablations.agrees([2, 3, 4], dropout)
+    assert ablations.agrees([-2, -3, -4], norms) == 'no' == ablations.agrees([2, 3, 4], first)
+    assert ablations.agrees([0, 3, 4], norms) == '?' and ablations.agrees([2, 3, 4], tanh) == '–'
+
+
+def test_the_table_of_ablations():
+    results = ablated(reference=[40, 44, 42], no_norms=[43, 46, 46], no_dropout=[41, 44, 41])
+    results['no norms-3'] = {
+        'name': 'no norms',
+        'seed': 3,
+        'diverged': True,
+        'extra': None,
+        'train': [],
+    }
+    results |= ablated(tanh=[95, 94])
+    results['tanh-1']['train'] = losses(1.1, 1.05)
+    table = ablations.report(results)
+    assert '3 seeds: top-1 error 42.0 ± 2.0 %, top-5 error 21.0 ± 1.0 %' in table
+    assert (
+        '| no norms | 3, 1 diverged | +3.00 ± 0.58, worse (p = 0.035) | +1.50 ± 0.29, worse (p = 0.035) '
+        '| +1.4 / +1.2 | +1.37 / +1.15 | yes | +3.00 ± 0.58, worse (p = 0.035) |'
+    ) in table
+    assert (
+        '| no dropout | 3 | +0.00 ± 0.58, not resolved (p = 1) |' in table
+        and '| worse |  | ? |' in table
+    )
+    assert '| one crop | 3 | +1.00 ± 0.00, worse (p = 0) |' in table
+    assert '| tanh | 2, 1 at chance at the end | +52.50' in table
+    assert '| without conv2 | 0 | not measured | not measured | ≈ 2 |' in table
+    # the paper: training error
+    assert '| no weight decay | 0 | not measured | not measured |  |' in table
+    assert (
+        'by the same 1,000 pictures' in table and 'of one network by itself: ± 1.6 points)' in table
+    )
+    assert 'of 4 rows it takes 0.2 below 0.05' in table  # no norms, no dropout, tanh, one crop
+    assert 'has not been run' in ablations.report({})
+    single = ablated(reference=[40], no_norms=[43])
+    assert 'ten crops, 1 seed: ' in (table := ablations.report(single)) and 'it takes' not in table
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn."""
+    figures = []
+    monkeypatch.setattr(
+        'matplotlib.figure.Figure.savefig', lambda figure, *_, **__: figures.append(figure)
+    )
+    return figures
+
+
+def test_one_pair_has_no_bar_in_the_figure(drawn, tmp_path):
+    ablations.plot(ablated(reference=[40, 44], no_norms=[43], tanh=[50, 53]), tmp_path / 'none.png')
+    one, several = 'measured, one pair', 'measured, ± 2 standard errors'
+    (legend,), axes = drawn[0].legends, drawn[0].axes[0]
+    assert {one, several} <= {text.get_text() for text in legend.get_texts()}
+    bars = {container.get_label(): container.has_xerr for container in axes.containers}
+    assert bars == {one: False, several: True}
+
+
+def test_the_paper_in_the_figure(drawn, tmp_path):
+    """Its numbers as marks, what is not quite one beside it, and 'worse' where it has none."""
+    results = ablated(
+        reference=[40, 44], no_norms=[43, 46], no_colour_noise=[41, 44], no_dropout=[42, 46]
+    )
+    results['no norms-0']['train'] = losses(1, 1)
+    ablations.plot(results, tmp_path / 'none.png')
+    first, fifth = drawn[0].axes
+    names = ['no norms (at chance)', 'no colour noise', 'no dropout', 'one crop']
+    assert [tick.get_text() for tick in first.get_yticklabels()] == names
+    assert [text.get_text() for text in first.texts] == ['', '> 1', 'worse', '']
+    assert [text.get_text() for text in fifth.texts] == ['', '', 'worse', '']
+    (paper,) = (line for line in first.lines if line.get_label() == 'the paper')
+    assert [*zip(paper.get_xdata(), paper.get_ydata(), strict=True)] == [
+        (1.4, 0),
+        (1.0, 1),
+        (1.5, 3),
+    ]
+
+
+def test_table_1():
+    def result(first, fifth):
+        return {'top1_error': first, 'top5_error': fifth}
+
+    runs = [
+        {'centre': result(50.0, 30.0), 'ten': result(45.0, 25.0)},
+        {'centre': result(48.0, 27.0), 'ten': result(48.0, 27.0)},
+        None,
+    ]
+    table = table1.report(
+        {i: {'extra': extra, 'data': {'source': 'x'}} for i, extra in enumerate(runs)}
+    )
+    assert '| CNN, one crop | 39.0 %, 18.3 % | 49.0 ± 1.4 %, 28.5 ± 2.1 % |' in table
+    assert '| CNN, ten crops | 37.5 %, 17.0 % | 46.5 ± 2.1 %, 26.0 ± 1.4 % |' in table
+    assert '| sparse coding | 47.1 %, 28.2 % |  |' in table
+    assert '2 seeds, and 1 that diverged' in table
+
+
+def test_which_networks_go_together(tmp_path, monkeypatch):
+    """All that did not diverge, also where the last did; when more were run, these."""
+    compared = []
+
+    def compare(paths, views):
+        compared.append([path.name for path in paths])
+        return {
+            (str(path), 'ten'): {'count': 100, 'loss': 1, 'top1': 60, 'top5': 80} for path in paths
+        }
+
+    def start(command, workdir, until):
+        leave(command, workdir, until)
+        return workdir.name in ('cnn-4', 'star-0')
+
+    def run(seeds):
+        compared.clear()
+        trial = lab.Lab(
+            'trial',
+            'small',
+            seeds=seeds,
+            runs=tmp_path,
+            results=tmp_path,
+            start=start,
+            given=[f'--config.data.source={table2.draw(tmp_path / "shapes")}'],
+        )
+        table2.run(trial)
+        return trial.results, [names for names in compared if len(names) > 1]
+
+    monkeypatch.setattr(table2.evaluation, 'compare', compare)
+    cnns = ['cnn-0', 'cnn-1', 'cnn-2', 'cnn-3']
+    assert run(5)[1] == [cnns, ['star-1', *cnns]]
+    assert run(5)[1] == []
+    results, again = run(6)
+    assert again == [[*cnns, 'cnn-5'], ['star-1', *cnns, 'cnn-5']]
+    table = table2.report(results)
+    assert '| SIFT + FVs | –, – | 26.2 % | not measurable here |  |' in table
+    assert '| 1 CNN | 40.7 %, 18.2 % | – | 40.0 ± 0.0 %, 20.0 ± 0.0 % | 5 |' in table
+    assert '| 4 CNNs |  |  | 40.0 %, 20.0 % | 1 |' in table
+    assert '| 5 CNNs | 38.1 %, 16.4 % | 16.4 % | 40.0 %, 20.0 % | 1 |' in table
+    assert '2 runs diverged.' in table
+
+
+def test_what_table_2_needs(tmp_path):
+    def table(scale, *given):
+        return lab.Lab(
+            'trial',
+            scale,
+            seeds=1,
+            given=given,
+            runs=tmp_path,
+            results=tmp_path,
+            start=lambda *args: True,
+        )
+
+    with pytest.raises(UserError, match='give a folder of pictures'):
+        table2.run(table('small'))
+    with pytest.raises(UserError, match='val_fraction would be of the more classes only'):
+        table2.run(table('small', '--config.data.source=a', '--config.data.val_fraction=0.2'))
+    with pytest.raises(UserError, match='must be a folder'):
+        table2.first_half('cifar10', tmp_path / 'half')
+    half = table2.first_half(table2.draw(tmp_path / 'a'), tmp_path / 'half')
+    assert table2.first_half(str(tmp_path / 'a'), tmp_path / 'half') == half  # it is there
+    with pytest.raises(UserError, match=f'half: holds links to other pictures than {tmp_path}/b'):
+        table2.first_half(table2.draw(tmp_path / 'b'), tmp_path / 'half')
+
+
+@pytest.mark.slow
+def test_what_is_kept_besides_is_found_in_a_process_of_its_own():
+    assert lab.apart(os.getpid) != os.getpid()
+    with pytest.raises(UserError, match='not a run directory'):
+        lab.apart(ablations.errors, 'nowhere')
+
+
+@pytest.fixture
+def smoke(tmp_path, store):
+    """smoke(name, arguments, ...) runs an experiment as users do -> its results, and what it printed."""
+    (tmp_path / 'path').mkdir()  # all stores are raw: importing TensorFlow would only take its time
+    (tmp_path / 'path/sitecustomize.py').write_text("import sys; sys.modules['tensorflow'] = None")
+    environment = os.environ | {'PYTHONPATH': str(tmp_path / 'path')}
+
+    def run(name, *given, only=()):
+        command = [
+            sys.executable,
+            '-m',
+            f'experiments.{name}',
+            '--scale=smoke',
+            '--seeds=1',
+            f'--results={tmp_path}/kept',
+            *(f'--only={name}' for name in only),
+            '--',
+            *given,
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return lab.read(tmp_path / f'kept/{name}-smoke.json'), done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_the_ablations(smoke, store, tmp_path):
+    results, out = smoke('ablations', *store, only=['reference', 'one gpu-0'])  # all take a minute
+    assert list(results) == ['reference-0', 'one gpu-0']
+    command = results['one gpu-0']['command']
+    assert '--config.optim.conv1=((0.00589, 1e-05), (0.00633, 0.0))' in command
+    for result in results.values():
+        assert [*result['extra']] == ['centre', 'ten'] and len(result['train']) == 4
+        assert (
+            0 < result['extra']['ten']['top5_error'] < result['extra']['ten']['top1_error'] <= 100
+        )
+    assert '| one gpu | 1' in out and '| one crop | 1 | ' in out
+    assert '| tanh | 0 | not measured |' in out
+    assert f'figure: {tmp_path}/kept/ablations-smoke.png' in out
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_table_1(smoke, store):
+    results, out = smoke('table1', *store)
+    assert list(results) == ['CNN-0'] and len(results['CNN-0']['train']) == 4
+    assert (
+        f'ten crops | 37.5 %, 17.0 % | {results["CNN-0"]["extra"]["ten"]["top1_error"]:.1f} %'
+        in out
+    )
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_table_2(tmp_path):
+    """In this process, unlike the others: it needs three runs, of two kinds of pictures."""
+    trial = make(tmp_path, SIZES)
+    table2.run(trial)
+    results, folder = trial.results, trial.folder
+    assert list(results) == ['cnn-0', 'pretrained-0', 'star-0']
+    counts = [result['data'] for result in results.values()]
+    half = {'source': 'half-of-shapes', 'counts': {'train': 20, 'val': 10}, 'classes': 5}
+    assert counts[0] == counts[2] == half
+    assert counts[1] == {'source': 'shapes', 'counts': {'train': 40, 'val': 20}, 'classes': 10}
+    init = f'--config.train.init_from={folder}/pretrained-0'
+    assert init in results['star-0']['command'] and init not in results['cnn-0']['command']
+    assert [*results['star-0']['extra']] == ['1 CNN*', '2 CNNs*']
+    pairs = [
+        (p.parent.name, p.resolve().parent.name)
+        for p in (folder / 'half-of-shapes').glob('val/*/*')
+    ]
+    assert {*pairs} == {
+        (f'{i:05d}', name) for i, name in enumerate(['arrow', 'crescent', 'cross', 'disc', 'heart'])
+    }
+    table = table2.report(results)
+    names = ['SIFT + FVs', '1 CNN', '5 CNNs', '1 CNN*', '2 CNNs*', '7 CNNs*']
+    assert [line.split('|')[1].strip() for line in table.splitlines() if line.startswith('| ')][
+        1:
+    ] == names
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_the_cifar_pair(smoke, tmp_path):
+    write_store(
+        tmp_path / 'cifar', format='u8', size=32, classes=10, counts={'train': 64, 'val': 20}
+    )
+    results, out = smoke(
+        'cifar_lrn',
+        f'--config.data.store={tmp_path}/cifar',
+        '--config.data.size=32',
+        '--config.train.batch=8',
+        '--config.run.eval_batch=4',
+    )
+    assert list(results) == ['11pct_plain-0', '11pct-0']
+    assert 'ten views: ' in out and 'points (one seed: not resolved)' in out

@@ -1,0 +1,56 @@
+"""Experiments on a handful of pictures, in this process: `in_process`, `make`."""
+
+import ast
+import json
+
+from alexnet_jax.common import configfile
+from alexnet_jax.training import loop
+from experiments import lab
+
+
+def in_process(command, workdir, until):
+    """A run as `lab.in_new_process` makes it, but here, and always to its end."""
+    loop.train(configured(command), workdir)
+    return False
+
+
+def leave(command, workdir, until):
+    """What a start must leave, and nothing more."""
+    workdir.mkdir(parents=True)
+    first = {'commit': 'c', 'versions': {'jax': '1'}, 'devices': ['d']}
+    (workdir / 'run.json').write_text(json.dumps([first, {**first, 'commit': 'd'}, first]))
+    (workdir / 'store.json').write_text(
+        '{"source": "/a/b", "counts": {"train": 1, "val": 1}, "classes": 2}'
+    )
+    (workdir / 'metrics.jsonl').write_text('{"kind": "train", "step": 0}\n')
+    return False
+
+
+def configured(command):
+    """The config that the arguments of `alexnet_jax.main` describe; of a field's values the last."""
+    values = dict(argument.removeprefix('--').split('=', 1) for argument in command)
+    config = configfile.load(values.pop('config'))
+    values.pop('workdir')
+    known = configfile.fields(config)
+    changes = {
+        name.removeprefix('config.'): text
+        if isinstance(known[name], str)
+        else ast.literal_eval(text)
+        for name, text in values.items()
+    }
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def make(tmp_path, given=(), start=in_process, seeds=1, **others):
+    """A Lab of smoke runs, all of whose files are in a temporary folder."""
+    return lab.Lab(
+        'trial',
+        'smoke',
+        seeds=seeds,
+        given=given,
+        runs=tmp_path / 'runs',
+        results=tmp_path / 'results',
+        start=start,
+        **others,
+    )

@@ -1,0 +1,104 @@
+"""A run directory without a training: `from tests.helpers.run_dirs import call, write_run`."""
+
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.input import batches
+from alexnet_jax.input.store import open_store
+from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.build import build
+from alexnet_jax.rundir import checkpoint, directory
+from configs import quickstart
+from tests.helpers.stores import write_store
+
+SIZE, CROP, CLASSES, TRAIN, VAL, STEP = 72, 64, 6, 30, 12, 3
+
+
+class TinyRun(NamedTuple):
+    """What was written: the folder, the pictures by split, the network and its parameters."""
+
+    path: Path
+    store: Path
+    pictures: dict[str, np.ndarray]
+    net: alexnet.AlexNet
+    params: dict
+    mean: np.ndarray
+
+
+def write_run(folder: Path) -> TinyRun:
+    """The quickstart's network at a sixteenth of the width, with parameters from a generator."""
+    pictures = write_store(
+        folder / 'store',
+        format='u8',
+        size=SIZE,
+        classes=CLASSES,
+        counts={'train': TRAIN, 'val': VAL},
+    )
+    store = open_store(folder / 'store')
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(
+        {
+            'data.source': 'made_up',
+            'data.store': str(folder / 'store'),
+            'data.size': SIZE,
+            'augment.crop': CROP,
+            'model.width': 0.0625,
+        }
+    )
+    net = build(classes=CLASSES, **config.model)
+    params = random_params(net, CROP, seed=0)
+    directory.write(config, folder / 'run', store)
+    save_params(folder / 'run', STEP, params)
+    return TinyRun(folder / 'run', folder / 'store', pictures, net, params, store.mean)
+
+
+def random_params(net, crop: int, seed: int) -> dict:
+    """Parameters of a network, normal, of a size that keeps its activations near 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        fan_in = math.prod(shape.shape[1:-1])
+        return jax.numpy.asarray(rng.normal(0, fan_in**-0.5, shape.shape), shape.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(lambda: alexnet.init(net, 0, crop)))
+
+
+def save_params(run: Path, step: int, params: dict) -> None:
+    """A checkpoint with parameters alone."""
+    checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
+    checkpoints.save(step, {'params': params}, {'history': {}, 'running': {}})
+    checkpoints.close()
+
+
+def without_tensorflow(monkeypatch) -> None:
+    """Pictures are read without TensorFlow, whose import would take most of a short test's time."""
+    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(batches, 'importlib', nothing)
+
+
+def refuses(monkeypatch, tmp_path, module, run, arguments, message) -> None:
+    """Asserts that a command, given the run for RUN, ends with one line, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        call(monkeypatch, module, *(run if a == 'RUN' else a for a in arguments))
+    assert '\n' not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def call(monkeypatch, module, *arguments) -> None:
+    """A command's main(), in this process, which it would otherwise start again and set up."""
+    without_tensorflow(monkeypatch)
+    monkeypatch.setenv('GLIBC_TUNABLES', '')
+    monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
+    monkeypatch.setattr(sys, 'argv', [module.__name__, *map(str, arguments)])
+    module.main()

@@ -1,0 +1,413 @@
+"""Sources: folders, TFDS sets, the embedded set, ImageNet from its tars."""
+
+import collections
+import io
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax import figures
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.input import sources
+from alexnet_jax.input.sources import shapes, tfds
+from tests.helpers import fixtures
+
+
+def read(source, split, start=0):
+    return list(source.read(split, start))
+
+
+# Folders
+
+
+def test_folder_with_val_gives_sorted_files_and_labels_by_sorted_names(tmp_path):
+    fixtures.write_tree(tmp_path / 'train', {'b': 2, 'a': 3})
+    fixtures.write_tree(tmp_path / 'val', {'b': 1, 'a': 1})
+    (tmp_path / 'train' / 'a' / '.hidden').write_text('not a picture')
+    (tmp_path / 'train' / 'a' / 'deeper').mkdir()
+    (tmp_path / 'train' / 'a' / 'deeper' / 'no_suffix').write_bytes(b'data')
+    source = sources.open_source(str(tmp_path))
+    assert source.class_names == ['a', 'b']
+    assert source.splits == {'train': 6, 'val': 2}
+    files = [
+        f'{tmp_path}/train/{name}'
+        for name in (
+            'a/000.jpg',
+            'a/001.jpg',
+            'a/002.jpg',
+            'a/deeper/no_suffix',
+            'b/000.jpg',
+            'b/001.jpg',
+        )
+    ]
+    examples = read(source, 'train')
+    assert [example.name for example in examples] == files
+    assert [example.label for example in examples] == [0, 0, 0, 0, 1, 1]
+    assert examples[3].data == b'data'
+    assert read(source, 'train', 4) == examples[4:]
+
+
+def test_without_val_the_split_test_is_taken(tmp_path):
+    fixtures.write_tree(tmp_path / 'train', {'a': 3, 'b': 2})
+    fixtures.write_tree(tmp_path / 'test', {'a': 1, 'b': 1})
+    source = sources.open_source(str(tmp_path))
+    assert source.splits == {'train': 5, 'val': 2}
+    assert all(f'{tmp_path}/test/' in name for name, _, _ in source.read('val', 0))
+
+
+def tiny_imagenet(root):
+    """Two classes of three pictures each, as Tiny ImageNet is distributed."""
+    for wnid in ('n01', 'n02'):
+        fixtures.write_tree(root / 'train' / wnid, {'images': 3})
+        (root / 'train' / wnid / f'{wnid}_boxes.txt').write_text('not a picture')
+    fixtures.write_tree(root / 'val', {'images': 2})
+    names = sorted(path.name for path in (root / 'val/images').iterdir())
+    lines = [
+        f'{name}\t{wnid}\t0\t0\t9\t9\n' for name, wnid in zip(names, ('n02', 'n01'), strict=True)
+    ]
+    (root / 'val/val_annotations.txt').write_text(''.join(lines))
+    return names
+
+
+def test_tiny_imagenet(tmp_path):
+    names = tiny_imagenet(tmp_path)
+    source = sources.open_source(str(tmp_path))
+    assert (source.class_names, source.splits) == (['n01', 'n02'], {'train': 6, 'val': 2})
+    assert [(Path(n).name, label) for n, _, label in source.read('val', 0)] == [
+        (names[0], 1),
+        (names[1], 0),
+    ]
+    pictures = [*source.read('train', 0)]
+    assert not [name for name, *_ in pictures if name.endswith('.txt')]
+    for name, _, label in pictures:  # in CLASS/images
+        assert figures.label_of(name, source.class_names) == label
+    for listed, complaint in (
+        (f'{names[0]}\tn03\t0\n', 'val: there are no pictures of the classes'),
+        (f'{names[0]} n01\n', 'val_annotations.txt: every line must be'),
+    ):
+        (tmp_path / 'val/val_annotations.txt').write_text(listed)
+        with pytest.raises(UserError, match=complaint):
+            sources.open_source(str(tmp_path))
+
+
+def test_some_classes_of_tiny_imagenet(tmp_path):
+    names = tiny_imagenet(tmp_path)
+    with open(tmp_path / 'val/val_annotations.txt', 'a') as file:
+        file.write(f'{names[0]}\tn03\t0\n')
+    source = sources.open_source(str(tmp_path))
+    assert source.splits == {'train': 6, 'val': 2} and source.class_names == ['n01', 'n02']
+
+
+@pytest.mark.parametrize('tree', ['.', 'train'])
+def test_folder_without_val_holds_out_a_seeded_fraction(tmp_path, tree):
+    fixtures.write_tree(tmp_path / tree, {'a': 12, 'b': 8})
+
+    def names(split, seed):
+        source = sources.open_source(str(tmp_path), val_fraction=0.25, seed=seed)
+        assert source.splits == {'train': 15, 'val': 5}
+        return [example.name for example in source.read(split, 0)]
+
+    train, val = names('train', 0), names('val', 0)
+    assert sorted(train + val) == sorted(str(file) for file in tmp_path.rglob('*.jpg'))
+    assert names('val', 0) == val
+    assert names('val', 1) != val
+
+
+def empty_class(root):
+    fixtures.write_tree(root / 'train', {'a': 2, 'b': 2, 'nothing': 0})
+
+
+def empty_val_class(root):
+    fixtures.write_tree(root / 'train', {'a': 2, 'b': 2})
+    fixtures.write_tree(root / 'val', {'a': 2, 'nothing': 0})
+
+
+def unknown_val_class(root):
+    fixtures.write_tree(root / 'train', {'a': 2, 'b': 2})
+    fixtures.write_tree(root / 'val', {'a': 2, 'stranger': 2})
+
+
+def one_class(root):
+    fixtures.write_tree(root, {'a': 2})
+
+
+def val_alone(root):
+    fixtures.write_tree(root / 'val', {'a': 2, 'b': 2})
+
+
+def too_few(root):
+    fixtures.write_tree(root, {'a': 2, 'b': 2})
+
+
+def nothing(root):
+    root.rmdir()
+
+
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (empty_class, 'train/nothing: the class folder is empty'),
+        (empty_val_class, 'val/nothing: this class has no folder in train/'),
+        (unknown_val_class, 'val/stranger: this class has no folder in train/'),
+        (one_class, 'at least two class folders, found 1'),
+        (val_alone, 'there is a val/ but no train/'),
+        (too_few, 'val_fraction 0.1 of the 4 pictures'),
+        (nothing, 'there is no such folder'),
+    ],
+)
+def test_folder_errors(tmp_path, make, message):
+    root = tmp_path / 'root'
+    root.mkdir()
+    make(root)
+    with pytest.raises(UserError, match=message):
+        sources.open_source(str(root))
+
+
+@pytest.mark.parametrize(
+    'name, folder',
+    [
+        ('here', True),
+        ('sub/here', True),
+        ('.', True),
+        ('/not/there', True),
+        ('./gone', True),
+        ('../gone', True),
+        ('~/gone', True),
+        ('imagenet_resized/32x32', False),
+        ('sub/gone', False),
+        ('gone', False),
+    ],
+)
+def test_what_is_a_folder(tmp_path, monkeypatch, name, folder):
+    monkeypatch.chdir(tmp_path)
+    for made in ('here', 'sub/here'):
+        (tmp_path / made).mkdir(parents=True)
+    assert sources.is_folder(name) == folder
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    fixtures.write_tree(tmp_path / 'flowers', {'a': 5, 'b': 5})
+    source = sources.open_source('~/flowers')
+    assert source.class_names == ['a', 'b']
+    assert read(source, 'val')[0].name.startswith(f'{tmp_path}/flowers/')
+    with pytest.raises(UserError, match=f'^{tmp_path}/gone: there is no such folder$'):
+        sources.open_source('~/gone')
+
+
+# The embedded set
+
+
+def test_figures_are_a_function_of_their_place_and_balanced():
+    pictures = [shapes.render(1, 0, index) for index in range(40)]
+    assert shapes.render(1, 0, 17) == pictures[17]
+    assert shapes.render(2, 0, 17)[0] != pictures[17][0]
+    assert shapes.render(1, 1, 17)[0] != pictures[17][0]
+    assert set(collections.Counter(label for _, label, _ in pictures).values()) == {4}
+    sizes = {Image.open(io.BytesIO(data)).size for data, _, _ in pictures}
+    assert len(sizes) == 40
+    assert all(shapes.SHORTER_SIDE[0] <= min(size) <= shapes.SHORTER_SIDE[1] for size in sizes)
+
+
+@pytest.mark.parametrize('label', range(10))
+def test_figure_fills_the_same_box_whatever_its_class(label):
+    mask, box = shapes._mask(np.random.default_rng(5), label, 120, 150)
+    _, first = shapes._mask(np.random.default_rng(5), 0, 120, 150)
+    assert box == first
+    y, x = np.nonzero(mask[:, :, 0] > 0.1)
+    assert np.abs(np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) - box).max() < 2.5
+    assert 15 <= box[0] and box[2] <= 135  # inside the central square
+
+
+@pytest.fixture
+def small_embedded(monkeypatch):
+    def make(**splits):
+        monkeypatch.setattr(shapes, 'SPLITS', splits)
+
+    return make
+
+
+def test_embedded_set_goes_through_tfds(tmp_path, small_embedded):
+    small_embedded(train=(0, 30), validation=(1, 20))
+    source = sources.open_source('alexnet_shapes', data_dir=str(tmp_path))
+    assert source.class_names == shapes.NAMES
+    assert source.splits == {'train': 30, 'val': 20}
+    for split, number in (('train', 0), ('val', 1)):
+        examples = read(source, split)
+        rendered = [shapes.render(shapes.SEED, number, i) for i in range(source.splits[split])]
+        assert {(example.data, example.label) for example in examples} == {
+            (data, label) for data, label, _ in rendered
+        }
+        assert read(source, split, 13) == examples[13:]
+
+
+def test_tfds_set_without_validation_holds_out_a_fraction(tmp_path, small_embedded):
+    small_embedded(train=(0, 20))
+    source = sources.open_source('alexnet_shapes', data_dir=str(tmp_path), val_fraction=0.3)
+    assert source.splits == {'train': 14, 'val': 6}
+    train, val = read(source, 'train'), read(source, 'val')
+    assert len({example.data for example in train + val}) == 20
+    assert read(source, 'train', 9) == train[9:]
+    assert read(source, 'val', 6) == []
+
+
+def refused(name, root):
+    with pytest.raises(UserError) as caught:
+        list(sources.open_source(name, data_dir=str(root)).read('train', 0))
+    message = str(caught.value)
+    assert message.startswith(f'{name}: ') and '\n' not in message
+    return message
+
+
+@pytest.mark.parametrize('name', ['no_such_set', 'sub/gone', 'sub/deep/gone', 'gone/', 'a b/c'])
+def test_neither_a_folder_nor_a_tfds_name(tmp_path, name):
+    message = refused(name, tmp_path)
+    assert 'neither a folder nor a TFDS set: give a folder that exists, or a name' in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'name, cause',
+    [
+        ('imagenet_resized/33x33', 'BuilderConfig 33x33 not found'),
+        ('mnist:9.9.9', 'only: 3.0.1'),
+        ('huggingface:foo', 'ModuleNotFoundError: '),
+    ],
+)
+def test_tfds_sets_that_do_not_open(tmp_path, name, cause):
+    assert cause in refused(name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['no_such_set', 'sub/gone'])
+def test_names_on_a_machine_without_tensorflow(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, 'tensorflow', None)
+    message = refused(name, tmp_path)
+    assert 'not a folder' in message and 'needs TensorFlow' in message
+
+
+def test_a_tfds_name_with_a_config():
+    builder = tfds._builder('imagenet_resized/32x32', '/not/there')
+    assert builder.info.full_name.startswith('imagenet_resized/32x32/')
+
+
+def failures():
+    from tensorflow_datasets.core.download import download_manager, extractor, util
+
+    kinds = (
+        download_manager.NonMatchingChecksumError,
+        util.DownloadError,
+        extractor.ExtractError,
+        ImportError,
+    )
+    return [kind('two\nlines') for kind in kinds]
+
+
+@pytest.mark.parametrize('number', range(4))
+def test_tfds_sets_that_cannot_be_built(tmp_path, monkeypatch, number):
+    from tensorflow_datasets.core import dataset_builder
+
+    failure = failures()[number]
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(dataset_builder.DatasetBuilder, 'download_and_prepare', fail)
+    message = refused('mnist', tmp_path)
+    assert f'could not build it in {tmp_path} ({type(failure).__name__}: two lines): ' in message
+
+
+def test_damaged_tfds_records(tmp_path, small_embedded):
+    small_embedded(train=(0, 30), validation=(1, 20))
+    sources.open_source('alexnet_shapes', data_dir=str(tmp_path))
+    for file in tmp_path.rglob('*train.tfrecord*'):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    message = refused('alexnet_shapes', tmp_path)
+    assert f'cannot be read from {tmp_path}/alexnet_shapes' in message
+    assert 'DataLossError: ' in message and 'remove this folder' in message
+
+
+@pytest.mark.parametrize(
+    'name, pictures, large',
+    [
+        ('places365_small', 200_000, True),  # a download of 31 GB
+        ('food101', 200_000, False),  # 5 GB
+        ('alexnet_shapes', 10, False),  # nothing to download
+    ],
+)
+def test_large_tfds_sets_are_known_by_their_download(tmp_path, name, pictures, large):
+    assert sources.is_large(name, data_dir=str(tmp_path), pictures=pictures) == large
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'prepared, counts, large',
+    [
+        (False, {'train': 60, 'validation': 39, 'test': 50}, False),  # 99 are read
+        (False, {'train': 60, 'test': 40, 'extra': 500}, True),
+        (False, {'train': 99, 'extra': 500}, False),
+        (False, {'train': 100}, True),
+        (True, {'train': 100}, False),  # nothing to build: it is counted on opening
+    ],
+)
+def test_known_counts_decide_before_the_download(monkeypatch, prepared, counts, large):
+    splits = {name: types.SimpleNamespace(num_examples=count) for name, count in counts.items()}
+    builder = types.SimpleNamespace(
+        is_prepared=lambda: prepared, info=types.SimpleNamespace(splits=splits), url_infos=None
+    )
+    monkeypatch.setattr(tfds, '_builder', lambda name, root: builder)
+    assert sources.is_large('made_up', pictures=100) == large
+
+
+# ImageNet
+
+
+def test_missing_imagenet_says_which_files_go_where(tmp_path):
+    with pytest.raises(UserError) as caught:
+        sources.open_source('imagenet2012', data_dir=str(tmp_path))
+    for part in (
+        f'{tmp_path}/ILSVRC2012_img_train.tar (138 GB)',
+        f'{tmp_path}/ILSVRC2012_img_val.tar (6.3 GB)',
+        'make quickstart',
+    ):
+        assert part in str(caught.value)
+    assert '\n' not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('place', ['.', 'downloads/manual'])
+def test_imagenet_goes_through_its_tfds_builder(tmp_path, place):
+    made = fixtures.write_imagenet_tars(tmp_path / place, per_class=3, val=5)
+    source = sources.open_source('imagenet2012', data_dir=str(tmp_path))
+    assert source.splits == {'train': 9, 'val': 5}
+    assert len(source.class_names) == 1000 and source.class_names[0] == 'n01440764'
+    train = {example.name.split()[-1]: example for example in source.read('train', 0)}
+    assert {name: source.class_names[example.label] for name, example in train.items()} == made[
+        'train'
+    ]
+    for name in (fixtures.CMYK, fixtures.PNG):  # mended by the builder
+        image = Image.open(io.BytesIO(train[name].data))
+        assert (image.format, image.mode) == ('JPEG', 'RGB')
+    from tensorflow_datasets.core import tfds_path
+
+    labels = (tfds_path('datasets/imagenet2012/validation_labels.txt')).read_text().split()
+    val = {
+        example.name.split()[-1]: source.class_names[example.label]
+        for example in source.read('val', 0)
+    }
+    assert val == dict(zip(made['val'], labels, strict=False))
+
+
+def test_imagenet_build_needs_disk(tmp_path, monkeypatch):
+    fixtures.write_imagenet_tars(tmp_path)
+    usage = collections.namedtuple('usage', 'free')
+    monkeypatch.setattr(tfds.shutil, 'disk_usage', lambda path: usage(1000))
+    with pytest.raises(UserError, match='only 0.0 GB are free'):
+        sources.open_source('imagenet2012', data_dir=str(tmp_path))

@@ -1,0 +1,343 @@
+"""The loop: when it evaluates, saves, stops, and what it refuses to save."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.common.errors import Stopped, UserError
+from alexnet_jax.devices import backend
+from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.store import open_store
+from alexnet_jax.rundir import checkpoint, metrics
+from alexnet_jax.rundir.checkpoint import Checkpoints
+from alexnet_jax.training import checks, diagnosis, evaluation, loop, optim
+from configs import quickstart
+from tests.helpers.commands import assert_same, outcome
+from tests.helpers.stores import write_store
+
+EXAMPLES, BATCH = 20, 8
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp('store') / 'tiny'
+    write_store(path, format='u8', size=72, classes=3, counts={'train': EXAMPLES, 'val': 7})
+    return path
+
+
+def make_config(store, **changes):
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(
+        {
+            'data.source': 'made_up',
+            'data.store': str(store),
+            'data.size': 72,
+            'augment.crop': 64,
+            'train.batch': BATCH,
+            'run.eval_batch': BATCH,
+            'run.mesh': (1, 2),
+            'run.log_every': 1,
+            'optim.epochs': 4.0,
+            'optim.drops': (),
+            **changes,
+        }
+    )
+    return config
+
+
+@pytest.mark.slow
+def test_plateau_drops_the_rate_and_then_ends_the_run(store, tmp_path):
+    """No error can fall by 200 points: after the first evaluation each one is a stall."""
+    changes = {'schedule': 'plateau', 'patience': 1.0, 'threshold': 200.0, 'max_drops': 2}
+    changes = {f'optim.{name}': value for name, value in changes.items()} | {'run.eval_every': 1.0}
+    loop.train(make_config(store, **changes, **{'optim.epochs': 50.0}), tmp_path / 'run')
+    rows = metrics.read(tmp_path / 'run')
+    steps = [optim.steps_per(e, EXAMPLES, BATCH) for e in (1, 2, 3, 4)]
+    assert [r['step'] for r in rows if r['kind'] == 'eval'] == steps == [3, 5, 8, 10]
+    rates = [r['weights'] for r in rows if r['kind'] == 'train']
+    assert rates == pytest.approx([0.02] * 5 + [0.002] * 3 + [0.0002] * 2)
+    assert Checkpoints(tmp_path / 'run/checkpoints').steps()[-1] == 10
+
+
+@pytest.mark.slow
+def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
+    """Groups of three, but for steps 3 to 5, since step 5 is evaluated, and the last one.
+
+    Stopped and resumed: the same bits; one at a time: the same numbers, but for rounding.
+    """
+    groups, make = [], loop.Job.make
+
+    def watched(*args):
+        job = make(*args)
+
+        def train_steps(state, batches, rates):
+            groups.append((int(state.step), len(batches['label'])))
+            return job.train_steps(state, batches, rates)
+
+        return dataclasses.replace(job, train_steps=train_steps)
+
+    monkeypatch.setattr(loop.Job, 'make', watched)
+    every = {'run.eval_every': 2.0, 'run.checkpoint_every': 3, 'run.log_every': 3}
+    config = make_config(store, **every, **{'run.dispatch': 3})
+    loop.train(config, tmp_path / 'whole')
+    assert groups == [(0, 3), (6, 3)]
+    config.run.stop_after = '1'
+    with pytest.raises(Stopped, match='stopped at step 3 '):
+        loop.train(config, tmp_path / 'stopped')
+    assert Checkpoints(tmp_path / 'stopped/checkpoints').steps() == [3]
+    config.run.stop_after = ''
+    loop.train(config, tmp_path / 'stopped')
+    assert Checkpoints(tmp_path / 'stopped/checkpoints').steps()[-2:] == [9, 10]
+    whole = outcome(tmp_path / 'whole')
+    assert_same(outcome(tmp_path / 'stopped'), whole)
+    config.run.dispatch = 1
+    loop.train(config, tmp_path / 'one')
+    one = outcome(tmp_path / 'one')[3]
+    assert [(r['kind'], r['step']) for r in one] == [
+        ('train', 2),
+        ('eval', 5),
+        ('train', 5),
+        ('train', 8),
+        ('eval', 10),
+    ]
+    for single, grouped in zip(one, whole[3], strict=True):
+        assert single.pop('kind') == grouped.pop('kind')
+        assert single == pytest.approx(grouped, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, monkeypatch):
+    """Step 4 is the first that is made alone: else its compilation would be in the rate of steps 2 and 3."""
+    events, make, line = [], loop.Job.make, loop.progress.line
+
+    def watched(*args):
+        job = make(*args)
+
+        def train_step(*args):
+            events.append('one')
+            return job.train_step(*args)
+
+        def train_steps(*args):
+            events.append('two')
+            return job.train_steps(*args)
+
+        return dataclasses.replace(job, train_step=train_step, train_steps=train_steps)
+
+    monkeypatch.setattr(loop.Job, 'make', watched)
+    monkeypatch.setattr(loop.progress, 'line', lambda *args: events.append('rate') or line(*args))
+    every = {
+        'run.eval_every': 2.0,
+        'run.checkpoint_every': 100,
+        'run.log_every': 2,
+        'run.stop_after': '6',
+    }
+    with pytest.raises(Stopped):
+        loop.train(make_config(store, **every, **{'run.dispatch': 2}), tmp_path / 'run')
+    assert events == ['two', 'two', 'rate', 'rate', 'one', 'one', 'rate']
+
+
+def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
+    config = make_config(
+        store, **{'run.dispatch': 20, 'run.log_every': 20, 'run.checkpoint_every': 20}
+    )
+    config.run.stop_after = '1'
+    with pytest.raises(Stopped):
+        loop.train(config, tmp_path / 'run')
+    assert 'config.run.dispatch=20: so many steps do not fit' in caplog.text
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_within_a_dispatch_is_found(store, tmp_path):
+    changes = {'run.dispatch': 2, 'run.log_every': 2, 'run.eval_every': 9.0}
+    config = make_config(store, **changes, **{'optim.rate': 1e30})
+    with pytest.raises(UserError, match='the loss of step 1 is not finite: the activations'):
+        loop.train(config, tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(store, tmp_path):
+    config = make_config(store, **{'optim.rate': 1e30, 'run.checkpoint_every': 1})
+    where = (
+        'the loss of step 1 is not finite: the activations .* broke first; .* step 1; likely causes'
+    )
+    with pytest.raises(UserError, match=where) as error:
+        loop.train(config, tmp_path / 'run')
+    assert '\n' not in str(error.value)
+    # The first update is huge, but finite; what it leads to is not.
+    assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1]
+    assert [row['step'] for row in metrics.read(tmp_path / 'run')] == [0]
+
+
+@pytest.mark.slow
+def test_parameters_that_are_not_finite_are_never_saved(store, tmp_path, monkeypatch):
+    """Whatever made them so: the loss of the step that they come from is still finite."""
+    make = loop.Job.make
+
+    def poisoned(*args):
+        job = make(*args)
+
+        def train_step(state, batch, rates):
+            state, sums = job.train_step(state, batch, rates)
+            scale = jnp.nan if int(state.step) == 3 else 1.0
+            return state.replace(params=jax.tree.map(lambda x: x * scale, state.params)), sums
+
+        return dataclasses.replace(job, train_step=train_step)
+
+    monkeypatch.setattr(loop.Job, 'make', poisoned)
+    message = 'step 3 is not finite: .*; the last good checkpoint is that of step 2;'
+    with pytest.raises(UserError, match=message):
+        loop.train(make_config(store, **{'run.checkpoint_every': 1}), tmp_path / 'run')
+    assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_loss_that_stays_at_chance_is_noticed(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(diagnosis, 'STUCK', 10.0)  # so that any loss counts as chance
+    changes = {'run.stuck_after': 4, 'optim.epochs': 2.0}
+    with caplog.at_level('WARNING'):
+        loop.train(make_config(store, **changes), tmp_path / 'run')
+    assert 'step 4: for 4 steps the loss has been that of pure chance' in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('failed_save', ['stop', 'warn'])
+def test_a_checkpoint_that_cannot_be_written(store, tmp_path, monkeypatch, caplog, failed_save):
+    """Found when the next one is due, as a full disk is; that one is saved all the same."""
+    wait, saved = Checkpoints.wait, []
+
+    def fail_once(self):
+        wait(self)
+        if self.steps()[-1:] == [3] and 3 not in saved:
+            saved.append(3)
+            raise checkpoint.SaveError('no space for step 3')
+
+    monkeypatch.setattr(Checkpoints, 'wait', fail_once)
+    changes = {'run.failed_save': failed_save, 'run.checkpoint_every': 1, 'optim.epochs': 2.0}
+    config = make_config(store, **changes, **{'run.eval_every': 10.0})
+    if failed_save == 'stop':
+        with pytest.raises(UserError, match='no space for step 3'):
+            loop.train(config, tmp_path / 'run')
+        assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [2, 3]
+    else:
+        loop.train(config, tmp_path / 'run')
+        assert 'no space for step 3; going on without it' in caplog.text
+        assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('saves', ['background', 'wait'])
+def test_training_waits_for_checkpoints_where_it_should(store, tmp_path, monkeypatch, saves):
+    events = []
+    for name in ('save', 'wait'):
+        real = getattr(Checkpoints, name)
+
+        def noted(self, *args, real=real, name=name):
+            events.append(name)
+            real(self, *args)
+
+        monkeypatch.setattr(Checkpoints, name, noted)
+    changes = {'run.saves': saves, 'run.checkpoint_every': 2, 'optim.epochs': 1.0}
+    loop.train(make_config(store, **changes), tmp_path / 'run')
+    before = ['wait', 'save', 'wait']  # saving waits for the checkpoint before, too
+    after = {'background': before, 'wait': [*before, 'wait']}[saves]
+    assert events[: 2 * len(after)] == after * 2
+
+
+def test_what_went_wrong_first_is_told(store, tmp_path, monkeypatch):
+    def fail(message, kind):
+        def raises(*args):
+            raise kind(message)
+
+        return raises
+
+    monkeypatch.setattr(loop, '_loop', fail('a damaged record', UserError))
+    monkeypatch.setattr(Checkpoints, 'close', fail('no space', checkpoint.SaveError))
+    with pytest.raises(UserError, match='a damaged record'):
+        loop.train(make_config(store), tmp_path / 'run')
+    monkeypatch.setattr(loop, '_loop', lambda *args: None)
+    with pytest.raises(UserError, match='no space'):
+        loop.train(make_config(store), tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_the_last_checkpoint_must_be_written(store, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def fail_at_the_end(self, step, *args):
+        if step == 5:
+            raise checkpoint.SaveError('no space for step 5')
+        save(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, 'save', fail_at_the_end)
+    config = make_config(
+        store, **{'run.failed_save': 'warn', 'optim.epochs': 2.0, 'run.eval_every': 10.0}
+    )
+    with pytest.raises(UserError, match='no space for step 5'):
+        loop.train(config, tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_profile_and_frozen_layers(store, tmp_path):
+    config = make_config(store, **{'run.profile': (1, 3), 'train.freeze': ('conv1', 'conv2')})
+    loop.train(config, tmp_path / 'run')
+    assert list((tmp_path / 'run/profile').rglob('*.xplane.pb'))
+    checkpoints = Checkpoints(tmp_path / 'run/checkpoints')
+    mesh = checks.check(config, tmp_path / 'run')
+    job = loop.Job.make(config, mesh, loop.prepare.ensure(**config.data))
+    trained, _, _ = job.start(checkpoints, '')
+    fresh, _, _ = job.start(Checkpoints(tmp_path / 'none'), '')
+    same = {
+        layer: bool((trained.params[layer]['kernel'] == leaves['kernel']).all())
+        for layer, leaves in fresh.params.items()
+    }
+    assert [layer for layer in same if same[layer]] == ['conv1', 'conv2']
+
+
+@pytest.mark.parametrize(
+    'devices, form',
+    [
+        (1, backend.CPU),
+        (2, backend.CPU),
+        (4, backend.CPU),
+        (8, backend.CPU),
+        (1, backend.ACCELERATOR),
+    ],
+)
+def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, monkeypatch, devices, form):
+    """37 of them, eight at a time: the last batch is mostly padding, on some devices nothing else."""
+    monkeypatch.setattr(backend, 'CPU', form)
+    pictures = np.arange(37, dtype=np.uint8)[:, None, None, None] + np.zeros((8, 8, 3), np.uint8)
+    labels = np.arange(37, dtype=np.int32) % 3
+    write_store(
+        tmp_path / 's',
+        format='u8',
+        size=8,
+        pictures={'train': pictures, 'val': pictures},
+        labels={'train': labels, 'val': labels},
+    )
+    mesh = meshes.make((devices, 1), towers=1, batches={'batch': 8})
+
+    def predict(images):  # right where the picture's number is below 30
+        number = images[:, 0, 0, 0].astype(int)
+        return jax.nn.one_hot(jnp.where(number < 30, number, number + 1) % 3, 3)
+
+    sums = evaluation.evaluate(
+        [predict], mesh, open_store(tmp_path / 's'), split='val', batch=8, threads=1
+    )
+    assert (sums['count'], sums['top1'], sums['top5']) == (37, 30, 37)
+
+
+def test_evaluations_are_due_after_whole_intervals(store):
+    config = make_config(store, **{'run.eval_every': 0.5})
+
+    class Counts:
+        counts = {'train': EXAMPLES}
+
+    job = object.__new__(loop.Job)
+    object.__setattr__(job, 'config', config)
+    object.__setattr__(job, 'store', Counts)
+    # Half epochs end after 1.25, 2.5, 3.75, 5, ... steps.
+    assert [s for s in range(11) if job.evaluation_due(s)] == [2, 3, 4, 5, 7, 8, 9, 10]
