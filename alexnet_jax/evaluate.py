@@ -5,19 +5,14 @@
 prints a table of the top-1 and top-5 errors of every run, and of all of them together.
 """
 
-import argparse
-
-from alexnet_jax.common.errors import ArgumentParser, UserError, log_to_stdout, run
-from alexnet_jax.devices import allocator, distributed, mesh
+from alexnet_jax import command
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import distributed
 from alexnet_jax.training import evaluation, steps
 
 
 def main() -> None:
-    parser = ArgumentParser(
-        prog='python -m alexnet_jax.evaluate',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.make_parser('evaluate', __doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories')
     parser.add_argument('--split', default='val', choices=('val', 'train'))
     parser.add_argument('--views', default='both', choices=('both', *steps.VIEWS))
@@ -25,27 +20,12 @@ def main() -> None:
     parser.add_argument('--store', default='', help='the prepared pictures, if not where they were')
     parser.add_argument('--batch', type=int, default=100, help='images a step')
     parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
-    parser.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
-    parser.add_argument(
-        '--coordinator', default='', help='several processes: HOST:PORT of number 0'
-    )
-    parser.add_argument('--num_processes', type=int, default=0, help='how many there are')
-    parser.add_argument('--process_id', type=int, default=-1, help='the number of this one, from 0')
-    parser.add_argument('--distributed', action='store_true', help='all three from SLURM, TPU pods')
-    parser.add_argument('--connect_timeout', type=int, default=120, help='seconds to wait for all')
+    command.add_devices(parser, distributed=True)
     args = parser.parse_args()
-    log_to_stdout()
-    if args.threads < 0 or args.cpu_devices < 0:
-        raise UserError('--threads and --cpu_devices must not be below 0')
-    allocator.keep_memory()
-    mesh.configure(args.cpu_devices)
-    distributed.start(
-        args.coordinator,
-        args.num_processes,
-        args.process_id,
-        args.distributed,
-        timeout=args.connect_timeout,
-    )
+    if args.threads < 0:
+        raise UserError(f'--threads={args.threads}: must not be below 0')
+    command.log_to_stdout()
+    command.start(args.cpu_devices, **{name: vars(args)[name] for name in command.DISTRIBUTED})
     with distributed.together():
         distributed.agree(
             {name: value for name, value in vars(args).items() if name != 'process_id'}
@@ -64,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    command.run(main)

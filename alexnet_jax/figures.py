@@ -12,10 +12,9 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
+from alexnet_jax import command
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import ArgumentParser, UserError
-from alexnet_jax.devices import allocator
-from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.input.batches import eval_batches
 from alexnet_jax.input.images import square
 from alexnet_jax.input.store import Store
@@ -23,13 +22,9 @@ from alexnet_jax.input.store import Store
 DRAWN = 100  # pictures that are drawn below, or beside, each other at the most
 
 
-def parser(name: str, description: str, *, output: str | None) -> ArgumentParser:
+def parser(name: str, description: str, *, output: str | None) -> argparse.ArgumentParser:
     """The arguments that all have; output: the default of --output, None for no picture."""
-    made = ArgumentParser(
-        prog=f'python -m alexnet_jax.{name}',
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command.make_parser(name, description)
     made.add_argument('run', metavar='RUN', help='a run directory')
     made.add_argument(
         '--step',
@@ -43,26 +38,25 @@ def parser(name: str, description: str, *, output: str | None) -> ArgumentParser
         metavar='FILE.png',
         help=f'the picture to write (default: {output or "none"})',
     )
-    made.add_argument('--cpu_devices', type=int, default=0, help='make N virtual CPU devices')
+    command.add_devices(made)
     return made
 
 
-def add_pictures(made: ArgumentParser) -> None:
+def add_pictures(made: argparse.ArgumentParser) -> None:
     """The arguments of a command that is given pictures, or draws some of the validation split."""
     made.add_argument('images', nargs='*', metavar='IMAGE', help='files with pictures of any kind')
     made.add_argument('--seed', type=int, default=0, help='chooses the validation pictures')
     made.add_argument('--store', default='', help='the prepared pictures, if not where they were')
 
 
-def start(made: ArgumentParser) -> argparse.Namespace:
+def start(made: argparse.ArgumentParser) -> argparse.Namespace:
     """Reads the arguments, and sets JAX up; UserError for what is wrong with them."""
     args = made.parse_intermixed_args()  # options may stand between pictures
-    if args.cpu_devices < 0 or getattr(args, 'seed', 0) < 0:
-        raise UserError('--cpu_devices and --seed must not be below 0')
+    if getattr(args, 'seed', 0) < 0:
+        raise UserError(f'--seed={args.seed}: must not be below 0')
     if args.output is not None:
         check_output(args.output)
-    allocator.keep_memory()
-    meshes.configure(args.cpu_devices)
+    command.start(args.cpu_devices)
     return args
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax import figures
+from alexnet_jax import command, figures
 from alexnet_jax.common import class_names
-from alexnet_jax.common.errors import UserError, run
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.training import inference, steps
 
 COLUMNS, BATCH = 4, 20  # of a figure, as in the paper; pictures that are predicted at a time
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    command.run(main)

@@ -9,19 +9,14 @@ Pictures are resized to a shorter side of `size` and cropped to the central squa
 (§2). Run the same command again to resume an interrupted pass; the store ends with the same bytes.
 """
 
-import argparse
 import time
 
-from alexnet_jax.common.errors import ArgumentParser, run
+from alexnet_jax import command
 from alexnet_jax.input import prepare, store
 
 
 def main() -> None:
-    parser = ArgumentParser(
-        prog='python -m alexnet_jax.prepare',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.make_parser('prepare', __doc__)
     parser.add_argument('--source', required=True, help='a folder of class folders, or a TFDS name')
     parser.add_argument('--dir', help="TFDS's folder of data sets; for imagenet2012, of the tars")
     parser.add_argument('--store', help='folder to make (default: data/SOURCE-SIZE-FORMAT)')
@@ -56,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    command.run(main)

@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageDraw, ImageFont
 
-from alexnet_jax import figures
+from alexnet_jax import command, figures
 from alexnet_jax.common import class_names
-from alexnet_jax.common.errors import UserError, run
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.input.store import Store
@@ -198,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    command.run(main)

@@ -8,8 +8,8 @@ the greatest; with --per_kernel every kernel is first given mean 0 and standard 
 
 import numpy as np
 
-from alexnet_jax import figures
-from alexnet_jax.common.errors import UserError, run
+from alexnet_jax import command, figures
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.training import inference, progress
 
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    command.run(main)

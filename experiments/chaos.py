@@ -44,7 +44,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.common.errors import ArgumentParser, UserError, run
+from alexnet_jax.command import ArgumentParser, run
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.rundir import checkpoint, directory, metrics
 from alexnet_jax.training import optim, progress

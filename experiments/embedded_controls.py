@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 
-from alexnet_jax.common.errors import run
+from alexnet_jax.command import run
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.images import decode, square
 from alexnet_jax.input.sources import shapes

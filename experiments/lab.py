@@ -40,8 +40,9 @@ from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
 from typing import Any
 
-from alexnet_jax.common import configfile, errors, paths
-from alexnet_jax.common.errors import DONE, MISTAKE, STOPPED, ArgumentParser, Stopped, UserError
+from alexnet_jax import command
+from alexnet_jax.common import configfile, paths
+from alexnet_jax.common.errors import DONE, MISTAKE, STOPPED, Stopped, UserError
 from alexnet_jax.devices import mesh
 from alexnet_jax.rundir import directory, metrics
 from alexnet_jax.training.loop import NOT_FINITE
@@ -445,13 +446,13 @@ def draw(module: ModuleType, results: dict[str, Any], file: pathlib.Path) -> pat
 
 def main(module: str) -> None:
     """The command line of an experiment, given its `__name__`."""
-    errors.run(lambda: _main(sys.modules[module]))
+    command.run(lambda: _main(sys.modules[module]))
 
 
 def _main(module: ModuleType) -> None:
     name = pathlib.Path(module.__file__).stem
     notes = [f'{scale}: {note}' for scale, note in getattr(module, 'NOTES', {}).items()]
-    parser = ArgumentParser(
+    parser = command.ArgumentParser(
         prog=f'python -m experiments.{name}',
         description='\n'.join([module.__doc__, *notes]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

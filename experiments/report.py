@@ -12,8 +12,8 @@ import importlib
 import re
 import shlex
 
+from alexnet_jax.command import ArgumentParser, run
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import ArgumentParser, run
 from experiments import lab as labs
 
 EXPERIMENTS = (

@@ -13,7 +13,8 @@ import pathlib
 
 import numpy as np
 
-from alexnet_jax.common.errors import UserError, run
+from alexnet_jax.command import run
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.input.images import decode, square
 
 

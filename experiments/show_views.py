@@ -11,7 +11,8 @@ import argparse
 
 import numpy as np
 
-from alexnet_jax.common.errors import UserError, run
+from alexnet_jax.command import run
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import sampler
 from alexnet_jax.input.batches import eval_batches, train_batches
 from alexnet_jax.input.store import Store, open_store

@@ -32,6 +32,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SINGLE = {
     '__init__': 'package',
     'figures': 'shared',
+    'command': 'shared',
 }  # modules outside the rooms; all others are commands
 
 

@@ -9,14 +9,8 @@
 141  nobody reads the output any more, as after `| head`
 """
 
-import argparse
 import errno
-import logging
-import os
-import select
-import sys
 import traceback
-from collections.abc import Callable
 
 DONE, BUG, MISTAKE, STOPPED, LOST, INTERRUPTED, UNREAD = 0, 1, 2, 75, 76, 130, 141
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -41,58 +35,6 @@ def one_each(name: str, values, layers: int) -> None:
 
 class Stopped(Exception):
     """Asked to stop, and stopped: one line that says where, and that the same command goes on."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Like Python's, but what is wrong with the arguments is a `UserError`, not several lines."""
-
-    def error(self, message: str):
-        raise UserError(f'{message}; --help lists the options')
-
-
-def log_to_stdout() -> None:
-    """Warnings, and what a command lowers the level for, a line each on standard output."""
-    handlers = [_Log(sys.stdout)]
-    logging.basicConfig(level=logging.WARNING, format='%(message)s', handlers=handlers, force=True)
-
-
-class _Log(logging.StreamHandler):
-    """A training goes on where nobody reads its log any more, quietly."""
-
-    def handleError(self, record):  # noqa: N802
-        if isinstance(sys.exception(), BrokenPipeError):
-            _discard_output()
-        else:
-            super().handleError(record)
-
-
-def _discard_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _is_unread() -> bool:
-    """Whether standard output is a pipe whose other end is closed."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # an error is reported unasked
-    return bool(poll.poll(0))
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a command; what is no bug becomes one line on stderr and its exit code, no traceback."""
-    try:
-        main()
-        sys.stdout.flush()
-    except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
-        # who reads it has enough, as `head` has
-        if isinstance(error, BrokenPipeError) and _is_unread():
-            _discard_output()
-            sys.exit(UNREAD)
-        line, code = end(error)
-        print(line, file=sys.stderr, flush=True)
-        if code == INTERRUPTED:  # at once: a usual end waits for threads that save or read
-            sys.stdout.flush()
-            os._exit(code)
-        sys.exit(code)
 
 
 def end(error: BaseException) -> tuple[str, int]:

@@ -23,22 +23,42 @@ OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX's error
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 
 
-def start(coordinator: str, processes: int, process: int, automatic: bool, *, timeout: int) -> None:
+def start(
+    *,
+    coordinator: str,
+    num_processes: int,
+    process_id: int,
+    distributed: bool,
+    connect_timeout: int,
+) -> None:
     """Joins the other processes of the run, before JAX is used; a single process joins none.
 
-    coordinator: HOST:PORT where process 0 listens; processes: how many; process: this one's number.
-    automatic: all three from SLURM, Open MPI, a TPU pod or Kubernetes. Raises UserError if they are
-    incomplete, or if not all processes are there within `timeout` seconds.
+    Args:
+      coordinator: HOST:PORT where process 0 listens.
+      num_processes: how many there are; 0: not given.
+      process_id: the number of this one, from 0; -1: not given.
+      distributed: find all three through SLURM, Open MPI, a TPU pod or Kubernetes.
+      connect_timeout: seconds to wait for all of them.
+
+    Raises:
+      UserError: the values are incomplete or impossible, or not all processes arrived in time.
     """
-    given = (bool(coordinator), processes > 0, process >= 0)
-    if automatic and any(given):
+    for name, value, least in (
+        ('num_processes', num_processes, 0),
+        ('process_id', process_id, -1),
+        ('connect_timeout', connect_timeout, 1),
+    ):
+        if value < least:
+            raise UserError(f'--{name}={value}: must be at least {least}')
+    given = (bool(coordinator), num_processes > 0, process_id >= 0)
+    if distributed and any(given):
         raise UserError(
             '--distributed finds all by itself: leave --coordinator, --num_processes '
             'and --process_id out'
         )
-    if not automatic and not any(given):
+    if not distributed and not any(given):
         return
-    if not automatic:
+    if not distributed:
         if not all(given):
             raise UserError(
                 '--coordinator, --num_processes and --process_id belong together: give '
@@ -47,29 +67,33 @@ def start(coordinator: str, processes: int, process: int, automatic: bool, *, ti
         host, _, port = coordinator.rpartition(':')
         if not host or not port.isdigit():
             raise UserError(f'--coordinator={coordinator}: give HOST:PORT, as in node1:12345')
-        if process >= processes:
+        if process_id >= num_processes:
             raise UserError(
-                f'--process_id={process}: with --num_processes={processes} the numbers '
-                f'are 0 to {processes - 1}'
+                f'--process_id={process_id}: with --num_processes={num_processes} the numbers '
+                f'are 0 to {num_processes - 1}'
             )
     arguments = (
         {}
-        if automatic
-        else {'coordinator_address': coordinator, 'num_processes': processes, 'process_id': process}
+        if distributed
+        else {
+            'coordinator_address': coordinator,
+            'num_processes': num_processes,
+            'process_id': process_id,
+        }
     )
     message = (
         f'{coordinator or "--distributed"}: the processes of this run did not find each other within '
-        f'{timeout} s; start all of them, with the same --num_processes, numbers from 0 on, and a port '
-        'of process 0 that is free and can be reached'
+        f'{connect_timeout} s; start all of them, with the same --num_processes, numbers from 0 on, '
+        'and a free port that the others can reach on the machine of process 0'
     )
     # When its own time is over, JAX aborts the process, with a stack.
-    clock = threading.Timer(timeout, _give_up, [message])
+    clock = threading.Timer(connect_timeout, _give_up, [message])
     clock.daemon = True
     clock.start()
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=timeout + 60,
+            initialization_timeout=connect_timeout + 60,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=HEARTBEAT,
         )
@@ -77,7 +101,7 @@ def start(coordinator: str, processes: int, process: int, automatic: bool, *, ti
         raise UserError(f'{message} ({_line(error)})') from error
     finally:
         clock.cancel()
-    counts = multihost_utils.process_allgather(np.int32(processes)).tolist()
+    counts = multihost_utils.process_allgather(np.int32(num_processes)).tolist()
     if len({*counts}) > 1:
         raise UserError(
             f'--num_processes is {counts} in the processes of this run: give all the same'

@@ -26,8 +26,9 @@ import tempfile
 import time
 from importlib.metadata import version
 
+from alexnet_jax.command import ArgumentParser, run
 from alexnet_jax.common import configfile
-from alexnet_jax.common.errors import ArgumentParser, UserError, run
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import allocator, cpu
 from alexnet_jax.input.store import open_store
 from alexnet_jax.rundir import directory

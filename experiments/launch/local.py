@@ -30,18 +30,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from alexnet_jax.command import ArgumentParser, run
 from alexnet_jax.common import configfile, paths
-from alexnet_jax.common.errors import (
-    BUG,
-    DONE,
-    INTERRUPTED,
-    LOST,
-    MISTAKE,
-    STOPPED,
-    ArgumentParser,
-    UserError,
-    run,
-)
+from alexnet_jax.common.errors import BUG, DONE, INTERRUPTED, LOST, MISTAKE, STOPPED, UserError
 
 PATIENCE = 2  # starts in a row that may be lost before a new checkpoint
 AFTER_MISTAKE = 10.0  # seconds for the others after a process has ended with 2; most do as well

@@ -16,8 +16,9 @@ import pathlib
 import sys
 import time
 
+from alexnet_jax.command import ArgumentParser, run
 from alexnet_jax.common import configfile
-from alexnet_jax.common.errors import ArgumentParser, UserError, run
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from experiments.scaling import formula, hlo, programs, report
 from experiments.scaling.accelerators import ACCELERATORS

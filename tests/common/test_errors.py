@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from alexnet_jax import command
 from alexnet_jax.common import errors
 from experiments import lab
 
@@ -47,7 +48,7 @@ def test_results_of_an_experiment_in_a_folder_that_cannot_be_written(
     (tmp_path / 'file').touch()
     module = SimpleNamespace(__file__='trial.py', __doc__='', run=run)
     with pytest.raises(SystemExit) as ended:
-        errors.run(lambda: lab._main(module))
+        command.run(lambda: lab._main(module))
     said = capsys.readouterr().err
     assert ended.value.code == errors.MISTAKE and said.count('\n') == 1
     assert said.startswith(f'error: {tmp_path / folder}/trial-small.json: ')

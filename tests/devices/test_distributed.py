@@ -247,14 +247,17 @@ def test_a_coordinator_that_is_not_there(store, tmp_path):
 @pytest.mark.parametrize(
     ('given', 'message'),
     [
-        (('localhost:1', 0, 0, False), 'belong together'),
-        (('', 2, 0, False), 'belong together'),
-        (('localhost:1', 2, -1, False), 'belong together'),
-        (('localhost', 2, 0, False), 'HOST:PORT'),
-        (('localhost:1', 2, 2, False), 'the numbers are 0 to 1'),
-        (('localhost:1', 2, 0, True), 'leave --coordinator'),
+        (('localhost:1', 0, 0, False, 1), 'belong together'),
+        (('', 2, 0, False, 1), 'belong together'),
+        (('localhost:1', 2, -1, False, 1), 'belong together'),
+        (('localhost', 2, 0, False, 1), 'HOST:PORT'),
+        (('localhost:1', 2, 2, False, 1), 'the numbers are 0 to 1'),
+        (('localhost:1', 2, 0, True, 1), 'leave --coordinator'),
+        (('localhost:1', -2, 0, False, 1), 'num_processes=-2: must be at least 0'),
+        (('', 0, -1, False, 0), 'connect_timeout=0: must be at least 1'),
     ],
 )
 def test_flags_that_do_not_belong_together(given, message):
     with pytest.raises(UserError, match=message):
-        distributed.start(*given, timeout=1)
+        flags = ('coordinator', 'num_processes', 'process_id', 'distributed', 'connect_timeout')
+        distributed.start(**dict(zip(flags, given, strict=True)))

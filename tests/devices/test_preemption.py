@@ -69,11 +69,11 @@ def test_a_second_ctrl_c_interrupts_at_once():
 def test_an_interrupted_command_does_not_wait_for_its_threads():
     script = (
         'import threading, time\n'
-        'from alexnet_jax.common import errors\n'
+        'from alexnet_jax import command\n'
         'def main():\n'
         '    threading.Thread(target=time.sleep, args=(60,)).start()\n'
         '    raise KeyboardInterrupt\n'
-        'errors.run(main)'
+        'command.run(main)'
     )
     line = [sys.executable, '-c', script]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=30)

@@ -253,9 +253,8 @@ def columns(tmp_path_factory):
     """Both comparisons, short, at the same time; without TensorFlow, whose import takes seconds."""
     driver = (
         'import sys; sys.modules["tensorflow"] = None\n'
-        'from alexnet_jax import main\n'
-        'from alexnet_jax.common import errors\n'
-        'errors.run(main.main)'
+        'from alexnet_jax import command, main\n'
+        'command.run(main.main)'
     )
     folder = tmp_path_factory.mktemp('chaos')
     chaos.draw_pictures(folder / 'pictures', np.random.default_rng(0))

@@ -29,7 +29,7 @@ DRIVER = """
 import os, pathlib, signal, sys, tempfile, time
 from alexnet_jax import main
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import run
+from alexnet_jax.command import run
 from alexnet_jax.input import batches
 from alexnet_jax.rundir import checkpoint, metrics
 from alexnet_jax.training import evaluation, loop
