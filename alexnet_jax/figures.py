@@ -6,7 +6,6 @@
 import argparse
 import io
 import os
-import pathlib
 from collections import Counter
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 
 from alexnet_jax import command
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, one_line
 from alexnet_jax.input.batches import eval_batches
 from alexnet_jax.input.images import square
 from alexnet_jax.input.store import Store
@@ -101,14 +100,14 @@ def read(path: str, size: int) -> np.ndarray:
     Raises UserError for what cannot be read or decoded.
     """
     try:
-        content = pathlib.Path(path).read_bytes()
+        content = paths.Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {paths.reason(error)}; give a picture') from error
+        raise UserError(f'{path}: cannot be read: {one_line(error)}; give a picture') from error
     try:
         return square(content, size)
     except Exception as error:  # on damaged files Pillow raises almost anything
         raise UserError(
-            f'{path}: not a picture, or a damaged one ({paths.reason(error)}); '
+            f'{path}: not a picture, or a damaged one ({one_line(error)}); '
             'repair it, or leave it out'
         ) from error
 
@@ -118,7 +117,7 @@ def label_of(path: str, names: list[str]) -> int | None:
 
     The one above: Tiny ImageNet has its training pictures in CLASS/images.
     """
-    folders = [folder.name for folder in pathlib.Path(path).absolute().parents[:2]]
+    folders = [folder.name for folder in paths.Path(path).absolute().parents[:2]]
     return next((names.index(name) for name in folders if name in names), None)
 
 

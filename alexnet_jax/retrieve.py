@@ -9,7 +9,6 @@ map where a network has no hidden layer. The first column of the picture has the
 is its class, or the file's name where that is unknown.
 """
 
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -98,7 +97,7 @@ def draw(queries: np.ndarray, neighbours: np.ndarray, names: Sequence[Sequence[s
     scale = -(-128 // size)
     side, line, gap = scale * size, 4, 16
     text = side // 6  # the height of a name
-    file = pathlib.Path(matplotlib.get_data_path(), 'fonts/ttf/DejaVuSans.ttf')
+    file = f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf'
     font = ImageFont.truetype(file, round(0.55 * text))
     width = (k + 1) * (side + line) + gap + line
     picture = Image.new('RGB', (width, n * (side + text + line) + line), 'white')

@@ -47,7 +47,8 @@ OUTSIDE = {
     'clu.parameter_overview': ({'training'}, False),
     'tensorboard': ({'rundir'}, False),
     'matplotlib': ({'commands'}, True),  # for what draws
-    'etils': ({'common'}, False),
+    'etils': ({'common'}, False),  # paths are `common.paths.Path`
+    'pathlib': (set(), False),
     'google.cloud': ({'common'}, True),
     'ml_collections.config_flags': ({'commands'}, False),  # the library has no flags
     'absl.flags': ({'commands'}, False),

@@ -6,13 +6,14 @@ copyright 2006 by Princeton University).
 
 import collections
 import functools
-import pathlib
 from collections.abc import Sequence
+
+from alexnet_jax.common.paths import Path
 
 
 @functools.cache
 def _table() -> dict[str, str]:
-    text = pathlib.Path(__file__).with_name('imagenet_words.txt').read_text(encoding='utf-8')
+    text = Path(__file__).with_name('imagenet_words.txt').read_text(encoding='utf-8')
     words = dict(line.split('\t') for line in text.splitlines())
     count = collections.Counter(words.values())
     return {

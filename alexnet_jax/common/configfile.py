@@ -5,7 +5,6 @@
 
 import difflib
 import math
-import pathlib
 import runpy
 import traceback
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.paths import Path
 
 
 def load(argument: str) -> ConfigDict:
     """FILE[:variant] -> its config; UserError if there is none, whatever the file does."""
     file, colon, variant = argument.partition(':')
-    if not pathlib.Path(file).is_file():
+    if not Path(file).is_file():
         raise UserError(
             f'--config={argument}: there is no file {file}; the presets are configs/*.py'
         )
@@ -45,7 +45,7 @@ def load(argument: str) -> ConfigDict:
 def run_directory(argument: str) -> str:
     """FILE[:variant] -> where its run lies by default, 'runs/FILE[-variant]'."""
     path, _, variant = argument.partition(':')
-    return f'runs/{pathlib.PurePath(path).stem}' + (f'-{variant}' if variant else '')
+    return f'runs/{Path(path).stem}' + (f'-{variant}' if variant else '')
 
 
 def fields(config: ConfigDict, prefix: str = 'config') -> dict[str, Any]:

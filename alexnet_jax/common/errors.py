@@ -33,6 +33,13 @@ def one_each(name: str, values, layers: int) -> None:
         raise UserError(f'{name} has {len(values)} values, but {layers} layers need one each')
 
 
+def one_line(error: BaseException) -> str:
+    """An exception on one line: the reason of a failed system call, else its type and message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:400]
+
+
 class Stopped(Exception):
     """Asked to stop, and stopped: one line that says where, and that the same command goes on."""
 

@@ -1,33 +1,34 @@
-"""Where run directories are: on a disk, or in a bucket of Google Cloud Storage, gs://BUCKET/RUN.
+"""Paths of run directories: on a disk, or in a bucket of Google Cloud Storage, gs://BUCKET/RUN.
 
-A path on a disk is pathlib's; one in a bucket is etils.epath's, which has the same methods. In a
-bucket nothing can be appended to, locked or renamed, but an object appears whole or not at all.
+All are etils.epath's, which has pathlib's methods for both. In a bucket nothing can be appended to,
+locked or renamed, but an object appears whole or not at all.
 """
 
 import errno
 import os
-import pathlib
 import uuid
+from collections.abc import Callable
+from typing import BinaryIO
 
 from etils import epath
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, one_line
 
 BUCKET = 'gs://'
-Path = pathlib.Path | epath.Path
+Path = epath.Path
 
 
 def path(name: str | os.PathLike) -> Path:
-    """A path, to be made before anything is joined to it: pathlib turns gs://b into gs:/b."""
+    """A path; UserError for a URL other than gs://..."""
     text = os.fspath(name)
     if '://' in text and not text.startswith(BUCKET):
         raise UserError(f'{text}: give a folder, or {BUCKET}BUCKET/RUN')
-    return epath.Path(text) if text.startswith(BUCKET) else pathlib.Path(text)
+    return Path(text)
 
 
-def is_remote(path: Path) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is in a bucket."""
-    return str(path).startswith(BUCKET)
+    return os.fspath(path).startswith(BUCKET)
 
 
 def absolute(path: Path) -> Path:
@@ -42,14 +43,20 @@ def existing(path: Path) -> Path:
     return next(there for there in (path, *path.absolute().parents) if there.exists())
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: a kill in between leaves the one before."""
+def replace(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Writes a file whole or not at all: after a kill the old one or the new one is there.
+
+    content: the bytes, or a function that writes them to a file on a disk, such as np.save.
+    """
     if is_remote(path):
-        path.write_bytes(content)
+        Path(path).write_bytes(content)
         return
-    temporary = path.with_name(f'{path.name}.tmp')
+    temporary = f'{os.fspath(path)}.tmp'
     with open(temporary, 'wb') as file:
-        file.write(content)
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -58,11 +65,6 @@ def replace(path: Path, content: bytes) -> None:
 def failures(path: Path) -> type[Exception]:
     """What to catch where a path is used: the libraries for buckets have errors of their own."""
     return Exception if is_remote(path) else OSError
-
-
-def reason(error: Exception) -> str:
-    """One line about what went wrong with a path."""
-    return ' '.join(str(getattr(error, 'strerror', None) or error).split())[:300]
 
 
 def full(error: Exception) -> str:
@@ -82,11 +84,11 @@ def try_bucket(path: Path) -> None:
         probe.unlink()
     except ImportError as error:
         raise UserError(
-            f'--workdir={path}: a bucket needs more packages ({reason(error)}): '
+            f'--workdir={path}: a bucket needs more packages ({one_line(error)}): '
             'pip install google-cloud-storage, and gcsfs where TensorFlow is not installed'
         ) from error
     except Exception as error:
         raise UserError(
-            f'--workdir={path}: cannot be written to ({reason(error)}); give another, or get '
+            f'--workdir={path}: cannot be written to ({one_line(error)}); give another, or get '
             'access to it (gcloud auth application-default login)'
         ) from error

@@ -1,7 +1,6 @@
 """The machine that a process runs on."""
 
 import os
-import pathlib
 import platform
 
 
@@ -13,7 +12,7 @@ def cores() -> int:
 def processor() -> str:
     """The model of the CPU."""
     try:
-        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.partition(': ')[2] for line in lines if line.startswith('model name'))
+        with open('/proc/cpuinfo') as lines:
+            return next(x.partition(': ')[2].strip() for x in lines if x.startswith('model name'))
     except (OSError, StopIteration):  # not Linux, or not x86
         return platform.processor() or platform.machine()

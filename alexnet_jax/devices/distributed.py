@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alexnet_jax.common import errors, paths
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, one_line
 
 OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX's errors of one process
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
@@ -98,7 +98,7 @@ def start(
             shutdown_timeout_seconds=HEARTBEAT,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f'{message} ({_line(error)})') from error
+        raise UserError(f'{message} ({one_line(error)})') from error
     finally:
         clock.cancel()
     counts = multihost_utils.process_allgather(np.int32(num_processes)).tolist()
@@ -139,7 +139,7 @@ def leave(error: BaseException) -> None:
     own = str(error).startswith(OWN)
     if isinstance(error, jax.errors.JaxRuntimeError) and not own:
         line, code = (
-            f'error: another process of this run was lost, or failed ({_line(error)}); start all of '
+            f'error: another process of this run was lost, or failed ({one_line(error)}); start all of '
             'them again: they go on from the last checkpoint',
             errors.LOST,
         )
@@ -188,7 +188,3 @@ def check_shared(workdir: paths.Path) -> None:
             f'--workdir={workdir}: process {blind} does not see what process 0 writes '
             'there; give a folder that all of them share'
         )
-
-
-def _line(error: BaseException) -> str:
-    return ' '.join(str(error).split())[:200]

@@ -6,9 +6,7 @@ starting at any step costs the same. Pictures leave here as uint8; arithmetic is
 
 import importlib.util
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +16,7 @@ from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input import sampler
 from alexnet_jax.input.sources import import_tensorflow
 from alexnet_jax.input.store import Jpegs, Store
+from alexnet_jax.input.threads import ordered_map
 
 Batch = dict[str, np.ndarray]
 
@@ -145,7 +144,13 @@ def _batches(
         batches = _read_with_tensorflow(store, split, plan, steps, crop, threads)
     else:
         pictures = store.pictures(split)
-        batches = _read_with_threads(lambda step: _cut(pictures, plan(step), crop), steps, threads)
+        batches = ordered_map(
+            lambda step: _cut(pictures, plan(step), crop),
+            steps,
+            threads=threads,
+            ahead=threads + 2,
+            name='batches',
+        )
     return _closed_at_exit(batches)
 
 
@@ -165,21 +170,6 @@ def _cut(pictures: np.ndarray | Jpegs, plan: Plan, crop: int) -> Batch:
         else:
             out[:] = window
     return {'image': image, **plan.rest}
-
-
-def _read_with_threads(make: Callable[[int], Batch], steps: range, threads: int) -> Iterator[Batch]:
-    """make(step) for every step, in order, `threads` at a time."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix='batches')
-    waiting = deque()
-    try:
-        for step in steps:
-            waiting.append(pool.submit(make, step))
-            if len(waiting) > threads + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read_with_tensorflow(

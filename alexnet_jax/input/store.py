@@ -19,12 +19,12 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.paths import Path
 from alexnet_jax.devices.cpu import cores
 
 FORMATS = ('jpg', 'u8')
@@ -223,7 +223,7 @@ def _open_split(path: Path, name: str, info: dict) -> Split:
         path / f'{name}.offsets.npy',
         f'not {count + 1} rising offsets from 0',
     )
-    length = file.stat().st_size
+    length = os.path.getsize(file)
     _check(length == offsets[-1], file, f'{length} bytes, not {offsets[-1]}')
     outside = np.flatnonzero((labels < 0) | (labels >= info['classes']))
     if outside.size:

@@ -5,8 +5,6 @@ is valid: what lies beyond is cut off when the pass goes on. Sums are integers, 
 does not matter.
 """
 
-import collections
-import concurrent.futures
 import contextlib
 import fcntl
 import io
@@ -19,10 +17,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
+from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input.images import square, statistics
 from alexnet_jax.input.sources.source import Example, Source
+from alexnet_jax.input.threads import ordered_map
 
 FLUSH_SECONDS = 5.0  # between the points from which an interrupted pass goes on
 INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one row a record
@@ -95,7 +95,7 @@ def read_progress(path: str, size: int) -> dict[str, np.ndarray]:
 
 def write_description(path: str, description: dict) -> None:
     """Writes store.json."""
-    _replace(
+    paths.replace(
         os.path.join(path, 'store.json'),
         lambda file: file.write(json.dumps(description, indent=2).encode() + b'\n'),
     )
@@ -127,13 +127,14 @@ def _write_split(path, source, split, *, size, format, progress, began):
             file.flush()
             os.fsync(file.fileno())
         if time.monotonic() - began > FLUSH_SECONDS:  # a shorter pass is begun again
-            _replace(os.path.join(path, PROGRESS), lambda file: np.savez(file, **progress))
+            paths.replace(os.path.join(path, PROGRESS), lambda file: np.savez(file, **progress))
 
     total, start = source.splits[split], int(written[0])
-    records = _in_order(
+    records = ordered_map(
         lambda example: _record(example, size, format, len(source.class_names)),
         source.read(split, start),
-        cores(),
+        threads=cores(),
+        ahead=4 * cores(),
     )
     flushed = began
     try:
@@ -164,7 +165,7 @@ def finish(
     """Turns the indices and sums of a fully written store into its other files."""
 
     def save(name, write):
-        _replace(os.path.join(path, name), write)
+        paths.replace(os.path.join(path, name), write)
 
     for split in SPLITS:
         index = np.fromfile(os.path.join(path, f'{split}.index'), INDEX)
@@ -244,27 +245,3 @@ def _record(example: Example, size: int, format: str, classes: int):
     row = np.array([(len(data), zlib.crc32(data), example.label)], INDEX).tobytes()
     colours = pixels.reshape(-1, 3).astype(np.float64)  # exact: sums stay below 2^53
     return data, row, pixels, (colours.T @ colours).astype(np.int64)
-
-
-def _in_order(function, items, threads: int):
-    """Maps over an iterator in threads, in order, holding only a few items."""
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 4 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _replace(path: str, write) -> None:
-    """Writes a file so that at any moment the old or the new one is there, whole."""
-    with open(path + '.tmp', 'wb') as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + '.tmp', path)

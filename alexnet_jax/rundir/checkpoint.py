@@ -27,8 +27,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError
-from alexnet_jax.rundir import fingerprint, manager
+from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.rundir import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f'{directory}: {keep} checkpoints to keep; it must be at least 1')
         self.directory = paths.absolute(paths.path(directory))  # orbax refuses relative ones
-        self._policy = manager.LatestAndBest(keep)
-        self._manager: manager.Manager | None = None
-        logging.getLogger('absl').addFilter(manager.without_chatter)
+        self._policy = _LatestAndBest(keep)
+        self._manager: _Manager | None = None
+        logging.getLogger('absl').addFilter(_without_chatter)
 
     def steps(self) -> list[int]:
         """The steps that have a finished checkpoint, damaged or not, in ascending order."""
@@ -61,7 +61,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest error among those there; None if none was evaluated."""
-        return manager.best({step: self._error(step) for step in self.steps()})
+        return _best({step: self._error(step) for step in self.steps()})
 
     def shapes(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every leaf of a step (None: the latest readable one), by name."""
@@ -142,7 +142,9 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # a new one removes what is half-written
                 self._open()
         intact = f'the checkpoints here are intact: {self.steps()}'
-        return SaveError(f'{self.directory}: {what}: {paths.full(error)}{_line(error)}; {intact}')
+        return SaveError(
+            f'{self.directory}: {what}: {paths.full(error)}{one_line(error)}; {intact}'
+        )
 
     def close(self) -> None:
         """Waits, and ends orbax's threads."""
@@ -151,11 +153,11 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
-    def _open(self) -> manager.Manager:
+    def _open(self) -> '_Manager':
         # Not before the first save: see Manager.
         if self._manager is None:
             self._policy.errors = {step: self._error(step) for step in self.steps()}
-            self._manager = manager.Manager(self.directory, self._policy)
+            self._manager = _Manager(self.directory, self._policy)
         return self._manager
 
     def _restore(self, target: Any, step: int | None, *, whole: bool) -> tuple[int, Any, dict]:
@@ -204,7 +206,7 @@ class Checkpoints:
             content = {'meta': record['meta'], 'leaves': record['leaves']}
             intact = record['crc32'] == fingerprint.crc32(content)
         except (paths.failures(path), ValueError, KeyError, TypeError) as error:
-            raise _Damaged(f'meta/metadata cannot be read ({_line(error)})') from error
+            raise _Damaged(f'meta/metadata cannot be read ({one_line(error)})') from error
         if not intact:
             raise _Damaged('meta/metadata has changed since it was written (CRC)')
         return record
@@ -238,7 +240,7 @@ class Checkpoints:
             except MemoryError:
                 raise
             except Exception as error:  # whatever orbax, tensorstore, zstd make of damaged bytes
-                problem = _line(error)
+                problem = one_line(error)
             if not _all_processes(problem is None):
                 raise _Damaged(f'{name} cannot be read ({problem or "in another process"})')
             state.append(jax.make_array_from_callback(leaf.shape, leaf.sharding, value.__getitem__))
@@ -295,6 +297,45 @@ def _raise_if_lost(error: Exception) -> None:
         error = error.__cause__ or error.__context__  # orbax says that it has waited too long
 
 
-def _line(error: BaseException) -> str:
-    text = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {text[:500]}'
+class _LatestAndBest:
+    """orbax's preservation policy: the latest `keep` steps and the one with the lowest error."""
+
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.errors: dict[int, float | None] = {}  # of the steps on disk
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.keep :], _best({s: self.errors.get(s) for s in steps})}
+        return [step in kept for step in steps]
+
+
+def _best(errors: dict[int, float | None]) -> int | None:
+    evaluated = [step for step in errors if errors[step] is not None]
+    return min(evaluated, key=lambda step: (errors[step], step), default=None)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Saves in the background whenever it is told to; keeps what `policy` says.
+
+    Making one makes the folder and removes unfinished saves: not for a run that is only being read.
+    """
+
+    def __init__(self, directory: str | os.PathLike, policy: _LatestAndBest):
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        super().__init__(directory, options=options)
+
+    def reached_preemption(self, step: int) -> bool:
+        # orbax would tell JAX's preemption service the steps that it saves, and `devices/preemption.py` tells
+        # it a count: a lower number in between can make all pass the one at which they are to stop.
+        return False
+
+
+def _without_chatter(record: logging.LogRecord) -> bool:
+    """Drops what orbax logs, dozens of lines a save, below the level of an error."""
+    return record.levelno >= logging.ERROR or '/orbax/' not in record.pathname

@@ -16,7 +16,6 @@ import fcntl
 import io
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alexnet_jax.common import configfile, paths
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, one_line
 from alexnet_jax.devices import cpu
 from alexnet_jax.input.store import Store
 
@@ -55,7 +54,7 @@ def read_config(path: str | os.PathLike) -> dict:
         return config | {part: fields | config[part] for part, fields in LATER.items()}
     except (paths.failures(file), ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'{path}: not a run directory ({file} cannot be read: {paths.reason(error)}); give one that '
+            f'{path}: not a run directory ({file} cannot be read: {one_line(error)}); give one that '
             'alexnet_jax.main made, such as runs/paper'
         ) from error
 
@@ -151,7 +150,7 @@ def commit() -> str:
     """
 
     def git(*arguments):
-        folder = pathlib.Path(__file__).parent
+        folder = paths.Path(__file__).parent
         return subprocess.run(
             ['git', *arguments], cwd=folder, capture_output=True, text=True, check=False
         )

@@ -1,7 +1,6 @@
 """What a checkpoint remembers of its arrays: names, shapes, dtypes, and a fingerprint of the bits."""
 
 import json
-import pathlib
 import zlib
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.paths import Path
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def crc32(content: dict) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def check_same_model(where: pathlib.Path, stored: dict, target: Any, *, whole: bool) -> None:
+def check_same_model(where: Path, stored: dict, target: Any, *, whole: bool) -> None:
     """UserError if the leaves `stored` at `where` have not the names, shapes and dtypes of `target`.
 
     With `whole`, they may not have any other leaves either.

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import pathlib
 import socket
 import tempfile
 import time
@@ -17,7 +16,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import record_writer
 
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, one_line
 
 FILE = 'metrics.jsonl'
 
@@ -64,7 +63,7 @@ class Writer:
         self._scratch = None
         if paths.is_remote(folder):
             self._scratch = tempfile.TemporaryDirectory()
-            folder = pathlib.Path(self._scratch.name)
+            folder = paths.Path(self._scratch.name)
             (folder / FILE).write_bytes(b''.join(line for line, _ in _rows(self._workdir / FILE)))
         folder.mkdir(parents=True, exist_ok=True)
         _remove_repeated(folder / FILE, start)
@@ -117,14 +116,14 @@ class Writer:
         """To be called before a checkpoint is saved: it must not outlive the rows before it."""
         if not self._active or self._scratch is None:  # on a disk they are there already
             return
-        folder = pathlib.Path(self._scratch.name)
+        folder = paths.Path(self._scratch.name)
         try:
             for file in (self._file, self._events.file):
-                there = self._workdir / pathlib.Path(file.name).relative_to(folder)
-                paths.replace(there, pathlib.Path(file.name).read_bytes())
+                there = self._workdir / paths.Path(file.name).relative_to(folder)
+                paths.replace(there, paths.Path(file.name).read_bytes())
         except Exception as error:
             raise UserError(
-                f'{there}: cannot be written ({paths.reason(error)}); the same command goes on '
+                f'{there}: cannot be written ({one_line(error)}); the same command goes on '
                 'from the last checkpoint'
             ) from error
 
@@ -170,7 +169,7 @@ def _rows(path: paths.Path) -> list[tuple[bytes, dict[str, Any]]]:
     return rows
 
 
-def _remove_repeated(path: pathlib.Path, start: int) -> None:
+def _remove_repeated(path: paths.Path, start: int) -> None:
     kept = [
         line
         for line, row in _rows(path)
@@ -202,7 +201,7 @@ class _Events:
     clu.metric_writers needs it; the records alone need neither, and are the same everywhere.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: paths.Path):
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names: time first.
         name = f'events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}'

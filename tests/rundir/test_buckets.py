@@ -446,7 +446,7 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
     checkpoints = Checkpoints(workdir / 'checkpoints')
     monkeypatch.setattr(Bucket, 'put', deny)
     with pytest.raises(
-        UserError, match=r'--workdir=gs://bucket/new: .* \(403: no access\); give'
+        UserError, match=r'--workdir=gs://bucket/new: .* \(Denied: 403: no access\); give'
     ) as error:
         directory.check(None, workdir)
     assert '\n' not in str(error.value)

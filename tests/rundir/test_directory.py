@@ -1,5 +1,6 @@
 """Run directories: one start at a time, and what is written about each."""
 
+import io
 import json
 import platform
 import subprocess
@@ -8,11 +9,13 @@ import sys
 import pytest
 
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import cpu
 from alexnet_jax.rundir import directory
 from configs import original
 
 HOLDER = """
 import pathlib, sys, time
+from alexnet_jax.devices import cpu
 from alexnet_jax.rundir import directory
 with directory.locked(pathlib.Path(sys.argv[1])):
     print('held', flush=True)
@@ -81,11 +84,10 @@ def test_a_commit_is_dirty_where_code_was_changed(tmp_path, monkeypatch):
 
 def test_the_processor_and_its_cores(monkeypatch):
     monkeypatch.setattr(directory.os, 'sched_getaffinity', lambda process: {3}, raising=False)
-    monkeypatch.setattr(
-        directory.pathlib.Path, 'read_text', lambda path: f'model name\t: {path}: 9\n'
-    )
+    told = lambda path: io.StringIO(f'processor\t: 0\nmodel name\t: {path}: 9\n')  # noqa: E731
+    monkeypatch.setattr(cpu, 'open', told, raising=False)
     assert directory.processor() == '/proc/cpuinfo: 9 (1 core)'
-    monkeypatch.setattr(directory.pathlib.Path, 'read_text', lambda path: 'CPU part\t: 0xd0c\n')
+    monkeypatch.setattr(cpu, 'open', lambda path: io.StringIO('CPU part\t: 0xd0c\n'))
     monkeypatch.setattr(platform, 'processor', lambda: '')
     monkeypatch.setattr(platform, 'machine', lambda: 'aarch64')
     assert directory.processor() == 'aarch64 (1 core)'

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, one_line
 from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, split_off
 
 EMBEDDED = 'alexnet_shapes'
@@ -91,7 +91,7 @@ def _builder(name: str, root: str):
                 f'{name}: neither a folder nor a TFDS set: give a folder that exists, or {catalog}'
             ) from error
         raise UserError(
-            f'{name}: TFDS cannot open it ({_cause(error)}): mend that, or give {catalog}'
+            f'{name}: TFDS cannot open it ({one_line(error)}): mend that, or give {catalog}'
         ) from error
 
 
@@ -123,13 +123,9 @@ def _build(builder, name: str, root: str) -> None:
         )
     except Exception as error:  # of any kind: it downloads, unpacks and runs the set's own code
         raise UserError(
-            f'{name}: TFDS could not build it in {root} ({_cause(error)}): mend that '
+            f'{name}: TFDS could not build it in {root} ({one_line(error)}): mend that '
             'and run the same command again'
         ) from error
-
-
-def _cause(error: Exception) -> str:
-    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
 
 
 def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
@@ -171,7 +167,7 @@ def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int
             yield from read_all(split, start)
         except Exception as error:  # TensorFlow's are of many kinds: DataLossError, NotFoundError
             raise UserError(
-                f'{name}: cannot be read from {builder.data_dir} ({_cause(error)}): '
+                f'{name}: cannot be read from {builder.data_dir} ({one_line(error)}): '
                 'mend that, or remove this folder and run the same command again'
             ) from error
 

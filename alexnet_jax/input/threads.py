@@ -1,0 +1,26 @@
+"""A map over threads that keeps the order."""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+
+def ordered_map(
+    function: Callable, items: Iterable, *, threads: int, ahead: int, name: str = 'map'
+) -> Iterator:
+    """Yields function(item) for every item, in order, while at most `ahead` are under way.
+
+    Closing the iterator cancels what has not begun. name: the prefix of the threads' names.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    items, waiting = iter(items), deque()
+    try:
+        while True:
+            for item in itertools.islice(items, ahead - len(waiting)):
+                waiting.append(pool.submit(function, item))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
