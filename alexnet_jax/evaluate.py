@@ -6,8 +6,10 @@ prints a table of the top-1 and top-5 errors of every run, and of all of them to
 """
 
 from alexnet_jax import command
+from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import distributed
+from alexnet_jax.rundir import directory
 from alexnet_jax.training import evaluation, steps
 
 
@@ -20,6 +22,7 @@ def main() -> None:
     parser.add_argument('--store', default='', help='the prepared pictures, if not where they were')
     parser.add_argument('--batch', type=int, default=100, help='images a step')
     parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
+    parser.add_argument('--per_class', action='store_true', help="also print every class's error")
     command.add_devices(parser, distributed=True)
     args = parser.parse_args()
     if args.threads < 0:
@@ -41,6 +44,9 @@ def main() -> None:
         )
         if distributed.is_first():
             print(evaluation.table(results))
+            if args.per_class:
+                names = directory.read_facts(args.runs[0]).names
+                print(evaluation.class_table(results, class_names.shown(names)))
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ def make_features(trained: inference.Run, mesh: Mesh) -> Callable[[Batch], np.nd
     def features(batch):
         there = batch['mask'] > 0
         images = meshes.global_batch(mesh, len(there), {'image': batch['image']})['image']
-        values = np.asarray(extract(trained.params, images))[there]
+        values = np.asarray(extract(trained.variables, images))[there]
         if not np.isfinite(values).all():
             raise UserError(
                 f'{trained.path}, step {trained.step:,}: activations are not finite; '

@@ -16,12 +16,12 @@ from alexnet_jax.training import inference, progress
 
 def conv1_kernels(trained: inference.Run) -> np.ndarray:
     """The kernels of the first convolution, f32[T,h,w,3,C]; UserError where there is none."""
-    if 'conv1' not in trained.params:
+    kernels = trained.net.first_kernels(trained.variables['params'])
+    if kernels is None:
         raise UserError(
-            f'{trained.path}: this network has no conv1, whose kernels could be drawn: '
-            'give another run'
+            f'{trained.path}: the first layer of this network has no kernels to draw; give another run'
         )
-    return np.asarray(trained.params['conv1']['kernel'])
+    return np.asarray(kernels)
 
 
 def main() -> None:

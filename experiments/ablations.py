@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.rundir import metrics
-from alexnet_jax.training import evaluation
+from alexnet_jax.training import evaluation, metrics
 from experiments import lab as labs
 
 TITLE = 'Ablations of the ImageNet network (§3, §4, §7)'
@@ -104,7 +103,7 @@ def run(lab):
 def errors(workdir) -> dict:
     """The errors of a finished run, {'centre': {'top1_error', ...}, 'ten': ...}, in percent."""
     sums = evaluation.compare([workdir])
-    return {view: metrics.errors(value) for (_, view), value in sums.items()}
+    return {view: metrics.values(value) for (_, view), value in sums.items()}
 
 
 def of_seeds(results, name: str, error: str, view: str) -> dict[int, float]:

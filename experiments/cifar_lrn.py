@@ -17,8 +17,8 @@ import math
 import statistics
 
 from alexnet_jax.common import configfile
-from alexnet_jax.rundir import directory, metrics
-from alexnet_jax.training import evaluation
+from alexnet_jax.rundir import directory
+from alexnet_jax.training import evaluation, metrics
 from experiments import lab as labs
 
 TITLE = 'Local response normalization on CIFAR-10 (§3.3)'
@@ -84,7 +84,7 @@ def errors(workdir) -> dict[str, float]:
     fields = directory.read_config(workdir)
     views = tuple(VIEWS) if fields['augment']['crop'] < fields['data']['size'] else ('centre',)
     sums = evaluation.compare([workdir], views=views)
-    return {view: metrics.errors(values)['top1_error'] for (_, view), values in sums.items()}
+    return {view: metrics.values(values)['top1_error'] for (_, view), values in sums.items()}
 
 
 def seeds_of(results, net: str) -> dict:

@@ -26,7 +26,7 @@ import numpy as np
 
 from alexnet_jax import figures
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import network
 from alexnet_jax.rundir import checkpoint
 from alexnet_jax.training import inference, steps
 from experiments import lab as labs
@@ -119,20 +119,21 @@ def look(workdir) -> dict:
     images = figures.squares(store, 'val', chosen)
     crop = trained.config['augment']['crop']
     x = steps.normalize(steps.centre(images, crop), steps.window_mean(trained.facts.mean, crop))
-    first = jax.jit(lambda: alexnet.init(trained.net, trained.config['seed'], crop))()
-    measure = jax.jit(lambda params: activations(trained.net, params, x))
+    key = jax.random.key(trained.config['seed'])
+    first = jax.jit(lambda: network.init(trained.net, key, crop))()
+    measure = jax.jit(lambda variables: activations(trained.net, variables, x))
     measured = {'0': plain(measure(first))}
     for step in kept:
-        measured[str(step)] = plain(measure(inference.open_run(workdir, mesh, step).params))
+        measured[str(step)] = plain(measure(inference.open_run(workdir, mesh, step).variables))
     return {'measured': measured}
 
 
-def activations(net, params, x) -> dict:
+def activations(net, variables, x) -> dict:
     """x f32[B,H,W,3] -> by layer the mean square of its output, and the spread of the logits."""
-    logits, out = net.apply({'params': params}, x)
+    logits, out, _ = network.apply(net, variables, x)
     squares = {}
-    for i, ops in enumerate(net.after, start=1):
-        squares[f'conv{i}'] = out[f'{(ops.split() or ["conv"])[-1]}{i}']
+    for i in range(len(net.kernels)):
+        squares[f'conv{i + 1}'] = out[f'{(net.ops(i) or ["conv"])[-1]}{i + 1}']
     squares |= {name: out[name] for name in ('fc6', 'fc7')} | {'fc8': (logits,)}
     return {
         'squares': {name: jnp.mean(jnp.stack(xs) ** 2) for name, xs in squares.items()},

@@ -19,8 +19,7 @@ from alexnet_jax.command import run
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.images import decode, square
 from alexnet_jax.input.sources import shapes
-from alexnet_jax.rundir import metrics
-from alexnet_jax.training import evaluation, loop, steps
+from alexnet_jax.training import evaluation, loop, metrics, steps
 from configs import quickstart
 
 CROPS = {'centre': 'centre crop', 'ten': 'ten crops'}
@@ -164,7 +163,7 @@ def networks(seeds: int, root: pathlib.Path) -> dict[str, dict[str, list[float]]
             run_dir = root / f'{name.replace(" ", "_")}-{seed}'
             loop.train(config, run_dir)
             for (_, view), sums in evaluation.compare([run_dir]).items():
-                results[view][name].append(metrics.errors(sums)['top1_error'])
+                results[view][name].append(metrics.values(sums)['top1_error'])
     return results
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 from alexnet_jax import visualize
 from alexnet_jax.common import paths
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import network
 from alexnet_jax.training import inference, progress
 from experiments import lab as labs
 
@@ -73,10 +73,10 @@ def look(workdir) -> dict:
     trained = inference.open_run(workdir, meshes.make((1, 1), towers=1, batches={}))
     kernels = visualize.conv1_kernels(trained)
     seed, crop = trained.config['seed'], trained.config['augment']['crop']
-    fresh = jax.jit(lambda: alexnet.init(trained.net, seed, crop)['conv1']['kernel'])()
+    fresh = jax.jit(lambda: network.init(trained.net, jax.random.key(seed), crop))()
     return {
         'picture': packed(progress.kernel_picture(kernels), 'PNG'),
-        'start': measures(np.asarray(fresh)),
+        'start': measures(np.asarray(trained.net.first_kernels(fresh['params']))),
         'end': measures(kernels),
     }
 

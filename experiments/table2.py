@@ -31,8 +31,7 @@ import shutil
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import sources
 from alexnet_jax.input.sources import shapes
-from alexnet_jax.rundir import metrics
-from alexnet_jax.training import evaluation
+from alexnet_jax.training import evaluation, metrics
 from experiments import ablations
 from experiments import lab as labs
 
@@ -116,7 +115,7 @@ def together(lab, label: str, runs: dict[str, pathlib.Path]) -> None:
 def errors(*workdirs) -> dict:
     """Ten-crop errors, in percent, of the mean of some networks."""
     *_, sums = evaluation.compare(workdirs, views=('ten',)).values()  # the last are of all together
-    return metrics.errors(sums)
+    return metrics.values(sums)
 
 
 def alone(label: str, workdir) -> dict:

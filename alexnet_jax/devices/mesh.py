@@ -134,3 +134,12 @@ def global_batches(
 def shardings(mesh: Mesh, specs):
     """A tree of partition specs -> the same tree of shardings."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+
+
+def place(mesh: Mesh, shapes, specs):
+    """A tree of shapes and the same tree of partition specs -> jax.ShapeDtypeStructs on the mesh."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings(mesh, specs),
+    )

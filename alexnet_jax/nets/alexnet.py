@@ -1,12 +1,8 @@
-"""The network: five or six convolutional layers, two hidden layers, a softmax layer, in towers.
+"""The paper's network and its relatives: convolutions, two hidden layers and a softmax, in towers.
 
 Parameters carry a leading axis over the towers, which the mesh axis `model` may divide; activations
-are tuples with the arrays of this device's towers. `build.build` makes the network from the
-fields of `config.model`.
+are tuples with the arrays of this device's towers.
 """
-
-import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,23 +10,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.nets import layers
+from alexnet_jax.common.errors import UserError, choose, one_each
+from alexnet_jax.nets import blocks, layers, network
 
-# kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146)
-SIZES = (11, 5, 3, 3, 3, 3)
-PADDINGS = (None, 2, 1, 1, 1, 1)  # pixels on every side; conv1's is a switch
+SIZES = (
+    11,
+    5,
+    3,
+    3,
+    3,
+    3,
+)  # kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146)
+PADDINGS = (None, 2, 1, 1, 1, 1)  # pixels on every side; conv1's is a field
 # Run #147: pooling without overlap comes with less padding, so that layer 5 again ends at 6 x 6.
 DISJOINT_PADDINGS = (None, 1, 1, 1, 0, 1)
 POOLING = {'overlapping': (3, 2), 'disjoint': (2, 2)}  # window and stride (§3.4)
-ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
 MAP_NORM = {'alpha': 0.001 / 25, 'k': 1.0, 'n': 5, 'beta': 0.75}  # the source's `cnorm2`, #145
 GROUPED = ('conv2', 'conv4', 'conv5')  # what sees only half of the maps in the paper's network
 UNGROUPED = (('conv1', 'conv2'), ('conv3', 'conv4'))  # without the first, the second sees them all
-
-
-def dtypes() -> tuple[str, ...]:
-    """The compute dtypes; float64 for tests, since JAX has it off by default."""
-    return ('float32', 'bfloat16', *(('float64',) if jax.config.jax_enable_x64 else ()))
 
 
 def padding_of(i: int, pooling: str, size: int, first: int) -> int:
@@ -40,117 +37,15 @@ def padding_of(i: int, pooling: str, size: int, first: int) -> int:
     return (PADDINGS if small or pooling == 'overlapping' else DISJOINT_PADDINGS)[i]
 
 
-def params_of(module, kernel_shape, bias_shape=None):
-    """A layer's kernel [towers,...,I,O] in the compute dtype, and its bias, [towers,O] unless given."""
-    fan_in = math.prod(kernel_shape[1:-1])
-    bias_shape = bias_shape or (kernel_shape[0], kernel_shape[-1])
-    kernel = module.param('kernel', module.kernel_init(fan_in), kernel_shape)
-    bias = module.param('bias', module.bias_init(fan_in), bias_shape)
-    return kernel.astype(module.dtype), bias
+class AlexNet(network.Network):
+    """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every activation by name).
 
-
-def of_towers(x):
-    """[towers,...] -> [...] of each. Split, not indexed: so the gradients are joined, and not added up."""
-    return tuple(part[0] for part in lax.split(x, (1,) * x.shape[0]))
-
-
-def uniform(fan_in: int):
-    """PyTorch's default for kernels and biases: uniform within ±1/sqrt(fan-in)."""
-    return _drawn(lambda key, shape: fan_in**-0.5 * jax.random.uniform(key, shape, minval=-1))
-
-
-def gaussian(std: float):
-    """Normal, untruncated, of mean 0."""
-    return _drawn(lambda key, shape: std * jax.random.normal(key, shape))
-
-
-def _drawn(draw):
-    """An initializer that draws flat: the same numbers, and compiled five times as fast."""
-    return lambda key, shape: draw(key, (math.prod(shape),)).reshape(shape)
-
-
-class Conv(nn.Module):
-    """One convolutional layer of every local tower: n x [B,H,W,C] -> n x [B,H',W',features]."""
-
-    features: int
-    size: int
-    stride: int
-    padding: layers.Padding
-    groups: int
-    kernel_init: Any
-    bias_init: Any
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, xs):
-        c, o = xs[0].shape[-1] // self.groups, self.features // self.groups
-        kernels, biases = params_of(self, (len(xs), self.size, self.size, c, self.features))
-
-        def conv(x, kernel, bias):
-            return layers.conv(x, kernel, bias, stride=self.stride, padding=self.padding)
-
-        def one(x, kernel, bias):
-            # Groups are slices: a grouped convolution is many times slower on a CPU.
-            parts = [
-                conv(
-                    x[..., g * c : (g + 1) * c],
-                    kernel[..., g * o : (g + 1) * o],
-                    bias[g * o : (g + 1) * o],
-                )
-                for g in range(self.groups)
-            ]
-            return jnp.concatenate(parts, axis=-1) if self.groups > 1 else parts[0]
-
-        if len(xs) > 1 and self.groups == 1 and all(x is xs[0] for x in xs):
-            # The towers read the same maps: one wide convolution is faster than several.
-            wide = conv(xs[0], jnp.concatenate(of_towers(kernels), axis=-1), biases.reshape(-1))
-            return tuple(jnp.split(wide, len(xs), axis=-1))
-        return tuple(map(one, xs, of_towers(kernels), of_towers(biases)))
-
-
-class Hidden(nn.Module):
-    """One fully-connected hidden layer of every local tower: n x [B,I] -> n x [B,features]."""
-
-    features: int
-    kernel_init: Any
-    bias_init: Any
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, xs):
-        kernels, biases = params_of(self, (len(xs), xs[0].shape[-1], self.features))
-        # One product for all towers: nothing of these large kernels and gradients is copied.
-        return of_towers(layers.dense(jnp.stack(xs), kernels, biases))
-
-
-class Logits(nn.Module):
-    """The last layer: a partial product per device, summed over all towers; one bias -> f32[B,K]."""
-
-    classes: int
-    kernel_init: Any
-    bias_init: Any
-    dtype: Any
-    axis: str | None
-
-    @nn.compact
-    def __call__(self, xs):
-        shape = (len(xs), xs[0].shape[-1], self.classes)
-        kernels, bias = params_of(self, shape, bias_shape=(self.classes,))
-        wide = jnp.promote_types(jnp.float32, self.dtype)
-        x, kernel = jnp.concatenate(xs, axis=-1), kernels.reshape(-1, self.classes)
-        total = layers.dense(x, kernel, dtype=wide)
-        total = lax.psum(total, self.axis) if self.axis else total
-        return layers.add(total, bias.reshape(1, -1))
-
-
-class AlexNet(nn.Module):
-    """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every intermediate by name).
-
-    `local_towers` counts the towers of this device, `axis` is the mesh axis over which the others
-    lie, None if there are none. Channel counts are those of one tower.
+    The fields are those of `config.model`; `configs/base.py` says what each does. `local_towers`
+    counts the towers of this device, `model_axis` is the mesh axis over which the others lie.
     """
 
     classes: int
+    towers: int
     kernels: tuple[int, ...]
     hidden: tuple[int, ...]
     groups: int
@@ -158,36 +53,61 @@ class AlexNet(nn.Module):
     remove: str
     activation: str
     after: tuple[str, ...]
-    norm: dict
+    norms: str
+    norm_alpha: float
+    norm_alpha_per: str
+    norm_k: float
+    norm_n: int
+    norm_beta: float
     norm_window: str
     pooling: str
     dropout: str
     dropout_at: str
     conv1_padding: tuple[int, int]
-    kernel_inits: tuple
-    bias_inits: tuple
-    dtype: Any
-    local_towers: int
-    axis: str | None
+    width: float
+    initial: str
+    std: tuple[float, ...]
+    bias: tuple[float, ...]
+    dtype: str
+    local_towers: int | None = None
+    model_axis: str | None = None
 
     @property
     def names(self) -> list[str]:
-        """Every intermediate in the order of the forward pass, and the last layer."""
         names = []
-        for i, ops in enumerate(self.after, start=1):
-            names += [f'conv{i}', *(f'{op}{i}' for op in ops.split())]
+        for i in range(len(self.kernels)):
+            names += [f'conv{i + 1}', *(f'{op}{i + 1}' for op in self.ops(i))]
         return [*names, *(f'fc{i + 6}' for i in range(len(self.hidden))), 'fc8']
 
+    @property
+    def first(self) -> tuple[str, ...]:
+        return ('conv1',)
+
+    @nn.nowrap
+    def first_kernels(self, params: dict) -> jax.Array | None:
+        return params['conv1']['kernel'] if 'conv1' in params else None
+
+    @nn.nowrap
+    def partition(self, path: network.Path) -> P:
+        """Over the towers: all but the one bias of the last layer."""
+        return P() if path == ('fc8', 'bias') else P('model')
+
+    @nn.nowrap
+    def local(self, shards: int, data_axis: str | None) -> 'AlexNet':
+        del data_axis  # every image is processed on its own
+        if shards == 1:
+            return self
+        return self.clone(local_towers=self.towers // shards, model_axis='model')
+
     @nn.compact
-    def __call__(self, images, dropout_key=None, rows=None):
-        """With a dropout key and the images' rows i32[B] in the global batch: as in training."""
+    def __call__(self, images, train=None):
         out = {}
-        xs = (images.astype(self.dtype),) * self.local_towers
+        xs = (images.astype(self.dtype),) * self._count
         first = 0  # rows that conv1 gives
         for i, features in enumerate(self.kernels):
-            name, after = f'conv{i + 1}', self.after[i].split()
+            name, after = f'conv{i + 1}', self.ops(i)
             if name in self.exchange:
-                xs = (layers.exchange(xs, self.axis),) * self.local_towers
+                xs = self._exchange(xs)
             if name == self.remove:
                 after = [op for op in after if op == 'pool']
                 if i == 0:
@@ -200,16 +120,13 @@ class AlexNet(nn.Module):
                 # After conv1 or conv3, which read everything, conv2 and conv4 read halves of it.
                 # Without them they read everything themselves.
                 halves = name in GROUPED and (self.remove, name) not in UNGROUPED
-                xs = Conv(
-                    features,
+                xs = blocks.Conv(
+                    self.per_tower(features),
                     SIZES[i],
                     stride=4 if i == 0 else 1,
                     padding=(padding, padding),
                     groups=self.groups if halves else 1,
-                    kernel_init=self.kernel_inits[i],
-                    bias_init=self.bias_inits[i],
-                    dtype=self.dtype,
-                    name=name,
+                    **self._common(i, name),
                 )(xs)
                 out[name] = xs
             first = first or xs[0].shape[1]
@@ -217,24 +134,75 @@ class AlexNet(nn.Module):
                 xs = out[f'{op}{i + 1}'] = self._apply(op, xs)
 
         for i, features in enumerate(self.hidden):
-            name, n = f'fc{i + 6}', len(self.kernels) + i
+            name = f'fc{i + 6}'
             if self.dropout_at == 'inputs':
-                xs = self._dropout(xs, i, dropout_key, rows)
+                xs = self._dropout(xs, i, train)
             if name in self.exchange:
-                xs = (layers.exchange(xs, self.axis),) * self.local_towers
+                xs = self._exchange(xs)
             xs = tuple(x.reshape(x.shape[0], -1) for x in xs)
-            inits = self.kernel_inits[n], self.bias_inits[n]
-            xs = Hidden(features, *inits, dtype=self.dtype, name=name)(xs)
-            xs = out[name] = tuple(ACTIVATIONS[self.activation](x) for x in xs)
+            common = self._common(len(self.kernels) + i, name)
+            xs = blocks.Hidden(self.per_tower(features), **common)(xs)
+            xs = out[name] = self._apply('act', xs)
             if self.dropout_at == 'outputs':
-                xs = self._dropout(xs, i, dropout_key, rows)
-        inits = self.kernel_inits[-1], self.bias_inits[-1]
-        logits = Logits(self.classes, *inits, dtype=self.dtype, axis=self.axis, name='fc8')(xs)
-        return logits, out
+                xs = self._dropout(xs, i, train)
+        common = self._common(-1, 'fc8')
+        return blocks.Logits(self.classes, axis=self.model_axis, **common)(xs), out
+
+    @property
+    def _count(self) -> int:
+        """The towers of this device."""
+        return self.local_towers or self.towers
+
+    @nn.nowrap
+    def ops(self, i: int) -> list[str]:
+        """The operations after conv{i + 1}, without the norms that `norms` leaves out."""
+        kept = {'all': True, 'first': i == 0, 'none': False}[self.norms]
+        return [op for op in self.after[i].split() if kept or 'norm' not in op]
+
+    @nn.nowrap
+    def per_tower(self, channels: int) -> int:
+        """How many of some kernels or units, counted at width 1 over all towers, one tower has."""
+        each = channels * self.width / self.towers / self.groups
+        if each < 1 or each != int(each):
+            raise UserError(
+                f'config.model: {channels} kernels or units at width={self.width} cannot be divided '
+                f'over towers={self.towers} and groups={self.groups} ({each:.4g} each): choose '
+                'kernels and hidden that can'
+            )
+        return int(each) * self.groups
+
+    @property
+    def norm(self) -> dict:
+        """The arguments of `layers.lrn`."""
+        per_window = self.norm_n if self.norm_alpha_per == 'window' else 1
+        return {
+            'alpha': self.norm_alpha / per_window,
+            'k': self.norm_k,
+            'n': self.norm_n,
+            'beta': self.norm_beta,
+        }
+
+    @nn.nowrap
+    def _common(self, i: int, name: str) -> dict:
+        """What every layer is given; i: its place in `std` and `bias`."""
+        std, bias = self.std[i], self.bias[i]
+        if name != 'conv1':  # a narrow network must compensate for its smaller fan-in, or is dead
+            std *= self.width**-0.5
+        if self.initial == 'torch':
+            inits = {'kernel_init': blocks.uniform, 'bias_init': blocks.uniform}
+        else:
+            inits = {
+                'kernel_init': lambda fan_in: blocks.gaussian(std),
+                'bias_init': lambda fan_in: nn.initializers.constant(bias),
+            }
+        return {**inits, 'dtype': jnp.dtype(self.dtype), 'name': name}
+
+    def _exchange(self, xs):
+        return (layers.exchange(xs, self.model_axis),) * self._count
 
     def _apply(self, op, xs):
         if op == 'act':
-            return tuple(ACTIVATIONS[self.activation](x) for x in xs)
+            return tuple(blocks.ACTIVATIONS[self.activation](x) for x in xs)
         if op == 'pool':
             window, stride = POOLING[self.pooling]
             return tuple(layers.max_pool(x, window=window, stride=stride) for x in xs)
@@ -242,9 +210,9 @@ class AlexNet(nn.Module):
             return tuple(layers.map_norm(x, **MAP_NORM) for x in xs)
         if self.norm_window == 'tower':
             return tuple(layers.lrn(x, **self.norm) for x in xs)
-        x = layers.lrn(layers.exchange(xs, self.axis), **self.norm)
+        x = layers.lrn(layers.exchange(xs, self.model_axis), **self.norm)
         c = xs[0].shape[-1]
-        starts = [self._tower(t) * c for t in range(self.local_towers)]
+        starts = [self._tower(t) * c for t in range(self._count)]
         return tuple(lax.dynamic_slice_in_dim(x, start, c, axis=3) for start in starts)
 
     def _centres(self, x):
@@ -255,48 +223,65 @@ class AlexNet(nn.Module):
 
     def _tower(self, t):
         """The number, in the whole network, of this device's tower t."""
-        return lax.axis_index(self.axis) * self.local_towers + t if self.axis else t
+        return lax.axis_index(self.model_axis) * self._count + t if self.model_axis else t
 
-    def _dropout(self, xs, i, key, rows):
+    def _dropout(self, xs, i, train):
         """§4.2: in training half of the units are 0, at test time all are halved; nothing rescaled.
 
         'inverted', Caffe's and torchvision's form, doubles in training and does nothing at test time.
         """
         if self.dropout == 'none':
             return xs
-        if key is None:
+        if train is None:
             return xs if self.dropout == 'inverted' else tuple(x * 0.5 for x in xs)
         scale = 2.0 if self.dropout == 'inverted' else 1.0
-        key = jax.random.fold_in(key, i)
+        key = jax.random.fold_in(train.key, i)
 
         def one(t, x):
             units = x.size // x.shape[0]
-            mask = layers.dropout_mask(key, rows, self._tower(t), units).reshape(x.shape)
+            mask = layers.dropout_mask(key, train.rows, self._tower(t), units).reshape(x.shape)
             return jnp.where(mask, x * jnp.asarray(scale, x.dtype), jnp.zeros_like(x))
 
         return tuple(one(t, x) for t, x in enumerate(xs))
 
+    @nn.nowrap
+    def check(self) -> None:
+        convs = tuple(f'conv{i + 1}' for i in range(len(self.kernels)))
+        if len(convs) not in (5, 6) or len(self.hidden) != 2:
+            raise UserError('config.model: 5 or 6 numbers of kernels and 2 numbers of hidden units')
+        for name, choices in {
+            'activation': blocks.ACTIVATIONS,
+            'pooling': POOLING,
+            'norms': ('all', 'first', 'none'),
+            'norm_window': ('tower', 'all'),
+            'norm_alpha_per': ('element', 'window'),
+            'dropout': ('original', 'inverted', 'none'),
+            'dropout_at': ('outputs', 'inputs'),
+            'dtype': blocks.dtypes(),
+            'remove': ('none', *convs[:5]),
+        }.items():
+            choose(f'config.model.{name}', getattr(self, name), choices)
+        choose('config.model.init', self.initial, ('gaussian', 'torch'))
+        for name in self.exchange:
+            choose('config.model.exchange', name, (*convs[1:], 'fc6', 'fc7'))
+        for op in ' '.join(self.after).split():
+            choose('config.model.after', op, ('act', 'norm', 'map_norm', 'pool'))
+        one_each('config.model.after', self.after, len(convs))
+        one_each('config.model.std', self.std, len(convs) + 3)
+        one_each('config.model.bias', self.bias, len(convs) + 3)
+        for name in ('towers', 'groups', 'width'):
+            if getattr(self, name) <= 0:
+                raise UserError(f'config.model.{name}={getattr(self, name)}: must be above 0')
+        if self.norm_n % 2 == 0:
+            raise UserError(
+                f'config.model.norm_n={self.norm_n}: must be odd (channels in the window)'
+            )
+        for channels in (*self.kernels, *self.hidden):
+            self.per_tower(channels)
 
-def localize(net: AlexNet, shards: int) -> AlexNet:
-    """The network as one of `shards` devices along the mesh axis `model` sees it."""
-    if shards == 1:
-        return net
-    return net.clone(local_towers=net.local_towers // shards, axis='model')
 
-
-def init(net: AlexNet, seed: int, crop: int) -> dict:
-    """Fresh parameters, f32, a pure function of the seed: {layer: {'kernel', 'bias'}}."""
-    images = jnp.zeros((1, crop, crop, 3))
-    return net.init(jax.random.key(seed), images)['params']
-
-
-def param_specs(params: dict, shards: int) -> dict:
-    """How `shards` devices along the mesh axis `model` divide parameters: over the towers.
-
-    All but the one bias of the last layer. With one shard nothing is divided.
-    """
-
-    def spec(layer, name):
-        return P() if shards == 1 or (layer, name) == ('fc8', 'bias') else P('model')
-
-    return {layer: {name: spec(layer, name) for name in leaves} for layer, leaves in params.items()}
+def build(**fields) -> AlexNet:
+    """The network that the fields of `config.model` in `configs/base.py` describe."""
+    if 'init' in fields:
+        fields['initial'] = fields.pop('init')  # `init` is a method of every Flax module
+    return network.make(AlexNet, **fields)

@@ -7,11 +7,13 @@ Arrays are NHWC: B images, H rows, W columns, C channels. Section numbers are th
 import functools
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from alexnet_jax.devices.backend import choices
+from alexnet_jax.nets.network import Training, inside
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -264,3 +266,53 @@ def exchange(towers: tuple[jax.Array, ...], axis: str | None = None) -> jax.Arra
     """
     x = jnp.concatenate(towers, axis=-1) if len(towers) > 1 else towers[0]
     return lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True) if axis else x
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization over the global batch (Ioffe and Szegedy, 2015).
+
+    x [B,...,C], or a tuple with this device's towers -> the same shapes. Each tower is normalized on
+    its own; parameters and statistics then have a leading tower axis. In training the mean and the
+    biased variance are those of the batch, and the running ones move: running = momentum * running +
+    (1 - momentum) * batch (Flax's convention; PyTorch's `momentum` is 1 - ours, and its running
+    variance is unbiased). At test time, and in a frozen layer, the running ones are used. All
+    statistics are float32.
+
+    data_axis: the mesh axis that divides the batch; None where a device has all of it.
+    """
+
+    data_axis: str | None = None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x, train: Training | None = None):
+        xs = x if isinstance(x, tuple) else (x,)
+        channels = xs[0].shape[-1]
+        shape = (len(xs), channels) if isinstance(x, tuple) else (channels,)
+        scale = self.param('scale', nn.initializers.ones, shape).reshape(len(xs), -1)
+        bias = self.param('bias', nn.initializers.zeros, shape).reshape(len(xs), -1)
+        mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
+        var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
+        wide = [_wide(one) for one in xs]
+        means, variances = (v.value.reshape(len(xs), -1) for v in (mean, var))
+        if train is not None and not inside(self.path, train.frozen):
+            means, squares = (
+                jnp.stack([jnp.mean(one**power, axis=range(one.ndim - 1)) for one in wide])
+                for power in (1, 2)
+            )
+            if self.data_axis:
+                means, squares = lax.pmean((means, squares), self.data_axis)
+            variances = jnp.maximum(squares - means**2, 0)
+            for running, batch in ((mean, means), (var, variances)):
+                new = self.momentum * running.value + (1 - self.momentum) * batch.reshape(shape)
+                running.value = new.astype(running.value.dtype)
+
+        def normalize(x, mean, variance, scale, bias):
+            place = (1,) * (x.ndim - 1) + (-1,)
+            factor = lax.rsqrt(variance + self.epsilon) * scale
+            return (x - mean.reshape(place)) * factor.reshape(place) + bias.reshape(place)
+
+        each = zip(xs, map(normalize, wide, means, variances, scale, bias), strict=True)
+        normalized = tuple(y.astype(one.dtype) for one, y in each)
+        return normalized if isinstance(x, tuple) else normalized[0]

@@ -115,14 +115,13 @@ class Checkpoints:
         step, state, record = self._restore(target, step, whole=True)
         return step, state, record['meta']
 
-    def restore_params(self, target: Any, step: int | None = None) -> tuple[int, Any, dict]:
-        """Restores the field `params` of a saved state alone -> (step, params, meta).
+    def restore_part(self, target: dict, step: int | None = None) -> tuple[int, Any, dict]:
+        """Restores some fields of a saved state, {'params': ..., ...} -> (step, the same, meta).
 
-        As `restore`, but `target` is the structure of the parameters, and may leave some of them
-        out: those are not read. The optimiser's state is not needed.
+        As `restore`, but whatever `target` leaves out is not read.
         """
-        step, state, record = self._restore({'params': target}, step, whole=False)
-        return step, state['params'], record['meta']
+        step, state, record = self._restore(target, step, whole=False)
+        return step, state, record['meta']
 
     def wait(self) -> None:
         """Waits until the save under way is on disk; SaveError if it could not be written."""

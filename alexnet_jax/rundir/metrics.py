@@ -1,4 +1,4 @@
-"""Metrics: sums -> errors in percent; `metrics.jsonl`, one object a row; its TensorBoard mirror."""
+"""The rows of a run: `metrics.jsonl`, one JSON object a row, and its TensorBoard mirror."""
 
 import contextlib
 import io
@@ -19,23 +19,6 @@ from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, one_line
 
 FILE = 'metrics.jsonl'
-
-
-def errors(sums: dict[str, Any]) -> dict[str, float]:
-    """{'count', 'loss', 'top1', 'top5'}, sums over examples -> mean loss and errors.
-
-    `top1` and `top5` count the examples whose true class is among the first one or five. Returns
-    'loss' in nats, 'top1_error' and 'top5_error' in percent. Raises ValueError for a count of 0.
-    """
-    count = float(sums['count'])
-    if count <= 0:
-        raise ValueError(f'errors of {count:g} examples')
-    # Misses first, in 64 bits: 100 * (1 - hits / count) would round twice more.
-    return {
-        'loss': float(sums['loss']) / count,
-        'top1_error': 100 * (count - float(sums['top1'])) / count,
-        'top5_error': 100 * (count - float(sums['top5'])) / count,
-    }
 
 
 class Writer:

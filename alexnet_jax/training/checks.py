@@ -1,28 +1,34 @@
 """What can be wrong with a start of training before the data is looked at or anything is written."""
 
+from collections.abc import Callable
+
 import jax
 
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices import preemption
-from alexnet_jax.nets import alexnet
-from alexnet_jax.nets.build import build
-from alexnet_jax.rundir import checkpoint, directory
+from alexnet_jax.nets import network
+from alexnet_jax.nets.network import Network
+from alexnet_jax.rundir import checkpoint, directory, fingerprint
 from alexnet_jax.training import optim
 
 
-def check(config, workdir: paths.Path) -> jax.sharding.Mesh:
-    """The mesh that the config asks for; UserError if values, devices or directories do not allow it."""
+def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Mesh, Network]:
+    """The mesh and the network, for one class, that a config asks for.
+
+    build: makes the network from the fields of `config.model`. Raises UserError if values, devices
+    or directories do not allow it.
+    """
     directory.check(config, workdir)
-    mesh, layers, last = _values(config)
-    _start(config, workdir, layers, last)
-    return mesh
-
-
-def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
-    """The mesh, the shapes of a network for one class, and the name of its last layer."""
     net = build(classes=1, **config.model)
+    mesh, shapes = _values(config, net)
+    _start(config, workdir, net, shapes)
+    return mesh, net
+
+
+def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
+    """The mesh, and the shapes of the network's variables."""
     optim.make_rates(examples=1, batch=1, **config.optim)
     for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep', 'dispatch'):
         if config.run[field] <= 0:
@@ -51,29 +57,36 @@ def _values(config) -> tuple[jax.sharding.Mesh, dict, str]:
             f'config.data.size={config.data.size} pixels'
         )
     try:
-        layers = jax.eval_shape(lambda: alexnet.init(net, 0, config.augment.crop))
+        shapes = network.shapes(net, config.augment.crop)
     except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about some shape
         raise UserError(
             f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels: '
             'after its strides and pools nothing is left, or conv1_padding is not two numbers'
         ) from error
+    if config.optim.conv1 and not net.first:
+        raise UserError(
+            f'config.optim.conv1={config.optim.conv1}: this network has no first convolution with '
+            'rates of its own; leave it empty'
+        )
+    params = [tuple(name.split('/')) for name in fingerprint.named_leaves(shapes['params'])]
     named = {'train.freeze': config.train.freeze, 'optim.decays': dict(config.optim.decays)}
     for field, names in named.items():
         for name in names:
-            if name not in layers:
-                raise UserError(f'config.{field}={name!r}: choose from {", ".join(layers)}')
+            if not any(network.inside(path, (name,)) for path in params):
+                layers = ', '.join(shapes['params'])
+                raise UserError(f'config.{field}={name!r}: choose from {layers}')
     mesh = meshes.make(
         config.run.mesh,
-        towers=config.model.towers,
+        towers=net.towers,
         batches={
             'config.train.batch': config.train.batch,
             'config.run.eval_batch': config.run.eval_batch,
         },
     )
-    return mesh, layers, net.names[-1]
+    return mesh, shapes
 
 
-def _start(config, workdir: paths.Path, layers: dict, last: str) -> None:
+def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
     """UserError if what this start begins with is missing, unreadable or of another network."""
     own = checkpoint.Checkpoints(workdir / 'checkpoints')
     if own.steps():
@@ -82,11 +95,14 @@ def _start(config, workdir: paths.Path, layers: dict, last: str) -> None:
         path = paths.path(config.train.init_from)
         directory.read_config(path)
         there = checkpoint.Checkpoints(path / 'checkpoints').shapes()
-        for layer in [name for name in layers if name != last]:
-            for name, leaf in layers[layer].items():
-                other = there.get(f'params/{layer}/{name}')
-                if other is None or other.shape != leaf.shape:
-                    raise UserError(
-                        f'config.train.init_from={path}: a run of another network, its {layer}/{name} '
-                        f'is {list(other.shape) if other else "missing"}, not {list(leaf.shape)}'
-                    )
+        for name, leaf in fingerprint.named_leaves(shapes).items():
+            kind, _, layer = name.partition('/')
+            if network.inside(tuple(layer.split('/')), ('/'.join(net.head),)):
+                continue
+            other = there.get(name)
+            if other is None or other.shape != leaf.shape:
+                called = layer if kind == 'params' else name
+                raise UserError(
+                    f'config.train.init_from={path}: a run of another network, its {called} '
+                    f'is {list(other.shape) if other else "missing"}, not {list(leaf.shape)}'
+                )

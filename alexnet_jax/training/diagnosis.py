@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets.network import Network
 from alexnet_jax.training import steps
 
 STUCK = 0.005  # of ln(classes): how near to it a loss counts as one that has learnt nothing
@@ -21,28 +21,29 @@ HINT = (
 )
 
 
-def make_find_broken(net: alexnet.AlexNet, *, seed: int, **inputs_of) -> Callable:
-    """find_broken(params, step, batch, rates) -> where a training step stopped being finite.
+def make_find_broken(net: Network, *, seed: int, **inputs_of) -> Callable:
+    """find_broken(variables, step, batch, rates) -> where a training step stopped being finite.
 
-    On any mesh; inputs_of: what `steps.make_inputs` takes. Without a step it looks at params alone.
+    On any mesh; inputs_of: what `steps.make_inputs` takes. Without a step it looks at variables alone.
     """
     inputs = steps.make_inputs(**inputs_of)
 
     @jax.jit
-    def of_step(params, step, batch, rates):
+    def of_step(variables, step, batch, rates):
         x, labels = inputs(batch, rates), batch['label']
         rows = jnp.arange(len(labels))
 
         def loss(params):
-            losses, logits, out = steps.apply_loss(net, params, x, labels, seed, step, rows)
+            with_stats = {**variables, 'params': params}
+            losses, logits, out, _ = steps.apply_loss(net, with_stats, x, labels, seed, step, rows)
             return jnp.mean(losses), {**out, net.names[-1]: logits}
 
-        gradients, out = jax.grad(loss, has_aux=True)(params)
+        gradients, out = jax.grad(loss, has_aux=True)(variables['params'])
         return {'activations': _finite(out), 'gradients': _finite(gradients)}
 
-    def find_broken(params, *step):
-        found = {'params': jax.jit(_finite)(params), **(of_step(params, *step) if step else {})}
-        return first_broken(net, found)
+    def find_broken(variables, *step):
+        found = {name: jax.jit(_finite)(tree) for name, tree in variables.items()}
+        return first_broken(net, {**found, **(of_step(variables, *step) if step else {})})
 
     return find_broken
 
@@ -52,12 +53,18 @@ def _finite(layers: dict) -> dict[str, jax.Array]:
     return {name: steps.all_finite(arrays) for name, arrays in layers.items()}
 
 
-def first_broken(net: alexnet.AlexNet, finite: dict[str, dict[str, bool]]) -> str:
-    """Where it began, from which params, activations and gradients are finite."""
-    bad = {kind: [n for n in net.names if not found.get(n, True)] for kind, found in finite.items()}
+def first_broken(net: Network, finite: dict[str, dict[str, bool]]) -> str:
+    """Where it began, from which params, batch_stats, activations and gradients are finite."""
+    order = {name: i for i, name in enumerate(net.names)}
+    bad = {
+        kind: sorted((n for n in found if not found[n]), key=lambda n: order.get(n, len(order)))
+        for kind, found in finite.items()
+    }
     # A gradient that is not finite makes those of all layers below it so, too: the last is the first.
     if bad['params']:
         return f'the gradient of {bad["params"][-1]} broke first, in the step before'
+    if bad.get('batch_stats'):
+        return f'the running statistics of {bad["batch_stats"][0]} broke first, in the step before'
     if bad.get('activations'):
         return f'the activations {bad["activations"][0]} broke first'
     if bad.get('gradients'):

@@ -1,9 +1,10 @@
 """Evaluation as in the paper: centre crop, ten crops (§4.1), and ensembles, with exact counts."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from alexnet_jax.devices import distributed
@@ -11,15 +12,16 @@ from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices.backend import choices
 from alexnet_jax.input.batches import eval_batches
 from alexnet_jax.input.store import Store
-from alexnet_jax.rundir import directory, metrics
-from alexnet_jax.training import steps
+from alexnet_jax.nets.build import build
+from alexnet_jax.rundir import directory
+from alexnet_jax.training import metrics, steps
 from alexnet_jax.training.inference import Predict, open_run, open_store, predictor
 
 
 def evaluate(
     predicts: Sequence[Predict], mesh: Mesh, store: Store, *, split: str, batch: int, threads: int
 ) -> dict[str, float]:
-    """Sums over a split, every picture once: {'count', 'loss', 'top1', 'top5'}, hits and nats.
+    """Sums over a split, every picture once: those of `metrics.count`, by class as well.
 
     predicts: one function for each member of the ensemble; their probabilities are averaged.
     """
@@ -35,8 +37,7 @@ def evaluate(
         parts.append(finish(score(probabilities, arrays['label'], arrays['mask'])))
         if len(parts) > 1:  # never more than two batches in flight
             jax.block_until_ready(parts[-2])
-    parts = jax.device_get(parts)
-    sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+    sums = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(parts))
     if sums['count'] != store.counts[split]:
         raise AssertionError(f'{sums["count"]:g} pictures counted, {store.counts[split]} are there')
     return sums
@@ -51,18 +52,20 @@ def compare(
     store: str = '',
     batch: int = 100,
     threads: int = 0,
-) -> dict[tuple[str, str], dict[str, float]]:
+    build: Callable = build,
+) -> dict[tuple[str, str], dict]:
     """Sums by (name, view) for each run, and for all together where there are several ('N CNNs').
 
-    store: where the prepared pictures are, if not where the first run had them. Raises UserError
-    for what is not a run directory, for damaged checkpoints, and for runs on different classes.
+    store: where the prepared pictures are, if not where the first run had them; build: see
+    `inference.open_run`. Raises UserError for what is not a run directory, for damaged checkpoints,
+    and for runs on different classes.
     """
     configs = [directory.read_config(path) for path in run_dirs]
-    towers = {config['model']['towers'] for config in configs}
+    towers = {build(classes=1, **config['model']).towers for config in configs}
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
-    runs = [open_run(path, mesh, step) for path in run_dirs]
-    # a training may save meanwhile
+    runs = [open_run(path, mesh, step, build) for path in run_dirs]
+    # A training may save meanwhile.
     distributed.agree({f'the step of {r.path}': r.step for r in runs})
     opened = open_store(runs, store)
     results = {}
@@ -80,15 +83,31 @@ def compare(
     return results
 
 
-def table(results: dict[tuple[str, str], dict[str, float]]) -> str:
+def table(results: dict[tuple[str, str], dict]) -> str:
     """What `compare` returns, like the paper's tables 1 and 2."""
     width = max(len('Model'), *(len(name) for name, _ in results))
-    lines = [f'{"Model":{width}}  Crops   Top-1    Top-5  Pictures']
+    columns = {name: head for name, (_, head) in metrics.TEXT.items() if head}
+    heads = '  '.join(f'{head:>{max(7, len(head))}}' for head in columns.values())
+    lines = [f'{"Model":{width}}  Crops  {heads}  Pictures']
     for (name, view), sums in results.items():
-        e = metrics.errors(sums)
+        found = metrics.values(sums)
         crops = {'centre': 1, 'ten': 10}[view]
-        lines.append(
-            f'{name:{width}}  {crops:5}  {e["top1_error"]:5.2f} %  {e["top5_error"]:5.2f} %  '
-            f'{sums["count"]:8,.0f}'
+        errors = '  '.join(
+            f'{found[column]:{max(7, len(head)) - 2}.2f} %' for column, head in columns.items()
         )
+        lines.append(f'{name:{width}}  {crops:5}  {errors}  {sums["count"]:8,.0f}')
+    return '\n'.join(lines)
+
+
+def class_table(results: dict[tuple[str, str], dict], names: Sequence[str]) -> str:
+    """The top-1 error of every class, percent, a column for each result, and its pictures."""
+    sums = list(results.values())
+    errors = [metrics.class_errors(one) for one in sums]
+    width = max(len('Class'), *map(len, names))
+    heads = '  '.join(f'{i:>7}' for i in range(1, len(sums) + 1))
+    lines = [f'({i}) {name}, {view}' for i, (name, view) in enumerate(results, start=1)]
+    lines.append(f'{"Class":{width}}  {heads}  Pictures')
+    for k, name in enumerate(names):
+        row = '  '.join(f'{error[k]:5.1f} %' for error in errors)
+        lines.append(f'{name:{width}}  {row}  {sums[0]["class_count"][k]:8,.0f}')
     return '\n'.join(lines)

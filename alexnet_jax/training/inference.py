@@ -14,8 +14,8 @@ from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import prepare
 from alexnet_jax.input.images import square
 from alexnet_jax.input.store import Store
-from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
+from alexnet_jax.nets.network import Network
 from alexnet_jax.rundir import checkpoint, directory
 from alexnet_jax.training import steps
 
@@ -27,31 +27,30 @@ class Run(NamedTuple):
 
     path: paths.Path
     config: dict
-    net: alexnet.AlexNet
+    net: Network
     step: int
-    params: dict
+    variables: dict  # {'params', 'batch_stats'}
     facts: directory.Facts
 
 
-def open_run(path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest') -> Run:
-    """Reads a run's parameters onto a mesh. step: 'best', 'latest' or a number.
+def open_run(
+    path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest', build: Callable = build
+) -> Run:
+    """Reads a run's variables onto a mesh. step: 'best', 'latest' or a number.
 
+    build: makes the network from the fields of `config.model`, for networks defined elsewhere.
     Raises UserError for what is not a run directory and for missing or damaged checkpoints.
     """
     path = paths.path(path)
     config, facts = directory.read_config(path), directory.read_facts(path)
     net = build(classes=len(facts.names), **config['model'])
-    shapes = jax.eval_shape(lambda: alexnet.init(net, 0, config['augment']['crop']))
-    shardings = meshes.shardings(mesh, alexnet.param_specs(shapes, mesh.shape['model']))
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    target = steps.abstract_variables(net, mesh, config['augment']['crop'])
     checkpoints = checkpoint.Checkpoints(path / 'checkpoints')
     wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
     if step == 'best' and wanted is None:
         raise UserError(f'{path}: no evaluated checkpoint here to be the best; use latest')
-    found, params, _ = checkpoints.restore_params(target, wanted)
-    return Run(path, config, net, found, params, facts)
+    found, variables, _ = checkpoints.restore_part(target, wanted)
+    return Run(path, config, net, found, variables, facts)
 
 
 def open_store(runs: Sequence[Run], store: str = '') -> Store:
@@ -84,7 +83,7 @@ def predictor(trained: Run, mesh: Mesh, views: str) -> Predict:
     """predict(images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views."""
     crop = trained.config['augment']['crop']
     predict = steps.make_predict(trained.net, mesh, mean=trained.facts.mean, views=views, crop=crop)
-    return lambda images: predict(trained.params, images)
+    return lambda images: predict(trained.variables, images)
 
 
 class Classifier:
@@ -93,9 +92,9 @@ class Classifier:
     `run` is the opened run, `size` the side of the square that is cut from a picture, in pixels.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, views: str, step: str | int):
+    def __init__(self, run_dir: str | os.PathLike, views: str, step: str | int, build: Callable):
         self._mesh = meshes.make((1, 1), towers=1, batches={})
-        self.run = open_run(run_dir, self._mesh, step)
+        self.run = open_run(run_dir, self._mesh, step, build)
         self.names = self.run.facts.names
         self.step = self.run.step
         self.size = self.run.facts.mean.shape[0]
@@ -107,11 +106,16 @@ class Classifier:
         return np.asarray(self._predict(np.stack(squares)))
 
 
-def load(run_dir: str | os.PathLike, views: str = 'ten', step: str | int = 'latest') -> Classifier:
+def load(
+    run_dir: str | os.PathLike,
+    views: str = 'ten',
+    step: str | int = 'latest',
+    build: Callable = build,
+) -> Classifier:
     """A trained network as a function from uint8 pictures to probabilities, with class names.
 
-    views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number. Raises
-    UserError for what is not a run directory and for missing or damaged checkpoints.
+    views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number; build: see
+    `open_run`. Raises UserError for what is not a run directory and for missing or damaged checkpoints.
     """
     choose('views', views, steps.VIEWS)
-    return Classifier(run_dir, views, step)
+    return Classifier(run_dir, views, step, build)

@@ -1,10 +1,13 @@
 """The training loop."""
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
 import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,63 +19,57 @@ from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import distributed, preemption
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import prepare
-from alexnet_jax.rundir import checkpoint, directory, metrics
-from alexnet_jax.training import checks, diagnosis, progress
-from alexnet_jax.training.setup import Job
+from alexnet_jax.nets.build import build
+from alexnet_jax.rundir import checkpoint, directory
+from alexnet_jax.rundir.metrics import Writer
+from alexnet_jax.training import checks, diagnosis, metrics, progress
+from alexnet_jax.training.setup import Setup
+from alexnet_jax.training.steps import TrainState
 
 log = logging.getLogger(__name__)
 NOT_FINITE = 'is not finite'  # what every message about a training that diverged says
 
 
-def train(config, workdir: str | os.PathLike) -> None:
+def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     """Trains, from the last checkpoint in `workdir` if there is one, until the schedule ends.
 
-    config: the ConfigDict of `configs/base.py`. Raises UserError, before anything is written, for
+    config: the ConfigDict of `configs/base.py`. build: makes the network from the fields of
+    `config.model`, for networks defined elsewhere. Raises UserError, before anything is written, for
     what the config, the data or the work directory do not allow; Stopped if it was asked to stop.
     """
     workdir = paths.path(workdir)
     distributed.agree({**configfile.fields(config), '--workdir': str(workdir)})
     if jax.process_count() > 1:
         distributed.check_shared(workdir)
-    mesh = checks.check(config, workdir)
+    mesh, net = checks.check(config, workdir, build)
     store = prepare.ensure(**config.data, alone=jax.process_count() == 1)
     distributed.agree({f'the store {config.data.store}': store.identity()})
     directory.check_store(workdir, store)
-    job = Job.make(config, mesh, store)
+    setup = Setup.make(config, mesh, store, net.clone(classes=store.classes))
     checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', keep=config.run.keep)
     there = checkpoints.steps()
-    state, history, running = job.start(checkpoints, config.train.init_from)
+    state, history, running = setup.start(checkpoints, config.train.init_from)
     step = int(state.step)
     distributed.agree({'the step of the checkpoint': step})
-    if step == job.total or job.rates(step, history)['stop']:
+    if step == setup.total or setup.rates(step, history)['stop']:
         log.info('%s: nothing left to do, the run ended at step %s', workdir, f'{step:,}')
         return
 
-    log.info(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-    log.info(meshes.describe(mesh))
-    group = config.run.dispatch
-    if group > 1 and not any(job.dispatched(at) > 1 for at in range(0, job.total, group)):
-        log.warning(
-            'config.run.dispatch=%s: so many steps do not fit between two evaluations, so each is made '
-            'alone',
-            group,
-        )
-    if checkpoints.steps():
-        log.info('resuming at step %s', f'{step:,}')
-    main_process = jax.process_index() == 0
+    _describe(setup, state, resuming=bool(there))
     with (
-        directory.locked(workdir) if main_process else contextlib.nullcontext(),
+        directory.locked(workdir) if distributed.is_first() else contextlib.nullcontext(),
         preemption.watch(config.run.stop_after, step) as stop,
     ):
-        if main_process and checkpoints.steps() != there:
+        if distributed.is_first() and checkpoints.steps() != there:
             raise UserError(f'{workdir}: another start saved a checkpoint just now; start again')
-        writer = metrics.Writer(workdir, start=step, active=main_process)
+        writer = Writer(workdir, start=step, active=distributed.is_first())
+        loop = Loop(setup, workdir, checkpoints, writer, state, history, running)
         try:
-            if main_process:
+            if distributed.is_first():
                 directory.write(config, workdir, store)
             if config.train.init_from and not checkpoints.steps():  # the other run may change
-                checkpoints.save(step, state, {'history': history, 'running': running})
-            _loop(job, state, history, running, checkpoints, writer, workdir, stop)
+                checkpoints.save(step, state, loop.meta())
+            loop.run(stop)
         except jax.errors.JaxRuntimeError as error:
             distributed.leave(error)  # the last save would wait for the process that is lost
             raise
@@ -86,156 +83,220 @@ def train(config, workdir: str | os.PathLike) -> None:
             writer.close()
 
 
-def _loop(job: Job, state, history, running, checkpoints, writer, workdir, stop) -> None:
-    run = job.config.run
-    step = first = int(state.step)
-    batches = job.batches(step)
-    pending = None  # the dispatch before, its sums still on the device: it never waits for us
-    clock, images = progress.Clock(), 0
-    stuck = diagnosis.Stuck(run.stuck_after, job.store.classes)
-    tracing = False
-    compiled = set()  # how many steps the dispatches make that were made before
+def _describe(setup: Setup, state: TrainState, *, resuming: bool) -> None:
+    """Logs what is trained, and where."""
+    log.info(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    log.info(meshes.describe(setup.mesh))
+    group = setup.config.run.dispatch
+    if group > 1 and not any(setup.dispatched(at) > 1 for at in range(0, setup.total, group)):
+        log.warning(
+            'config.run.dispatch=%s: no group of so many steps fits between two evaluations; each '
+            'step is dispatched alone',
+            group,
+        )
+    if resuming:
+        log.info('resuming at step %s', f'{int(state.step):,}')
 
-    def fetch(at):
-        """What the dispatch at a step is given: a batch, or several as one; none after the last."""
-        with clock.waiting():
-            local = [*itertools.islice(batches, job.dispatched(at))]
-            return local and meshes.global_batches(job.mesh, job.config.train.batch, local)
 
-    def account():
-        nonlocal pending, running, images
-        if pending is None:
-            return
-        begin, group, scalars, all_sums, batch = pending
-        pending = None
-        all_sums = jax.device_get(all_sums)
-        for i, rates in enumerate(group):
-            done = begin + i
-            sums = {name: float(value) for name, value in _of(i, group, all_sums).items()}
-            if not math.isfinite(sums['loss']):  # `state` may be that after the next dispatch
-                broken = job.find_broken(state.params, done, *_of(i, group, (batch, scalars)))
-                raise UserError(
-                    f'{workdir}: the loss of step {done:,} {NOT_FINITE}: {broken}; {kept()}'
-                )
-            running = {name: running.get(name, 0.0) + sums[name] for name in sums}
-            # of this start alone: `running` may go back to before a restart
-            images += sums['count']
-            if (done + 1) % run.log_every == 0:
-                values = metrics.errors(running) | {
-                    n: rate for n, rate in rates.items() if n != 'stop'
-                }
-                epoch = (done + 1) * job.config.train.batch / job.store.counts['train']
-                values = {'epoch': epoch, **values, **clock.interval(images)}
-                writer.write('train', done, values)
-                log.info(progress.line(done + 1, job.total, job.config.train.batch, values))
-                if stuck(values['loss'], run.log_every):
-                    log.warning('step %s: %s', f'{done + 1:,}', stuck.advice)
-                running, images = {}, 0
+class Dispatch(NamedTuple):
+    """One or several steps that the device was given; their sums may still be on it."""
 
-    def save(last):
-        account()
-        if not job.all_finite((state.params, state.opt_state)):
-            broken = job.find_broken(state.params)
-            raise UserError(f'{workdir}: step {step:,} {NOT_FINITE}: {broken}; {kept()}')
-        writer.sync()
+    step: int  # the first of them
+    rates: list[dict[str, float]]  # of each step
+    scalars: dict[str, np.ndarray]  # the same as the train step takes them
+    batch: dict[str, jax.Array]
+    sums: dict[str, jax.Array]
+
+    def of(self, i: int, tree):
+        """What arrays of the dispatch hold of its i-th step: with several, that is the first axis."""
+        return jax.tree.map(lambda x: x[i], tree) if len(self.rates) > 1 else tree
+
+
+@dataclasses.dataclass
+class Loop:
+    """What the training loop carries from step to step."""
+
+    setup: Setup
+    workdir: paths.Path
+    checkpoints: checkpoint.Checkpoints
+    writer: Writer
+    state: TrainState
+    history: dict[int, float]  # {step: centre-crop top-1 error, %}
+    running: dict[str, float]  # sums since the last row of metrics.jsonl
+
+    def __post_init__(self):
+        self.config = self.setup.config.run
+        self.step = self.first = int(self.state.step)
+        self.pending: Dispatch | None = None  # the one before: its sums are read one dispatch late
+        self.clock = progress.Clock()
+        self.images = 0.0  # since the last row, of this start alone: `running` may be older
+        self.stuck = diagnosis.Stuck(self.config.stuck_after, self.setup.store.classes)
+        self.local_batches = self.setup.batches(self.step)
+        self.compiled = set()  # sizes of the dispatches already compiled
+        self.tracing = False
+
+    def run(self, stop: Callable[[int], str]) -> None:
+        """Evaluate, save, end or take a step: in this order, so that a resumed run does the same.
+
+        stop(step): why to stop before this step, or ''.
+        """
+        batch = self.fetch(self.step)
+        while True:
+            over = self.over()
+            evaluated = self.step not in self.history and (
+                over or self.setup.evaluation_due(self.step)
+            )
+            if evaluated:
+                self.evaluate()
+                over = over or self.over()  # the plateau rule may end the run now
+            asked = stop(self.step)
+            if self.save_due(evaluated, ending=over or asked):
+                self.save(last=over or asked)
+            if over or asked:
+                break
+            sent = self.dispatch(batch)
+            following = self.step + len(sent.rates)
+            batch = self.fetch(following)  # travels to the device while it computes
+            self.report()  # the dispatch before this one: the device never waits for us
+            self.pending, self.step = sent, following
+            self.trace(self.step >= self.config.profile[1])
+        self.trace(end=True)
+        if not over:
+            saved = ', saved' if self.step > self.first else ''
+            raise Stopped(
+                f'{self.workdir}: stopped at step {self.step:,} ({asked}){saved}; run the same '
+                'command to resume'
+            )
+        log.info(
+            '%s: ended at step %s; to evaluate: python -m alexnet_jax.evaluate %s',
+            self.workdir,
+            f'{self.step:,}',
+            self.workdir,
+        )
+
+    def over(self) -> bool:
+        """Whether the schedule ends here."""
+        return self.step == self.setup.total or self.setup.rates(self.step, self.history)['stop']
+
+    def fetch(self, step: int) -> Any:
+        """The batch, or the batches, of the dispatch at a step, on the devices; [] after the last."""
+        with self.clock.waiting():
+            local = [*itertools.islice(self.local_batches, self.setup.dispatched(step))]
+            batch = self.setup.config.train.batch
+            return local and meshes.global_batches(self.setup.mesh, batch, local)
+
+    def evaluate(self) -> None:
+        """Adds the validation error at this step to the history and to the rows."""
+        self.report()
+        with self.clock.paused():
+            values = self.setup.evaluate(self.state)
+        self.history[self.step] = values['top1_error']
+        self.writer.write('eval', self.step, values)
+        kernels = self.setup.net.first_kernels(self.state.params)
+        if kernels is not None:
+            kernels = multihost_utils.process_allgather(kernels, tiled=True)
+            self.writer.image('conv1', self.step, progress.kernel_picture(kernels))
+        log.info('step %s: validation %s', f'{self.step:,}', metrics.line(values))
+
+    def save_due(self, evaluated: bool, ending: bool) -> bool:
+        if self.step == self.first:  # the checkpoint that this start began with stays
+            return evaluated and not self.checkpoints.steps()
+        return evaluated or bool(ending) or self.step % self.config.checkpoint_every == 0
+
+    def meta(self) -> dict:
+        """What a checkpoint holds beside the state."""
+        return {'history': self.history, 'running': self.running}
+
+    def save(self, last: bool) -> None:
+        """Saves the state, once all that led to it is known to be finite."""
+        self.report()
+        state = self.state
+        if not self.setup.all_finite((state.params, state.batch_stats, state.opt_state)):
+            broken = self.setup.find_broken(state.variables)
+            self.diverged(f'step {self.step:,} {NOT_FINITE}: {broken}')
+        self.writer.sync()
         try:
-            checkpoints.wait()
+            self.checkpoints.wait()
         except checkpoint.SaveError as error:
-            tolerate(error)
+            self.tolerate(error)
         try:
-            checkpoints.save(step, state, {'history': history, 'running': running})
-            if last or run.saves == 'wait':
-                checkpoints.wait()
+            self.checkpoints.save(self.step, state, self.meta())
+            if last or self.config.saves == 'wait':
+                self.checkpoints.wait()
         except checkpoint.SaveError as error:
             if last:
                 raise
-            tolerate(error)
+            self.tolerate(error)
 
-    def tolerate(error):
-        if run.failed_save == 'stop':
+    def tolerate(self, error: checkpoint.SaveError) -> None:
+        if self.config.failed_save == 'stop':
             raise error
-        log.warning('%s; going on without it', error)
+        log.warning('%s; training continues without this checkpoint', error)
 
-    def kept():
+    def diverged(self, what: str) -> None:
+        """Raises a UserError that says what is not finite, and which checkpoint is good."""
         with contextlib.suppress(checkpoint.SaveError):
-            checkpoints.wait()
-        return (
-            f'the last good checkpoint is that of step {max(checkpoints.steps(), default=0):,}; '
-            f'{diagnosis.CAUSES}'
+            self.checkpoints.wait()
+        raise UserError(
+            f'{self.workdir}: {what}; the last good checkpoint is that of step '
+            f'{max(self.checkpoints.steps(), default=0):,}; {diagnosis.CAUSES}'
         )
 
-    batch = fetch(step)
-    while True:
-        rates = job.rates(step, history)
-        over = step == job.total or rates['stop']
-        due = (over or job.evaluation_due(step)) and step not in history
-        if due:
-            account()
-            with clock.paused():
-                errors = job.evaluate(state)
-            history[step] = errors['top1_error']
-            writer.write('eval', step, errors)
-            if 'conv1' in state.params:
-                kernels = state.params['conv1']['kernel']
-                conv1 = multihost_utils.process_allgather(kernels, tiled=True)
-                writer.image('conv1', step, progress.kernel_picture(conv1))
-            log.info(
-                'step %s: validation loss %.4f, top-1 error %.2f %%, top-5 error %.2f %%',
-                f'{step:,}',
-                errors['loss'],
-                errors['top1_error'],
-                errors['top5_error'],
-            )
-            rates = job.rates(step, history)
-        over = over or rates['stop']
-        asked = stop(step)
-        if step == first:  # the checkpoint that this start began with stays
-            saves = due and not checkpoints.steps()
-        else:
-            saves = due or over or asked or step % run.checkpoint_every == 0
-        if saves:
-            save(last=over or asked)
-        if over or asked:
-            break
-        count = job.dispatched(step)
-        if count not in compiled:  # which takes time, but not that of the steps before
-            account()
-            compiled.add(count)
-        if not tracing and run.profile[0] < step + count and step < run.profile[1]:
-            jax.profiler.start_trace(workdir / 'profile')
-            tracing = True
-        group = [job.rates(step + i, history) for i in range(count)]
-        names = [name for name in rates if name != 'stop']
-        scalars = {name: np.float32([one[name] for one in group]) for name in names}
-        if count > 1:
-            state, sums = job.train_steps(state, batch, scalars)
-        else:
+    def dispatch(self, batch) -> Dispatch:
+        """Hands the next step, or several, to the device; `state` is the one after them."""
+        count = self.setup.dispatched(self.step)
+        if count not in self.compiled:  # the time of compiling is not that of the steps before
+            self.report()
+            self.compiled.add(count)
+        start, stop = self.config.profile
+        if not self.tracing and start < self.step + count and self.step < stop:
+            jax.profiler.start_trace(str(self.workdir / 'profile'))
+            self.tracing = True
+        rates = [self.setup.rates(self.step + i, self.history) for i in range(count)]
+        names = [name for name in rates[0] if name != 'stop']
+        scalars = {name: np.float32([each[name] for each in rates]) for name in names}
+        if count == 1:
             scalars = {name: value[0] for name, value in scalars.items()}
-            state, sums = job.train_step(state, batch, scalars)
-        # it travels to the device while this and the one before run
-        following = fetch(step + count)
-        account()
-        pending = step, group, scalars, sums, batch
-        step, batch = step + count, following
-        if tracing and step >= run.profile[1]:
-            account()
+        train = self.setup.train_steps if count > 1 else self.setup.train_step
+        self.state, sums = train(self.state, batch, scalars)
+        return Dispatch(self.step, rates, scalars, batch, sums)
+
+    def report(self) -> None:
+        """Accounts for the pending dispatch, if there is one: its sums, rows and log lines."""
+        if self.pending is None:
+            return
+        done, self.pending = self.pending, None
+        all_sums = jax.device_get(done.sums)
+        for i, rates in enumerate(done.rates):
+            step = done.step + i
+            sums = {name: float(value) for name, value in done.of(i, all_sums).items()}
+            if not math.isfinite(sums['loss']):  # `state` may be that after the next dispatch
+                again = done.of(i, (done.batch, done.scalars))
+                broken = self.setup.find_broken(self.state.variables, step, *again)
+                self.diverged(f'the loss of step {step:,} {NOT_FINITE}: {broken}')
+            self.running = {name: self.running.get(name, 0.0) + sums[name] for name in sums}
+            self.images += sums['count']
+            if (step + 1) % self.config.log_every == 0:
+                self.write_row(step, rates)
+
+    def write_row(self, step: int, rates: dict[str, float]) -> None:
+        """Ends an interval of `log_every` steps: its row and its line in the log."""
+        batch, total = self.setup.config.train.batch, self.setup.total
+        values = {
+            'epoch': (step + 1) * batch / self.setup.store.counts['train'],
+            **metrics.values(self.running),
+            **{name: rate for name, rate in rates.items() if name != 'stop'},
+            **self.clock.interval(self.images),
+        }
+        self.writer.write('train', step, values)
+        log.info(progress.line(step + 1, total, batch, values))
+        if self.stuck(values['loss'], self.config.log_every):
+            log.warning('step %s: %s', f'{step + 1:,}', self.stuck.advice)
+        self.running, self.images = {}, 0.0
+
+    def trace(self, end: bool) -> None:
+        """Ends a profiler trace under way, if this is where it ends."""
+        if self.tracing and end:
+            self.report()
             jax.profiler.stop_trace()
-            tracing = False
-    if tracing:
-        jax.profiler.stop_trace()
-    if not over:
-        saved = ', saved' if step > first else ''
-        raise Stopped(
-            f'{workdir}: stopped at step {step:,} ({asked}){saved}; the same command goes on'
-        )
-    log.info(
-        '%s: ended at step %s; to evaluate: python -m alexnet_jax.evaluate %s',
-        workdir,
-        f'{step:,}',
-        workdir,
-    )
-
-
-def _of(i: int, group: list, tree):
-    """What arrays of a dispatch hold of its step i: where there are several, that is the first axis."""
-    return jax.tree.map(lambda x: x[i], tree) if len(group) > 1 else tree
+            self.tracing = False

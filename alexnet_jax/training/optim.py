@@ -1,6 +1,5 @@
 """The paper's stochastic gradient descent, LARS, and every learning rate as one pure host function."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,11 +10,15 @@ import optax
 from jax import lax
 
 from alexnet_jax.common.errors import UserError, choose
+from alexnet_jax.nets import network
+from alexnet_jax.nets.network import Network
 
 NAMES = ('sgd', 'lars')
+DECAYING = ('kernel', 'depthwise')  # the roles of parameters with a weight decay
 
 
 def make(
+    net: Network,
     *,
     name: str,
     momentum: float,
@@ -25,122 +28,110 @@ def make(
     freeze: tuple[str, ...] = (),
     axis: str | None = None,
 ):
-    """`sgd` or `lars`, by its name; what an update does not need it ignores."""
-    updates = {'sgd': sgd, 'lars': functools.partial(lars, trust=trust, axis=axis)}
-    return updates[name](momentum=momentum, decay=decay, decays=decays, freeze=freeze)
+    """The update of `config.optim.name`, for the parameters of a network.
+
+    decays: ((layer, decay), ...), of layers with their own weight decay; freeze: layers that stay as
+    they are. axis: the mesh axis that divides the network; None where a device has all of it.
+    """
+    if name == 'lars':
+        first = _scale_by_trust(net, trust, decay, decays, axis)
+    else:
+        first = _add_decay(net, decay, decays)
+    chain = optax.chain(first, _scale_by_rates(net, freeze), optax.trace(momentum))
+    return _hold_where_rate_is_zero(net, chain, freeze)
 
 
-def sgd(
-    *,
-    momentum: float,
-    decay: float,
-    decays: tuple[tuple[str, float], ...] = (),
-    freeze: tuple[str, ...] = (),
-):
-    """The update of §5, as an optax transformation whose `update` takes `rates=`.
+def _add_decay(net, decay, decays):
+    """The update of §5, with the rates and the momentum that `make` chains to it:
 
         v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v
 
     The rate is inside the velocity, so a new rate leaves the velocity as it is. Kernels decay,
-    biases do not (`original.md` §4). decays: ((layer, decay), ...), of layers with their own.
-    rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the rate is 0 (and in the layers of
-    `freeze`) neither parameter nor velocity changes.
+    biases do not (`original.md` §4). rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the
+    rate is 0 (and in the layers of `freeze`) neither parameter nor velocity changes.
     """
 
     def add(gradients, params):
+        betas = _betas(net, params, decay, decays)
         return jax.tree.map(
-            lambda beta, g, w: g + beta * w if beta else g,
-            _betas(params, decay, decays),
-            gradients,
-            params,
+            lambda beta, g, w: g + beta * w if beta else g, betas, gradients, params
         )
 
-    return _with_rates(optax.stateless(add), momentum, freeze)
+    return optax.stateless(add)
 
 
-def lars(
-    *,
-    momentum: float,
-    decay: float,
-    trust: float,
-    decays: tuple[tuple[str, float], ...] = (),
-    freeze: tuple[str, ...] = (),
-    axis: str | None = None,
-):
-    """`sgd` whose gradient is first brought to a fixed part of each parameter's own norm.
+def _scale_by_trust(net, trust, decay, decays, axis):
+    """LARS: the gradient is first brought to a fixed part of each parameter's own norm.
 
         gradient <- trust * |w| / (|gradient| + decay * |w|) * (gradient + decay * w)
 
     You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks". A layer's kernel,
     of all towers together, and its bias have a norm each; where |w| or |gradient| is 0 the factor is
-    1; both as in the authors' code (NVIDIA/caffe, c49eb1b6). Unlike there, biases do not decay, as in
-    `sgd`. axis: the mesh axis over which the towers are divided; None where a device has them all.
+    1; both as in the authors' code (NVIDIA/caffe, c49eb1b6). Unlike there, biases do not decay.
     """
-    return _with_rates(_scale_by_trust(trust, decay, decays, axis), momentum, freeze)
 
-
-def _with_rates(first, momentum, freeze):
-    chain = optax.chain(first, _scale_by_rates(freeze), optax.trace(momentum))
-    return _hold_where_rate_is_zero(chain, freeze)
-
-
-def _scale_by_trust(trust, decay, decays, axis):
     # Not optax.scale_by_trust_ratio: its norms are those of one device's towers, and it divides by
     # |gradient + decay * w|.
-    def norm(x):
-        squares = jnp.sum(jnp.square(x))
-        # Everything is divided over the towers but the one bias of the last layer, f32[K].
-        return jnp.sqrt(lax.psum(squares, axis) if axis and x.ndim > 1 else squares)
+    def scale(path, beta, gradient, w):
+        divided = axis is not None and axis in tuple(net.partition(network.names_of(path)))
 
-    def scale(beta, gradient, w):
+        def norm(x):
+            squares = jnp.sum(jnp.square(x))
+            return jnp.sqrt(lax.psum(squares, axis) if divided else squares)
+
         size, slope = norm(w), norm(gradient)
         ratio = trust * size / (slope + beta * size)
         ratio = jnp.where((size > 0) & (slope > 0), ratio, 1.0)
         return ratio * (gradient + beta * w)
 
-    return optax.stateless(
-        lambda gradients, params: jax.tree.map(
-            scale, _betas(params, decay, decays), gradients, params
-        )
-    )
+    def update(gradients, params):
+        betas = _betas(net, params, decay, decays)
+        return jax.tree.map_with_path(scale, betas, gradients, params)
+
+    return optax.stateless(update)
 
 
-def _betas(params, decay, decays):
+def _betas(net, params, decay, decays):
     """The weight decay of every parameter, in the shape of the parameters."""
-    of_layer = dict(decays)
-    return {
-        layer: {name: of_layer.get(layer, decay) if name == 'kernel' else 0.0 for name in leaves}
-        for layer, leaves in params.items()
-    }
+
+    def beta(path, _):
+        names = network.names_of(path)
+        if net.role(names) not in DECAYING:
+            return 0.0
+        return next((own for layer, own in decays if network.inside(names, (layer,))), decay)
+
+    return jax.tree.map_with_path(beta, params)
 
 
-def _rate_tree(params, rates, freeze):
+def _rate_tree(net, params, rates, freeze):
     """The learning rate of every parameter, in the shape of the parameters."""
 
-    def rate(layer, name):
-        if layer in freeze:
+    def rate(path, _):
+        names = network.names_of(path)
+        bias = net.role(names) == 'bias'
+        if network.inside(names, freeze):
             return jnp.zeros_like(rates['weights'])
-        if layer == 'conv1':  # frozen kernels freeze their biases too
+        if network.inside(names, net.first):  # frozen kernels freeze their biases too
             biases = jnp.where(rates['conv1'] > 0, rates['biases'], 0.0)
-            return rates['conv1'] if name == 'kernel' else biases
-        return rates['weights'] if name == 'kernel' else rates['biases']
+            return biases if bias else rates['conv1']
+        return rates['biases'] if bias else rates['weights']
 
-    return {layer: {name: rate(layer, name) for name in leaves} for layer, leaves in params.items()}
+    return jax.tree.map_with_path(rate, params)
 
 
-def _scale_by_rates(freeze):
+def _scale_by_rates(net, freeze):
     def update(updates, state, params, *, rates, **_):
-        tree = _rate_tree(params, rates, freeze)
+        tree = _rate_tree(net, params, rates, freeze)
         return jax.tree.map(lambda r, u: -r * u, tree, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _hold_where_rate_is_zero(inner, freeze):
+def _hold_where_rate_is_zero(net, inner, freeze):
     """The source updates nothing at rate 0: no decay, and no momentum either."""
 
     def update(updates, state, params, *, rates, **_):
-        tree = _rate_tree(params, rates, freeze)
+        tree = _rate_tree(net, params, rates, freeze)
 
         def choose(new, old):
             return jax.tree.map(lambda r, n, o: jnp.where(r > 0, n, o), tree, new, old)
@@ -164,7 +155,7 @@ def _like(x: Any, params) -> bool:
 
 
 def velocity(opt_state) -> dict:
-    """The velocity in the state of `sgd` or `lars`, in the shape of the parameters."""
+    """The velocity in the state of an update that `make` made, in the shape of the parameters."""
     return next(s.trace for s in opt_state if isinstance(s, optax.TraceState))
 
 

@@ -5,6 +5,8 @@ import time
 
 import numpy as np
 
+from alexnet_jax.training import metrics
+
 TIMES = ('images_per_second', 'waiting')  # the values of a train row that differ between two runs
 
 
@@ -46,8 +48,7 @@ def line(step: int, total: int, batch: int, values: dict[str, float]) -> str:
     hours, minutes = divmod(int(left) // 60, 60)
     to_go = f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{int(left) % 60:02d}s'
     return (
-        f'step {step:,}/{total:,}  epoch {values["epoch"]:.2f}  loss {values["loss"]:.4f}  '
-        f'top-1 error {values["top1_error"]:.2f} %  top-5 error {values["top5_error"]:.2f} %  '
+        f'step {step:,}/{total:,}  epoch {values["epoch"]:.2f}  {metrics.line(values)}  '
         f'rate {values["weights"]:.2g}  {values["images_per_second"]:,.0f} images/s  '
         f'waiting {100 * values["waiting"]:.0f} %  {to_go} to go'
     )

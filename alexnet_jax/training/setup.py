@@ -12,17 +12,18 @@ from alexnet_jax.common import paths
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import Store
-from alexnet_jax.nets import alexnet
-from alexnet_jax.nets.build import build
-from alexnet_jax.rundir import checkpoint, directory, metrics
-from alexnet_jax.training import diagnosis, evaluation, optim, steps
+from alexnet_jax.nets import network
+from alexnet_jax.nets.network import Network
+from alexnet_jax.rundir import checkpoint, directory, fingerprint
+from alexnet_jax.training import diagnosis, evaluation, metrics, optim, steps
 
 log = logging.getLogger(__name__)
 
 
-def make_optimizer(config, mesh: jax.sharding.Mesh):
-    """The update that a config describes, for parameters that lie on a mesh."""
+def make_optimizer(config, net: Network, mesh: jax.sharding.Mesh):
+    """The update that a config describes, for a network's parameters on a mesh."""
     return optim.make(
+        net,
         name=config.optim.name,
         momentum=config.optim.momentum,
         decay=config.optim.decay,
@@ -34,13 +35,13 @@ def make_optimizer(config, mesh: jax.sharding.Mesh):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What the loop needs; `make` it from a config, a mesh and a store."""
+class Setup:
+    """What the loop needs; `make` it from a config, a mesh, a store and a network."""
 
     config: object
     mesh: jax.sharding.Mesh
     store: Store
-    net: alexnet.AlexNet
+    net: Network
     optimizer: object
     rates: Callable
     total: int  # steps, at the most
@@ -51,9 +52,8 @@ class Job:
     find_broken: Callable
 
     @classmethod
-    def make(cls, config, mesh, store: Store) -> 'Job':
-        net = build(classes=store.classes, **config.model)
-        optimizer = make_optimizer(config, mesh)
+    def make(cls, config, mesh, store: Store, net: Network) -> 'Setup':
+        optimizer = make_optimizer(config, net, mesh)
         examples, crop = store.counts['train'], config.augment.crop
         inputs_of = {
             'mean': steps.window_mean(store.mean, crop),
@@ -62,7 +62,13 @@ class Job:
             **config.colour,
         }
         make_step = functools.partial(
-            steps.make_train_step, net, optimizer, mesh, seed=config.seed, **inputs_of
+            steps.make_train_step,
+            net,
+            optimizer,
+            mesh,
+            seed=config.seed,
+            freeze=config.train.freeze,
+            **inputs_of,
         )
         return cls(
             config=config,
@@ -91,8 +97,7 @@ class Job:
             self.net, self.optimizer, self.mesh, seed=self.config.seed, crop=crop
         )
         if init_from:
-            params = _params_from(init_from, target.params, state.params, last=self.net.names[-1])
-            state = state.replace(params=params)
+            state = state.replace(**_variables_from(init_from, self.net, target, state))
         return state, {}, {}
 
     def batches(self, start: int):
@@ -109,47 +114,48 @@ class Job:
         )
 
     def evaluate(self, state: steps.TrainState) -> dict[str, float]:
-        """Errors on the validation split, centre crop."""
+        """The metrics of the validation split, centre crop."""
         sums = evaluation.evaluate(
-            [lambda images: self.predict(state.params, images)],
+            [lambda images: self.predict(state.variables, images)],
             self.mesh,
             self.store,
             split='val',
             batch=self.config.run.eval_batch,
             threads=self.config.run.threads,
         )
-        return metrics.errors(sums)
+        return metrics.values(sums)
 
     def dispatched(self, step: int) -> int:
-        """How many steps the next dispatch makes: `run.dispatch`, or 1 where the run looks up meanwhile.
+        """How many steps the next dispatch makes: `run.dispatch`, or 1 where an evaluation is between.
 
         It follows from the step's number and `config.run`: a run that is resumed makes the same groups.
         """
         count = self.config.run.dispatch
         whole = step % count == 0 and step + count <= self.total
-        return (
-            count
-            if whole and not any(map(self.evaluation_due, range(step + 1, step + count)))
-            else 1
-        )
+        between = map(self.evaluation_due, range(step + 1, step + count))
+        return count if whole and not any(between) else 1
 
     def evaluation_due(self, step: int) -> bool:
+        """Whether `config.run.eval_every` asks for an evaluation before this step."""
         examples, batch = self.store.counts['train'], self.config.train.batch
         every = self.config.run.eval_every
         number = math.floor(step * batch / (every * examples) + 1e-9)
         return number > 0 and step == optim.steps_per(number * every, examples, batch)
 
 
-def _params_from(run_dir: str, target: dict, fresh: dict, last: str) -> dict:
-    """Another run's parameters; the last layer stays fresh where the class count differs."""
+def _variables_from(run_dir: str, net: Network, target, state) -> dict:
+    """Another run's params and batch_stats; the last layer stays fresh where the class count differs."""
     directory.read_config(run_dir)
     other = checkpoint.Checkpoints(paths.path(run_dir) / 'checkpoints')
     there = other.shapes()
-    bias = there.get(f'params/{last}/bias')
-    same = bias is not None and bias.shape == target[last]['bias'].shape
-    wanted = {layer: leaves for layer, leaves in target.items() if same or layer != last}
-    step, params, _ = other.restore_params(wanted)
+    wanted = fingerprint.named_leaves(target.variables)
+    fresh = fingerprint.named_leaves(state.variables)
+    head = {n for n in wanted if network.inside(tuple(n.split('/')[1:]), ('/'.join(net.head),))}
+    same = all(n in there and there[n].shape == wanted[n].shape for n in head)
+    kept = {n: leaf for n, leaf in wanted.items() if same or n not in head}
+    step, found, _ = other.restore_part(kept)
     log.info(
         'starting from %s, step %s%s', run_dir, step, '' if same else ', with a new last layer'
     )
-    return {**fresh, **params}
+    leaves = [found.get(name, fresh[name]) for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(state.variables), leaves)

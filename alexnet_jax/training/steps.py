@@ -1,7 +1,7 @@
 """The training step and the prediction step, each one program over the whole mesh."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices.backend import choices
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import network
+from alexnet_jax.nets.network import Network
+from alexnet_jax.training import metrics
 
 VIEWS = {  # windows as fractions of the room, and flips; in the source's order (`original.md` §5)
     'centre': [(0.5, 0.5, False)],
@@ -28,11 +30,20 @@ VIEWS = {  # windows as fractions of the room, and flips; in the source's order 
 
 @struct.dataclass
 class TrainState:
-    """What training changes. step: i32[], updates made; params and opt_state: f32 trees."""
+    """What training changes. step: i32[], updates made; the others: trees of f32.
+
+    batch_stats: the running statistics of batch normalization, {} for a network without.
+    """
 
     step: jax.Array
     params: dict
+    batch_stats: dict
     opt_state: optax.OptState
+
+    @property
+    def variables(self) -> dict:
+        """What `network.apply` takes."""
+        return {'params': self.params, 'batch_stats': self.batch_stats}
 
 
 def window_mean(mean: np.ndarray, crop: int) -> np.ndarray:
@@ -78,65 +89,57 @@ def make_inputs(
     return inputs
 
 
-def apply_loss(net: alexnet.AlexNet, params, x, labels, seed: int, step, rows):
-    """In training mode -> losses f32[B] (nats), logits f32[B,K], and the layers' activations."""
+def apply_loss(net: Network, variables, x, labels, seed: int, step, rows, frozen=()):
+    """In training mode -> losses f32[B] (nats), logits f32[B,K], activations, new batch_stats."""
     key = jax.random.fold_in(jax.random.key(seed), step)
-    logits, out = net.apply({'params': params}, x, key, rows)
+    train = network.Training(key, rows, tuple(frozen))
+    logits, out, batch_stats = network.apply(net, variables, x, train)
     # One-hot: the gradient of picking a label's entry is a scatter, slow where deterministic.
     truth = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, truth), logits, out
+    return optax.softmax_cross_entropy(logits, truth), logits, out, batch_stats
 
 
-def rank(scores, labels) -> jax.Array:
-    """How many other classes score at least as high as the true one: [B,K], i32[B] -> i32[B].
-
-    Ties count against the network, and NaN is never among the first five.
-    """
-    true = jnp.take_along_axis(scores, labels[:, None], axis=1)
-    ranks = jnp.sum(~(scores < true), axis=1) - 1
-    return jnp.where(jnp.isnan(true[:, 0]), jnp.maximum(ranks, 5), ranks)
-
-
-def count(scores, losses, labels, mask) -> dict[str, jax.Array]:
-    """Sums over the images where the mask f32[B] is 1: count, loss (nats), top1 and top5 (hits)."""
-    ranks = rank(scores, labels)
-    return {
-        'count': jnp.sum(mask),
-        'loss': jnp.sum(jnp.where(mask > 0, losses, 0.0)),
-        'top1': jnp.sum((ranks < 1) * mask),
-        'top5': jnp.sum((ranks < 5) * mask),
-    }
-
-
-def abstract_state(net: alexnet.AlexNet, optimizer, mesh: Mesh, crop: int) -> TrainState:
+def abstract_state(net: Network, optimizer, mesh: Mesh, crop: int) -> TrainState:
     """The shapes and shardings of the state on a mesh: what `init_state` makes, checkpoints restore."""
-    shapes = jax.eval_shape(lambda: _init(net, optimizer, 0, crop))
-    shardings = meshes.shardings(mesh, state_specs(shapes, mesh))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    return _placed(jax.eval_shape(lambda: _init(net, optimizer, 0, crop)), net, mesh)
+
+
+def abstract_variables(net: Network, mesh: Mesh, crop: int) -> dict:
+    """The shapes and shardings of {'params', 'batch_stats'} on a mesh."""
+    shapes = network.shapes(net, crop)
+    return meshes.place(mesh, shapes, _variable_specs(net, shapes, mesh))
+
+
+def _placed(shapes: TrainState, net: Network, mesh: Mesh) -> TrainState:
+    return meshes.place(mesh, shapes, state_specs(net, shapes, mesh))
 
 
 def _init(net, optimizer, seed, crop):
-    params = alexnet.init(net, seed, crop)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    variables = network.init(net, jax.random.key(seed), crop)
+    params, batch_stats = variables['params'], variables['batch_stats']
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
-def state_specs(state: TrainState, mesh: Mesh) -> TrainState:
+def _variable_specs(net: Network, variables: dict, mesh: Mesh) -> dict:
+    shards = mesh.shape['model']
+    return {name: network.specs(net, tree, shards) for name, tree in variables.items()}
+
+
+def state_specs(net: Network, state: TrainState, mesh: Mesh) -> TrainState:
     """The partition spec of every leaf: whatever is shaped like the parameters is divided like them."""
-    specs = alexnet.param_specs(state.params, mesh.shape['model'])
+    specs = _variable_specs(net, state.variables, mesh)
     structure = jax.tree.structure(state.params)
 
-    def of(x):
-        return specs if jax.tree.structure(x) == structure else P()
+    def like_params(x):
+        return jax.tree.structure(x) == structure
 
     opt_specs = jax.tree.map(
-        of, state.opt_state, is_leaf=lambda x: jax.tree.structure(x) == structure
+        lambda x: specs['params'] if like_params(x) else P(), state.opt_state, is_leaf=like_params
     )
-    return TrainState(P(), specs, opt_specs)
+    return TrainState(P(), specs['params'], specs['batch_stats'], opt_specs)
 
 
-def init_state(net: alexnet.AlexNet, optimizer, mesh: Mesh, *, seed: int, crop: int) -> TrainState:
+def init_state(net: Network, optimizer, mesh: Mesh, *, seed: int, crop: int) -> TrainState:
     """A fresh state, the same on every mesh."""
     target = abstract_state(net, optimizer, mesh, crop)
     shardings = jax.tree.map(lambda x: x.sharding, target)
@@ -144,29 +147,34 @@ def init_state(net: alexnet.AlexNet, optimizer, mesh: Mesh, *, seed: int, crop: 
 
 
 def make_train_step(
-    net: alexnet.AlexNet,
+    net: Network,
     optimizer,
     mesh: Mesh,
     *,
     seed: int,
+    freeze: Sequence[str] = (),
     several: bool = False,
     **inputs_of,
 ) -> Callable:
     """step(state, batch, rates) -> (state, sums): one update on a global batch.
 
     batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`; rates: f32
-    scalars by name; inputs_of: what `make_inputs` takes. sums: count, loss, top1, top5 over the
-    batch, in training mode. Where the loss is not finite nothing is updated, so that it can be found
-    out why (`diagnosis.py`). The state given is donated, except on CPUs. several: one program makes
-    several updates, none after a loss that is not finite; every array of batch, rates and sums then has
-    a leading axis, the updates.
+    scalars by name. sums: those of `metrics.count` over the batch, in training mode. Where the loss
+    is not finite nothing is updated, so that `diagnosis` can find out why. The state is donated,
+    except on CPUs.
+
+    Args:
+      freeze: layers whose running statistics stay as they are; their parameters are the optimizer's.
+      several: one program makes several updates, none after a loss that is not finite; every array of
+        batch, rates and sums then has a leading axis, the updates.
+      inputs_of: what `make_inputs` takes.
     """
-    local = alexnet.localize(net, mesh.shape['model'])
-    shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, inputs_of['mean'].shape[0]))
-    specs = state_specs(shapes, mesh)
-    inputs = make_inputs(**inputs_of)
     backend = choices(mesh)
     alone = mesh.size == 1  # nothing to exchange: even a sum over one device copies every gradient
+    local = net.local(mesh.shape['model'], None if alone else 'data')
+    shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, inputs_of['mean'].shape[0]))
+    specs = state_specs(net, shapes, mesh)
+    inputs = make_inputs(**inputs_of)
 
     def step(state, batch, rates):
         labels, size = batch['label'], batch['label'].shape[0]
@@ -174,36 +182,37 @@ def make_train_step(
         x = inputs(batch, rates)
 
         def loss(params):
-            losses, logits, _ = apply_loss(local, params, x, labels, seed, state.step, rows)
+            variables = {'params': params, 'batch_stats': state.batch_stats}
+            losses, logits, _, batch_stats = apply_loss(
+                local, variables, x, labels, seed, state.step, rows, freeze
+            )
             # Divided by the global batch: gradients of what is replicated then arrive summed.
-            return jnp.sum(losses) / (size * mesh.shape['data']), (logits, losses)
+            return jnp.sum(losses) / (size * mesh.shape['data']), (logits, losses, batch_stats)
 
-        grads, (logits, losses) = jax.grad(loss, has_aux=True)(state.params)
-        sums = count(logits, losses, labels, jnp.ones_like(losses))
+        grads, (logits, losses, batch_stats) = jax.grad(loss, has_aux=True)(state.params)
+        sums = metrics.count(logits, losses, labels, jnp.ones_like(losses))
         sums = sums if alone else lax.psum(sums, 'data')
-        rates = {n: jnp.where(jnp.isfinite(sums['loss']), rate, 0.0) for n, rate in rates.items()}
+        finite = jnp.isfinite(sums['loss'])
+        rates = {name: jnp.where(finite, rate, 0.0) for name, rate in rates.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rates=rates)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), sums
+        batch_stats = _hold(finite, batch_stats, state.batch_stats)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), sums
 
-    mapped = (
-        step
-        if alone
-        else jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(specs, P('data'), P()),
-            out_specs=(specs, P()),
-            check_vma=True,
+    mapped = step
+    if not alone:
+        in_specs, out_specs = (specs, P('data'), P()), (specs, P())
+        mapped = jax.shard_map(
+            step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
         )
-    )
 
     def chain(state, batches, rates):
         def one(carry, inputs):
             (state, finite), (batch, rates) = carry, inputs
             rates = {name: jnp.where(finite, rate, 0.0) for name, rate in rates.items()}
-            state, sums = mapped(state, batch, rates)
-            return (state, finite & jnp.isfinite(sums['loss'])), sums
+            new, sums = mapped(state, batch, rates)
+            new = new.replace(batch_stats=_hold(finite, new.batch_stats, state.batch_stats))
+            return (new, finite & jnp.isfinite(sums['loss'])), sums
 
         (state, _), sums = lax.scan(one, (state, True), (batches, rates), unroll=not backend.loop)
         return state, sums
@@ -213,18 +222,21 @@ def make_train_step(
     return jax.jit(chain if several else mapped, donate_argnums=donated, out_shardings=out)
 
 
-def make_predict(
-    net: alexnet.AlexNet, mesh: Mesh, *, mean: np.ndarray, views: str, crop: int
-) -> Callable:
-    """predict(params, images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views.
+def _hold(update, new, old):
+    """The new tree where `update` is true, else the old one."""
+    return jax.tree.map(lambda n, o: jnp.where(update, n, o), new, old)
+
+
+def make_predict(net: Network, mesh: Mesh, *, mean: np.ndarray, views: str, crop: int) -> Callable:
+    """predict(variables, images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views.
 
     views: 'centre' or 'ten' (§4.1). The windows of `crop` pixels and the flips are taken on the
     device, one view at a time.
     """
-    local = alexnet.localize(net, mesh.shape['model'])
+    local = net.local(mesh.shape['model'], 'data')
     window = window_mean(mean, crop)
 
-    def predict(params, images):
+    def predict(variables, images):
         room = images.shape[1] - crop
         plan = VIEWS[views]
 
@@ -233,7 +245,7 @@ def make_predict(
             shape = (images.shape[0], crop, crop, 3)
             crops = lax.dynamic_slice(images, (0, y, x, 0), shape)
             crops = jnp.where(flip, crops[:, :, ::-1], crops)
-            logits, _ = local.apply({'params': params}, normalize(crops, window))
+            logits, *_ = network.apply(local, variables, normalize(crops, window))
             return jax.nn.softmax(logits.astype(jnp.float32))
 
         ys, xs = (jnp.array([int(v[axis] * room) for v in plan]) for axis in (0, 1))
@@ -243,43 +255,46 @@ def make_predict(
     return _forward(predict, net, mesh, crop, P('data'))
 
 
-def _forward(function: Callable, net: alexnet.AlexNet, mesh: Mesh, crop: int, out: P) -> Callable:
-    """function(params, images), over a mesh; out: how its result is divided."""
-    shapes = jax.eval_shape(lambda: alexnet.init(net, 0, crop))
-    specs = alexnet.param_specs(shapes, mesh.shape['model'])
+def _forward(function: Callable, net: Network, mesh: Mesh, crop: int, out: P) -> Callable:
+    """function(variables, images), over a mesh; out: how its result is divided."""
+    specs = _variable_specs(net, network.shapes(net, crop), mesh)
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=(specs, P('data')), out_specs=out, check_vma=True
     )
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, out))
 
 
-def make_features(net: alexnet.AlexNet, mesh: Mesh, *, mean: np.ndarray, crop: int) -> Callable:
-    """features(params, images u8[B,S,S,3]) -> f32[B,F], of the centre crop in test mode.
+def make_features(net: Network, mesh: Mesh, *, mean: np.ndarray, crop: int) -> Callable:
+    """features(variables, images u8[B,S,S,3]) -> f32[B,F], of the centre crop in test mode.
 
-    The last intermediate before the logits, over all towers: in the paper's network the activations
-    of fc7 (§6.1), without the halving of dropout. Where that is a map, it is flattened.
+    The last activation before the logits, over all towers: in the paper's network that of fc7
+    (§6.1), without the halving of dropout. A map is flattened.
     """
-    local = alexnet.localize(net, mesh.shape['model'])
+    local = net.local(mesh.shape['model'], 'data')
     window = window_mean(mean, crop)
 
-    def features(params, images):
-        _, out = local.apply({'params': params}, normalize(centre(images, crop), window))
+    def features(variables, images):
+        _, out, _ = network.apply(local, variables, normalize(centre(images, crop), window))
         *_, last = out.values()
-        flat = [x.reshape(x.shape[0], -1) for x in last]
+        flat = [x.reshape(x.shape[0], -1) for x in (last if isinstance(last, tuple) else (last,))]
         return jnp.concatenate(flat, axis=1).astype(jnp.float32)
 
-    return _forward(features, net, mesh, crop, P('data', 'model'))
+    out = P('data', 'model') if net.towers > 1 else P('data')
+    return _forward(features, net, mesh, crop, out)
 
 
 @functools.cache
 def make_score(mesh: Mesh) -> Callable:
-    """score(probabilities f32[B,K], labels i32[B], mask f32[B]) -> sums over the whole batch."""
+    """score(probabilities f32[B,K], labels i32[B], mask f32[B]) -> sums over the whole batch.
 
+    Those of `metrics.count`, by class as well.
+    """
     tiny = jnp.finfo(jnp.float32).tiny  # a probability that is 0 has a logarithm all the same
 
     def score(probabilities, labels, mask):
         true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0]
-        return count(probabilities, -jnp.log(jnp.maximum(true, tiny)), labels, mask)
+        losses = -jnp.log(jnp.maximum(true, tiny))
+        return metrics.count(probabilities, losses, labels, mask, by_class=True)
 
     return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax.nets import alexnet, layers
+from alexnet_jax.nets import alexnet, layers, network
 from experiments.scaling import hlo
 
 NAMES = ('conv', 'local', 'lrn', 'map_norm', 'max_pool', 'avg_pool', 'dropout_mask', 'dense')
@@ -52,7 +52,7 @@ def operations(net: alexnet.AlexNet, batch: int, crop: int) -> list[Operation]:
         layer[0] = context.module.name or layer[0]
         return call(*args, **kwargs)
 
-    params = jax.eval_shape(lambda: alexnet.init(net, 0, crop))
+    variables = network.shapes(net, crop)
     images = jax.ShapeDtypeStruct((batch, crop, crop, 3), jnp.float32)
     patches = [recorded(name) for name in NAMES]
     for patch in patches:
@@ -60,9 +60,10 @@ def operations(net: alexnet.AlexNet, batch: int, crop: int) -> list[Operation]:
     try:
         with nn.intercept_methods(follow):
             jax.eval_shape(
-                lambda p, x: net.apply({'params': p}, x, jax.random.key(0), jnp.arange(batch))[0],
-                params,
+                lambda v, x, train: network.apply(net, v, x, train)[0],
+                variables,
                 images,
+                network.Training(jax.random.key(0), jnp.arange(batch)),
             )
     finally:
         for patch in patches:

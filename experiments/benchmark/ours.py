@@ -17,7 +17,7 @@ from alexnet_jax.common import configfile
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import fake_batches, train_batches
 from alexnet_jax.input.store import open_store
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import optim, steps
 from alexnet_jax.training.setup import make_optimizer
@@ -63,7 +63,7 @@ def _mean(config):
 def _training(spec, config, net, mesh):
     """(compiled step, state, rates, facts)."""
     crop = config.augment.crop
-    optimizer = make_optimizer(config, mesh)
+    optimizer = make_optimizer(config, net, mesh)
     state = steps.init_state(net, optimizer, mesh, seed=0, crop=crop)
     if spec['form'] == 'plain':
         step = plain.make_train_step(net, optimizer, _mean(config))
@@ -224,9 +224,9 @@ def _input(spec):
 def _infer(spec, config, net):
     """Probabilities of the centre crop, of pictures that stay on the device."""
     mesh, crop = _mesh(spec, config), config.augment.crop
-    params = alexnet.init(net, 0, crop)
-    specs = alexnet.param_specs(params, mesh.shape['model'])
-    params = jax.device_put(params, meshes.shardings(mesh, specs))
+    target = steps.abstract_variables(net, mesh, crop)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    variables = jax.device_put(network.init(net, jax.random.key(0), crop), shardings)
     images = meshes.global_batch(mesh, spec['batch'], {'image': _batch(spec, config)['image']})[
         'image'
     ]
@@ -234,12 +234,12 @@ def _infer(spec, config, net):
         predict = plain.make_predict(net, _mean(config))
     else:
         predict = steps.make_predict(net, mesh, mean=_mean(config), views='centre', crop=crop)
-    compiled, facts = _compile(predict, params, images, devices=mesh.size)
+    compiled, facts = _compile(predict, variables, images, devices=mesh.size)
     facts['flops'] = operations.totals(net, spec['batch'], crop)['infer']
 
     def repeat(count):
         for _ in range(count):
-            out = compiled(params, images)
+            out = compiled(variables, images)
         out.block_until_ready()
 
     return repeat, facts, {'peak': _peak}
@@ -251,7 +251,7 @@ def _reference(spec, config, net):
     Without dropout's masks: units are halved as at test time. Gradients of the mean cross-entropy.
     Facts: `net`, what it is; `own`, how far our gradients are from these as they are timed.
     """
-    params = alexnet.init(net, 0, config.augment.crop)
+    params = network.init(net, jax.random.key(0), config.augment.crop)['params']
     batch = _batch(spec, config)
     x = batch['image'].astype(np.float32) - np.float32(MEAN)
 
@@ -263,9 +263,9 @@ def _reference(spec, config, net):
         return jax.jit(jax.grad(loss, has_aux=True))(params, x, batch['label'])
 
     with jax.default_matmul_precision('highest'):  # else float32 is TF32 on a GPU
-        gradients, logits = gradients_of(net.clone(dtype=jnp.float32))
+        gradients, logits = gradients_of(net.clone(dtype='float32'))
     own, own_logits = gradients, logits
-    if net.dtype != jnp.float32 or not spec['cpu']:
+    if net.dtype != 'float32' or not spec['cpu']:
         own, own_logits = gradients_of(net)
     if spec['plain']:
         same = plain.logits(net, params, x)
@@ -283,7 +283,6 @@ def _reference(spec, config, net):
         'exchange',
         'remove',
         'activation',
-        'after',
         'norm',
         'norm_window',
         'pooling',
@@ -292,7 +291,8 @@ def _reference(spec, config, net):
         'conv1_padding',
     )
     facts = {name: getattr(net, name) for name in names}
-    facts = {**facts, 'towers': net.local_towers, 'mean': MEAN}
+    facts['after'] = [' '.join(net.ops(i)) for i in range(len(net.kernels))]
+    facts = {**facts, 'towers': net.towers, 'mean': MEAN}
     worst = max(map(protocol.distance, jax.tree.leaves(own), jax.tree.leaves(gradients)))
     return lambda count: None, {'net': facts, 'own': worst}, {}
 

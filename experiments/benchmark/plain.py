@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import alexnet, blocks
 
 
 def logits(net: alexnet.AlexNet, params: dict, images, key=None):
@@ -20,7 +20,7 @@ def logits(net: alexnet.AlexNet, params: dict, images, key=None):
     if not same or net.norm_window != 'tower' or net.dropout_at != 'outputs':
         raise UserError('--plain knows only the networks of configs/paper.py and original.py')
     x = images.astype(net.dtype)
-    for i, after in enumerate(net.after):
+    for i in range(len(net.kernels)):
         kernel, bias = (params[f'conv{i + 1}'][name].astype(x.dtype) for name in ('kernel', 'bias'))
         padding = net.conv1_padding if i == 0 else (alexnet.PADDINGS[i],) * 2
         x = lax.conv_general_dilated(
@@ -29,16 +29,16 @@ def logits(net: alexnet.AlexNet, params: dict, images, key=None):
             (4, 4) if i == 0 else (1, 1),
             (padding, padding),
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-            feature_group_count=1 if i in (0, 2) else net.local_towers,
+            feature_group_count=1 if i in (0, 2) else net.towers,
         )
         x = x + bias.reshape(-1)
-        for op in after.split():
+        for op in net.ops(i):
             x = _after(net, op, x)
     x = x.reshape(x.shape[0], -1)
     for i in range(2):
         layer = params[f'fc{6 + i}']
         x = x @ jnp.concatenate(list(layer['kernel'].astype(x.dtype)), axis=-1)
-        x = alexnet.ACTIVATIONS[net.activation](x + layer['bias'].astype(x.dtype).reshape(-1))
+        x = blocks.ACTIVATIONS[net.activation](x + layer['bias'].astype(x.dtype).reshape(-1))
         if key is not None:
             x = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), 0.5, x.shape), x, 0)
         factor = {'original': 0.5 if key is None else 1.0, 'inverted': 1.0 if key is None else 2.0}
@@ -50,7 +50,7 @@ def logits(net: alexnet.AlexNet, params: dict, images, key=None):
 
 def _after(net, op, x):
     if op == 'act':
-        return alexnet.ACTIVATIONS[net.activation](x)
+        return blocks.ACTIVATIONS[net.activation](x)
     if op == 'pool':
         window, stride = alexnet.POOLING[net.pooling]
         ends = [(0, -(n - window) % stride) for n in x.shape[1:3]]
@@ -63,7 +63,7 @@ def _after(net, op, x):
             ((0, 0), *ends, (0, 0)),
         )
     norm = net.norm if op == 'norm' else alexnet.MAP_NORM
-    n, towers = norm['n'], net.local_towers if op == 'norm' else 1
+    n, towers = norm['n'], net.towers if op == 'norm' else 1
     window = (1, 1, 1, 1, n) if op == 'norm' else (1, n, n, 1, 1)
     split = x.reshape(*x.shape[:3], towers, -1)
     sums = lax.reduce_window(split**2, np.zeros((), x.dtype), lax.add, window, (1,) * 5, 'SAME')
@@ -94,7 +94,7 @@ def make_train_step(net: alexnet.AlexNet, optimizer, mean):
 def make_predict(net: alexnet.AlexNet, mean):
     """As `steps.make_predict` of the centre crop, on one device."""
     return jax.jit(
-        lambda params, images: jax.nn.softmax(
-            logits(net, params, images.astype(jnp.float32) - mean)
+        lambda variables, images: jax.nn.softmax(
+            logits(net, variables['params'], images.astype(jnp.float32) - mean)
         )
     )

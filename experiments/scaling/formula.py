@@ -9,7 +9,7 @@ from typing import NamedTuple
 from alexnet_jax.nets import alexnet
 from experiments.scaling.hlo import BYTES
 
-METRICS = 4  # count, loss, top1, top5, f32 each (`steps.count`)
+METRICS = 4  # count, loss, top1, top5, f32 each (`metrics.count`)
 
 
 class Layer(NamedTuple):
@@ -34,11 +34,11 @@ class Move(NamedTuple):
 
 def layers(net: alexnet.AlexNet, crop: int) -> list[Layer]:
     """The layers of a network for crops of so many pixels."""
-    towers = net.local_towers
+    towers = net.towers
     out = []
     size, channels = crop, 3  # of what one tower reads
     window, stride = alexnet.POOLING[net.pooling]
-    for i, features in enumerate(net.kernels):
+    for i, features in enumerate(map(net.per_tower, net.kernels)):
         name, k = f'conv{i + 1}', alexnet.SIZES[i]
         kernel = macs = 0
         gathered = []
@@ -53,7 +53,7 @@ def layers(net: alexnet.AlexNet, crop: int) -> list[Layer]:
             halves = name in alexnet.GROUPED and (net.remove, name) not in alexnet.UNGROUPED
             kernel = towers * k * k * channels // (net.groups if halves else 1) * features
             macs, channels = kernel * size * size, features
-        for op in net.after[i].split():
+        for op in net.ops(i):
             if op == 'pool':
                 size = 1 - (window - size) // stride
             if op == 'norm' and net.norm_window == 'all':
@@ -61,7 +61,7 @@ def layers(net: alexnet.AlexNet, crop: int) -> list[Layer]:
         bias = 0 if name == net.remove else towers * features
         out.append(Layer(name, kernel, bias, macs, tuple(gathered)))
     units = size * size * channels
-    for i, features in enumerate(net.hidden):
+    for i, features in enumerate(map(net.per_tower, net.hidden)):
         name = f'fc{i + 6}'
         units *= towers if name in net.exchange else 1
         kernel = towers * units * features
@@ -135,7 +135,7 @@ def hybrid_step(net: alexnet.AlexNet, crop: int, images: int, mesh: tuple[int, i
     plan = layers(net, crop)
     convs = [layer for layer in plan if layer.name.startswith('conv')]
     fc6, fc7, fc8 = plan[-3:]
-    towers = net.local_towers
+    towers = net.towers
     moves = []
     if data * shards > 1:
         every = 'data' if shards == 1 else 'model' if data == 1 else 'both'
@@ -165,4 +165,4 @@ def members(axis: str, mesh: tuple[int, int]) -> int:
 
 
 def _dtype(net) -> str:
-    return {'float32': 'f32', 'bfloat16': 'bf16'}[net.dtype.name]
+    return {'float32': 'f32', 'bfloat16': 'bf16'}[net.dtype]

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.nets import alexnet, layers
+from alexnet_jax.nets import alexnet, blocks, layers, network
 
 SPECS = {
     ('fc6', 'kernel'): P(None, None, 'model'),
@@ -25,7 +25,9 @@ SPECS = {
 
 def possible(net: alexnet.AlexNet, shards: int) -> bool:
     """Whether this program fits the network: fc6 and fc7 read all towers and divide evenly."""
-    return {'fc6', 'fc7'} <= set(net.exchange) and not any(n % shards for n in net.hidden)
+    return {'fc6', 'fc7'} <= set(net.exchange) and not any(
+        net.per_tower(n) % shards for n in net.hidden
+    )
 
 
 def make_gradients(net: alexnet.AlexNet, mesh: Mesh, *, crop: int) -> tuple[Callable, dict, P]:
@@ -34,13 +36,13 @@ def make_gradients(net: alexnet.AlexNet, mesh: Mesh, *, crop: int) -> tuple[Call
     gradients(params, images f32[B,H,W,3], labels i32[B]) -> the gradients of the mean loss. The
     images are divided over both axes of the mesh, the fully-connected layers over `model`.
     """
-    shapes = jax.eval_shape(lambda: alexnet.init(net, 0, crop))
+    shapes = network.shapes(net, crop)['params']
     specs = {
         layer: {name: SPECS.get((layer, name), P()) for name in leaves}
         for layer, leaves in shapes.items()
     }
     rows = P(('data', 'model'))
-    last = f'{net.after[-1].split()[-1]}{len(net.kernels)}'  # 'pool5'
+    last = f'{net.ops(len(net.kernels) - 1)[-1]}{len(net.kernels)}'  # 'pool5'
 
     def trunk(params, images):
         # Zeros in place of what comes after it, of which nothing is used: the compiler drops it all.
@@ -56,7 +58,7 @@ def make_gradients(net: alexnet.AlexNet, mesh: Mesh, *, crop: int) -> tuple[Call
 
         def hidden(layer, x):
             y = jnp.einsum('bi,tio->bto', x, cast(layer))
-            return alexnet.ACTIVATIONS[net.activation](layers.add(y, params[layer]['bias'][None]))
+            return blocks.ACTIVATIONS[net.activation](layers.add(y, params[layer]['bias'][None]))
 
         x = layers.exchange(trunk(params, images))
         x = lax.all_gather(x.reshape(x.shape[0], -1), 'model', axis=0, tiled=True)

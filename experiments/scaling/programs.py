@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import alexnet, network
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import optim, steps
 from alexnet_jax.training.setup import make_optimizer
@@ -37,7 +37,7 @@ def make_net(config, classes: int) -> alexnet.AlexNet:
 def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax.stages.Lowered:
     """The step of `steps.make_train_step`, with so many images for each device."""
     mesh, net, crop = make_mesh(shape), make_net(config, classes), config.augment.crop
-    optimizer = make_optimizer(config, mesh)
+    optimizer = make_optimizer(config, net, mesh)
     step = steps.make_train_step(
         net,
         optimizer,
@@ -65,7 +65,7 @@ def hybrid(config, classes: int, shape: tuple[int, int], images: int) -> jax.sta
     gradients, specs, rows = make_gradients(net, mesh, crop=crop)
     params = jax.tree.map(
         lambda x, spec: _array(x.shape, x.dtype, mesh, spec),
-        jax.eval_shape(lambda: alexnet.init(net, 0, crop)),
+        network.shapes(net, crop)['params'],
         specs,
     )
     count = images * mesh.size

@@ -4,8 +4,6 @@ import math
 import pathlib
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from alexnet_jax.nets import alexnet
 from experiments.scaling import formula, hybrid, programs
 from experiments.scaling.accelerators import ACCELERATORS, Accelerator, efficiency
@@ -32,7 +30,7 @@ class Point(NamedTuple):
 
 def schemes(devices: int, net: alexnet.AlexNet) -> dict[str, tuple[str, tuple[int, int]]]:
     """What is compared on so many devices: {name: (program, (data, model))}."""
-    towers, group = net.local_towers, min(devices, 8)
+    towers, group = net.towers, min(devices, 8)
     out = {'data parallel': ('train', (devices, 1))}
     if devices > 1 and towers > 1 and devices % towers == 0:
         out["the paper's split"] = ('train', (devices // towers, towers))
@@ -47,7 +45,7 @@ def curves(
     net, crop: int, accelerator: Accelerator, *, images: int, devices: list[int], share: float
 ) -> dict[str, list[Point]]:
     """The predicted curve of every scheme; numbers of devices that nothing joins are left out."""
-    net = net.clone(dtype=jnp.dtype(accelerator.dtype))
+    net = net.clone(dtype=accelerator.dtype)
     out: dict[str, list[Point]] = {}
     for count in devices:
         for name, (program, mesh) in schemes(count, net).items():

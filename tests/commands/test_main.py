@@ -265,7 +265,7 @@ VALUES = {
     'no towers': ({'model.towers': 0}, ['config.model.towers=0', 'above 0']),
     'width that does not divide': (
         {'model.width': 0.3},
-        ['config.model.width=0.3', 'not an integer'],
+        ['config.model: 96 kernels', 'width=0.3 cannot be divided'],
     ),
     'unknown schedule': (
         {'optim.schedule': 'cosine'},

@@ -11,6 +11,7 @@ from PIL import Image
 from alexnet_jax import figures, retrieve
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.nets import network
 from alexnet_jax.training import steps
 from tests.helpers.run_dirs import CLASSES, CROP, TRAIN, VAL, call, refuses, write_run
 
@@ -132,11 +133,13 @@ def test_names_stay_below_their_pictures():
     assert (strip != below('W' * 5, '', 'two lines', 'three')).any()
 
 
-class Maps(nn.Module):
+class Maps(network.Network):
     """A network whose last intermediate is a map of two towers."""
 
+    towers = 2
+
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images, train=None):
         x = nn.Dense(2)(images)
         return x.sum((1, 2)), {'late': (x,), 'a': (x[:, ::2], 2 * x[:, 1::2])}
 
@@ -146,16 +149,18 @@ def test_features_of_a_network_without_hidden_layers():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, 8, 8, 3), np.uint8)
     mean = rng.uniform(0, 255, (8, 8, 3)).astype(np.float32)
-    params = net.init(jax.random.key(0), np.zeros((1, 6, 6, 3)))['params']
-    found = steps.make_features(net, mesh, mean=mean, crop=6)(params, images)
-    _, out = net.apply({'params': params}, (images - mean[None])[:, 1:7, 1:7])
+    variables = network.init(net, jax.random.key(0), 6)
+    found = steps.make_features(net, mesh, mean=mean, crop=6)(variables, images)
+    _, out = net.apply(variables, (images - mean[None])[:, 1:7, 1:7])
     expected = np.concatenate([x.reshape(3, -1) for x in out['a']], axis=1)
     assert found.shape == (3, 6 * 6 * 2) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
 
 
 def test_features_that_are_not_finite(run, monkeypatch):
-    monkeypatch.setattr(steps, 'make_features', lambda *_, **__: lambda params, x: x[:, 0, 0] / 0.0)
+    monkeypatch.setattr(
+        steps, 'make_features', lambda *_, **__: lambda variables, x: x[:, 0, 0] / 0.0
+    )
     trained = type(
         'Run',
         (),
@@ -163,7 +168,7 @@ def test_features_that_are_not_finite(run, monkeypatch):
             'path': 'run',
             'step': 3,
             'net': None,
-            'params': None,
+            'variables': None,
             'facts': run,
             'config': {'augment': {'crop': CROP}},
         },

@@ -1,5 +1,7 @@
 """The picture of conv1's kernels, weight for weight."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -96,5 +98,6 @@ def test_refusals(run, tmp_path, monkeypatch, arguments, message):
 
 
 def test_a_network_without_conv1(run):
-    with pytest.raises(UserError, match='no conv1'):
-        visualize.conv1_kernels(run._replace(params={'conv2': {}}))
+    trained = SimpleNamespace(path='run', net=run.net, variables={'params': {'conv2': {}}})
+    with pytest.raises(UserError, match='has no kernels to draw'):
+        visualize.conv1_kernels(trained)

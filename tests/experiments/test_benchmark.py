@@ -18,7 +18,7 @@ from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import open_store
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from configs import cifar10, original, paper
 from experiments.benchmark import __main__ as benchmark
@@ -94,7 +94,7 @@ def test_plain_form_is_the_same_function():
     """Logits and gradients in float64, of `original`, which has every operation; the loss depends on all."""
     crop = 96
     net = make_net(original, width=0.125)
-    params = alexnet.init(net, 0, crop)
+    params = network.init(net, jax.random.key(0), crop)['params']
     with jax.enable_x64(True):
         net = make_net(original, width=0.125, dtype='float64')
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
@@ -127,9 +127,8 @@ def test_reference_is_in_full_float32(tmp_path, monkeypatch):
         return gradients
 
     net = make_net(paper, width=0.125)
-    shapes = jax.eval_shape(lambda: alexnet.init(net, 0, 64))
-    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-    monkeypatch.setattr(alexnet, 'init', lambda *args: params)
+    variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), network.shapes(net, 64))
+    monkeypatch.setattr(network, 'init', lambda *args: variables)
     monkeypatch.setattr(jax, 'grad', grad)
     config = configfile.load('configs/paper.py')
     config.augment.crop = 64

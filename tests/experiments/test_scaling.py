@@ -11,8 +11,8 @@ from jax import lax
 from PIL import Image
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.nets import alexnet, layers
-from alexnet_jax.training import optim, steps
+from alexnet_jax.nets import alexnet, layers, network
+from alexnet_jax.training import metrics, optim
 from configs import caffe, cnn_star, no_talk, one_gpu, original, owt, paper
 from experiments.scaling import __main__ as command
 from experiments.scaling import accelerators, formula, hlo, hybrid, programs, report
@@ -53,7 +53,7 @@ def moved(config, shape):
 def test_data_parallel_step_sums_gradients_and_metrics_and_nothing_else(shape, dtype):
     moves = moved(narrow(dtype=dtype), shape)
     assert {(m.kind, m.axis) for m in moves} == {('all-reduce', 'data')}
-    params = jax.eval_shape(lambda: alexnet.init(programs.make_net(narrow(), CLASSES), 0, CROP))
+    params = network.shapes(programs.make_net(narrow(), CLASSES), CROP)['params']
     sizes = sum(x.size for x in jax.tree.leaves(params))
     metrics = len(('count', 'loss', 'top1', 'top5'))
     assert sum(m.elements for m in moves) == sizes + metrics
@@ -157,14 +157,16 @@ def sum_again(real, *args, rates, **kwargs):
 
 
 def test_another_sum_is_seen(monkeypatch):
-    monkeypatch.setattr(optim, 'sgd', partial(sum_again, optim.sgd, rates=None))
+    monkeypatch.setattr(optim, 'make', partial(sum_again, optim.make, rates=None))
     assert not programs.same(moved(narrow(), (2, 1)), expected(narrow(), (2, 1)))
 
 
 def test_a_lost_metric_is_seen(monkeypatch):
-    real = steps.count
+    real = metrics.count
     monkeypatch.setattr(
-        steps, 'count', lambda *args: {name: x for name, x in real(*args).items() if name != 'top5'}
+        metrics,
+        'count',
+        lambda *args: {name: x for name, x in real(*args).items() if name != 'top5'},
     )
     assert not programs.same(moved(narrow(), (2, 1)), expected(narrow(), (2, 1)))
 
@@ -184,7 +186,7 @@ PRESETS = [paper, original, one_gpu, cnn_star, no_talk, caffe, owt]
 def test_the_formula_knows_every_layer(preset):
     config = preset.get_config()
     net = programs.make_net(config, 1000)
-    params = jax.eval_shape(lambda: alexnet.init(net, 0, config.augment.crop))
+    params = network.shapes(net, config.augment.crop)['params']
     sizes = {name: (p['kernel'].size, p['bias'].size) for name, p in params.items()}
     plan = formula.layers(net, config.augment.crop)
     assert {layer.name: (layer.kernel, layer.bias) for layer in plan} == sizes
@@ -220,7 +222,7 @@ def test_hybrid_is_the_same_function():
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32),
-        jax.eval_shape(lambda: alexnet.init(net, 0, CROP)),
+        network.shapes(net, CROP)['params'],
     )
     images = rng.normal(0, 1, (4, CROP, CROP, 3)).astype(np.float32)
     labels = rng.integers(0, CLASSES, 4).astype(np.int32)

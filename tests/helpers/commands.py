@@ -80,11 +80,11 @@ def save_and_kill(self, step, *args):
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Checkpoints.save = save_and_kill
 
-start = loop.Job.start
+start = loop.Setup.start
 def start_and_terminate(*args):
     kill_at('SIGTERM while starting', signal.SIGTERM)
     return start(*args)
-loop.Job.start = start_and_terminate
+loop.Setup.start = start_and_terminate
 
 if event == 'blind':
     paths.existing = lambda path: pathlib.Path(tempfile.mkdtemp())

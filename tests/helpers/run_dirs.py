@@ -14,7 +14,7 @@ import pytest
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import open_store
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import alexnet, network
 from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory
 from configs import quickstart
@@ -69,7 +69,7 @@ def random_params(net, crop: int, seed: int) -> dict:
         fan_in = math.prod(shape.shape[1:-1])
         return jax.numpy.asarray(rng.normal(0, fan_in**-0.5, shape.shape), shape.dtype)
 
-    return jax.tree.map(draw, jax.eval_shape(lambda: alexnet.init(net, 0, crop)))
+    return jax.tree.map(draw, network.shapes(net, crop)['params'])
 
 
 def save_params(run: Path, step: int, params: dict) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.nets import alexnet, layers
+from alexnet_jax.nets import layers, network
 from alexnet_jax.nets.build import build
 from configs import base, caffe, cnn_star, original, owt
 
@@ -22,8 +22,8 @@ def images(batch=2, crop=64, seed=0):
 
 def shapes(net, crop, train=False):
     def forward():
-        params = alexnet.init(net, 0, crop)
-        extra = (jax.random.key(0), jnp.arange(2)) if train else ()
+        params = network.init(net, jax.random.key(0), crop)['params']
+        extra = (network.Training(jax.random.key(0), jnp.arange(2)),) if train else ()
         return net.apply({'params': params}, jnp.zeros((2, crop, crop, 3)), *extra)
 
     logits, out = jax.eval_shape(forward)
@@ -68,7 +68,7 @@ def test_other_presets_have_their_shapes():
 
 def test_original_normalizes_before_the_relu_and_twice_in_layer_2():
     net = make_net(original.get_config(), width=0.25)
-    params = alexnet.init(net, 0, 64)
+    params = network.init(net, jax.random.key(0), 64)['params']
     _, out = net.apply({'params': params}, images())
     assert list(out)[:8] == [
         'conv1',
@@ -121,7 +121,7 @@ def test_the_towers_exchange_only_where_they_should():
     """Which tower's kernels a change in tower 0's conv1 reaches, by layer."""
 
     def reached(net):
-        params = alexnet.init(net, 0, 64)
+        params = network.init(net, jax.random.key(0), 64)['params']
         _, before = net.apply({'params': params}, images())
         kernel = params['conv1']['kernel'].at[0].add(0.01)
         params = {**params, 'conv1': {**params['conv1'], 'kernel': kernel}}
@@ -148,10 +148,10 @@ def test_fc6_reads_height_width_and_channels_over_both_towers_in_this_order():
 def test_dropout_forms():
     """What fc8 reads: halved at test time, a mask of 0 and 1 in training; or the inverted form."""
 
-    def logits(net, variables, *train):
-        return net.apply(variables, x, *train)[0]
+    def logits(net, variables, train=None):
+        return net.apply(variables, x, train)[0]
 
-    x, train = images(), (jax.random.key(0), jnp.arange(2))
+    x, train = images(), network.Training(jax.random.key(0), jnp.arange(2))
     net = make_net(width=0.25)
     variables = net.init(jax.random.key(1), x)
     _, out = net.apply(variables, x)
@@ -167,12 +167,12 @@ def test_dropout_forms():
     inverted = make_net(width=0.25, dropout='inverted')
     none = make_net(width=0.25, dropout='none')
     np.testing.assert_array_equal(logits(inverted, variables), logits(none, variables))
-    np.testing.assert_array_equal(logits(none, variables), logits(none, variables, *train))
-    a, b = logits(net, variables, *train), logits(inverted, variables, *train)
+    np.testing.assert_array_equal(logits(none, variables), logits(none, variables, train))
+    a, b = logits(net, variables, train), logits(inverted, variables, train)
     assert not np.allclose(a, b)
-    _, trained = net.apply(variables, x, *train)
-    key = jax.random.fold_in(train[0], 1)
-    masks = [layers.dropout_mask(key, train[1], t, h.shape[1]) for t, h in enumerate(out['fc7'])]
+    _, trained = net.apply(variables, x, train)
+    key = jax.random.fold_in(train.key, 1)
+    masks = [layers.dropout_mask(key, train.rows, t, h.shape[1]) for t, h in enumerate(out['fc7'])]
     expected = sum(
         np.where(m, h, 0) @ k for h, m, k in zip(trained['fc7'], masks, kernel, strict=True)
     )
@@ -180,7 +180,9 @@ def test_dropout_forms():
 
 
 def test_initial_values():
-    params = alexnet.init(make_net(original.get_config(), classes=1000), 0, 224)
+    params = network.init(make_net(original.get_config(), classes=1000), jax.random.key(0), 224)[
+        'params'
+    ]
     for layer, std in zip(sorted(params), original.get_config().model.std, strict=True):
         kernel = np.asarray(params[layer]['kernel'])
         assert abs(kernel.std() / std - 1) < 0.02, layer
@@ -191,13 +193,13 @@ def test_initial_values():
 
 
 def test_a_narrow_net_starts_with_larger_kernels():
-    params = alexnet.init(make_net(width=0.25), 0, 224)
+    params = network.init(make_net(width=0.25), jax.random.key(0), 224)['params']
     stds = [float(params[layer]['kernel'].std()) for layer in sorted(params)]
     np.testing.assert_allclose(stds, [0.01] + [0.02] * 7, rtol=0.06)
 
 
 def test_torch_initialization_is_uniform_within_the_fan_in():
-    params = alexnet.init(make_net(owt.get_config(), width=0.25), 0, 224)
+    params = network.init(make_net(owt.get_config(), width=0.25), jax.random.key(0), 224)['params']
     for layer, fan_in in (('conv1', 363), ('conv3', 9 * 48), ('fc7', 1024)):
         for leaf in params[layer].values():
             assert 0.9 * fan_in**-0.5 < abs(leaf).max() <= fan_in**-0.5

@@ -29,6 +29,7 @@ import alexnet_jax
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import distributed
+from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import directory, metrics
 from alexnet_jax.rundir.checkpoint import Checkpoints, SaveError
 from alexnet_jax.training import checks, evaluation, loop, progress
@@ -318,9 +319,9 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     assert there == here and there['count'] == 7
     assert alexnet_jax.load(run).step == 5
     config = make_config(store, **{'train.init_from': run})
-    mesh = checks.check(config, tmp_path / 'next')
-    job = loop.Job.make(config, mesh, loop.prepare.ensure(**config.data))
-    state, _, _ = job.start(Checkpoints(tmp_path / 'none'), run)
+    mesh, net = checks.check(config, tmp_path / 'next', build)
+    setup = loop.Setup.make(config, mesh, loop.prepare.ensure(**config.data), net.clone(classes=3))
+    state, _, _ = setup.start(Checkpoints(tmp_path / 'none'), run)
     kernel = state.params['conv3']['kernel']
     assert np.asarray(kernel).tobytes() == expected[1]['params/conv3/kernel']
 

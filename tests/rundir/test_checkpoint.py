@@ -268,7 +268,7 @@ def test_no_checkpoint_is_an_error_and_leaves_no_folder(tmp_path):
     folder = tmp_path / 'run' / 'checkpoints'
     checkpoints = Checkpoints(folder)
     assert checkpoints.steps() == []
-    for call in (checkpoints.restore, checkpoints.restore_params):
+    for call in (checkpoints.restore, checkpoints.restore_part):
         with pytest.raises(UserError, match='no checkpoint here'):
             call(target_of(make_state()))
     checkpoints.close()
@@ -307,15 +307,16 @@ def test_another_model_is_an_error_that_names_the_leaf(two_steps, what, caplog):
 
 
 def test_params_alone_and_some_of_them(two_steps, caplog):
-    target = target_of(make_state(), data=2, model=2).params
+    target = {'params': target_of(make_state(), data=2, model=2).params}
     checkpoints = Checkpoints(two_steps)
-    step, params, meta = checkpoints.restore_params(target)
+    step, found, meta = checkpoints.restore_part(target)
     assert (step, meta['history']['2']) == (2, 33.25)
-    assert_same_bits(params, make_state(seed=2).params)
+    assert_same_bits(found, {'params': make_state(seed=2).params})
 
-    step, params, _ = checkpoints.restore_params({'conv1': target['conv1']}, step=1)
+    some = {'params': {'conv1': target['params']['conv1']}}
+    step, found, _ = checkpoints.restore_part(some, step=1)
     assert step == 1
-    assert_same_bits(params, {'conv1': make_state(seed=1).params['conv1']})
+    assert_same_bits(found, {'params': {'conv1': make_state(seed=1).params['conv1']}})
 
     shapes = checkpoints.shapes()
     assert shapes['params/fc8/bias'].shape == (10,)
@@ -323,11 +324,13 @@ def test_params_alone_and_some_of_them(two_steps, caplog):
     assert set(shapes) == set(fingerprint.fingerprints(make_state()))
 
     shutil.rmtree(two_steps / '2/state/ocdbt.process_0')
-    step, params, _ = checkpoints.restore_params(target)
+    step, _, _ = checkpoints.restore_part(target)
     assert step == 1 and 'params/conv1/kernel' in caplog.text
-    target['fc8']['bias'] = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=sharding(1, 1, 2))
+    target['params']['fc8']['bias'] = jax.ShapeDtypeStruct(
+        (3,), jnp.float32, sharding=sharding(1, 1, 2)
+    )
     with pytest.raises(UserError, match='params/fc8/bias is float32'):
-        checkpoints.restore_params(target)
+        checkpoints.restore_part(target)
 
 
 @pytest.mark.parametrize('keep', [1, 2])
@@ -512,6 +515,6 @@ def test_two_processes_agree_on_what_is_damaged(tmp_path):
         assert '3 is damaged' in output and '2 is damaged' in output and reason in output
     # One process reads what two have written.
     x = jax.ShapeDtypeStruct((2, 64, 100), jnp.float32, sharding=sharding(3, 1, 2))
-    _, params, _ = Checkpoints(tmp_path).restore_params({'x': x}, step=2)
+    _, found, _ = Checkpoints(tmp_path).restore_part({'params': {'x': x}}, step=2)
     values = np.random.default_rng(0).normal(size=(2, 64, 100)).astype(np.float32)
-    np.testing.assert_array_equal(params['x'], np.float32(1) + values)
+    np.testing.assert_array_equal(found['params']['x'], np.float32(1) + values)

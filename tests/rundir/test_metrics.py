@@ -26,15 +26,6 @@ def line(kind, step, **values):
     return (json.dumps({'kind': kind, 'step': step, **values}) + '\n').encode()
 
 
-def test_errors_of_sums():
-    sums = {'count': 50000, 'loss': jnp.float32(100000), 'top1': np.int64(29501), 'top5': 40900}
-    assert metrics.errors(sums) == {'loss': 2.0, 'top1_error': 40.998, 'top5_error': 18.2}
-    nothing_right = {'count': 3, 'loss': float('nan'), 'top1': 0, 'top5': 0}
-    assert metrics.errors(nothing_right)['top1_error'] == 100.0
-    with pytest.raises(ValueError, match='0 examples'):
-        metrics.errors({'count': 0, 'loss': 0, 'top1': 0, 'top5': 0})
-
-
 def test_rows_come_back_bit_for_bit(tmp_path):
     numbers = {
         'float': 0.1 + 0.2,

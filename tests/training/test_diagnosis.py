@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import diagnosis
 from configs import base
@@ -15,7 +15,7 @@ RATES = {'weights': 0.01, 'biases': 0.01, 'conv1': 0.01, 'colour': 1.0}
 
 
 @pytest.fixture(scope='module')
-def network():
+def made():
     config = base.get_config()
     config.model.width = 0.25
     net = build(classes=CLASSES, **config.model)
@@ -27,7 +27,7 @@ def network():
         sigma=np.ones(3, np.float32),
         **config.colour,
     )
-    return find_broken, alexnet.init(net, 0, CROP)
+    return find_broken, network.init(net, jax.random.key(0), CROP)
 
 
 def scaled(params, **factors):
@@ -54,8 +54,8 @@ def scaled(params, **factors):
     ],
     ids=str,
 )
-def test_where_it_broke(network, factors, expected):
-    find_broken, params = network
+def test_where_it_broke(made, factors, expected):
+    find_broken, variables = made
     rng = np.random.default_rng(0)
     batch = {
         'image': rng.integers(0, 256, (BATCH, CROP, CROP, 3), dtype=np.uint8),
@@ -63,14 +63,16 @@ def test_where_it_broke(network, factors, expected):
         'label': np.arange(BATCH, dtype=np.int32),
     }
     rates = {name: np.float32(rate) for name, rate in RATES.items()}
-    found = find_broken(scaled(params, **factors), np.int32(0), batch, rates)
+    variables = {**variables, 'params': scaled(variables['params'], **factors)}
+    found = find_broken(variables, np.int32(0), batch, rates)
     assert found.startswith(expected)
 
 
-def test_parameters_alone(network):
-    find_broken, params = network
-    broken = jax.tree.map(jnp.copy, params)
-    broken['conv5']['bias'] = broken['conv5']['bias'].at[0, 0].set(jnp.inf)
+def test_parameters_alone(made):
+    find_broken, variables = made
+    broken = jax.tree.map(jnp.copy, variables)
+    params = broken['params']
+    params['conv5']['bias'] = params['conv5']['bias'].at[0, 0].set(jnp.inf)
     assert find_broken(broken).startswith('the gradient of conv5 broke first')
 
 

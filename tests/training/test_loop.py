@@ -11,6 +11,7 @@ from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import open_store
+from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, metrics
 from alexnet_jax.rundir.checkpoint import Checkpoints
 from alexnet_jax.training import checks, diagnosis, evaluation, loop, optim
@@ -68,18 +69,18 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
 
     Stopped and resumed: the same bits; one at a time: the same numbers, but for rounding.
     """
-    groups, make = [], loop.Job.make
+    groups, make = [], loop.Setup.make
 
     def watched(*args):
-        job = make(*args)
+        setup = make(*args)
 
         def train_steps(state, batches, rates):
             groups.append((int(state.step), len(batches['label'])))
-            return job.train_steps(state, batches, rates)
+            return setup.train_steps(state, batches, rates)
 
-        return dataclasses.replace(job, train_steps=train_steps)
+        return dataclasses.replace(setup, train_steps=train_steps)
 
-    monkeypatch.setattr(loop.Job, 'make', watched)
+    monkeypatch.setattr(loop.Setup, 'make', watched)
     every = {'run.eval_every': 2.0, 'run.checkpoint_every': 3, 'run.log_every': 3}
     config = make_config(store, **every, **{'run.dispatch': 3})
     loop.train(config, tmp_path / 'whole')
@@ -111,22 +112,22 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, monkeypatch):
     """Step 4 is the first that is made alone: else its compilation would be in the rate of steps 2 and 3."""
-    events, make, line = [], loop.Job.make, loop.progress.line
+    events, make, line = [], loop.Setup.make, loop.progress.line
 
     def watched(*args):
-        job = make(*args)
+        setup = make(*args)
 
         def train_step(*args):
             events.append('one')
-            return job.train_step(*args)
+            return setup.train_step(*args)
 
         def train_steps(*args):
             events.append('two')
-            return job.train_steps(*args)
+            return setup.train_steps(*args)
 
-        return dataclasses.replace(job, train_step=train_step, train_steps=train_steps)
+        return dataclasses.replace(setup, train_step=train_step, train_steps=train_steps)
 
-    monkeypatch.setattr(loop.Job, 'make', watched)
+    monkeypatch.setattr(loop.Setup, 'make', watched)
     monkeypatch.setattr(loop.progress, 'line', lambda *args: events.append('rate') or line(*args))
     every = {
         'run.eval_every': 2.0,
@@ -146,7 +147,7 @@ def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
     config.run.stop_after = '1'
     with pytest.raises(Stopped):
         loop.train(config, tmp_path / 'run')
-    assert 'config.run.dispatch=20: so many steps do not fit' in caplog.text
+    assert 'config.run.dispatch=20: no group of so many steps fits' in caplog.text
 
 
 @pytest.mark.slow
@@ -174,19 +175,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(store, tmp_pa
 @pytest.mark.slow
 def test_parameters_that_are_not_finite_are_never_saved(store, tmp_path, monkeypatch):
     """Whatever made them so: the loss of the step that they come from is still finite."""
-    make = loop.Job.make
+    make = loop.Setup.make
 
     def poisoned(*args):
-        job = make(*args)
+        setup = make(*args)
 
         def train_step(state, batch, rates):
-            state, sums = job.train_step(state, batch, rates)
+            state, sums = setup.train_step(state, batch, rates)
             scale = jnp.nan if int(state.step) == 3 else 1.0
             return state.replace(params=jax.tree.map(lambda x: x * scale, state.params)), sums
 
-        return dataclasses.replace(job, train_step=train_step)
+        return dataclasses.replace(setup, train_step=train_step)
 
-    monkeypatch.setattr(loop.Job, 'make', poisoned)
+    monkeypatch.setattr(loop.Setup, 'make', poisoned)
     message = 'step 3 is not finite: .*; the last good checkpoint is that of step 2;'
     with pytest.raises(UserError, match=message):
         loop.train(make_config(store, **{'run.checkpoint_every': 1}), tmp_path / 'run')
@@ -253,11 +254,11 @@ def test_what_went_wrong_first_is_told(store, tmp_path, monkeypatch):
 
         return raises
 
-    monkeypatch.setattr(loop, '_loop', fail('a damaged record', UserError))
+    monkeypatch.setattr(loop.Loop, 'run', fail('a damaged record', UserError))
     monkeypatch.setattr(Checkpoints, 'close', fail('no space', checkpoint.SaveError))
     with pytest.raises(UserError, match='a damaged record'):
         loop.train(make_config(store), tmp_path / 'run')
-    monkeypatch.setattr(loop, '_loop', lambda *args: None)
+    monkeypatch.setattr(loop.Loop, 'run', lambda *args: None)
     with pytest.raises(UserError, match='no space'):
         loop.train(make_config(store), tmp_path / 'run')
 
@@ -285,10 +286,10 @@ def test_profile_and_frozen_layers(store, tmp_path):
     loop.train(config, tmp_path / 'run')
     assert list((tmp_path / 'run/profile').rglob('*.xplane.pb'))
     checkpoints = Checkpoints(tmp_path / 'run/checkpoints')
-    mesh = checks.check(config, tmp_path / 'run')
-    job = loop.Job.make(config, mesh, loop.prepare.ensure(**config.data))
-    trained, _, _ = job.start(checkpoints, '')
-    fresh, _, _ = job.start(Checkpoints(tmp_path / 'none'), '')
+    mesh, net = checks.check(config, tmp_path / 'run', build)
+    setup = loop.Setup.make(config, mesh, loop.prepare.ensure(**config.data), net.clone(classes=3))
+    trained, _, _ = setup.start(checkpoints, '')
+    fresh, _, _ = setup.start(Checkpoints(tmp_path / 'none'), '')
     same = {
         layer: bool((trained.params[layer]['kernel'] == leaves['kernel']).all())
         for layer, leaves in fresh.params.items()
@@ -336,8 +337,8 @@ def test_evaluations_are_due_after_whole_intervals(store):
     class Counts:
         counts = {'train': EXAMPLES}
 
-    job = object.__new__(loop.Job)
-    object.__setattr__(job, 'config', config)
-    object.__setattr__(job, 'store', Counts)
+    setup = object.__new__(loop.Setup)
+    object.__setattr__(setup, 'config', config)
+    object.__setattr__(setup, 'store', Counts)
     # Half epochs end after 1.25, 2.5, 3.75, 5, ... steps.
-    assert [s for s in range(11) if job.evaluation_due(s)] == [2, 3, 4, 5, 7, 8, 9, 10]
+    assert [s for s in range(11) if setup.evaluation_due(s)] == [2, 3, 4, 5, 7, 8, 9, 10]

@@ -11,11 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import fingerprint
 from alexnet_jax.training import loop, optim, steps
 from configs import base, cnn_star, large_batch, original
 
 MOMENTUM, DECAY, TRUST = 0.9, 5e-4, 0.02
+# Of the network only what it says of a path is used, not its shapes.
+NET = build(classes=5, **{**base.get_config().model, 'width': 0.25})
 SHAPES = {
     'conv1': {'kernel': (2, 3, 3, 2, 4), 'bias': (2, 4)},
     'conv2': {'kernel': (2, 3, 3, 4, 2), 'bias': (2, 2)},
@@ -45,7 +48,7 @@ def run(gradients, rates, dtype=np.float64, name='sgd', **options):
         return jax.tree.map(jnp.add, params, changes), state
 
     with jax.enable_x64(dtype == np.float64):
-        update = optim.make(name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST, **options)
+        update = optim.make(NET, name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST, **options)
         params = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_tree(0))
         state = update.init(params)
         states = [(params, optim.velocity(state))]
@@ -211,14 +214,14 @@ def test_frozen_layers_stay(name):
 def test_the_state_is_the_velocity(name):
     """By the names that checkpoints have: another name, and no run made before could go on."""
     params = random_tree(0)
-    update = optim.make(name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST)
+    update = optim.make(NET, name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST)
     names = {f'2/trace/{layer}/{leaf}' for layer, leaf in LEAVES}
     assert set(fingerprint.named_leaves(update.init(params))) == names
 
 
 def test_without_decay_lars_is_that_of_optax():
     theirs = optax.lars(0.1, trust_coefficient=TRUST, momentum=MOMENTUM)
-    ours = optim.lars(momentum=MOMENTUM, decay=0.0, trust=TRUST)
+    ours = optim.make(NET, name='lars', momentum=MOMENTUM, decay=0.0, trust=TRUST)
 
     @jax.jit
     def step(params, states, gradient, rates):
@@ -238,7 +241,7 @@ def test_lars_keeps_the_gradient_where_a_norm_is_zero():
     kernel, bias = jnp.full((1, 2, 2), 3.0), jnp.zeros(2)
     params = {'fc8': {'kernel': kernel, 'bias': bias}}
     gradient = {'fc8': {'kernel': 0 * kernel, 'bias': jnp.array([1.0, -2.0])}}
-    update = optim.lars(momentum=MOMENTUM, decay=0.1, trust=TRUST)
+    update = optim.make(NET, name='lars', momentum=MOMENTUM, decay=0.1, trust=TRUST)
     moved, _ = update.update(
         gradient, update.init(params), params, rates=all_rates(jnp.float32(0.5))
     )
@@ -249,13 +252,13 @@ def test_lars_keeps_the_gradient_where_a_norm_is_zero():
 def run_on_mesh(update, mesh, gradients, rates):
     """`run`, inside shard_map as in the training step -> parameters and velocities at the end."""
     params = jax.tree.map(jnp.asarray, random_tree(0))
-    state = steps.TrainState(jnp.zeros((), jnp.int32), params, update.init(params))
-    specs = steps.state_specs(state, mesh)
+    state = steps.TrainState(jnp.zeros((), jnp.int32), params, {}, update.init(params))
+    specs = steps.state_specs(NET, state, mesh)
 
     def step(state, gradient, rates):
         moved, opt_state = update.update(gradient, state.opt_state, state.params, rates=rates)
         params = optax.apply_updates(state.params, moved)
-        return steps.TrainState(state.step + 1, params, opt_state)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
     mapped = jax.jit(
         jax.shard_map(
@@ -284,10 +287,10 @@ def test_lars_is_the_same_on_every_mesh(shape):
     mesh = meshes.make(shape, towers=2, batches={})
     expected = run(gradients, rates, name='lars')[-1]
     with jax.enable_x64(True):
-        update = loop.Job.make(config, mesh, store).optimizer
+        update = loop.Setup.make(config, mesh, store, NET).optimizer
         assert distance(run_on_mesh(update, mesh, gradients, rates), expected) < 1e-12
         if shape[1] > 1:  # what the norms of single towers would make of it
-            update = optim.lars(momentum=MOMENTUM, decay=DECAY, trust=TRUST)
+            update = optim.make(NET, name='lars', momentum=MOMENTUM, decay=DECAY, trust=TRUST)
             assert distance(run_on_mesh(update, mesh, gradients, rates), expected) > 1e-5
 
 

@@ -50,7 +50,7 @@ def train_in_float64(shape, config, wrap=lambda optimizer: optimizer, count=5, s
     crop = config.augment.crop
     mesh = meshes.make(shape, towers=config.model.towers, batches={'batch': BATCH})
     net = build(classes=CLASSES, **config.model)
-    optimizer = wrap(optim.sgd(momentum=0.9, decay=5e-4))
+    optimizer = wrap(optim.make(net, name='sgd', momentum=0.9, decay=5e-4, trust=0.0))
     images = photographs(crop)
     step = steps.make_train_step(
         net,

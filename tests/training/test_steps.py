@@ -9,7 +9,7 @@ import pytest
 
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.nets import alexnet
+from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import optim, steps
 from configs import base
@@ -29,28 +29,6 @@ def net():
     return build(classes=CLASSES, **config.model)
 
 
-def test_rank_counts_ties_and_nan_against_the_network():
-    scores = jnp.array(
-        [[3.0, 1, 2], [1, 1, 1], [1, 3, 2], [jnp.nan] * 3, [jnp.nan, 2, 1], [2, jnp.nan, 1]]
-    )
-    labels = jnp.zeros(6, jnp.int32)
-    np.testing.assert_array_equal(steps.rank(scores, labels), [0, 2, 2, 5, 5, 1])
-
-
-@pytest.mark.parametrize('value', [0.0, 1.5, np.nan])
-def test_equal_or_nan_scores_are_all_wrong(value):
-    scores = jnp.full((4, CLASSES), value)
-    sums = steps.count(scores, jnp.zeros(4), jnp.arange(4), jnp.ones(4))
-    assert (sums['count'], sums['top1'], sums['top5']) == (4, 0, 0)
-
-
-def test_masked_rows_count_nothing():
-    scores = jnp.eye(4, CLASSES)
-    losses = jnp.array([1.0, 2, jnp.nan, 4])
-    sums = steps.count(scores, losses, jnp.arange(4), jnp.array([1.0, 1, 0, 0]))
-    assert {k: float(v) for k, v in sums.items()} == {'count': 2, 'loss': 3, 'top1': 2, 'top5': 2}
-
-
 def test_ten_crops_are_the_corners_the_centre_and_their_mirror_images():
     """`original.md` §11, in the source's order."""
     windows = [(int(y * 32), int(x * 32)) for y, x, _ in steps.VIEWS['ten']]
@@ -64,7 +42,7 @@ def test_predict_averages_the_probabilities_of_the_views(net, mesh, views):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
     mean = rng.uniform(0, 255, (SIZE, SIZE, 3)).astype(np.float32)
-    params = alexnet.init(net, 0, CROP)
+    variables = network.init(net, jax.random.key(0), CROP)
     predict = steps.make_predict(net, mesh, mean=mean, views=views, crop=CROP)
     room = SIZE - CROP
     window = mean[room // 2 : room // 2 + CROP, room // 2 : room // 2 + CROP]  # for every view
@@ -73,10 +51,10 @@ def test_predict_averages_the_probabilities_of_the_views(net, mesh, views):
         y, x = int(y * room), int(x * room)
         crops = images[:, y : y + CROP, x : x + CROP]
         crops = crops[:, :, ::-1] if flip else crops
-        logits = np.float64(apply({'params': params}, np.float32(crops) - window)[0])
+        logits = np.float64(apply(variables, np.float32(crops) - window)[0])
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         expected.append(powers / powers.sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(predict(params, images), np.mean(expected, axis=0), atol=1e-6)
+    np.testing.assert_allclose(predict(variables, images), np.mean(expected, axis=0), atol=1e-6)
 
 
 def make_step(net, mesh, **changes):
@@ -91,7 +69,7 @@ def make_step(net, mesh, **changes):
         'rescale': True,
     }
     settings.update(changes)
-    optimizer = optim.sgd(momentum=0.9, decay=5e-4)
+    optimizer = optim.make(net, name='sgd', momentum=0.9, decay=5e-4, trust=0.0)
     state = steps.init_state(net, optimizer, mesh, seed=0, crop=CROP)
     return steps.make_train_step(net, optimizer, mesh, **settings), state, settings
 
@@ -160,7 +138,9 @@ def test_loss_is_that_of_the_normalized_noisy_pictures(net, mesh, colour, rescal
     x = np.float32(batch['image']) - settings['mean'] + colour * noise[:, None, None, :]
     x = x / 1.1 if rescale and colour else x
     key = jax.random.fold_in(jax.random.key(0), 0)
-    logits, _ = jax.jit(net.apply)({'params': state.params}, np.float32(x), key, jnp.arange(4))
+    logits, _ = jax.jit(net.apply)(
+        state.variables, np.float32(x), network.Training(key, jnp.arange(4))
+    )
     logits = np.float64(logits)
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(4), batch['label']]
     _, sums = step(state, batch, {**RATES, 'colour': np.float32(colour)})
@@ -176,7 +156,7 @@ def test_gradient_is_the_mean_over_the_batch(net, mesh):
     key = jax.random.fold_in(jax.random.key(0), 0)
 
     def loss(params):
-        logits, _ = net.apply({'params': params}, x, key, jnp.arange(4))
+        logits, _ = net.apply({'params': params}, x, network.Training(key, jnp.arange(4)))
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), batch['label']])
 
     grads = jax.jit(jax.grad(loss))(before)

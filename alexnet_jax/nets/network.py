@@ -1,0 +1,153 @@
+"""The network contract: all that the rest of the program knows of a network.
+
+A network is a module of `nets/`, named by `config.model.net`, with `build(classes, **fields)`, which
+returns a `Network`. `config.model` holds its fields; the preset that introduces the network lists
+them. Variables are {'params': ..., 'batch_stats': ...}, nested to any depth; `batch_stats` is {} for
+a network without running statistics. A path is a tuple of names, ('conv1', 'kernel').
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from alexnet_jax.common.errors import UserError
+
+Path = tuple[str, ...]
+
+
+class Training(NamedTuple):
+    """What a forward pass in training mode is given.
+
+    key: the key of this step's dropout; rows i32[B]: the images' rows in the global batch, by which
+    masks are keyed; frozen: layers whose running statistics stay as they are ('block/norm1').
+    """
+
+    key: jax.Array
+    rows: jax.Array
+    frozen: tuple[str, ...] = ()
+
+
+class Network(nn.Module):
+    """The base of all networks. Their own fields are those of `config.model`, without defaults.
+
+    A subclass has the fields `classes` and `towers` (1 unless the mesh axis `model` may divide the
+    network; a constant will do), the property `names`, and
+
+        __call__(images f32[B,H,W,3], train: Training | None = None) -> (logits f32[B,K], out)
+
+    where `out` maps names to activations in the order of the forward pass: arrays, or tuples with
+    this device's towers.
+    """
+
+    @property
+    def names(self) -> list[str]:
+        """Every activation in the order of the forward pass, and the last layer."""
+        raise NotImplementedError
+
+    @property
+    def head(self) -> Path:
+        """The last layer, which `init_from` renews where the classes differ."""
+        return (self.names[-1],)
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The layers that `config.optim.conv1` applies to."""
+        return ()
+
+    @nn.nowrap
+    def role(self, path: Path) -> str:
+        """What rates and weight decay go by: 'kernel', 'bias', 'scale', ..."""
+        return path[-1]
+
+    @nn.nowrap
+    def partition(self, path: Path) -> P:
+        """How several devices along the mesh axis `model` divide a parameter or statistic."""
+        del path
+        return P()
+
+    @nn.nowrap
+    def local(self, shards: int, data_axis: str | None) -> 'Network':
+        """The network as one of `shards` devices along `model` sees it.
+
+        data_axis: the mesh axis that divides the batch, over which statistics are averaged; None
+        where a device has the whole batch.
+        """
+        del shards, data_axis
+        return self
+
+    @nn.nowrap
+    def first_kernels(self, params: dict) -> jax.Array | None:
+        """What Figure 3 draws, f32[T,h,w,3,C]; None if the first layer is not a convolution."""
+        del params
+        return None
+
+    @nn.nowrap
+    def check(self) -> None:
+        """UserError if a field has a value that does not exist or that the others exclude."""
+
+
+def make(cls: type[Network], *, classes: int, **fields) -> Network:
+    """A checked network of a class; UserError for fields that it lacks or does not have."""
+    own = {
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init and field.default is dataclasses.MISSING and field.name != 'classes'
+    }
+    missing, unknown = sorted(own - {*fields}), sorted({*fields} - own)
+    if missing or unknown:
+        words = [f'missing: {", ".join(missing)}'] * bool(missing)
+        words += [f'unknown: {", ".join(unknown)}'] * bool(unknown)
+        raise UserError(
+            f'config.model does not have the fields of this network ({"; ".join(words)}): start from '
+            'the preset that introduces it: configs/paper.py for alexnet, configs/cifar10.py for '
+            'cuda_convnet'
+        )
+    net = cls(classes=classes, **fields)
+    net.check()
+    return net
+
+
+def init(net: Network, key: jax.Array, crop: int) -> dict[str, Any]:
+    """Fresh variables, float32, for images of crop x crop pixels: a pure function of the key."""
+    return {'batch_stats': {}, **net.init(key, jnp.zeros((1, crop, crop, 3)))}
+
+
+def shapes(net: Network, crop: int) -> dict[str, Any]:
+    """`init` without the arithmetic: a jax.ShapeDtypeStruct for every variable."""
+    return jax.eval_shape(lambda: init(net, jax.random.key(0), crop))
+
+
+def apply(
+    net: Network, variables: dict[str, Any], images: jax.Array, train: Training | None = None
+) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+    """images f32[B,H,W,3] -> (logits f32[B,K], activations by name, new batch_stats).
+
+    Without `train` as at test time, where the statistics stay as they are.
+    """
+    if train is None:
+        logits, out = net.apply(variables, images)
+        return logits, out, variables['batch_stats']
+    (logits, out), changed = net.apply(variables, images, train, mutable=['batch_stats'])
+    return logits, out, changed.get('batch_stats', {})
+
+
+def names_of(path) -> Path:
+    """The path of a leaf as JAX gives it -> its names."""
+    return tuple(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)
+
+
+def inside(path: Path, layers: Sequence[str]) -> bool:
+    """Whether a path is one of some layers ('conv1', 'block/norm1'), or below one."""
+    return any(path[: len(parts)] == parts for parts in (tuple(x.split('/')) for x in layers))
+
+
+def specs(net: Network, tree: Any, shards: int) -> Any:
+    """The partition spec of every leaf of `params` or `batch_stats`; with one shard P()."""
+    return jax.tree.map_with_path(
+        lambda path, _: net.partition(names_of(path)) if shards > 1 else P(), tree
+    )

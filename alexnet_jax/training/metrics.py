@@ -1,0 +1,81 @@
+"""Metrics: named sums over images, made on the device, and what they say.
+
+A new metric is a sum in `count`, its value in `values` and a word for it in `TEXT`; the log, the rows
+of metrics.jsonl, checkpoints and the table of `evaluate` follow.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TEXT = {  # name of a value: (in the log, head of its column in the table of `evaluate`)
+    'loss': ('loss {:.4f}', ''),
+    'top1_error': ('top-1 error {:.2f} %', 'Top-1'),
+    'top5_error': ('top-5 error {:.2f} %', 'Top-5'),
+    'class_error': ('mean per-class error {:.2f} %', 'Per class'),
+}
+
+
+def rank(scores, labels) -> jax.Array:
+    """How many other classes score at least as high as the true one: [B,K], i32[B] -> i32[B].
+
+    Ties count against the network, and NaN is never among the first five.
+    """
+    true = jnp.take_along_axis(scores, labels[:, None], axis=1)
+    ranks = jnp.sum(~(scores < true), axis=1) - 1
+    return jnp.where(jnp.isnan(true[:, 0]), jnp.maximum(ranks, 5), ranks)
+
+
+def count(scores, losses, labels, mask, *, by_class: bool = False) -> dict[str, jax.Array]:
+    """Sums over the images where the mask f32[B] is 1.
+
+    scores [B,K], losses f32[B] (nats), labels i32[B] -> count, loss, top1 and top5 (hits), f32[];
+    by_class: also class_count and class_top1, f32[K].
+    """
+    ranks = rank(scores, labels)
+    sums = {
+        'count': jnp.sum(mask),
+        'loss': jnp.sum(jnp.where(mask > 0, losses, 0.0)),
+        'top1': jnp.sum((ranks < 1) * mask),
+        'top5': jnp.sum((ranks < 5) * mask),
+    }
+    if by_class:
+        member = jax.nn.one_hot(labels, scores.shape[1]) * mask[:, None]
+        sums['class_count'] = jnp.sum(member, axis=0)
+        sums['class_top1'] = jnp.sum(member * (ranks < 1)[:, None], axis=0)
+    return sums
+
+
+def values(sums: dict[str, Any]) -> dict[str, float]:
+    """What sums over examples say: the mean loss in nats, errors in percent, those of `TEXT`.
+
+    'class_error', the mean of the classes' own top-1 errors, only of sums by class. Raises
+    ValueError for a count of 0.
+    """
+    total = float(sums['count'])
+    if total <= 0:
+        raise ValueError(f'errors of {total:g} examples')
+    # Misses first, in 64 bits: 100 * (1 - hits / count) would round twice more.
+    found = {
+        'loss': float(sums['loss']) / total,
+        'top1_error': 100 * (total - float(sums['top1'])) / total,
+        'top5_error': 100 * (total - float(sums['top5'])) / total,
+    }
+    if 'class_count' in sums:
+        found['class_error'] = float(np.nanmean(class_errors(sums)))
+    return found
+
+
+def class_errors(sums: dict[str, Any]) -> np.ndarray:
+    """The top-1 error of every class, percent, f64[K]; NaN for a class without images."""
+    total, hits = (np.asarray(sums[name], np.float64) for name in ('class_count', 'class_top1'))
+    return 100 * np.divide(total - hits, total, out=np.full_like(total, np.nan), where=total > 0)
+
+
+def line(values: dict[str, float]) -> str:
+    """Values on one line of the log."""
+    return '  '.join(
+        text.format(values[name]) for name, (text, _) in TEXT.items() if name in values
+    )
