@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.nets import layers
+from alexnet_jax.nets.network import Training
 from tests.helpers import references
 
 # kernel size, stride, padding, (height, width), input and output channels
@@ -362,3 +364,105 @@ def test_exchange_keeps_the_tower_order():
         out_specs=P('model'),
     )
     np.testing.assert_array_equal(jax.jit(on_mesh)(np.stack([a, b])), np.stack([both, both]))
+
+
+# --- batch normalization, against flax.linen.BatchNorm
+
+TRAINING = Training(jax.random.key(0), jnp.arange(8))
+
+
+def flax_norm(x, variables, training):
+    """(normalized, new statistics, gradients of a weighted sum by input, scale and bias)."""
+    norm = nn.BatchNorm(use_running_average=not training, momentum=0.9, dtype=x.dtype)
+
+    def loss(x, params):
+        y, new = norm.apply({**variables, 'params': params}, x, mutable=['batch_stats'])
+        return jnp.sum(jnp.sin(y)), (y, new.get('batch_stats', variables['batch_stats']))
+
+    gradients, (y, stats) = jax.grad(loss, (0, 1), has_aux=True)(x, variables['params'])
+    return y, stats, gradients
+
+
+def norm_variables(channels, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda low: jnp.asarray(rng.uniform(low, low + 1, channels), jnp.float32)  # noqa: E731
+    return {
+        'params': {'scale': draw(0.5), 'bias': draw(-0.5)},
+        'batch_stats': {'mean': draw(-0.5), 'var': draw(0.5)},
+    }
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('shape', [(8, 5, 4, 3), (8, 6)], ids=str)
+@pytest.mark.parametrize('data', [None, 2, 4])
+def test_batch_norm_is_that_of_flax(shape, training, data):
+    """On several devices the batch's statistics, and their gradients, are those of one."""
+    x, variables = 3 * normal(0, *shape).astype(np.float32) + 1, norm_variables(shape[-1])
+    norm = layers.BatchNorm(data_axis='data' if data else None)
+    train = TRAINING if training else None
+
+    def loss(x, params):
+        variables_ = {**variables, 'params': params}
+        y, new = norm.apply(variables_, x, train, mutable=['batch_stats'])
+        return jnp.sum(jnp.sin(y)), (y, new['batch_stats'])
+
+    def everything(x, params):
+        gradients, (y, stats) = jax.grad(loss, (0, 1), has_aux=True)(x, params)
+        return y, stats, gradients
+
+    if data:
+        mesh = jax.make_mesh(
+            (data,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:data]
+        )
+        outs = (P('data'), P(), (P('data'), P()))
+        everything = jax.shard_map(everything, mesh=mesh, in_specs=(P('data'), P()), out_specs=outs)
+    found = jax.jit(everything)(x, variables['params'])
+    expected = flax_norm(jnp.asarray(x), variables, training)
+    check = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
+    jax.tree.map(check, found, expected)
+
+
+def test_batch_norm_of_towers_is_each_towers_own():
+    """Scales, biases and statistics are stacked in tower order; a frozen one uses the running ones."""
+    towers = tuple(3 * normal(seed, 8, 5, 4, 3).astype(np.float32) + seed for seed in (1, 2))
+    each = [norm_variables(3, seed) for seed in (1, 2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    norm = layers.BatchNorm()
+    ys, new = norm.apply(stacked, towers, TRAINING, mutable=['batch_stats'])
+    for t, (x, variables) in enumerate(zip(towers, each, strict=True)):
+        y, stats, _ = flax_norm(jnp.asarray(x), variables, True)
+        np.testing.assert_allclose(ys[t], y, rtol=2e-4, atol=2e-5)
+        for name in stats:
+            np.testing.assert_allclose(new['batch_stats'][name][t], stats[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize('frozen', [('norm',), ('block',), ('block/norm',), ('block/no', 'norm')])
+def test_a_frozen_batch_norm_is_as_at_test_time(frozen):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=None):
+            return layers.BatchNorm(name='norm')(x, train)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=None):
+            return Block(name='block')(x, train)
+
+    x, own = normal(0, 8, 6).astype(np.float32), norm_variables(6)
+    variables = {kind: {'block': {'norm': leaves}} for kind, leaves in own.items()}
+    train = TRAINING._replace(frozen=frozen)
+    y, new = Net().apply(variables, x, train, mutable=['batch_stats'])
+    is_frozen = any(name in ('block', 'block/norm') for name in frozen)
+    assert np.array_equal(y, Net().apply(variables, x)) == is_frozen
+    same = jax.tree.map(np.array_equal, new['batch_stats'], variables['batch_stats'])
+    assert {*jax.tree.leaves(same)} == {is_frozen}
+
+
+def test_batch_norm_of_bfloat16_has_float32_statistics():
+    x, variables = normal(0, 64, 6).astype(jnp.bfloat16) + jnp.bfloat16(50), norm_variables(6)
+    norm = layers.BatchNorm()
+    y, new = norm.apply(variables, x, TRAINING, mutable=['batch_stats'])
+    assert y.dtype == jnp.bfloat16
+    mean = 0.9 * variables['batch_stats']['mean'] + 0.1 * np.float64(x).mean(0)
+    assert new['batch_stats']['mean'].dtype == jnp.float32
+    np.testing.assert_allclose(new['batch_stats']['mean'], mean, rtol=1e-5)

@@ -1,0 +1,270 @@
+"""The network contract is general: two networks with batch normalization, known to nothing else.
+
+One has no towers and nested layers, one has towers. They train, evaluate, resume, are fine-tuned,
+frozen and averaged on every mesh, passed as `build`.
+"""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.store import open_store
+from alexnet_jax.nets import blocks, layers, network
+from alexnet_jax.rundir import metrics
+from alexnet_jax.training import evaluation, inference, loop, optim, steps
+from configs import quickstart
+from tests.helpers.commands import assert_same, outcome
+from tests.helpers.stores import write_store
+
+SIZE, CROP, CLASSES, BATCH, STEPS = 24, 20, 3, 8, 6
+
+
+class Block(nn.Module):
+    """Convolution, batch normalization, ReLU, pooling."""
+
+    features: int
+    data_axis: str | None
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(self.features, (3, 3), use_bias=False, name='conv')(x)
+        x = layers.BatchNorm(self.data_axis, name='norm')(x, train)
+        return layers.max_pool(nn.relu(x), window=3, stride=2)
+
+
+class Nested(network.Network):
+    classes: int
+    channels: int
+    data_axis: str | None = None
+    towers = 1
+    names = ('stem', 'body', 'head')
+
+    @nn.nowrap
+    def local(self, shards, data_axis):
+        return self.clone(data_axis=data_axis)
+
+    @nn.compact
+    def __call__(self, images, train=None):
+        out = {}
+        x = images / 64
+        for name, features in (('stem', self.channels), ('body', 2 * self.channels)):
+            x = out[name] = Block(features, self.data_axis, name=name)(x, train)
+        return nn.Dense(self.classes, name='head')(x.mean((1, 2))), out
+
+
+class Towers(network.Network):
+    classes: int
+    channels: int
+    towers: int
+    data_axis: str | None = None
+    model_axis: str | None = None
+    local_towers: int | None = None
+    names = ('conv1', 'norm1', 'conv2', 'norm2', 'fc3')
+
+    @nn.nowrap
+    def local(self, shards, data_axis):
+        axis = 'model' if shards > 1 else None
+        count = self.towers // shards
+        return self.clone(data_axis=data_axis, model_axis=axis, local_towers=count)
+
+    @nn.nowrap
+    def partition(self, path):
+        return P() if path == ('fc3', 'bias') else P('model')
+
+    @nn.nowrap
+    def first_kernels(self, params):
+        return params['conv1']['kernel']
+
+    @nn.compact
+    def __call__(self, images, train=None):
+        init = {
+            'kernel_init': lambda fan_in: blocks.gaussian(fan_in**-0.5),
+            'bias_init': lambda fan_in: nn.initializers.zeros,
+            'dtype': jnp.float32,
+        }
+        conv = functools.partial(
+            blocks.Conv, self.channels, 3, padding=((1, 1), (1, 1)), groups=1, **init
+        )
+        norm = functools.partial(layers.BatchNorm, self.data_axis)
+        out = {}
+        xs = (images / 64,) * (self.local_towers or self.towers)
+        xs = out['conv1'] = conv(stride=2, name='conv1')(xs)
+        xs = out['norm1'] = tuple(map(nn.relu, norm(name='norm1')(xs, train)))
+        xs = (layers.exchange(xs, self.model_axis),) * len(xs)
+        xs = out['conv2'] = conv(stride=2, name='conv2')(xs)
+        xs = out['norm2'] = tuple(map(nn.relu, norm(name='norm2')(xs, train)))
+        xs = tuple(x.mean((1, 2)) for x in xs)
+        return blocks.Logits(self.classes, axis=self.model_axis, name='fc3', **init)(xs), out
+
+
+FIELDS = {'nested': {'channels': 4}, 'towers': {'channels': 4, 'towers': 2}}
+MESHES = [
+    *(('nested', shape) for shape in ((1, 1), (2, 1), (4, 1))),
+    *(('towers', shape) for shape in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))),
+]
+FIRST = {'nested': 'stem', 'towers': 'norm1'}  # a layer with statistics
+HEAD = {'nested': 'head', 'towers': 'fc3'}
+
+
+def build(*, net, classes, **fields):
+    return network.make({'nested': Nested, 'towers': Towers}[net], classes=classes, **fields)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('contract')
+    for name, classes in (('three', 3), ('four', 4)):
+        counts = {'train': 20, 'val': 11}
+        write_store(folder / name, format='u8', size=SIZE, classes=classes, counts=counts)
+    return folder
+
+
+def train(folder, name, net, shape=(1, 1), *, store='three', **changes):
+    """Trains six steps, two and a half an epoch -> the run directory."""
+    config = quickstart.get_config()
+    config.model = ConfigDict({'net': net, **FIELDS[net]})
+    config.update_from_flattened_dict(
+        {
+            'data.source': 'made_up',
+            'data.store': str(folder / store),
+            'data.size': SIZE,
+            'augment.crop': CROP,
+            'optim.rate': 0.1,
+            'optim.epochs': STEPS * BATCH / 20,
+            'optim.drops': (),
+            'train.batch': BATCH,
+            'run.mesh': shape,
+            'run.eval_every': 1.0,
+            'run.eval_batch': BATCH,
+            'run.log_every': 1,
+            **changes,
+        }
+    )
+    loop.train(config, folder / name, build)
+    return folder / name
+
+
+@pytest.fixture(scope='module')
+def runs(folder):
+    """A whole run of each network on each mesh, made when asked for."""
+    return functools.cache(lambda net, shape: train(folder, f'{net}-{shape}', net, shape))
+
+
+def variables(run):
+    """Parameters and statistics at the end of a run, by name."""
+    _, arrays, _, _ = outcome(run)
+    record = json.loads((run / f'checkpoints/{STEPS}/meta/metadata').read_text())
+    kept = {n: np.frombuffer(x, np.float32) for n, x in arrays.items() if n.startswith(('p', 'b'))}
+    assert set(arrays) == set(record['leaves'])  # every one has its fingerprint
+    return {n: x.reshape(record['leaves'][n]['shape']) for n, x in kept.items()}
+
+
+@pytest.mark.parametrize(('net', 'shape'), MESHES, ids=str)
+def test_a_mesh_changes_only_rounding(runs, net, shape):
+    """Statistics are those of the global batch, each tower's own."""
+    one, other = variables(runs(net, (1, 1))), variables(runs(net, shape))
+    assert sum(name.startswith('batch_stats') for name in one) == 4  # mean and var of two layers
+    for name, value in one.items():
+        np.testing.assert_allclose(other[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
+    stats = {n: x for n, x in one.items() if n.startswith('batch_stats')}
+    assert all((x != n.endswith('var')).all() for n, x in stats.items())  # they moved
+    rows = [metrics.read(runs(net, s))[-1] for s in ((1, 1), shape)]
+    assert [row['kind'] for row in rows] == ['eval'] * 2
+    assert rows[0]['top1_error'] == rows[1]['top1_error']
+    assert rows[0]['loss'] == pytest.approx(rows[1]['loss'], rel=1e-4)
+
+
+@pytest.mark.parametrize(('net', 'shape'), MESHES, ids=str)
+def test_a_run_that_is_resumed_ends_with_the_same_bits(runs, folder, net, shape):
+    name = f'{net}-{shape}-resumed'
+    with pytest.raises(loop.Stopped):
+        train(folder, name, net, shape, **{'run.stop_after': '4'})
+    assert_same(outcome(train(folder, name, net, shape)), outcome(runs(net, shape)))
+
+
+@pytest.mark.parametrize(('net', 'shape'), MESHES, ids=str)
+def test_fine_tuning_takes_everything_but_the_head(runs, folder, net, shape):
+    old = variables(runs(net, (1, 1)))
+    # Nothing is learnt: what the run begins with is what it ends with.
+    frozen = {'train.init_from': str(runs(net, (1, 1))), 'optim.rate': 0.0}
+    frozen['train.freeze'] = tuple({n.split('/')[1] for n in old} - {HEAD[net]})
+    new = variables(train(folder, f'{net}-{shape}-tuned', net, shape, store='four', **frozen))
+    assert set(new) == set(old)
+    for name, value in old.items():
+        if name.split('/')[1] == HEAD[net]:
+            assert new[name].shape[-1] == 4
+        else:
+            np.testing.assert_array_equal(new[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(('net', 'shape'), MESHES, ids=str)
+def test_a_frozen_layer_keeps_its_statistics_and_uses_them(runs, folder, net, shape):
+    start = str(runs(net, (1, 1)))
+    changes = {'train.init_from': start, 'train.freeze': (FIRST[net],)}
+    run = train(folder, f'{net}-{shape}-frozen', net, shape, **changes)
+    old, new = variables(runs(net, (1, 1))), variables(run)
+    for name, value in old.items():
+        same = np.array_equal(new[name], value)
+        assert same == (name.split('/')[1] == FIRST[net]), name
+
+
+@pytest.mark.parametrize('net', FIELDS)
+def test_an_ensemble_averages_probabilities(runs, folder, net):
+    other = train(folder, f'{net}-other', net, seed=1)
+    members = [runs(net, (1, 1)), other]
+    sums = evaluation.compare(members, views=('ten',), batch=BATCH, build=build)
+    store = open_store(folder / 'three')
+    images, labels = store.pixels('val'), store.labels('val')
+    each = [inference.load(run, build=build)(images) for run in members]
+    hits = [int((p.argmax(1) == labels).sum()) for p in (*each, np.mean(each, axis=0))]
+    assert [one['top1'] for one in sums.values()] == hits
+    assert [one['count'] for one in sums.values()] == [11] * 3
+
+
+def test_rates_of_a_first_layer_that_is_none(folder):
+    with pytest.raises(UserError, match='config.optim.conv1=.*no first convolution'):
+        train(folder, 'none', 'nested', **{'optim.conv1': ((1.0, 0.0),)})
+    assert not (folder / 'none').exists()
+
+
+@pytest.mark.parametrize('net', FIELDS)
+def test_a_step_whose_loss_is_not_finite_moves_no_statistics(net):
+    made = build(net=net, classes=CLASSES, **FIELDS[net])
+    mesh = meshes.make((1, 1), towers=made.towers, batches={})
+    optimizer = optim.make(made, name='sgd', momentum=0.9, decay=5e-4, trust=0.0)
+    settings = {
+        'mean': np.zeros((CROP, CROP, 3), np.float32),
+        'eigenvectors': np.eye(3, dtype=np.float32),
+        'sigma': np.ones(3, np.float32),
+        'std': 0.1,
+        'rescale': False,
+    }
+    one, three = (
+        steps.make_train_step(made, optimizer, mesh, seed=0, several=several, **settings)
+        for several in (False, True)
+    )
+    rng = np.random.default_rng(0)
+    good = {
+        'image': rng.integers(0, 256, (BATCH, CROP, CROP, 3), dtype=np.uint8),
+        'z': np.zeros((BATCH, 3), np.float32),
+        'label': (np.arange(BATCH) % CLASSES).astype(np.int32),
+    }
+    bad = {**good, 'z': np.full((BATCH, 3), np.nan, np.float32)}
+    rates = {name: np.float32(0.1) for name in ('weights', 'biases', 'conv1', 'colour')}
+    start = steps.init_state(made, optimizer, mesh, seed=0, crop=CROP)
+    after, _ = one(start, good, rates)
+    still, _ = one(after, bad, rates)
+    jax.tree.map(np.testing.assert_array_equal, still.variables, after.variables)
+    batches = jax.tree.map(lambda *x: np.stack(x), good, bad, good)
+    ended, _ = three(start, batches, {n: np.repeat(r, 3) for n, r in rates.items()})
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, ended.variables, after.variables)
