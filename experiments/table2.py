@@ -143,7 +143,7 @@ def first_half(source: str, folder: pathlib.Path) -> str:
                 'give another folder for results, --results=DIR'
             )
         return str(folder)
-    if not sources.is_folder(source):
+    if not sources.is_path(source):
         raise UserError(f'{source}: half of its classes are to be linked to, it must be a folder')
     opened = sources.open_source(source)
     begun = folder.with_name(f'{folder.name}.begun')

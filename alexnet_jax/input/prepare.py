@@ -28,7 +28,7 @@ def default_store(source: str, size: int, format: str) -> str:
         os.path.join('data', f'{name}-{size}-{format}')
         for name in (os.path.basename(_whole(source)), source.replace('/', '-'))
     )
-    return folder if _is_folder(source, folder) else other
+    return folder if _is_path(source, folder) else other
 
 
 def prepare(
@@ -55,7 +55,7 @@ def prepare(
     """
     _check_options(format, size, val_fraction)
     path, named = store or default_store(source, size, format), bool(store)
-    origin = _whole(source) if _is_folder(source, path) else source
+    origin = _whole(source) if _is_path(source, path) else source
     wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
     finished = _finished(path, wanted, named)
     if finished:
@@ -118,9 +118,9 @@ def _whole(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder))
 
 
-def _is_folder(source: str, path: str) -> bool:
-    """Whether a source is a folder, or was one when the store in `path` was made from it."""
-    if sources.is_folder(source):
+def _is_path(source: str, path: str) -> bool:
+    """Whether a source is a path, or was one when the store in `path` was made from it."""
+    if sources.is_path(source):
         return True
     try:
         with open(os.path.join(path, 'store.json'), encoding='utf-8') as file:

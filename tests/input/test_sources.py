@@ -168,7 +168,7 @@ def test_folder_errors(tmp_path, make, message):
 
 
 @pytest.mark.parametrize(
-    'name, folder',
+    'name, path',
     [
         ('here', True),
         ('sub/here', True),
@@ -182,11 +182,11 @@ def test_folder_errors(tmp_path, make, message):
         ('gone', False),
     ],
 )
-def test_what_is_a_folder(tmp_path, monkeypatch, name, folder):
+def test_what_is_a_path(tmp_path, monkeypatch, name, path):
     monkeypatch.chdir(tmp_path)
     for made in ('here', 'sub/here'):
         (tmp_path / made).mkdir(parents=True)
-    assert sources.is_folder(name) == folder
+    assert sources.is_path(name) == path
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

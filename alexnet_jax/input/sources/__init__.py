@@ -1,19 +1,19 @@
-"""Sources of labelled pictures: the embedded set, folders, TFDS names and the ImageNet tars."""
+"""Sources of labelled pictures: the embedded set, folders, TFDS names and the ImageNet tars.
+
+Each form is a module with `recognizes(name)`, `open_source(name, ...)` and `is_large(name, ...)`.
+"""
 
 import os
 
 from alexnet_jax.input.sources import folder, tfds
-from alexnet_jax.input.sources.source import Example, Source, import_tensorflow
+from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, is_path
 
-__all__ = ['Example', 'Source', 'import_tensorflow', 'is_folder', 'is_large', 'open_source']
+__all__ = ['Example', 'Source', 'import_tensorflow', 'is_large', 'is_path', 'open_source']
+FORMS = (folder, tfds)  # the first one that recognizes a name opens it; tfds takes whatever is left
 
 
-def is_folder(name: str) -> bool:
-    """Whether a source's name means a folder: it is one, or begins as only a folder does.
-
-    A '/' alone does not tell: TFDS names may have one, as imagenet_resized/32x32.
-    """
-    return os.path.isdir(name) or name.startswith(('/', './', '../', '~'))
+def _form(name: str):
+    return next(form for form in FORMS if form.recognizes(name))
 
 
 def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:
@@ -22,7 +22,7 @@ def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:
     Raises:
       UserError: there is no TFDS set of this name, or its files are missing.
     """
-    return not is_folder(name) and tfds.is_large(name, data_dir, pictures)
+    return _form(name).is_large(name, data_dir, pictures)
 
 
 def open_source(
@@ -34,7 +34,7 @@ def open_source(
     takes hours; `alexnet_shapes`, the embedded set: half a minute, nothing to download).
 
     Args:
-      name: a folder (`is_folder`; ~ is the home folder), or the name of a TFDS set.
+      name: a path (`is_path`; ~ is the home folder), or the name of a TFDS set.
       data_dir: where TFDS keeps its sets; for `imagenet2012` also where the tars may lie.
       val_fraction: part of the pictures to hold out where the source has no validation split.
       seed: chooses which.
@@ -42,6 +42,5 @@ def open_source(
     Raises:
       UserError: if there is no such source, it is not of this form, or its files are missing.
     """
-    if is_folder(name):
-        return folder.open_folder(os.path.expanduser(name), val_fraction=val_fraction, seed=seed)
-    return tfds.open_tfds(name, data_dir=data_dir, val_fraction=val_fraction, seed=seed)
+    where = os.path.expanduser(name) if is_path(name) else name
+    return _form(name).open_source(where, data_dir=data_dir, val_fraction=val_fraction, seed=seed)

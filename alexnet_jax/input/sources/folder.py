@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.input.sources.source import Example, Source, split_off
+from alexnet_jax.input.sources.source import Example, Source, is_path, split_off
 
 # What Tiny ImageNet has besides pictures: boxes and, instead of class folders in val/, a list.
 BOXES, LIST = '_boxes.txt', 'val_annotations.txt'
@@ -56,7 +56,18 @@ def _listed(val: str, class_names: list[str]) -> list[tuple[str, int]]:
     ]
 
 
-def open_folder(path: str, *, val_fraction: float, seed: int) -> Source:
+def recognizes(name: str) -> bool:
+    """Whether a source's name means a folder: every path does that no other form has taken."""
+    return is_path(name)
+
+
+def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
+    """Never: a folder is counted in a moment."""
+    del name, data_dir, pictures
+    return False
+
+
+def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
     """Opens ROOT/train/CLASS/... with ROOT/val/CLASS/..., ROOT/train alone, or ROOT/CLASS/...
 
     Labels follow the sorted names of the class folders, which are the classes' names. All files below
@@ -64,6 +75,7 @@ def open_folder(path: str, *, val_fraction: float, seed: int) -> Source:
     split is test/ (as of CIFAR-10), and without either `val_fraction` of the pictures, chosen by `seed`,
     is held out. Tiny ImageNet is read as it is distributed; its classes are called by WordNet's numbers.
     """
+    del data_dir  # of TFDS
     if not os.path.isdir(path):
         raise UserError(f'{path}: there is no such folder')
     train, val = os.path.join(path, 'train'), os.path.join(path, 'val')

@@ -28,6 +28,14 @@ class Source:
     read: Callable[[str, int], Iterator[Example]]  # (split, start): records start, start + 1, ...
 
 
+def is_path(name: str) -> bool:
+    """Whether a source's name means a path: there is one, or it begins as only a path does.
+
+    A '/' alone does not tell: TFDS names may have one, as imagenet_resized/32x32.
+    """
+    return os.path.exists(name) or name.startswith(('/', './', '../', '~'))
+
+
 def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np.ndarray]:
     """Divides records 0..count-1 at random -> {'train': i64[N], 'val': i64[M]}, each ascending."""
     held_out = round(count * fraction)

@@ -128,7 +128,13 @@ def _build(builder, name: str, root: str) -> None:
         ) from error
 
 
-def open_tfds(name: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
+def recognizes(name: str) -> bool:
+    """Whether a source's name may be that of a TFDS set: any name may."""
+    del name
+    return True
+
+
+def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
     """Opens a TFDS classification set, building it first where needed.
 
     Validates on the split 'validation' or else 'test'; where there is neither, on `val_fraction` of
