@@ -7,9 +7,12 @@ import jax
 import pytest
 
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
-from alexnet_jax.training import optim
+from alexnet_jax.rundir import fingerprint
+from alexnet_jax.training import optim, steps
+from alexnet_jax.training.setup import make_optimizer
 from configs import base
 
 CONFIGS = pathlib.Path(base.__file__).parent
@@ -114,6 +117,27 @@ def test_parameter_counts(preset, overrides):
     assert (counts, sum(counts)) == TABLE[preset, overrides]
 
 
+@pytest.mark.parametrize('preset', [preset for preset, overrides in TABLE if not overrides])
+def test_names_in_checkpoints(preset):
+    """They are part of the format: with other names no earlier run could be resumed."""
+    config = load(*preset.split(':'))
+    net, _ = shapes(config)
+    if config.model.net == 'alexnet':
+        convs = len(config.model.kernels)
+        layers = [*(f'conv{i}' for i in range(1, convs + 1)), 'fc6', 'fc7', 'fc8']
+    else:
+        layers = [*(f'{kind}{i}' for i, kind in enumerate(config.model.layers, start=1)), 'fc10']
+    mesh = meshes.make((1, 1), towers=net.towers, batches={})
+    optimizer = make_optimizer(config, net, mesh)
+    state = steps.abstract_state(net, optimizer, mesh, config.augment.crop)
+    assert {*fingerprint.named_leaves(state)} == {'step'} | {
+        f'{tree}/{layer}/{leaf}'
+        for tree in ('params', 'opt_state/2/trace')
+        for layer in layers
+        for leaf in ('kernel', 'bias')
+    }
+
+
 def test_every_preset_is_in_the_table():
     cifar = {f'cifar10:{variant}' for variant in load_module('cifar10').VARIANTS}
     assert {preset for preset, _ in TABLE} == {*presets()} - {'quickstart', 'cifar10'} | cifar
@@ -160,6 +184,7 @@ def test_an_unknown_variant_is_named():
         ({'dropout': 'yes'}, 'dropout'),
         ({'dtype': 'int8'}, 'dtype'),
         ({'norm_n': 4}, 'odd'),
+        ({'towers': 3}, '256 kernels .* cannot be divided over towers=3'),
         ({'width': 0.3}, '96 kernels .* width=0.3 cannot be divided'),
         ({'after': ('act',)}, '1 values, but 5 layers'),
         ({'std': (0.01,)}, '1 values, but 8 layers'),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import alexnet_jax
+from alexnet_jax import main
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.images import square
@@ -224,6 +225,25 @@ def test_wrong_flags(place, no_jax, case):
     for name, text in CONFIG_FILES.items():
         (place.folder / name).write_text(text)
     place.refuses(('main', *arguments), *parts, first_path=no_jax)
+
+
+def test_a_config_file_executes_once(tmp_path):
+    file = tmp_path / 'counting.py'
+    file.write_text(
+        f'from configs import base\n\nopen({str(tmp_path / "count")!r}, "a").write("x")\n\n\n'
+        f'def get_config(name="none"):\n    open({str(tmp_path / "count")!r}, "a").write(name[0])\n'
+        '    return base.get_config()\n'
+    )
+    flags = [
+        f'--config={file}:fast',
+        '--config.seed=3',
+        '--config.model.kernels=(96,)',
+        '--workdir=w',
+    ]
+    args = main.parse(['main', *flags])
+    assert (tmp_path / 'count').read_text() == 'xf'
+    assert (args.config.seed, args.config.model.kernels, args.workdir) == (3, (96,), 'w')
+    assert main.parse(['main', flags[0]]).workdir == 'runs/counting-fast'
 
 
 def test_help(place, no_jax):

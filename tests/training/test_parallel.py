@@ -267,3 +267,11 @@ def test_a_net_without_towers_trains_on_several_devices():
     config.augment.crop = 67
     config.model.update({'width': 0.25, 'kernels': (96, 256, 384, 384, 256)})
     assert agree(train((1, 1), config, count=2), train((4, 1), config, count=2))
+
+
+@pytest.mark.parametrize('shape', [(1, 3), (2, 3)], ids=str)
+def test_three_towers_train_the_same_on_three_devices(narrow, shape):
+    config = narrow.copy_and_resolve_references()
+    kernels, hidden = (96, 252, 384, 384, 252), (4092, 4092)
+    config.model.update({'towers': 3, 'kernels': kernels, 'hidden': hidden})
+    assert agree(train((1, 1), config, count=2), train(shape, config, count=2))
