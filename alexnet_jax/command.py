@@ -71,7 +71,7 @@ def log_to_stdout() -> None:
 
 
 class _Log(logging.StreamHandler):
-    """A training goes on where nobody reads its log any more, quietly."""
+    """Training continues quietly after the output pipe was closed."""
 
     def handleError(self, record):  # noqa: N802
         if isinstance(sys.exception(), BrokenPipeError):
@@ -97,7 +97,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
-        # who reads it has enough, as `head` has
+        # the reader has enough, as `head` has
         if isinstance(error, BrokenPipeError) and _is_unread():
             _discard_output()
             sys.exit(UNREAD)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from alexnet_jax import command
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.input.batches import eval_batches
 from alexnet_jax.input.images import square
 from alexnet_jax.input.store import Store
@@ -102,13 +102,12 @@ def read(path: str, size: int) -> np.ndarray:
     try:
         content = paths.Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {one_line(error)}; give a picture') from error
+        raise UserError(f'{path}: cannot be read: {reason(error)}; give a picture') from error
     try:
         return square(content, size)
     except Exception as error:  # on damaged files Pillow raises almost anything
         raise UserError(
-            f'{path}: not a picture, or a damaged one ({one_line(error)}); '
-            'repair it, or leave it out'
+            f'{path}: not a picture, or a damaged one ({reason(error)}); repair it, or leave it out'
         ) from error
 
 

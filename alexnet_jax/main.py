@@ -82,8 +82,8 @@ def parse(argv: list[str]) -> Arguments:
 
 def main() -> None:
     args = parse(sys.argv)
-    command.start(args.cpu_devices, deterministic=args.config.run.deterministic, **args.processes)
     command.log_to_stdout()
+    command.start(args.cpu_devices, deterministic=args.config.run.deterministic, **args.processes)
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS tells of every file
 
     # Imported late, so that errors in the flags appear at once.

@@ -3,8 +3,8 @@
     python -m alexnet_jax.predict RUN a.jpg b.png
     python -m alexnet_jax.predict RUN --val=8 --output=predictions.png
 
-prints the five most probable classes of each picture. A picture counts as one of the class that its
-folder, or the folder above that, is called like.
+prints the five most probable classes of each picture. The label of a
+picture, if it has one, comes from the name of its folder or of the folder above that.
 """
 
 import io

@@ -21,7 +21,6 @@ from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.input.store import Store
-from alexnet_jax.rundir import directory
 from alexnet_jax.training import inference, steps
 
 
@@ -156,9 +155,9 @@ def main() -> None:
         raise UserError('--threads must not be below 0')
     if args.images and args.queries is not None:
         raise UserError('--queries is for the validation split: leave it or the pictures out')
-    towers = directory.read_config(args.run)['model']['towers']
-    mesh = meshes.make((0, 0), towers=towers, batches={'--batch': args.batch})
-    trained = inference.open_run(args.run, mesh, args.step)
+    trained = inference.describe_run(args.run)
+    mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': args.batch})
+    trained = inference.restore_run(trained, mesh, args.step)
     store = inference.open_store([trained], args.store)
     k, there = args.neighbours, store.counts['train']
     if not 1 <= k <= there:

@@ -1,4 +1,4 @@
-"""Draws the kernels of conv1 as the paper's Figure 3.
+"""Draws the kernels of the first convolution as the paper's Figure 3.
 
     python -m alexnet_jax.visualize RUN
 
@@ -14,7 +14,7 @@ from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.training import inference, progress
 
 
-def conv1_kernels(trained: inference.Run) -> np.ndarray:
+def first_kernels(trained: inference.Run) -> np.ndarray:
     """The kernels of the first convolution, f32[T,h,w,3,C]; UserError where there is none."""
     kernels = trained.net.first_kernels(trained.variables['params'])
     if kernels is None:
@@ -33,7 +33,7 @@ def main() -> None:
         raise UserError(f'--scale={args.scale}: give a number of pixels from 1 to 100')
     mesh = meshes.make((1, 1), towers=1, batches={})
     trained = inference.open_run(args.run, mesh, args.step)
-    kernels = conv1_kernels(trained)
+    kernels = first_kernels(trained)
     towers, h, w, _, count = kernels.shape
     print(
         f'{args.run}, step {trained.step:,}: {towers * count} kernels of {h} x {w}, towers: {towers}, '

@@ -71,7 +71,7 @@ def train(lab, after):
 def look(workdir) -> dict:
     """Conv1's kernels as a picture, and the two numbers of each, at the start and at the end."""
     trained = inference.open_run(workdir, meshes.make((1, 1), towers=1, batches={}))
-    kernels = visualize.conv1_kernels(trained)
+    kernels = visualize.first_kernels(trained)
     seed, crop = trained.config['seed'], trained.config['augment']['crop']
     fresh = jax.jit(lambda: network.init(trained.net, jax.random.key(seed), crop))()
     return {

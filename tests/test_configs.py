@@ -178,7 +178,7 @@ def test_an_unknown_variant_is_named():
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'activation': 'gelu'}, "activation='gelu': choose one of relu, tanh"),
+        ({'activation': 'sine'}, "activation='sine': choose one of relu, tanh"),
         ({'remove': 'conv6'}, 'remove'),
         ({'norms': 'some'}, 'norms'),
         ({'dropout': 'yes'}, 'dropout'),

@@ -2,11 +2,11 @@
 
 0    done
 1    a bug, with a traceback
-2    the user's to mend, one line (`UserError`)
-75   stopped before the end, with a checkpoint: the same command goes on (`Stopped`)
+2    a mistake of the user's, in one line (`UserError`)
+75   stopped before the end, with a checkpoint: run the same command to resume (`Stopped`)
 76   another process of the run was lost: start all of them again (`distributed.py`)
 130  Ctrl-C, twice
-141  nobody reads the output any more, as after `| head`
+141  the output pipe was closed, as by `| head`
 """
 
 import errno
@@ -34,14 +34,17 @@ def one_each(name: str, values, layers: int) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception on one line: the reason of a failed system call, else its type and message."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    """An exception's type and message on one line."""
     return ' '.join(f'{type(error).__name__}: {error}'.split())[:400]
 
 
+def reason(error: BaseException) -> str:
+    """The same for a message that names the file: of a failed system call only why it failed."""
+    return getattr(error, 'strerror', None) or one_line(error)
+
+
 class Stopped(Exception):
-    """Asked to stop, and stopped: one line that says where, and that the same command goes on."""
+    """Asked to stop, and stopped: one line that says where, and how to resume."""
 
 
 def end(error: BaseException) -> tuple[str, int]:

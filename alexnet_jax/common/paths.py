@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from etils import epath
 
-from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.errors import UserError, reason
 
 BUCKET = 'gs://'
 Path = epath.Path
@@ -23,6 +23,8 @@ def path(name: str | os.PathLike) -> Path:
     text = os.fspath(name)
     if '://' in text and not text.startswith(BUCKET):
         raise UserError(f'{text}: give a folder, or {BUCKET}BUCKET/RUN')
+    if text.startswith(('/gs/', '/s3/')):
+        raise UserError(f'{text}: etils takes this for a bucket; give another folder')
     return Path(text)
 
 
@@ -84,11 +86,11 @@ def try_bucket(path: Path) -> None:
         probe.unlink()
     except ImportError as error:
         raise UserError(
-            f'--workdir={path}: a bucket needs more packages ({one_line(error)}): '
+            f'--workdir={path}: a bucket needs more packages ({reason(error)}): '
             'pip install google-cloud-storage, and gcsfs where TensorFlow is not installed'
         ) from error
     except Exception as error:
         raise UserError(
-            f'--workdir={path}: cannot be written to ({one_line(error)}); give another, or get '
+            f'--workdir={path}: cannot be written to ({reason(error)}); give another, or get '
             'access to it (gcloud auth application-default login)'
         ) from error

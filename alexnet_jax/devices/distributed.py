@@ -132,7 +132,7 @@ def together() -> Iterator[None]:
 
 
 def leave(error: BaseException) -> None:
-    """One of several processes ends here, with the exit code of an error; a single one goes on."""
+    """Ends this process, one of several, with the exit code of an error; a single one returns."""
     if jax.process_count() == 1:
         return
     line, code = errors.end(error)
@@ -140,7 +140,7 @@ def leave(error: BaseException) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError) and not own:
         line, code = (
             f'error: another process of this run was lost, or failed ({one_line(error)}); start all of '
-            'them again: they go on from the last checkpoint',
+            'them again to resume from the last checkpoint',
             errors.LOST,
         )
     print(f'process {jax.process_index()}: {line}', file=sys.stderr, flush=True)

@@ -41,7 +41,7 @@ def prepare(
     val_fraction: float = 0.1,
     limit: float = np.inf,
 ) -> stores.Store:
-    """Makes a store, goes on with an interrupted one, or opens one that is complete.
+    """Makes a store, resumes an interrupted one, or opens one that is complete.
 
     Waits for another process that is making the same store. A complete one that `store` names is
     opened whatever it was made from, if format and size are as wanted: the pictures may have moved.

@@ -17,7 +17,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +25,7 @@ from PIL import Image
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.common.paths import Path
 from alexnet_jax.devices.cpu import cores
+from alexnet_jax.input.threads import ordered_map
 
 FORMATS = ('jpg', 'u8')
 
@@ -190,8 +190,8 @@ def verify(store: Store) -> None:
             if not _is_whole(store, split, i)
         ]
 
-    with ThreadPoolExecutor(cores()) as pool:
-        bad = [name for names in pool.map(damaged, jobs) for name in names]
+    found = ordered_map(damaged, jobs, threads=cores(), ahead=2 * cores())
+    bad = [name for names in found for name in names]
     if bad:
         shown = ', '.join(bad[:5]) + (', ...' if len(bad) > 5 else '')
         raise UserError(

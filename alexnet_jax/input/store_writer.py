@@ -1,7 +1,7 @@
-"""Writes the files of a store (design §5), so that a killed pass goes on and ends the same.
+"""Writes the files of a store (design §5), so that a killed pass resumes and ends with the same bytes.
 
 While a store grows, a row per record goes to {split}.index, and progress.npz says how far everything
-is valid: what lies beyond is cut off when the pass goes on. Sums are integers, so that their order
+is valid: what lies beyond is cut off when the pass resumes. Sums are integers, so that their order
 does not matter.
 """
 
@@ -24,7 +24,7 @@ from alexnet_jax.input.images import square, statistics
 from alexnet_jax.input.sources.source import Example, Source
 from alexnet_jax.input.threads import ordered_map
 
-FLUSH_SECONDS = 5.0  # between the points from which an interrupted pass goes on
+FLUSH_SECONDS = 5.0  # between the points from which an interrupted pass resumes
 INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one row a record
 LOCK = 'lock.tmp'  # like everything .tmp: no part of a store
 PROGRESS = 'progress.npz'

@@ -13,14 +13,8 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.common.errors import UserError, choose, one_each
 from alexnet_jax.nets import blocks, layers, network
 
-SIZES = (
-    11,
-    5,
-    3,
-    3,
-    3,
-    3,
-)  # kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146)
+# Kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146).
+SIZES = (11, 5, 3, 3, 3, 3)
 PADDINGS = (None, 2, 1, 1, 1, 1)  # pixels on every side; conv1's is a field
 # Run #147: pooling without overlap comes with less padding, so that layer 5 again ends at 6 x 6.
 DISJOINT_PADDINGS = (None, 1, 1, 1, 0, 1)
@@ -167,7 +161,7 @@ class AlexNet(network.Network):
             raise UserError(
                 f'config.model: {channels} kernels or units at width={self.width} cannot be divided '
                 f'over towers={self.towers} and groups={self.groups} ({each:.4g} each): choose '
-                'kernels and hidden that can'
+                'counts that divide evenly'
             )
         return int(each) * self.groups
 
@@ -266,6 +260,10 @@ class AlexNet(network.Network):
             choose('config.model.exchange', name, (*convs[1:], 'fc6', 'fc7'))
         for op in ' '.join(self.after).split():
             choose('config.model.after', op, ('act', 'norm', 'map_norm', 'pool'))
+        if len(self.conv1_padding) != 2:
+            raise UserError(
+                f'config.model.conv1_padding={self.conv1_padding}: must be two numbers of pixels'
+            )
         one_each('config.model.after', self.after, len(convs))
         one_each('config.model.std', self.std, len(convs) + 3)
         one_each('config.model.bias', self.bias, len(convs) + 3)
@@ -282,6 +280,4 @@ class AlexNet(network.Network):
 
 def build(**fields) -> AlexNet:
     """The network that the fields of `config.model` in `configs/base.py` describe."""
-    if 'init' in fields:
-        fields['initial'] = fields.pop('init')  # `init` is a method of every Flax module
-    return network.make(AlexNet, **fields)
+    return network.make(AlexNet, renamed={'init': 'initial'}, **fields)

@@ -21,7 +21,7 @@ Path = tuple[str, ...]
 
 
 class Training(NamedTuple):
-    """What a forward pass in training mode is given.
+    """Inputs that only training needs.
 
     key: the key of this step's dropout; rows i32[B]: the images' rows in the global batch, by which
     masks are keyed; frozen: layers whose running statistics stay as they are ('block/norm1').
@@ -36,7 +36,7 @@ class Network(nn.Module):
     """The base of all networks. Their own fields are those of `config.model`, without defaults.
 
     A subclass has the fields `classes` and `towers` (1 unless the mesh axis `model` may divide the
-    network; a constant will do), the property `names`, and
+    network; a constant will do), the property `names`, and (with batch normalization) `local`, and
 
         __call__(images f32[B,H,W,3], train: Training | None = None) -> (logits f32[B,K], out)
 
@@ -46,7 +46,10 @@ class Network(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Every activation in the order of the forward pass, and the last layer."""
+        """Every activation in the order of the forward pass, and the last layer.
+
+        Each top-level layer of `params` is among them.
+        """
         raise NotImplementedError
 
     @property
@@ -91,10 +94,17 @@ class Network(nn.Module):
         """UserError if a field has a value that does not exist or that the others exclude."""
 
 
-def make(cls: type[Network], *, classes: int, **fields) -> Network:
-    """A checked network of a class; UserError for fields that it lacks or does not have."""
+def make(
+    cls: type[Network], *, classes: int, renamed: dict[str, str] | None = None, **fields
+) -> Network:
+    """A checked network of a class; UserError for fields that it lacks or does not have.
+
+    renamed: {name in `config.model`: name in the class}, where Flax has taken the first one.
+    """
+    renamed = renamed or {}
+    names = {inner: outer for outer, inner in renamed.items()}
     own = {
-        field.name
+        names.get(field.name, field.name)
         for field in dataclasses.fields(cls)
         if field.init and field.default is dataclasses.MISSING and field.name != 'classes'
     }
@@ -103,13 +113,18 @@ def make(cls: type[Network], *, classes: int, **fields) -> Network:
         words = [f'missing: {", ".join(missing)}'] * bool(missing)
         words += [f'unknown: {", ".join(unknown)}'] * bool(unknown)
         raise UserError(
-            f'config.model does not have the fields of this network ({"; ".join(words)}): start from '
-            'the preset that introduces it: configs/paper.py for alexnet, configs/cifar10.py for '
-            'cuda_convnet'
+            f'config.model does not have the fields of {cls.__name__} ({"; ".join(words)}): start from '
+            'a preset of this network'
         )
-    net = cls(classes=classes, **fields)
+    # A config that was read back from JSON has lists, which would make the network unhashable.
+    values = {renamed.get(name, name): _tuples(value) for name, value in fields.items()}
+    net = cls(classes=classes, **values)
     net.check()
     return net
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def init(net: Network, key: jax.Array, crop: int) -> dict[str, Any]:

@@ -116,9 +116,10 @@ class Checkpoints:
         return step, state, record['meta']
 
     def restore_part(self, target: dict, step: int | None = None) -> tuple[int, Any, dict]:
-        """Restores some fields of a saved state, {'params': ..., ...} -> (step, the same, meta).
+        """Restores some leaves of a saved state, by name -> (step, the same, meta).
 
-        As `restore`, but whatever `target` leaves out is not read.
+        As `restore`, but `target` is nested ({'params': {'conv1': ...}}) or flat
+        ({'params/conv1/kernel': ...}), and whatever it leaves out is not read.
         """
         step, state, record = self._restore(target, step, whole=False)
         return step, state, record['meta']
@@ -153,7 +154,7 @@ class Checkpoints:
             self._manager = None
 
     def _open(self) -> '_Manager':
-        # Not before the first save: see Manager.
+        # Not before the first save: see _Manager.
         if self._manager is None:
             self._policy.errors = {step: self._error(step) for step in self.steps()}
             self._manager = _Manager(self.directory, self._policy)

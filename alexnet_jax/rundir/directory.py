@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alexnet_jax.common import configfile, paths
-from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.devices import cpu
 from alexnet_jax.input.store import Store
 
@@ -54,7 +54,7 @@ def read_config(path: str | os.PathLike) -> dict:
         return config | {part: fields | config[part] for part, fields in LATER.items()}
     except (paths.failures(file), ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'{path}: not a run directory ({file} cannot be read: {one_line(error)}); give one that '
+            f'{path}: not a run directory ({file} cannot be read: {reason(error)}); give one that '
             'alexnet_jax.main made, such as runs/paper'
         ) from error
 
@@ -179,7 +179,7 @@ def locked(workdir: paths.Path):
         workdir.mkdir(parents=True, exist_ok=True)
         directory = os.open(workdir, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f'--workdir={workdir}: {error.strerror}') from error
+        raise UserError(f'--workdir={workdir}: {reason(error)}') from error
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -16,7 +16,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import record_writer
 
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.errors import UserError, reason
 
 FILE = 'metrics.jsonl'
 
@@ -24,7 +24,7 @@ FILE = 'metrics.jsonl'
 class Writer:
     """Appends rows to `<workdir>/metrics.jsonl`, and mirrors them in `<workdir>/tensorboard/`.
 
-    A run that goes on from step `start` repeats what came after it. So opening removes, in one
+    A run that resumes at step `start` repeats what came after it. So opening removes, in one
     atomic replacement, the train rows of steps >= start (row s is of the update from s to s + 1),
     all other rows of steps > start, and a torn last line; a start of -1 removes every row. The
     TensorBoard files are only a mirror: events of removed rows stay in them, and repeated steps are
@@ -77,8 +77,8 @@ class Writer:
             )
         except OSError as error:
             raise UserError(
-                f'{self._file.name}: cannot be written ({error.strerror}); the same command goes on '
-                'from the last checkpoint'
+                f'{self._file.name}: cannot be written ({reason(error)}); run the same command '
+                'again to resume from the last checkpoint'
             ) from error
 
     def image(self, name: str, step: int, image: np.ndarray) -> None:
@@ -106,8 +106,8 @@ class Writer:
                 paths.replace(there, paths.Path(file.name).read_bytes())
         except Exception as error:
             raise UserError(
-                f'{there}: cannot be written ({one_line(error)}); the same command goes on '
-                'from the last checkpoint'
+                f'{there}: cannot be written ({reason(error)}); run the same command '
+                'again to resume from the last checkpoint'
             ) from error
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError, choose
+from alexnet_jax.common.errors import UserError, choose, one_line
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices import preemption
 from alexnet_jax.nets import network
@@ -60,9 +60,17 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         shapes = network.shapes(net, config.augment.crop)
     except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about some shape
         raise UserError(
-            f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels: '
-            'after its strides and pools nothing is left, or conv1_padding is not two numbers'
+            f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels; if '
+            f'nothing is left after its strides and pools, give larger crops ({one_line(error)})'
         ) from error
+    unnamed = ', '.join({*shapes['params']} - {*net.names})
+    if unnamed:
+        raise UserError(f'{type(net).__name__}.names lacks the layers {unnamed}: add them')
+    if shapes['batch_stats'] and net.local(1, 'data') is net:
+        raise UserError(
+            f'{type(net).__name__}.local ignores data_axis: pass it to the layers with running '
+            'statistics, or several devices would each have their own'
+        )
     if config.optim.conv1 and not net.first:
         raise UserError(
             f'config.optim.conv1={config.optim.conv1}: this network has no first convolution with '
@@ -72,7 +80,8 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
     named = {'train.freeze': config.train.freeze, 'optim.decays': dict(config.optim.decays)}
     for field, names in named.items():
         for name in names:
-            if not any(network.inside(path, (name,)) for path in params):
+            there = isinstance(name, str) and any(network.inside(p, (name,)) for p in params)
+            if not there:
                 layers = ', '.join(shapes['params'])
                 raise UserError(f'config.{field}={name!r}: choose from {layers}')
     mesh = meshes.make(

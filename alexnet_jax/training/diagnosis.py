@@ -1,7 +1,7 @@
 """What is wrong with a training: where numbers stopped being finite, and a loss that does not move."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,19 @@ CAUSES = (
     '(config.optim.warmup), larger initial values than the preset has (config.model.std), bfloat16'
 )
 HINT = (
-    'likely causes: initial values that are too small for the depth or width (config.model.std; '
+    'likely causes: initial values too small for the depth or width (for AlexNet, config.model.std; '
     'configs/original.py has 0.03 in conv3 to conv5), a rate that is too low or too high '
     '(config.optim.rate), labels that do not belong to the pictures (python -m experiments.show_views)'
 )
 
 
-def make_find_broken(net: Network, *, seed: int, **inputs_of) -> Callable:
+def make_find_broken(
+    net: Network, *, seed: int, freeze: Sequence[str] = (), **inputs_of
+) -> Callable:
     """find_broken(variables, step, batch, rates) -> where a training step stopped being finite.
 
-    On any mesh; inputs_of: what `steps.make_inputs` takes. Without a step it looks at variables alone.
+    On any mesh; freeze and inputs_of: see `steps.make_train_step`. Without a step it looks at the
+    variables alone.
     """
     inputs = steps.make_inputs(**inputs_of)
 
@@ -35,7 +38,9 @@ def make_find_broken(net: Network, *, seed: int, **inputs_of) -> Callable:
 
         def loss(params):
             with_stats = {**variables, 'params': params}
-            losses, logits, out, _ = steps.apply_loss(net, with_stats, x, labels, seed, step, rows)
+            losses, logits, out, _ = steps.apply_loss(
+                net, with_stats, x, labels, seed, step, rows, freeze
+            )
             return jnp.mean(losses), {**out, net.names[-1]: logits}
 
         gradients, out = jax.grad(loss, has_aux=True)(variables['params'])

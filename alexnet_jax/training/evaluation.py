@@ -13,14 +13,19 @@ from alexnet_jax.devices.backend import choices
 from alexnet_jax.input.batches import eval_batches
 from alexnet_jax.input.store import Store
 from alexnet_jax.nets.build import build
-from alexnet_jax.rundir import directory
 from alexnet_jax.training import metrics, steps
-from alexnet_jax.training.inference import Predict, open_run, open_store, predictor
+from alexnet_jax.training.inference import (
+    Predict,
+    describe_run,
+    open_store,
+    predictor,
+    restore_run,
+)
 
 
 def evaluate(
     predicts: Sequence[Predict], mesh: Mesh, store: Store, *, split: str, batch: int, threads: int
-) -> dict[str, float]:
+) -> dict:
     """Sums over a split, every picture once: those of `metrics.count`, by class as well.
 
     predicts: one function for each member of the ensemble; their probabilities are averaged.
@@ -57,14 +62,14 @@ def compare(
     """Sums by (name, view) for each run, and for all together where there are several ('N CNNs').
 
     store: where the prepared pictures are, if not where the first run had them; build: see
-    `inference.open_run`. Raises UserError for what is not a run directory, for damaged checkpoints,
+    `inference.describe_run`. Raises UserError for what is not a run directory, for damaged checkpoints,
     and for runs on different classes.
     """
-    configs = [directory.read_config(path) for path in run_dirs]
-    towers = {build(classes=1, **config['model']).towers for config in configs}
+    runs = [describe_run(path, build) for path in run_dirs]
+    towers = {run.net.towers for run in runs}
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
-    runs = [open_run(path, mesh, step, build) for path in run_dirs]
+    runs = [restore_run(run, mesh, step) for run in runs]
     # A training may save meanwhile.
     distributed.agree({f'the step of {r.path}': r.step for r in runs})
     opened = open_store(runs, store)

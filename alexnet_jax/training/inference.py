@@ -27,30 +27,42 @@ class Run(NamedTuple):
 
     path: paths.Path
     config: dict
-    net: Network
-    step: int
-    variables: dict  # {'params', 'batch_stats'}
     facts: directory.Facts
+    net: Network
+    step: int = 0
+    variables: dict | None = None  # {'params', 'batch_stats'}; None until they are restored
+
+
+def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
+    """A run without its variables, which no mesh is needed for.
+
+    build: makes the network from the fields of `config.model`, for networks defined elsewhere.
+    Raises UserError for what is not a run directory.
+    """
+    path = paths.path(path)
+    config, facts = directory.read_config(path), directory.read_facts(path)
+    return Run(path, config, facts, build(classes=len(facts.names), **config['model']))
+
+
+def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
+    """The same run with its variables on a mesh. step: 'best', 'latest' or a number.
+
+    Raises UserError for missing or damaged checkpoints.
+    """
+    target = steps.abstract_variables(run.net, mesh, run.config['augment']['crop'])
+    checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints')
+    wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
+    if step == 'best' and wanted is None:
+        raise UserError(f'{run.path}: no evaluated checkpoint here to be the best; use latest')
+    found, variables, _ = checkpoints.restore_part(target, wanted)
+    return run._replace(step=found, variables=variables)
 
 
 def open_run(
     path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest', build: Callable = build
 ) -> Run:
-    """Reads a run's variables onto a mesh. step: 'best', 'latest' or a number.
-
-    build: makes the network from the fields of `config.model`, for networks defined elsewhere.
-    Raises UserError for what is not a run directory and for missing or damaged checkpoints.
-    """
-    path = paths.path(path)
-    config, facts = directory.read_config(path), directory.read_facts(path)
-    net = build(classes=len(facts.names), **config['model'])
-    target = steps.abstract_variables(net, mesh, config['augment']['crop'])
-    checkpoints = checkpoint.Checkpoints(path / 'checkpoints')
-    wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
-    if step == 'best' and wanted is None:
-        raise UserError(f'{path}: no evaluated checkpoint here to be the best; use latest')
-    found, variables, _ = checkpoints.restore_part(target, wanted)
-    return Run(path, config, net, found, variables, facts)
+    """`describe_run` and `restore_run`."""
+    return restore_run(describe_run(path, build), mesh, step)
 
 
 def open_store(runs: Sequence[Run], store: str = '') -> Store:

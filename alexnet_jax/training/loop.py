@@ -63,12 +63,12 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
         if distributed.is_first() and checkpoints.steps() != there:
             raise UserError(f'{workdir}: another start saved a checkpoint just now; start again')
         writer = Writer(workdir, start=step, active=distributed.is_first())
-        loop = Loop(setup, workdir, checkpoints, writer, state, history, running)
         try:
             if distributed.is_first():
                 directory.write(config, workdir, store)
             if config.train.init_from and not checkpoints.steps():  # the other run may change
-                checkpoints.save(step, state, loop.meta())
+                checkpoints.save(step, state, {'history': history, 'running': running})
+            loop = Loop(setup, workdir, checkpoints, writer, state, history, running)
             loop.run(stop)
         except jax.errors.JaxRuntimeError as error:
             distributed.leave(error)  # the last save would wait for the process that is lost
@@ -195,17 +195,13 @@ class Loop:
         kernels = self.setup.net.first_kernels(self.state.params)
         if kernels is not None:
             kernels = multihost_utils.process_allgather(kernels, tiled=True)
-            self.writer.image('conv1', self.step, progress.kernel_picture(kernels))
+            self.writer.image('first_kernels', self.step, progress.kernel_picture(kernels))
         log.info('step %s: validation %s', f'{self.step:,}', metrics.line(values))
 
     def save_due(self, evaluated: bool, ending: bool) -> bool:
         if self.step == self.first:  # the checkpoint that this start began with stays
             return evaluated and not self.checkpoints.steps()
         return evaluated or bool(ending) or self.step % self.config.checkpoint_every == 0
-
-    def meta(self) -> dict:
-        """What a checkpoint holds beside the state."""
-        return {'history': self.history, 'running': self.running}
 
     def save(self, last: bool) -> None:
         """Saves the state, once all that led to it is known to be finite."""
@@ -220,7 +216,8 @@ class Loop:
         except checkpoint.SaveError as error:
             self.tolerate(error)
         try:
-            self.checkpoints.save(self.step, state, self.meta())
+            meta = {'history': self.history, 'running': self.running}
+            self.checkpoints.save(self.step, state, meta)
             if last or self.config.saves == 'wait':
                 self.checkpoints.wait()
         except checkpoint.SaveError as error:
@@ -274,7 +271,9 @@ class Loop:
                 again = done.of(i, (done.batch, done.scalars))
                 broken = self.setup.find_broken(self.state.variables, step, *again)
                 self.diverged(f'the loss of step {step:,} {NOT_FINITE}: {broken}')
-            self.running = {name: self.running.get(name, 0.0) + sums[name] for name in sums}
+            if {*self.running} != {*sums}:  # none yet, or an earlier version's: without all metrics
+                self.running = dict.fromkeys(sums, 0.0)
+            self.running = {name: self.running[name] + sums[name] for name in sums}
             self.images += sums['count']
             if (step + 1) % self.config.log_every == 0:
                 self.write_row(step, rates)

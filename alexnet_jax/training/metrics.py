@@ -1,4 +1,4 @@
-"""Metrics: named sums over images, made on the device, and what they say.
+"""Metrics: named sums over images, made on the device, and the values computed from them.
 
 A new metric is a sum in `count`, its value in `values` and a word for it in `TEXT`; the log, the rows
 of metrics.jsonl, checkpoints and the table of `evaluate` follow.
@@ -14,25 +14,25 @@ TEXT = {  # name of a value: (in the log, head of its column in the table of `ev
     'loss': ('loss {:.4f}', ''),
     'top1_error': ('top-1 error {:.2f} %', 'Top-1'),
     'top5_error': ('top-5 error {:.2f} %', 'Top-5'),
-    'class_error': ('mean per-class error {:.2f} %', 'Per class'),
+    'class_error': ('mean per-class error {:.2f} %', 'Per-class'),
 }
 
 
 def rank(scores, labels) -> jax.Array:
     """How many other classes score at least as high as the true one: [B,K], i32[B] -> i32[B].
 
-    Ties count against the network, and NaN is never among the first five.
+    Ties count against the network, and NaN is never among the first, however many are asked for.
     """
     true = jnp.take_along_axis(scores, labels[:, None], axis=1)
     ranks = jnp.sum(~(scores < true), axis=1) - 1
-    return jnp.where(jnp.isnan(true[:, 0]), jnp.maximum(ranks, 5), ranks)
+    return jnp.where(jnp.isnan(true[:, 0]), jnp.iinfo(ranks.dtype).max, ranks)
 
 
 def count(scores, losses, labels, mask, *, by_class: bool = False) -> dict[str, jax.Array]:
     """Sums over the images where the mask f32[B] is 1.
 
     scores [B,K], losses f32[B] (nats), labels i32[B] -> count, loss, top1 and top5 (hits), f32[];
-    by_class: also class_count and class_top1, f32[K].
+    by_class (in evaluation): also class_count and class_top1, f32[K].
     """
     ranks = rank(scores, labels)
     sums = {

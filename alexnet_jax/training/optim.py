@@ -98,7 +98,9 @@ def _betas(net, params, decay, decays):
         names = network.names_of(path)
         if net.role(names) not in DECAYING:
             return 0.0
-        return next((own for layer, own in decays if network.inside(names, (layer,))), decay)
+        return next(
+            (own for layer, own in reversed(decays) if network.inside(names, (layer,))), decay
+        )
 
     return jax.tree.map_with_path(beta, params)
 

@@ -82,7 +82,9 @@ class Setup:
             train_steps=make_step(several=True) if config.run.dispatch > 1 else None,
             predict=steps.make_predict(net, mesh, mean=store.mean, views='centre', crop=crop),
             all_finite=steps.make_all_finite(mesh),
-            find_broken=diagnosis.make_find_broken(net, seed=config.seed, **inputs_of),
+            find_broken=diagnosis.make_find_broken(
+                net, seed=config.seed, freeze=config.train.freeze, **inputs_of
+            ),
         )
 
     def start(self, checkpoints, init_from: str):
@@ -126,7 +128,7 @@ class Setup:
         return metrics.values(sums)
 
     def dispatched(self, step: int) -> int:
-        """How many steps the next dispatch makes: `run.dispatch`, or 1 where an evaluation is between.
+        """How many steps the next dispatch makes: `run.dispatch`, or 1 if an evaluation falls inside it.
 
         It follows from the step's number and `config.run`: a run that is resumed makes the same groups.
         """

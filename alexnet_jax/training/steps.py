@@ -101,17 +101,14 @@ def apply_loss(net: Network, variables, x, labels, seed: int, step, rows, frozen
 
 def abstract_state(net: Network, optimizer, mesh: Mesh, crop: int) -> TrainState:
     """The shapes and shardings of the state on a mesh: what `init_state` makes, checkpoints restore."""
-    return _placed(jax.eval_shape(lambda: _init(net, optimizer, 0, crop)), net, mesh)
+    shapes = jax.eval_shape(lambda: _init(net, optimizer, 0, crop))
+    return meshes.place(mesh, shapes, state_specs(net, shapes, mesh))
 
 
 def abstract_variables(net: Network, mesh: Mesh, crop: int) -> dict:
     """The shapes and shardings of {'params', 'batch_stats'} on a mesh."""
     shapes = network.shapes(net, crop)
     return meshes.place(mesh, shapes, _variable_specs(net, shapes, mesh))
-
-
-def _placed(shapes: TrainState, net: Network, mesh: Mesh) -> TrainState:
-    return meshes.place(mesh, shapes, state_specs(net, shapes, mesh))
 
 
 def _init(net, optimizer, seed, crop):
@@ -172,8 +169,8 @@ def make_train_step(
     backend = choices(mesh)
     alone = mesh.size == 1  # nothing to exchange: even a sum over one device copies every gradient
     local = net.local(mesh.shape['model'], None if alone else 'data')
-    shapes = jax.eval_shape(lambda: _init(net, optimizer, seed, inputs_of['mean'].shape[0]))
-    specs = state_specs(net, shapes, mesh)
+    target = abstract_state(net, optimizer, mesh, inputs_of['mean'].shape[0])
+    specs = jax.tree.map(lambda x: x.sharding.spec, target)
     inputs = make_inputs(**inputs_of)
 
     def step(state, batch, rates):

@@ -279,8 +279,8 @@ VALUES = {
     'keep 0': ({'run.keep': 0}, ['config.run.keep=0', 'above 0']),
     'one number for the mesh': ({'run.mesh': 2}, ['config.run.mesh=(2,)', 'two numbers']),
     'unknown activation': (
-        {'model.activation': 'gelu'},
-        ["config.model.activation='gelu'", 'relu, tanh'],
+        {'model.activation': 'sine'},
+        ["config.model.activation='sine'", 'relu, tanh'],
     ),
     'no towers': ({'model.towers': 0}, ['config.model.towers=0', 'above 0']),
     'width that does not divide': (
@@ -288,8 +288,8 @@ VALUES = {
         ['config.model: 96 kernels', 'width=0.3 cannot be divided'],
     ),
     'unknown schedule': (
-        {'optim.schedule': 'cosine'},
-        ["config.optim.schedule='cosine'", 'steps, plateau'],
+        {'optim.schedule': 'zigzag'},
+        ["config.optim.schedule='zigzag'", 'steps, plateau'],
     ),
     'words for epochs': ({'optim.drops': 'abc'}, ["config.optim.drops=('abc',)", 'float', '(28.0']),
     'words for a rate': (
@@ -502,13 +502,15 @@ SIDES = [(100, 80), (72, 72), (40, 90)]  # width and height
 
 
 def table(text):
-    """Rows of the printed table, {(name, crops): (top-1 error, top-5 error, pictures)}."""
+    """Rows of the printed table, {(name, crops): (top-1, top-5, per-class error, pictures)}."""
     lines = text.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith('Model ')]
-    assert lines[heads[0]].split() == ['Model', 'Crops', 'Top-1', 'Top-5', 'Pictures'], text
-    rows = lines[heads[0] + 1 :]
-    matches = [re.fullmatch(r'(.*?) +(1|10) +([\d.]+) % +([\d.]+) % +(\d+)', r) for r in rows]
-    return {(m[1], int(m[2])): (float(m[3]), float(m[4]), int(m[5])) for m in matches}
+    assert lines[heads[0]].split() == [
+        *('Model', 'Crops', 'Top-1', 'Top-5', 'Per-class', 'Pictures')
+    ], text
+    pattern = r'(.*?) +(1|10)' + r' +([\d.]+) %' * 3 + r' +(\d+)'
+    matches = filter(None, (re.fullmatch(pattern, line) for line in lines[heads[0] + 1 :]))
+    return {(m[1], int(m[2])): (*map(float, m.groups()[2:5]), int(m[6])) for m in matches}
 
 
 @pytest.mark.slow
@@ -516,7 +518,9 @@ def test_evaluating_and_loading_agree(world):
     """On 11 pictures in batches of 4: an odd number, so that counting twice would show."""
     shutil.copytree(world.folder / 'run', world.folder / 'twin', dirs_exist_ok=True)
     try:
-        said = world.succeeds(('evaluate', '--cpu_devices=2', '--batch=4', 'run', 'twin'))
+        said = world.succeeds(
+            ('evaluate', '--cpu_devices=2', '--batch=4', '--per_class', 'run', 'twin')
+        )
     finally:
         shutil.rmtree(world.folder / 'twin')
     rows = table(said)
@@ -532,9 +536,24 @@ def test_evaluating_and_loading_agree(world):
         probabilities = classify(world.pictures['val'])
         assert probabilities.shape == (11, 3)
         np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
-        top1 = 100 * np.mean(probabilities.argmax(axis=1) != labels)
+        wrong = probabilities.argmax(axis=1) != labels
+        top1, each = 100 * wrong.mean(), [100 * wrong[labels == k].mean() for k in range(3)]
+        expected = (
+            round(top1, 2),
+            0.0,
+            round(np.mean(each), 2),
+            11,
+        )  # of three, all are in the top 5
         for name in names:
-            assert rows[name, crops] == (round(top1, 2), 0.0, 11)  # three classes: all in the top 5
+            assert rows[name, crops] == expected
+        column = [
+            line.split(')')[0][1:] for line in said.splitlines() if f'run (step 2), {views}' in line
+        ]
+        for k, error in enumerate(each):
+            cells = re.search(rf'^class {k}  +(.*?)  +(\d+)$', said, re.M)
+            errors = cells[1].replace(' %', '').split()
+            assert float(errors[int(column[0]) - 1]) == round(error, 1)
+            assert int(cells[2]) == (labels == k).sum()
         if crops == 1:
             assert evaluated['top1_error'] == pytest.approx(top1)
             loss = -np.log(probabilities[np.arange(11), labels]).mean()
@@ -558,7 +577,7 @@ def test_starting_from_another_run_with_other_classes(world, second):
     world.refuses(('evaluate', 'run', '--store=four'), 'four has other classes', '--store=DIR')
     mesh = meshes.make((1, 1), towers=2, batches={})
     runs = [inference.open_run(world.folder / name, mesh) for name in ('run', 'again')]
-    first, again = (jax.tree.map(np.asarray, r.params) for r in runs)
+    first, again = (jax.tree.map(np.asarray, r.variables['params']) for r in runs)
     for layer in set(first) - {'fc8'}:
         for name, value in first[layer].items():
             np.testing.assert_array_equal(value, again[layer][name], err_msg=f'{layer}/{name}')

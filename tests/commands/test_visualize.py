@@ -100,4 +100,4 @@ def test_refusals(run, tmp_path, monkeypatch, arguments, message):
 def test_a_network_without_conv1(run):
     trained = SimpleNamespace(path='run', net=run.net, variables={'params': {'conv2': {}}})
     with pytest.raises(UserError, match='has no kernels to draw'):
-        visualize.conv1_kernels(trained)
+        visualize.first_kernels(trained)

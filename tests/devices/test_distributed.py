@@ -13,6 +13,7 @@ from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import open_store
 from alexnet_jax.rundir import metrics
 from alexnet_jax.training import evaluation, inference
+from alexnet_jax.training.metrics import values
 from experiments.launch.local import free_port
 from tests.helpers.commands import (
     ROOT,
@@ -178,8 +179,9 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
     predict = inference.predictor(trained, mesh, 'centre')
     sums = evaluation.evaluate([predict], mesh, open_store(store), split='val', batch=4, threads=1)
     (*_, last) = (row for row in metrics.read(workdir) if row['kind'] == 'eval')
-    assert metrics.values(sums)['top1_error'] == last['top1_error']
-    assert metrics.values(sums)['loss'] == pytest.approx(last['loss'], rel=1e-5)
+    found = values(sums)
+    assert found['top1_error'] == last['top1_error']
+    assert found['loss'] == pytest.approx(last['loss'], rel=1e-5)
 
 
 @pytest.mark.slow

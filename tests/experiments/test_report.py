@@ -208,7 +208,7 @@ def drawn(tmp_path_factory):
 def test_figure_3(drawn, tmp_path):
     run = drawn.third.workdir('original', 0)
     extra = drawn.third.results['original-0']['extra']
-    kernels = visualize.conv1_kernels(
+    kernels = visualize.first_kernels(
         inference.open_run(run, meshes.make((1, 1), towers=1, batches={}))
     )
     assert kernels.shape == (2, 11, 11, 3, 3) and extra['end'] == fig3_filters.measures(kernels)

@@ -322,7 +322,7 @@ def test_a_process_ends_quietly_while_reading(stores, format, reader):
         import numpy as np
         from alexnet_jax.input import batches
         from alexnet_jax.input import store
-        os.kept = train_batches(
+        os.kept = batches.train_batches(
             store.open_store({str(stores[format][0].path)!r}), seed=0, batch=20_000, start=0,
             stop=1_000_000, rows=np.arange(20_000), crop=32, chunk=1, random=True, threads=2,
             reader={reader!r})

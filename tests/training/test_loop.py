@@ -224,7 +224,7 @@ def test_a_checkpoint_that_cannot_be_written(store, tmp_path, monkeypatch, caplo
         assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [2, 3]
     else:
         loop.train(config, tmp_path / 'run')
-        assert 'no space for step 3; going on without it' in caplog.text
+        assert 'no space for step 3; training continues without this checkpoint' in caplog.text
         assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [4, 5]
 
 

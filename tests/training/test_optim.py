@@ -473,8 +473,8 @@ def test_poly_falls_to_zero_at_the_end():
     ('changes', 'message'),
     [
         (
-            {'schedule': 'cosine'},
-            "config.optim.schedule='cosine': choose one of steps, plateau, poly",
+            {'schedule': 'zigzag'},
+            "config.optim.schedule='zigzag': choose one of steps, plateau, poly",
         ),
         ({'name': 'adam'}, "config.optim.name='adam': choose one of sgd, lars"),
         ({'name': 'lars', 'trust': 0.0}, 'config.optim.trust=0.0: must be above 0'),

@@ -9,7 +9,8 @@ from alexnet_jax.input.sources import folder, tfds
 from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, is_path
 
 __all__ = ['Example', 'Source', 'import_tensorflow', 'is_large', 'is_path', 'open_source']
-FORMS = (folder, tfds)  # the first one that recognizes a name opens it; tfds takes whatever is left
+# The first form that recognizes a name opens it: folder takes every path, tfds whatever is left.
+FORMS = (folder, tfds)
 
 
 def _form(name: str):

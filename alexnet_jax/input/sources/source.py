@@ -29,11 +29,12 @@ class Source:
 
 
 def is_path(name: str) -> bool:
-    """Whether a source's name means a path: there is one, or it begins as only a path does.
+    """Whether a source's name means a path: a folder, a file with a suffix, or what begins like one.
 
     A '/' alone does not tell: TFDS names may have one, as imagenet_resized/32x32.
     """
-    return os.path.exists(name) or name.startswith(('/', './', '../', '~'))
+    file = os.path.isfile(name) and bool(os.path.splitext(name)[1])
+    return file or os.path.isdir(name) or name.startswith(('/', './', '../', '~'))
 
 
 def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np.ndarray]:
