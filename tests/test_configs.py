@@ -184,6 +184,8 @@ def test_an_unknown_variant_is_named():
         ({'dropout': 'yes'}, 'dropout'),
         ({'dtype': 'int8'}, 'dtype'),
         ({'norm_n': 4}, 'odd'),
+        ({'conv1_padding': (1, 2, 3)}, 'conv1_padding=.*two numbers'),
+        ({'initial': 'torch'}, 'unknown: initial'),
         ({'towers': 3}, '256 kernels .* cannot be divided over towers=3'),
         ({'width': 0.3}, '96 kernels .* width=0.3 cannot be divided'),
         ({'after': ('act',)}, '1 values, but 5 layers'),

@@ -179,6 +179,8 @@ def test_folder_errors(tmp_path, make, message):
         ('~/gone', True),
         ('imagenet_resized/32x32', False),
         ('sub/gone', False),
+        ('mnist', False),
+        ('list.csv', True),
         ('gone', False),
     ],
 )
@@ -186,6 +188,8 @@ def test_what_is_a_path(tmp_path, monkeypatch, name, path):
     monkeypatch.chdir(tmp_path)
     for made in ('here', 'sub/here'):
         (tmp_path / made).mkdir(parents=True)
+    for made in ('mnist', 'list.csv'):  # the first is a name of TFDS
+        (tmp_path / made).touch()
     assert sources.is_path(name) == path
 
 

@@ -432,6 +432,8 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
         directory.read_config('gs://bucket/none')
     with pytest.raises(UserError, match='s3://bucket/run: give a folder, or gs://BUCKET/RUN'):
         paths.path('s3://bucket/run')
+    with pytest.raises(UserError, match='/gs/run: .*takes this for a bucket'):
+        paths.path('/gs/run')
     workdir = paths.path('gs://bucket/new')
     before = dict(bucket.objects)
     directory.check(None, workdir)
@@ -453,7 +455,7 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
         directory.check(None, workdir)
     assert '\n' not in str(error.value)
     with pytest.raises(
-        UserError, match='gs://bucket/new/metrics.jsonl: .*403: no access.* goes on'
+        UserError, match='gs://bucket/new/metrics.jsonl: .*403: no access.* to resume'
     ):
         writer.sync()
     writer.close()

@@ -130,6 +130,11 @@ def folder(tmp_path_factory):
 
 def train(folder, name, net, shape=(1, 1), *, store='three', **changes):
     """Trains six steps, two and a half an epoch -> the run directory."""
+    loop.train(make_config(folder, net, shape, store=store, **changes), folder / name, build)
+    return folder / name
+
+
+def make_config(folder, net, shape=(1, 1), *, store='three', **changes):
     config = quickstart.get_config()
     config.model = ConfigDict({'net': net, **FIELDS[net]})
     config.update_from_flattened_dict(
@@ -149,8 +154,7 @@ def train(folder, name, net, shape=(1, 1), *, store='three', **changes):
             **changes,
         }
     )
-    loop.train(config, folder / name, build)
-    return folder / name
+    return config
 
 
 @pytest.fixture(scope='module')
@@ -234,6 +238,46 @@ def test_rates_of_a_first_layer_that_is_none(folder):
     with pytest.raises(UserError, match='config.optim.conv1=.*no first convolution'):
         train(folder, 'none', 'nested', **{'optim.conv1': ((1.0, 0.0),)})
     assert not (folder / 'none').exists()
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'names': ('stem', 'head')}, 'Broken.names lacks the layers body'),
+        ({'local': network.Network.local}, 'Broken.local ignores data_axis'),
+    ],
+    ids=['names', 'local'],
+)
+def test_networks_that_do_not_keep_the_contract(folder, change, message):
+    broken = type('Broken', (Nested,), change)
+    config = make_config(folder, 'nested')
+    with pytest.raises(UserError, match=message):
+        loop.train(config, folder / 'none', lambda *, net, **fields: network.make(broken, **fields))
+    assert not (folder / 'none').exists()
+
+
+def test_the_diagnosis_computes_the_step_with_its_frozen_layers():
+    """The running variance of a frozen layer overflows; the batch's would not."""
+    made = build(net='nested', classes=CLASSES, **FIELDS['nested'])
+    settings = {
+        'mean': np.zeros((CROP, CROP, 3), np.float32),
+        'eigenvectors': np.eye(3, dtype=np.float32),
+        'sigma': np.ones(3, np.float32),
+        'std': 0.1,
+        'rescale': False,
+    }
+    variables = network.init(made, jax.random.key(0), CROP)
+    variables['batch_stats']['body']['norm']['mean'] -= 3e38
+    variables['params']['body']['norm']['scale'] *= 10
+    batch = {
+        'image': np.random.default_rng(0).integers(0, 256, (BATCH, CROP, CROP, 3), dtype=np.uint8),
+        'z': np.zeros((BATCH, 3), np.float32),
+        'label': np.zeros(BATCH, np.int32),
+    }
+    rates = {'colour': np.float32(1)}
+    for freeze, words in (((), 'everything is finite'), (('body',), 'the activations body')):
+        found = loop.diagnosis.make_find_broken(made, seed=0, freeze=freeze, **settings)
+        assert found(variables, np.int32(0), batch, rates).startswith(words)
 
 
 @pytest.mark.parametrize('net', FIELDS)
