@@ -211,7 +211,7 @@ def test_a_full_disk_is_said(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(
-            UserError, match='metrics.jsonl: cannot be written .*; the same command'
+            UserError, match='metrics.jsonl: cannot be written .*; run the same command'
         ):
             for step in range(100):
                 writer.write('train', step, {'loss': 1.0})
