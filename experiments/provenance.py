@@ -31,6 +31,7 @@ from typing import Any
 import alexnet_jax
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import prepare
+from alexnet_jax.input import store as stores
 from alexnet_jax.rundir import directory
 
 PACKAGE = pathlib.Path(alexnet_jax.__file__).parent
@@ -81,7 +82,9 @@ def normal(node: Any) -> Any:
 def fingerprint(workdir: pathlib.Path, code: str) -> dict[str, Any]:
     """That of a run, from its run directory and the code that it was trained by."""
     config = directory.read_config(workdir)
-    store = prepare.ensure(**config['data'])
+    data = config['data']
+    path = data['store'] or prepare.default_store(data['source'], data['size'], data['format'])
+    store = stores.open_store(path)
     directory.check_store(workdir, store)
     return {'code': code, 'config': deciding(config), 'data': f'{store.identity():08x}'}
 
