@@ -6,12 +6,14 @@ gets a 95 % interval, which is not corrected. Intervals and p values over seeds 
 of one seed. They hold the validation pictures fixed; `bootstrap` holds the networks fixed and resamples
 the pictures.
 
-Needs scipy, of requirements-dev.txt.
+Holm needs no independence of the tests: rows share the reference. Needs scipy (requirements-dev.txt).
 """
 
 import base64
+import importlib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -159,19 +161,19 @@ def mean_std(values: Sequence[float], digits: int = 1) -> str:
 
 
 def _student(mean: float, error: float, freedom: float) -> Difference:
-    t = _scipy_stats().t
+    t = scipy('stats').t
     if not error:
         return Difference(mean, mean, mean, float(not mean))
     half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Difference(mean, mean - half, mean + half, 2 * float(t.sf(abs(mean) / error, freedom)))
 
 
-def _scipy_stats():
+def scipy(module: str) -> ModuleType:
+    """A module of scipy, which takes a second to import; UserError where it is not installed."""
     try:
-        from scipy import stats  # takes a second, and only the tables of experiments need it
+        return importlib.import_module(f'scipy.{module}')
     except ImportError:
         raise UserError(
             'the tables of experiments need scipy, which is not installed: '
             'pip install -r requirements-dev.txt -c constraints.txt'
         ) from None
-    return stats
