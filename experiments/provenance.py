@@ -164,10 +164,8 @@ def note(workdir: pathlib.Path, now: str) -> None:
     """Keeps the training code of a run's first start beside its directory; UserError at another."""
     file = workdir.with_name(f'{workdir.name}.code')
     there = now
-    if file.exists():
-        there = file.read_text().strip()
-    elif workdir.exists():
-        there = 'not noted'
+    if workdir.exists():  # a start that failed before leaves only the note
+        there = file.read_text().strip() if file.exists() else 'not noted'
     if there != now:
         raise UserError(
             f'{workdir}: was begun by other training code ({there}, now {now}); check that out, or '

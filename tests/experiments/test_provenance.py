@@ -167,7 +167,9 @@ def test_rows_of_other_code_or_pictures_are_refused(tmp_path, monkeypatch):
 def test_a_run_goes_on_with_the_code_that_began_it(tmp_path, monkeypatch):
     trial = make(tmp_path, start=leave)
     workdir = trial.workdir('a', 0)
-    provenance.note(workdir, 'old')
+    provenance.note(workdir, 'older')
+    provenance.note(workdir, 'old')  # the start before made no run directory
+    workdir.mkdir()
     provenance.note(workdir, 'old')
     with pytest.raises(UserError, match=r'a-0: was begun by other training code \(old, now '):
         trial.run('a', 0, 'configs/original.py')
