@@ -75,6 +75,8 @@ def normal(node: Any) -> Any:
     fields = dict(ast.iter_fields(node))
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         fields['body'] = node.body[ast.get_docstring(node, clean=False) is not None :]
+    if isinstance(node, ast.JoinedStr):  # Python 3.12.1 adds empty strings
+        fields['values'] = [part for part in node.values if getattr(part, 'value', None) != '']
     kept = [[name, normal(value)] for name, value in fields.items() if value not in (None, [])]
     return [type(node).__name__, *kept]
 

@@ -63,6 +63,15 @@ def test_constants_and_names_count():
     )
 
 
+def test_empty_parts_of_formatted_strings_do_not_count():
+    plain, added = (provenance.ast.parse("f'{x:{y}}'") for _ in range(2))
+    specification = added.body[0].value.values[0].format_spec
+    specification.values.append(provenance.ast.Constant(''))  # as Python 3.12.1 reads it
+    assert provenance.normal(added) == provenance.normal(plain)
+    other = provenance.ast.parse("f'{x:{y}} '")
+    assert provenance.normal(other) != provenance.normal(plain)
+
+
 def row(name='a', config=None, command=(), code='c', data='0'):
     deciding = {'config.optim.rate': 0.01, 'config.optim.decay': 0.1, **(config or {})}
     return {
