@@ -3,8 +3,9 @@
     python -m experiments.ablations --scale=small -- --config.data.source=FOLDER
 
 Runs of one seed see the same pictures in the same order, with the same crops and noise. Of every row:
-its error with ten crops at the end minus that of the reference with the same seed, in points, mean ±
-standard error over the seeds; positive is worse than the reference.
+its error at the end minus that of the reference with the same seed, in points, mean and 95 % interval over
+the seeds; positive is worse than the reference. The verdicts are about top-1 errors with ten crops: one
+family of tests, one a row. With the centre crop there is the interval over pictures, too.
 
 Beside it the paper's difference and that of the log of 2012, where there are any (`original.md` §0,
 §7); 'worse' where the paper gives no number. Of weight decay the paper says only that it lowers the
@@ -20,6 +21,7 @@ import numpy as np
 
 from alexnet_jax.training import evaluation, metrics
 from experiments import lab as labs
+from experiments import statistics
 
 TITLE = 'Ablations of the ImageNet network (§3, §4, §7)'
 REFERENCE, ONE_CROP = 'reference', 'one crop'
@@ -119,33 +121,28 @@ def differences(results, name: str, error: str, view: str = 'ten') -> list[float
     return [own[seed] - reference[seed] for seed in sorted(own) if seed in reference]
 
 
-def verdict(values) -> str:
-    """What differences show: 'worse', 'better', or 'not resolved'."""
-    if not labs.resolved(values):
-        return 'not resolved'
-    return 'worse' if np.mean(values) > 0 else 'better'
+def tested(results) -> dict[str, tuple[statistics.Difference, float]]:
+    """Of each row with several pairs its top-1 difference, ten crops, and its p value, corrected."""
+    values = {name: differences(results, name, ERRORS[0]) for name in ROWS if name != REFERENCE}
+    found = {name: statistics.paired(v) for name, v in values.items() if len(v) > 1}
+    corrected = statistics.holm({name: d.p for name, d in found.items()})
+    return {name: (d, corrected[name]) for name, d in found.items()}
 
 
-def agrees(values, row: Row) -> str:
+def agrees(verdict: str, row: Row) -> str:
     """Whether the sign is the paper's, or where it has none the log's, of the top-1 error."""
     theirs = row.paper or row.log
-    found = verdict(values)
     if not theirs:
         return '–'
-    if found == 'not resolved':
+    if not verdict:
         return '?'
     worse = theirs[0] is None or theirs[0] > 0
-    return 'yes' if (found == 'worse') == worse else 'no'
+    return 'yes' if (verdict == 'worse') == worse else 'no'
 
 
 def measured(values) -> str:
-    """Mean ± standard error, the verdict, and how often chance alone goes as far."""
-    if len(values) < 2:
-        return f'{np.mean(values):+.2f}, {verdict(values)}' if values else 'not measured'
-    p = f'{labs.p_value(values):.2g}'
-    return (
-        f'{np.mean(values):+.2f} ± {labs.standard_error(values):.2f}, {verdict(values)} (p = {p})'
-    )
+    """Mean and 95 % interval."""
+    return statistics.interval(statistics.paired(values)) if values else 'not measured'
 
 
 def theirs(values: tuple, digits: int) -> str:
@@ -160,13 +157,15 @@ def report(results) -> str:
         return 'The reference has not been run, or always diverged.'
     lines = [
         f'Reference (`original`), ten crops, {labs.count(len(reference[0]), "seed")}: top-1 error '
-        f'{labs.mean_std(reference[0])} %, top-5 error {labs.mean_std(reference[1])} % (± standard '
-        'deviation). The others, in points more than it (positive: worse), mean ± standard error of the '
-        'pairs:',
+        f'{statistics.mean_std(reference[0])} %, top-5 error {statistics.mean_std(reference[1])} % (± '
+        'standard deviation). The others, in points more than it (positive: worse), mean and 95 % interval '
+        'of the pairs:',
         '',
-        '| row | pairs | top-1 | top-5 | the paper | log of 2012 | same sign | top-1, centre crop |',
-        '|---|---|---|---|---|---|---|---|',
+        '| row | pairs | top-1, ten crops | p | verdict | the paper | log of 2012 | same sign '
+        '| top-5, ten crops | top-1, centre crop | the same over pictures |',
+        '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
+    tests = tested(results)
     for name, row in ROWS.items():
         if name == REFERENCE:
             continue
@@ -178,22 +177,24 @@ def report(results) -> str:
             ('at chance at the end', sum(map(labs.at_chance, runs))),
         ):
             pairs += [f'{many} {word}'] if many else []
-        sign = agrees(first, row) if first else ''
-        centre = (
-            '' if name == ONE_CROP else measured(differences(results, name, ERRORS[0], 'centre'))
-        )
+        p = verdict = ''
+        if name in tests:
+            difference, corrected = tests[name]
+            p, verdict = f'{corrected:.2g}', statistics.verdict(difference.mean, corrected)
+        sign = agrees(verdict, row) if first else ''
+        centre = pictures = ''
+        if name != ONE_CROP:
+            centre = measured(differences(results, name, ERRORS[0], 'centre'))
+            pictures = statistics.over_pictures(runs, labs.named(results, REFERENCE))
         lines.append(
-            f'| {name} | {", ".join(pairs)} | {measured(first)} | {measured(fifth)} '
-            f'| {row.words or theirs(row.paper, 1)} | {theirs(row.log, 2)} | {sign} | {centre} |'
+            f'| {name} | {", ".join(pairs)} | {measured(first)} | {p} | {verdict} '
+            f'| {row.words or theirs(row.paper, 1)} | {theirs(row.log, 2)} | {sign} '
+            f'| {measured(fifth)} | {centre} | {pictures} |'
         )
-    tested = sum(
-        len(differences(results, name, ERRORS[0])) > 1 for name in ROWS if name != REFERENCE
-    )
-    p = (
-        "p: how often chance alone would go as far as here (Student's t test over the seeds)"
-        + f'; of {labs.count(tested, "row")} it takes {0.05 * tested:.1f} below 0.05' * bool(tested)
-    )
-    return '\n'.join([*lines, '', f'{labs.WEAK} {p}. {same_pictures(results)}', '', THEIRS])
+    if tests:
+        of = 'top-1 error with ten crops of every row with several pairs'
+        lines += ['', statistics.family(len(tests), of)]
+    return '\n'.join([*lines, '', same_pictures(results), '', THEIRS])
 
 
 def same_pictures(results) -> str:
@@ -203,7 +204,9 @@ def same_pictures(results) -> str:
     alone = 100 * (error * (1 - error) / pictures) ** 0.5
     return (
         f'All seeds are judged by the same {pictures:,} pictures: what other pictures would have said is '
-        f'in no ± (of one network by itself: ± {alone:.1f} points).'
+        'in no interval over seeds. The last column has it, by a paired bootstrap over the pictures (95 %); '
+        '"—" where a run did not keep which pictures were right. Of one network by itself the standard '
+        f'error over pictures is {alone:.1f} points.'
     )
 
 
@@ -216,16 +219,17 @@ def plot(results, file):
         for y, name in enumerate(shown):
             values = differences(results, name, error)
             several = len(values) > 1
+            found = statistics.paired(values)
             axes.errorbar(
-                np.mean(values),
+                found.mean,
                 y,
-                xerr=2 * labs.standard_error(values) if several else None,
+                xerr=found.high - found.mean if several else None,
                 fmt='o',
                 mfc='#000000' if several else 'none',
                 color='#000000',
                 capsize=3,
                 ms=4,
-                label='measured, ± 2 standard errors' if several else 'measured, one pair',
+                label='measured, 95 % interval over seeds' if several else 'measured, one pair',
             )
         for source, marker, colour in (('paper', 'D', '#d55e00'), ('log', '+', '#0072b2')):
             there = {y: getattr(ROWS[name], source)[i:] for y, name in enumerate(shown)}

@@ -14,12 +14,12 @@ centre, and their mirror images).
 """
 
 import math
-import statistics
 
 from alexnet_jax.common import configfile
 from alexnet_jax.rundir import directory
 from alexnet_jax.training import evaluation, metrics
 from experiments import lab as labs
+from experiments import statistics
 
 TITLE = 'Local response normalization on CIFAR-10 (§3.3)'
 CLAIMED = {'80sec': 26, '19pct': 19, '18pct': 18, '13pct': 13, '11pct': 11, '11pct_plain': None}
@@ -111,13 +111,21 @@ def gains(results, view: str) -> list[float]:
     ]
 
 
-def verdict(differences: list[float]) -> str:
-    """Mean ± standard error, and what that means."""
-    mean, n = statistics.mean(differences), len(differences)
-    if n < 2:
-        return f'{mean:+.2f} points (one seed: not resolved)'
-    resolved = '' if labs.resolved(differences) else ': not resolved'
-    return f'{mean:+.2f} ± {labs.standard_error(differences):.2f} points ({n} seeds{resolved})'
+def verdicts(differences: dict[str, list[float]]) -> dict[str, str]:
+    """What the gains by view show, those of several seeds as one family of tests."""
+    found = {view: statistics.paired(values) for view, values in differences.items() if values}
+    corrected = statistics.holm(
+        {view: d.p for view, d in found.items() if len(differences[view]) > 1}
+    )
+    words = {}
+    for view, d in found.items():
+        words[view] = (
+            f'{statistics.interval(d)} points, {labs.count(len(differences[view]), "seed")}'
+        )
+        if view in corrected:
+            word = statistics.verdict(d.mean, corrected[view], ('better with norms', 'worse'))
+            words[view] += f', p = {corrected[view]:.2g}' + f': {word}' * bool(word)
+    return words
 
 
 def report(results) -> str:
@@ -134,7 +142,9 @@ def report(results) -> str:
             lines.append(f'| {net} | | {known} | {what} | | {len(there)} |')
             continue
         centre, ten = (
-            labs.mean_std([r['extra'][view] for r in sound], 2) if view in sound[0]['extra'] else ''
+            statistics.mean_std([r['extra'][view] for r in sound], 2)
+            if view in sound[0]['extra']
+            else ''
             for view in VIEWS
         )
         epochs = f'{made(sound[0]):.3g} of {whole(net):.0f}'
@@ -149,14 +159,16 @@ def report(results) -> str:
         'much earlier. Errors: mean ± standard deviation over seeds.',
         '',
     ]
-    for view, words in VIEWS.items():
-        differences = gains(results, view)
-        if differences:
-            lines.append(
-                f'- What norms alone bring the 11 % network, test error without minus with, '
-                f'{words}: {verdict(differences)}.'
-            )
-    if not gains(results, 'ten'):
+    differences = {view: gains(results, view) for view in VIEWS}
+    for view, words in verdicts(differences).items():
+        lines.append(
+            f'- What norms alone bring the 11 % network, test error without minus with, '
+            f'{VIEWS[view]}: {words}.'
+        )
+    if differences['ten']:
+        over = statistics.over_pictures(*(labs.named(results, net) for net in PAIR))
+        lines.append(f'- The same over pictures (bootstrap, centre crop, 95 %): {over}.')
+    else:
         lines.append('- What norms alone bring: not run.')
     lines.append(
         '- The figure has the errors with the centre crop; its bars are what the networks are known '
@@ -165,7 +177,9 @@ def report(results) -> str:
     lines.append(
         '- The paper: 13 % without, 11 % with; its two networks differ in more than norms.'
     )
-    lines += ['', f'Points: mean ± standard error over seeds. {labs.WEAK}']
+    tests = sum(len(values) > 1 for values in differences.values())
+    if tests:
+        lines += ['', statistics.family(tests, 'what norms bring, by each kind of views')]
     return '\n'.join(lines)
 
 

@@ -30,6 +30,7 @@ from alexnet_jax.nets import network
 from alexnet_jax.rundir import checkpoint
 from alexnet_jax.training import inference, steps
 from experiments import lab as labs
+from experiments import statistics
 
 TITLE = 'Does it train from the initial values of the text? (§5)'
 NOTES = {
@@ -180,7 +181,7 @@ def report(results) -> str:
         lines.append(
             f'| {name} | {std} | {bias} | {alpha} | {", ".join(each)} '
             f'| {", ".join(map(str, made))} | {", ".join(losses)} '
-            f'| {labs.mean_std(errors) if len(errors) == len(sound) else ""} '
+            f'| {statistics.mean_std(errors) if len(errors) == len(sound) else ""} '
             f'| {deviations[0]:.2g}, {deviations[1]:.2g} |'
         )
         sentences.append(

@@ -13,7 +13,6 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 
 from alexnet_jax.command import run
 from alexnet_jax.devices import mesh as meshes
@@ -21,6 +20,7 @@ from alexnet_jax.input.images import decode, square
 from alexnet_jax.input.sources import shapes
 from alexnet_jax.training import evaluation, loop, metrics, steps
 from configs import quickstart
+from experiments import statistics
 
 CROPS = {'centre': 'centre crop', 'ten': 'ten crops'}
 PIXELS = 32  # a side, for the regression
@@ -91,13 +91,17 @@ def regression(train: np.ndarray, labels: np.ndarray, test: np.ndarray, decay: f
         value = -(truth * log_p).sum() / len(x) + decay / 2 * (weights**2).sum()
         return float(value), gradient.astype(np.float64)
 
-    best = scipy.optimize.minimize(
-        loss,
-        np.zeros(shape[0] * shape[1] + shape[1]),
-        jac=True,
-        method='L-BFGS-B',
-        options={'maxiter': 100},
-    ).x
+    best = (
+        statistics.scipy('optimize')
+        .minimize(
+            loss,
+            np.zeros(shape[0] * shape[1] + shape[1]),
+            jac=True,
+            method='L-BFGS-B',
+            options={'maxiter': 100},
+        )
+        .x
+    )
     return (y @ best[: -shape[1]].reshape(shape) + best[-shape[1] :]).argmax(1)
 
 
@@ -181,21 +185,16 @@ def main() -> None:
     if not args.seeds:
         return
     for view, results in networks(args.seeds, args.workdir).items():
-        print(f'\nThe networks, {CROPS[view]}; "worse by" is paired by seed, ± its standard error.')
-        print(f'{"network":<28}{"error % by seed":<44}{"mean ± std":>14}{"worse by":>14}')
+        print(f'\nThe networks, {CROPS[view]}; "worse by": paired by seed, with its 95 % interval.')
+        print(f'{"network":<28}{"error % by seed":<44}{"mean ± std":>14}{"worse by":>26}')
         for name, errors_ in results.items():
             worse = np.array(errors_) - np.array(results['the quickstart'])
             each = ' '.join(f'{e:.1f}' for e in errors_)
             low = name != 'the quickstart' and worse.mean() <= NETWORKS[name][1]
             print(
-                f'{name:<28}{each:<44}{plus_minus(errors_):>14}'
-                f'{plus_minus(worse, len(worse) ** 0.5):>14}{"  TOO LOW" if low else ""}'
+                f'{name:<28}{each:<44}{statistics.mean_std(errors_):>14}'
+                f'{statistics.interval(statistics.paired(worse), 1):>26}{"  TOO LOW" if low else ""}'
             )
-
-
-def plus_minus(values, divisor: float = 1) -> str:
-    """Mean and standard deviation over `divisor`."""
-    return f'{np.mean(values):.1f} ± {np.std(values, ddof=min(1, len(values) - 1)) / divisor:.1f}'
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ import math
 import numpy as np
 
 from experiments import lab as labs
+from experiments import statistics
 
 TITLE = 'Figure 1: ReLU against tanh on CIFAR-10 (§3.1)'
 TARGET = 25.0  # % training error
@@ -121,7 +122,7 @@ def report(results) -> str:
         '| network | rate | error over | epochs to 25 %, by seed | mean ± std | at the end, an epoch, % |',
         '|---|---|---|---|---|---|',
     ]
-    means = {over: {} for over in OVER}
+    found = {over: {} for over in OVER}  # epochs by network and seed
     for net in NETS:
         runs = labs.named(results, net)
         if not runs:
@@ -135,25 +136,32 @@ def report(results) -> str:
             each = ', '.join('not reached' if e is None else f'{e:.1f}' for e in epochs)
             text = ''
             if None not in epochs:
-                means[over][net] = np.mean(epochs), labs.standard_error(epochs)
-                text = labs.mean_std(epochs)
+                by_seed = zip((r['seed'] for r in runs), epochs, strict=True)
+                found[over][net] = dict(by_seed)
+                text = statistics.mean_std(epochs)
             lines.append(f'| {net} | {rate:g}{edge} | {over} | {each} | {text} | {ends} |')
     lines += ['']
-    for over, of_nets in means.items():
-        if len(of_nets) == 2:
-            ratio = of_nets['tanh'][0] / of_nets['ReLU'][0]
-            parts = [error / mean for mean, error in of_nets.values()]
-            spread = ratio * math.hypot(*parts)
-            several = math.isfinite(spread)
-            words = f'{ratio:.1f}' + f' ± {spread:.1f}' * several
-            over_seeds = '± standard error over seeds' if several else 'one seed'
+    for over, of_nets in found.items():
+        seeds = sorted({*of_nets.get('tanh', ())} & {*of_nets.get('ReLU', ())})
+        if seeds:
+            ratio, *bounds = statistics.ratio(
+                *([of_nets[net][seed] for seed in seeds] for net in ('tanh', 'ReLU'))
+            )
+            several = len(seeds) > 1
+            among = (
+                f'95 % interval {statistics.between(*bounds, 1, "-")}, {len(seeds)} seeds'
+                if several
+                else 'one seed'
+            )
             lines.append(
-                f'- By the error over {over} tanh needs {words} times the epochs of ReLU '
-                f'({over_seeds}; the paper: about 6).'
+                f'- By the error over {over} tanh needs {ratio:.1f} times the epochs of ReLU '
+                f'({among}; the paper: about 6).'
             )
         else:
             lines.append(f'- By the error over {over}: not measured.')
     lines += [
+        '',
+        "Ratios: geometric mean over the seeds that both have, Student's t of the logarithms.",
         '',
         'The sweep, training error in % over its last epoch: '
         + '; '.join(

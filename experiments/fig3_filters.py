@@ -30,6 +30,7 @@ from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.nets import network
 from alexnet_jax.training import inference, progress
 from experiments import lab as labs
+from experiments import statistics
 
 TITLE = 'Figure 3: what the two towers specialise in (§6.1)'
 TAKES_RUNS = True
@@ -119,13 +120,6 @@ def unpacked(text: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert('RGB'))
 
 
-def difference(towers: list[list[float]]) -> tuple[float, float]:
-    """The mean of the second tower minus that of the first, and its standard error over kernels."""
-    first, second = map(np.asarray, towers)
-    error = (first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second)) ** 0.5
-    return float(second.mean() - first.mean()), float(error)
-
-
 def called(result) -> str:
     return f'{result["name"]}, seed {result["seed"]}'
 
@@ -135,8 +129,14 @@ def report(results) -> str:
         '| run | tower | kernels | colour, mean | weighted by energy | orientation, mean |',
         '|---|---|---|---|---|---|',
     ]
+    compared = {
+        key: statistics.welch(*result['extra']['end']['colour'])
+        for key, result in results.items()
+        if result['extra'] and len(result['extra']['end']['colour']) == 2
+    }
+    corrected = statistics.holm({key: d.p for key, d in compared.items()})
     sentences, found = [], []
-    for result in results.values():
+    for key, result in results.items():
         if not result['extra']:
             lines.append(f'| {called(result)} | diverged | | | | |')
             continue
@@ -148,40 +148,41 @@ def report(results) -> str:
                 f'| {called(result)} | {t} | {len(share)} | {np.mean(share):.2f} '
                 f'| {np.average(share, weights=energy):.2f} | {np.mean(direction):.2f} |'
             )
-        if len(end['colour']) != 2:
+        if key not in compared:
             continue
         words = []
         for name in ('colour', 'orientation'):
-            (d, error), before = (
-                difference(result['extra'][when][name]) for when in ('end', 'start')
+            d, before = (
+                statistics.welch(*result['extra'][when][name]) for when in ('end', 'start')
             )
-            resolved = labs.apart_from_0(d, error)
+            p = f', p = {corrected[key]:.2g}' if name == 'colour' else ''
             words.append(
-                f'{name} {d:+.2f} ± {error:.2f}{"" if resolved else " (not resolved)"}, '
-                f'at the start {before[0]:+.2f} ± {before[1]:.2f}'
+                f'{name} {statistics.interval(d)}{p}, at the start {statistics.interval(before)}'
             )
-            if name == 'colour':
-                found.append(int(d > 0) if resolved else None)
+        survives = statistics.verdict(compared[key].mean, corrected[key])
+        found.append(int(compared[key].mean > 0) if survives else None)
         sentences.append(f'- {called(result)}, tower 1 minus tower 0: {"; ".join(words)}.')
     lines += [
         '',
-        '± is the standard error over kernels. At the start all is noise, with a colour of 0.67: '
-        'where the towers differ there, chance alone did it.',
+        'At the start all is noise, with a colour of 0.67: where the towers differ there, chance '
+        'alone did it.',
         '',
     ]
     lines += sentences
     if found:
         each = found.count(0), found.count(1)
         lines.append(
-            f'- One tower is more for colour than the other, by more than two standard errors, in '
-            f'{sum(each)} of {len(found)} runs (tower 0 in {each[0]}, tower 1 in {each[1]}); the paper: '
-            'in every run, largely.'
+            f'- One tower is more for colour than the other in {sum(each)} of {len(found)} runs, by the '
+            f'corrected p (tower 0 in {each[0]}, tower 1 in {each[1]}); the paper: in every run, largely.'
         )
     if drawn(results):
         lines.append(
             '- Figure: of each run the kernels of tower 0, below them those of tower 1. All '
             'kernels of a run share one scale: black is its least weight, white its greatest.'
         )
+    if compared:
+        of = 'the colour of the kernels at the end, tower 1 minus tower 0, of each run'
+        lines += ['', statistics.family(len(compared), of, "Welch's t over kernels")]
     return '\n'.join(lines)
 
 

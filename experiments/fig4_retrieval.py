@@ -25,7 +25,7 @@ from alexnet_jax.common import class_names, paths
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import eval_batches
 from alexnet_jax.training import inference
-from experiments import fig3_filters
+from experiments import fig3_filters, statistics
 from experiments import lab as labs
 
 TITLE = 'Figure 4: labels, and nearest training pictures (§6.1)'
@@ -133,7 +133,7 @@ def report(results) -> str:
         )
     sound = [r for r in results.values() if r['extra']]
     if sound:
-        shares = labs.mean_std([np.mean(r['extra']['same']) for r in sound])
+        shares = statistics.mean_std([np.mean(r['extra']['same']) for r in sound])
         lines += [
             '',
             f'Of the six nearest training pictures {shares} % are of the class of their query '

@@ -21,6 +21,11 @@ command, commit, versions and machine of each; `python -m experiments.report` ga
 the repository: to measure anew, or on other pictures, give a folder of your own, --results=DIR, for
 results, figure and run directories. Several commands may work at one experiment at the same time, each
 at the runs that its --only names.
+
+Nothing is measured with uncommitted code, unless --allow_dirty says so (smoke runs only show that a command
+works, and may). Rows of one table share their training code, config and pictures (`provenance.py`); a run
+that would not is refused. Of every run that an experiment looks at afterwards the row keeps, too, which
+validation pictures were right: top-1, centre crop.
 """
 
 import argparse
@@ -31,7 +36,6 @@ import math
 import multiprocessing
 import pathlib
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -45,11 +49,14 @@ from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import DONE, MISTAKE, STOPPED, Stopped, UserError
 from alexnet_jax.devices import mesh
 from alexnet_jax.rundir import directory, metrics
+from alexnet_jax.training import evaluation
 from alexnet_jax.training.loop import NOT_FINITE
+from experiments import provenance, statistics
 
 SCALES = ('smoke', 'small', 'full')
 HERE = pathlib.Path(__file__).parent
 RESULTS, FIGURES = HERE / 'results', HERE / 'figures'
+EARLIER = 'earlier'  # folder of results, and of figures, of earlier versions of the code
 Rows = list[dict[str, Any]]
 
 
@@ -58,9 +65,12 @@ class Lab:
 
     A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
     'starts', their 'commit', 'versions', 'devices' and 'processor', as many as differ; 'data', its 'source',
-    'counts' and number of 'classes'; 'extra', what `after` gave; 'given', the arguments of the command line.
+    'counts' and number of 'classes'; 'extra', what `after` gave; 'hits', which validation pictures were right
+    (`statistics.unpack`), None without `after`; 'given', the arguments of the command line; 'fingerprint', as
+    `provenance.py` says; 'uncommitted', whether its code was.
 
     given: such arguments; UserError if they set what every run has of its own.
+    allow_dirty: whether uncommitted code may make runs that are no smoke runs.
     start: how a run is made; see `in_new_process`.
     """
 
@@ -75,10 +85,12 @@ class Lab:
         results: pathlib.Path = RESULTS,
         start: Callable | None = None,
         runs_of: str = '',
+        allow_dirty: bool = False,
     ):
         self.scale, self.seeds = scale, seeds
         self._given, self._start = list(given), start or in_new_process
         self._call = apart if self._start is in_new_process else _here
+        self._allow_dirty = allow_dirty or scale == 'smoke'
         for text in self._given:
             if text.lstrip('-').partition('=')[0] in ('config', 'workdir', 'config.seed'):
                 raise UserError(
@@ -111,6 +123,9 @@ class Lab:
         after: Callable[[pathlib.Path], dict[str, Any]] | None = None,
     ) -> dict[str, Any] | None:
         """The result of a run, which is made or continued if it is not there; None if --only leaves it out.
+
+        Raises UserError, before it is made where that can be known, if the code is not committed, or the
+        row does not belong into one table with those that are there.
 
         Args:
           config: as given to --config, FILE[:variant].
@@ -148,8 +163,16 @@ class Lab:
                     f'{key} is to be compared with it: give the same, or a folder for other results, '
                     '--results=DIR'
                 )
+        code = self._same_code(key)
+        uncommitted = provenance.uncommitted()
+        if uncommitted and not self._allow_dirty:
+            raise UserError(
+                f'{key}: the code is not committed, so nobody could measure this again; commit it, or '
+                'give --allow_dirty, and the row will say so'
+            )
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
         workdir = self.workdir(name, seed)
+        provenance.note(workdir, code)
         diverged = self._start(command, workdir, until)
         rows = {kind: _rows(workdir, kind) for kind in ('train', 'eval')}
         if not diverged and not rows['train']:
@@ -161,19 +184,36 @@ class Lab:
             'name': name,
             'seed': seed,
             'diverged': diverged,
-            'extra': self._call(after, workdir) if after and not diverged else None,
             **rows,
             'command': command,
             'given': self._given,
             **_origin(workdir),
+            'uncommitted': uncommitted,
+            'fingerprint': provenance.fingerprint(workdir, code),
         }
+        provenance.check({**self.results, key: result})
+        found = self._call(_look, after, workdir) if after and not diverged else (None, None)
+        result |= {'extra': found[0], 'hits': found[1]}
         self.results = add(self._file, key, result)
         return result
+
+    def _same_code(self, key: str) -> str:
+        """The fingerprint of the training code; UserError if other rows were made by another."""
+        code = provenance.code()
+        for other, result in self.results.items():
+            there = result.get('fingerprint', {}).get('code', 'not noted')
+            if other != key and there != code:
+                raise UserError(
+                    f'{self._file}: {other} was made by other training code ({there}) than {key} would be '
+                    f'({code}); check that out, or give a folder for other results, --results=DIR'
+                )
+        return code
 
     def extend(self, key: str, label: str, find: Callable, *args) -> None:
         """Keeps find(*args), of several runs, as a label of one's 'extra', unless it is there."""
         result = self.results[key]
         if label not in result['extra']:
+            self._same_code('')
             extra = {**result['extra'], label: self._call(find, *args)}
             self.results = add(self._file, key, {**result, 'extra': extra})
 
@@ -268,6 +308,11 @@ def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
     }
 
 
+def _look(after: Callable, workdir: pathlib.Path) -> tuple[dict[str, Any], str]:
+    """What `after` finds in a run, and which validation pictures it gets right."""
+    return after(workdir), statistics.pack(evaluation.hits(workdir))
+
+
 def _here(function: Callable, *args):
     return function(*args)
 
@@ -337,10 +382,11 @@ def write(file: pathlib.Path, results: dict[str, Any]) -> None:
     paths.replace(file, ('{\n' + ',\n'.join(lines) + '\n}\n').encode())
 
 
-def provenance(results: dict[str, Any]) -> str:
+def measured_on(results: dict[str, Any]) -> str:
     """On what some results were measured, one sentence in Markdown."""
     runs = list(results.values())
     starts = [start for run in runs for start in run['starts']]
+    dirty = sum(run.get('uncommitted', False) for run in runs)
 
     def each(values):
         return ', '.join(sorted({*values}))
@@ -350,12 +396,16 @@ def provenance(results: dict[str, Any]) -> str:
         f'{run["data"]["counts"]["val"]:,} validation pictures)'
         for run in runs
     )
+    codes = each(run['fingerprint']['code'] for run in runs if 'fingerprint' in run)
     return (
         f'{count(len(runs), "run")} on {data}; '
         f'devices: {each(" ".join(start["devices"]) for start in starts)}; '
         f'processors: {each(start["processor"] for start in starts)}; '
         f'jax {each(start["versions"]["jax"] for start in starts)}; '
-        f'commit {each(start["commit"] for start in starts)}.'
+        f'commit {each(start["commit"] for start in starts)}'
+        + (f'; {count(dirty, "run")} of uncommitted code' if dirty else '')
+        + (f'; training code {codes}' if codes else '')
+        + '.'
     )
 
 
@@ -380,31 +430,6 @@ def count(number: int, word: str) -> str:
     return f'{number} {word}{"s" * (number != 1)}'
 
 
-def standard_error(values) -> float:
-    """Of the mean, from the sample standard deviation; infinite for a single value."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
-
-
-def resolved(values) -> bool:
-    """Whether the mean is more than two standard errors from 0; never for a single value."""
-    return apart_from_0(statistics.mean(values), standard_error(values))
-
-
-def apart_from_0(value: float, error: float) -> bool:
-    """Whether a value is more than two of its standard errors from 0."""
-    return abs(value) > 2 * error
-
-
-def p_value(values) -> float:
-    """How often chance alone takes the mean so far from 0, either way (Student's t test); 1 for one value."""
-    from scipy import stats  # takes a second; only some tables need it
-
-    error = standard_error(values)
-    if len(values) < 2 or not error:
-        return float(len(values) < 2 or not statistics.mean(values))
-    return 2 * float(stats.t.sf(abs(statistics.mean(values)) / error, len(values) - 1))
-
-
 def chance(result: dict[str, Any]) -> float:
     """The training loss, nats, below which a run has learnt something: 0.95 of that of pure chance."""
     return 0.95 * math.log(result['data']['classes'])
@@ -415,21 +440,12 @@ def at_chance(result: dict[str, Any]) -> bool:
     return not result['diverged'] and result['train'][-1]['loss'] > chance(result)
 
 
-# By chance alone: Student's distribution with 2 degrees of freedom.
-WEAK = (
-    'Not resolved: no more than two standard errors. With three seeds chance alone passes that in 18 % '
-    'of cases.'
-)
-
-
-def mean_std(values, digits: int = 1) -> str:
-    """Mean ± sample standard deviation, with so many decimals."""
-    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.{digits}f}{spread}'
-
-
 def table(module: ModuleType, results: dict[str, Any], scale: str = '') -> str:
-    """An experiment's table, after what is to be known about the scale."""
+    """An experiment's table, after what is to be known about the scale.
+
+    Raises UserError if the rows do not belong into one table.
+    """
+    provenance.check(results)
     note = getattr(module, 'NOTES', {}).get(scale)
     return '\n\n'.join([*([note] if note else []), module.report(results)])
 
@@ -466,6 +482,11 @@ def _main(module: ModuleType) -> None:
         help='where to keep results, figure and run directories, to measure anew',
     )
     parser.add_argument('--report', action='store_true', help='only the table of what is there')
+    parser.add_argument(
+        '--allow_dirty',
+        action='store_true',
+        help='measure with code that is not committed; the rows say so',
+    )
     if getattr(module, 'TAKES_RUNS', False):
         parser.add_argument(
             '--run',
@@ -508,6 +529,7 @@ def _main(module: ModuleType) -> None:
         runs=runs,
         results=results,
         runs_of=getattr(module, 'RUNS_OF', ''),
+        allow_dirty=options.allow_dirty,
     )
     if getattr(options, 'only', []):
         lab.choose(module.run, options.only)
@@ -515,6 +537,8 @@ def _main(module: ModuleType) -> None:
         module.run(lab)
     if not lab.results:
         raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
+    if provenance.earlier(lab.results):
+        print(f'{provenance.EARLIER}.\n')
     show(module, lab.results, figures / f'{name}-{options.scale}.png', options.scale)
 
 

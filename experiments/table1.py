@@ -9,7 +9,7 @@ The folder has train/ and test/ and no val/: errors are of test/ then, as in the
 paper's say nothing.
 """
 
-from experiments import ablations
+from experiments import ablations, statistics
 from experiments import lab as labs
 
 TITLE = 'Table 1: one crop and ten, beside what came before (§6)'
@@ -49,7 +49,7 @@ def report(results) -> str:
         ours = ''
         if runs and name in VIEWS:
             ours = ', '.join(
-                f'{labs.mean_std([run["extra"][VIEWS[name]][error] for run in runs])} %'
+                f'{statistics.mean_std([run["extra"][VIEWS[name]][error] for run in runs])} %'
                 for error in ablations.ERRORS
             )
         lines.append(f'| {name} | {first} %, {fifth} % | {ours} |')

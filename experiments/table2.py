@@ -32,7 +32,7 @@ from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import sources
 from alexnet_jax.input.sources import shapes
 from alexnet_jax.training import evaluation, metrics
-from experiments import ablations
+from experiments import ablations, statistics
 from experiments import lab as labs
 
 TITLE = 'Table 2: ensembles, and networks trained on more classes before (§6)'
@@ -175,7 +175,7 @@ def report(results) -> str:
         values = found.get(name, [])
         ours = (
             ', '.join(
-                f'{labs.mean_std([value[error] for value in values])} %'
+                f'{statistics.mean_std([value[error] for value in values])} %'
                 for error in ablations.ERRORS
             )
             if values

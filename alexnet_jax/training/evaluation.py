@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.devices import distributed
 from alexnet_jax.devices import mesh as meshes
@@ -86,6 +87,38 @@ def compare(
                 ensemble, mesh, opened, split=split, batch=batch, threads=threads
             )
     return results
+
+
+def hits(
+    run_dir: str | os.PathLike,
+    *,
+    views: str = 'centre',
+    split: str = 'val',
+    step: str | int = 'latest',
+    store: str = '',
+    batch: int = 100,
+    threads: int = 0,
+    build: Callable = build,
+) -> np.ndarray:
+    """Whether a run's top-1 prediction is right, for every picture of a split in its order, bool[N].
+
+    Arguments and errors: see `compare`.
+    """
+    trained = describe_run(run_dir, build)
+    mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': batch})
+    trained = restore_run(trained, mesh, step)
+    opened = open_store([trained], store)
+    predict = predictor(trained, mesh, views)
+    right = jax.jit(
+        lambda p, labels: metrics.rank(p, labels) < 1, out_shardings=NamedSharding(mesh, P())
+    )
+    parts = []
+    for local in eval_batches(
+        opened, split, batch=batch, rows=meshes.rows(mesh, batch), threads=threads
+    ):
+        arrays = meshes.global_batch(mesh, batch, local)
+        parts.append(np.asarray(right(predict(arrays['image']), arrays['label'])))
+    return np.concatenate(parts)[: opened.counts[split]]
 
 
 def table(results: dict[tuple[str, str], dict]) -> str:

@@ -16,7 +16,15 @@ from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import open_store
 from alexnet_jax.training import inference
 from alexnet_jax.training.progress import kernel_picture
-from experiments import cifar_lrn, fig3_filters, fig4_retrieval, lab, report
+from experiments import (
+    cifar_lrn,
+    fig3_filters,
+    fig4_retrieval,
+    lab,
+    provenance,
+    report,
+    statistics,
+)
 from experiments.lab import Lab
 from tests.helpers.experiments import in_process, make
 from tests.helpers.run_dirs import without_tensorflow
@@ -95,6 +103,13 @@ def test_cifar_lrn(tmp_path, monkeypatch):
     assert made['extra'].keys() == {'centre', 'ten'}
     # the run's own last evaluation
     assert made['extra']['centre'] == made['eval'][-1]['top1_error']
+    # One bit a picture, by its own computation here: of one program over the whole split
+    right = statistics.unpack(made['hits'], 20)
+    classify = inference.load(trial.workdir('11pct_plain', 0), views='centre')
+    store = inference.open_store([classify.run])
+    scores = classify(figures.squares(store, 'val', np.arange(20)))
+    np.testing.assert_array_equal(right, scores.argmax(1) == store.labels('val'))
+    assert 100 * (1 - right.mean()) == pytest.approx(made['extra']['centre'])
     table = cifar_lrn.report(trial.results)
     assert f'| 11pct_plain | 0.625 of 520 |  | {made["extra"]["centre"]:.2f} | ' in table
     assert '| 13pct | | 13 | not run | | 0 |' in table and 'norms alone bring: not run' in table
@@ -141,8 +156,11 @@ def test_what_norms_bring_is_paired_by_seed():
     )
     assert cifar_lrn.gains(results, 'centre') == [3.0, 1.0, 2.0]  # seed 3 has no partner
     table = cifar_lrn.report(results)
-    assert 'centre crop: +2.00 ± 0.58 points (3 seeds).' in table
-    assert 'ten views: +0.00 ± 1.15 points (3 seeds: not resolved).' in table  # 0, 2 and -2
+    # Three seeds: 4.303 standard errors; two tests: twice 0.074, and 1
+    assert 'centre crop: +2.00 (-0.48 to +4.48) points, 3 seeds, p = 0.15.' in table
+    assert 'ten views: +0.00 (-4.97 to +4.97) points, 3 seeds, p = 1.' in table  # 0, 2 and -2
+    assert 'over pictures (bootstrap, centre crop, 95 %): —.' in table
+    assert 'what norms bring, by each kind of views, 2 tests.' in table
     assert '| 11pct | 52 of 520 | 11 | 25.00 ± 12.91 | 24.00 ± 12.91 | 4 |' in table
     assert '| 11pct_plain | 52 of 520 |  | 22.00 ± 9.54 | 19.00 ± 9.17 | 4, 1 diverged |' in table
     assert '| 18pct | 52 of 140 | 18 | 17.25 |  | 1 |' in table
@@ -170,14 +188,17 @@ def test_the_figure_of_cifar_lrn(figure_of):
 @pytest.mark.parametrize(
     ('differences', 'words'),
     [
-        ([1.1, 2.9], '+2.00 ± 0.90 points (2 seeds)'),
-        ([0.9, 3.1], '+2.00 ± 1.10 points (2 seeds: not resolved)'),
-        ([-1.1, -2.9], '-2.00 ± 0.90 points (2 seeds)'),
-        ([1.5], '+1.50 points (one seed: not resolved)'),
+        ([1.9, 2.0, 2.1], '+2.00 (+1.75 to +2.25) points, 3 seeds, p = 0.0017: better with norms'),
+        ([-1.9, -2.0, -2.1], '-2.00 (-2.25 to -1.75) points, 3 seeds, p = 0.0017: worse'),
+        ([1.8, 2.0, 2.8], '+2.20 (+0.89 to +3.51) points, 3 seeds, p = 0.037: better with norms'),
+        ([1.7, 2.0, 2.9], '+2.20 (+0.65 to +3.75) points, 3 seeds, p = 0.052'),
+        ([1.5], '+1.50 points, 1 seed'),
     ],
 )
-def test_verdict(differences, words):
-    assert cifar_lrn.verdict(differences) == words
+def test_what_norms_bring_as_a_family(differences, words):
+    """With a second test that shows nothing, the first one's p counts twice."""
+    found = cifar_lrn.verdicts({'centre': differences, 'ten': [-1.0, 0.0, 1.0]})
+    assert found['centre'] == words
 
 
 @pytest.fixture(scope='module')
@@ -385,12 +406,12 @@ def test_colour_and_orientation_of_kernels():
 
 def test_the_difference_between_towers():
     def of(*towers, start=0.6):
-        energy = [[1.0, 3.0]] * len(towers)
-        before = [[start, start + 0.1]] * len(towers)
+        towers = [[*tower] * 2 for tower in towers]
+        energy = [[1.0, 3.0] * 2] * len(towers)
+        before = [[start, start + 0.1] * 2] * len(towers)
         end = {'colour': [*towers], 'orientation': before, 'energy': energy}
         return {'start': {'colour': before, 'orientation': before}, 'end': end}
 
-    assert fig3_filters.difference([[0.0, 0.2], [0.8, 0.8]]) == pytest.approx((0.7, 0.1))
     table = fig3_filters.report(
         by_key(
             result('a', 0, **of([0.0, 0.2], [0.8, 0.8])),
@@ -399,16 +420,15 @@ def test_the_difference_between_towers():
             result('one tower', 0, **of([0.5, 0.5])),
             result('a', 3, diverged=True),
             result('a', 4, **of([0.0, 0.2], [0.6, 0.6])),
-            result('a', 5, **of([0.0, 0.0], [0.25, 0.75])),  # by two standard errors, and no more
+            result('a', 5, **of([0.0, 0.0], [0.25, 0.75])),  # p is 0.04, of two that are left
         )
     )
-    assert '| a, seed 0 | 0 | 2 | 0.10 | 0.15 | 0.65 |' in table
-    assert (
-        'a, seed 0, tower 1 minus tower 0: colour +0.70 ± 0.10, at the start +0.00 ± 0.07' in table
-    )
-    assert 'a, seed 2, tower 1 minus tower 0: colour +0.05 ± 0.11 (not resolved)' in table
-    assert 'a, seed 5, tower 1 minus tower 0: colour +0.50 ± 0.25 (not resolved)' in table
-    assert 'by more than two standard errors, in 3 of 5 runs (tower 0 in 1, tower 1 in 2)' in table
+    assert '| a, seed 0 | 0 | 4 | 0.10 | 0.15 | 0.65 |' in table
+    # 0.2 / 12 ** 0.5 is its standard error, with three degrees of freedom
+    assert 'a, seed 0, tower 1 minus tower 0: colour +0.70 (+0.52 to +0.88), p = 0.0048, ' in table
+    assert 'a, seed 5, tower 1 minus tower 0: colour +0.50 (+0.04 to +0.96), p = 0.081, ' in table
+    assert 'than the other in 3 of 5 runs, by the corrected p (tower 0 in 1, tower 1 in 2)' in table
+    assert 'tower 1 minus tower 0, of each run, 5 tests.' in table
     assert '| a, seed 3 | diverged |' in table and 'one tower, seed 0, tower 1' not in table
     assert 'All kernels of a run share one scale' in table
     assert 'Figure' not in fig3_filters.report(by_key(result('a', 3, diverged=True)))
@@ -435,7 +455,7 @@ def page(tmp_path, monkeypatch):
 
 def test_a_report_of_nothing(page, capsys):
     sections = page()
-    assert len(sections) == len(report.EXPERIMENTS) == 8
+    assert len(sections) == len(report.EXPERIMENTS) == 8  # and no part of earlier results
     assert capsys.readouterr().out.startswith('wrote ')
     for section in sections.values():
         assert section.count('**Not run.**') == 2 and 'Measured' not in section
@@ -452,13 +472,7 @@ def test_a_report_of_nothing(page, capsys):
 
 def test_a_report_of_some_results(page, tmp_path):
     """At one scale, trained with two seeds, and with a figure; smoke runs are not shown."""
-    results = by_key(
-        *(
-            result(net, s, centre=e + s, ten=e)
-            for s in (0, 1)
-            for net, e in (('11pct', 11.0), ('11pct_plain', 13.0))
-        )
-    )
+    results = pair()
     lab.write(tmp_path / 'results/cifar_lrn-small.json', results)
     lab.write(tmp_path / 'results/cifar_lrn-smoke.json', results)
     lab.write(tmp_path / 'results/fig3_filters-smoke.json', results)
@@ -478,8 +492,46 @@ def test_a_report_of_some_results(page, tmp_path):
     assert f'{cifar_lrn.NOTES["small"]}\n\n{cifar_lrn.report(results)}' in small
     assert '(figures/cifar_lrn-small.png)' in small
     assert 'Measured: 4 runs on cifar (50,000 training and 10,000 validation pictures)' in small
-    assert 'GPU_0; processors: Z80 (1 core); jax 0.10.2; commit abc1234.' in small
+    assert (
+        'GPU_0; processors: Z80 (1 core); jax 0.10.2; commit abc1234; training code c0de.' in small
+    )
     assert page()[cifar_lrn.TITLE] == section
+
+
+def pair():
+    """Results of two seeds of the 11 % network with norms and without."""
+    fingerprint = {'code': 'c0de', 'config': {}, 'data': '0'}
+    made = by_key(
+        *(
+            result(net, s, centre=e + s, ten=e)
+            for s in (0, 1)
+            for net, e in (('11pct', 11.0), ('11pct_plain', 13.0))
+        )
+    )
+    return {key: {**row, 'fingerprint': fingerprint} for key, row in made.items()}
+
+
+def test_earlier_results_stand_apart(page, tmp_path):
+    """They keep their table at the end, and none among the others; of those rows must belong together."""
+    rows = pair()
+    old = {
+        key: {name: row[name] for name in row if name != 'fingerprint'} for key, row in rows.items()
+    }
+    lab.write(tmp_path / 'results/earlier/cifar_lrn-small.json', old)
+    sections = page()
+    apart = sections.pop(provenance.EARLIER)
+    assert [*sections][-1] == report.load('fig4_retrieval').TITLE
+    assert cifar_lrn.report(old) in apart and 'commit abc1234.' in apart
+    assert '(figures/earlier/cifar_lrn-small.png)' in apart
+    new = sections[cifar_lrn.TITLE]
+    assert '**Not run** by this version of the code' in new and '| 11pct |' not in new
+    lab.write(tmp_path / 'results/cifar_lrn-small.json', old)
+    with pytest.raises(UserError, match='has rows without a fingerprint'):
+        report.main()
+    changed = {**rows['11pct-1'], 'fingerprint': {**rows['11pct-1']['fingerprint'], 'code': 'beef'}}
+    lab.write(tmp_path / 'results/cifar_lrn-small.json', {**rows, '11pct-1': changed})
+    with pytest.raises(UserError, match='one table: their training code differs'):
+        report.main()
 
 
 def test_commands_of_several_arguments():

@@ -6,6 +6,7 @@ import json
 from alexnet_jax.common import configfile
 from alexnet_jax.training import loop
 from experiments import lab
+from tests.helpers.stores import write_store
 
 
 def in_process(command, workdir, until):
@@ -15,8 +16,14 @@ def in_process(command, workdir, until):
 
 
 def leave(command, workdir, until):
-    """What a start must leave, and nothing more."""
+    """What a start must leave, and nothing more. All starts have the same two pictures."""
     workdir.mkdir(parents=True)
+    config, store = configured(command), workdir.parent.parent / 'pictures'
+    config.data.store = str(store)
+    if not store.exists():
+        data = config.data
+        write_store(store, format=data.format, size=data.size, counts={'train': 1, 'val': 1})
+    (workdir / 'config.json').write_text(config.to_json())
     first = {'commit': 'c', 'versions': {'jax': '1'}, 'devices': ['d']}
     (workdir / 'run.json').write_text(json.dumps([first, {**first, 'commit': 'd'}, first]))
     (workdir / 'store.json').write_text(
