@@ -10,8 +10,8 @@ import orbax.checkpoint as ocp
 from alexnet_jax.devices import allocator
 from alexnet_jax.rundir import metrics
 from alexnet_jax.training import progress
-from experiments.chaos import compilation_cache
 from tests.helpers import ROOT
+from tests.helpers.processes import compilation_cache
 from tests.helpers.stores import write_store
 
 EXAMPLES, BATCH = 40, 8  # five steps an epoch, twenty steps in all
