@@ -23,6 +23,11 @@ class Slurm:
         self.latest('-1')
         self.command('squeue', 'echo RUNNING')
         os.mkfifo(folder / 'fifo')
+        self.environment = {
+            'PATH': f'{folder}:/usr/bin:/bin',
+            'PYTHON': f'{folder}/python',
+            'SLURM_JOB_ID': '7',
+        }
 
     def command(self, name: str, script: str) -> None:
         (self.folder / name).write_text(f'#!/bin/bash\n{script}\n')
@@ -59,11 +64,7 @@ exec {self.folder}/{name}$i""",
             capture_output=True,
             text=True,
             timeout=30,
-            env={
-                'PATH': f'{self.folder}:/usr/bin:/bin',
-                'PYTHON': f'{self.folder}/python',
-                'SLURM_JOB_ID': '7',
-            },
+            env=self.environment,
         )
         assert not done.stderr, done.stderr
         lines = self.log.read_text().splitlines()
@@ -108,6 +109,15 @@ def test_the_batch_script_passes_sigterm_on_and_requeues(tmp_path, code):
         75,
         [srun, srun, 'scancel --signal=TERM 7', 'saved', 'scontrol requeue 7'],
     )
+
+
+@pytest.mark.parametrize('gpus', ['', '0,1'])
+def test_tasks_without_gpus_have_the_settings_of_malloc(tmp_path, gpus):
+    slurm = Slurm(tmp_path)
+    slurm.srun(f'echo "settings: $GLIBC_TUNABLES" >> {slurm.log}')
+    slurm.environment['SLURM_JOB_GPUS'] = gpus
+    _, (_, line) = slurm.run()
+    assert line.startswith('settings: glibc.malloc') == (not gpus)
 
 
 def test_a_cancelled_job_does_not_come_back(tmp_path):
