@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 
 from alexnet_jax.common.errors import INTERRUPTED, UNREAD, Stopped, UserError, end
-from alexnet_jax.devices import allocator
 
 # Flags of a run with several processes, with their defaults: the arguments of `distributed.start`.
 DISTRIBUTED = {
@@ -48,14 +47,13 @@ def add_devices(parser: argparse.ArgumentParser, *, distributed: bool = False) -
 
 
 def start(cpu_devices: int = 0, *, deterministic: bool = False, **processes) -> None:
-    """Sets up the allocator and JAX, and joins the other processes of the run.
+    """Sets JAX up, and joins the other processes of the run.
 
     To be called before JAX is used. processes: values of `DISTRIBUTED`'s flags; without them the
     command is a single process. Raises UserError for values that cannot be.
     """
     if cpu_devices < 0:
         raise UserError(f'--cpu_devices={cpu_devices}: must not be below 0')
-    allocator.keep_memory()
     # Imported late: JAX takes a second, and errors in the arguments should appear at once.
     from alexnet_jax.devices import distributed, mesh
 

@@ -8,7 +8,7 @@ import jax
 import jaxlib
 
 from alexnet_jax.devices import mesh
-from experiments.chaos import compilation_cache
+from tests.helpers.processes import compilation_cache
 
 # Tests mostly wait for the compiler, and the programs they start inherit this. Without the emitters
 # of fusions it needs two thirds of the time; an XLA that does not know a flag aborts.

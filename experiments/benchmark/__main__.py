@@ -9,7 +9,9 @@ Everything that is compared stays ready in a process of its own and takes its tu
 order, `--repeats` times: the ratios are taken within a round, so that a machine whose speed drifts
 does not decide them. Printed are medians, with the least and the largest; FLOP/s and bytes/s as
 shares of what large matrix products and copies reach in the same rounds. Bytes are the compiler's
-estimate. The results go to `--out`, a folder without earlier ones: benchmark.json and benchmark.png.
+estimate. On Linux CPUs every process has the settings of malloc that README.md recommends, except
+the plain form and the forms of PyTorch without "our malloc" in their name. The results go to `--out`,
+a folder without earlier ones: benchmark.json and benchmark.png.
 """
 
 import argparse
@@ -29,12 +31,17 @@ from importlib.metadata import version
 from alexnet_jax.command import ArgumentParser, run
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.devices import allocator, cpu
+from alexnet_jax.devices import cpu
 from alexnet_jax.input.store import open_store
 from alexnet_jax.rundir import directory
 from experiments.benchmark import report
 from experiments.benchmark.protocol import Worker, WorkerError, drained
 
+# What README.md recommends on CPUs: malloc keeps its memory.
+MALLOC = (
+    'glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1'
+    ':glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1'
+)
 OURS, PEER = 'experiments.benchmark.ours', 'experiments.benchmark.peer'
 FORMS = {
     'mode': ('eager', 'compile'),
@@ -47,7 +54,7 @@ NEEDS = {
     'layers': {'train'},
     'dispatch': {'train', 'both'},
     **dict.fromkeys(('plain', 'two_devices', 'deterministic', 'peer'), {'train', 'infer'}),
-    **dict.fromkeys(('store', 'reader', 'cold'), {'input', 'both'}),
+    **dict.fromkeys(('store', 'cold'), {'input', 'both'}),
 }
 DETERMINISTIC = 'alexnet_jax, deterministic'
 # How far a peer's logits and gradients may lie from ours in full float32, relative L2: ReLUs that switch
@@ -70,7 +77,7 @@ def main() -> None:
         'form': 'ours',
         'cpu': backend == 'cpu',
         'threads': cpu.cores(),
-        'allocator': True,
+        'allocator': backend == 'cpu' and sys.platform == 'linux',
         'deterministic': False,
         'dispatch': 1,
         'patience': args.patience,
@@ -82,6 +89,9 @@ def main() -> None:
         'tasks': {},
     }
     print(f'{args.config}, batch {args.batch}, {args.dtype}, {record["machine"]}', flush=True)
+    if spec['allocator']:
+        forms = 'the plain form and PyTorch without "our malloc"'
+        print(f'GLIBC_TUNABLES={MALLOC}, except for {forms}', flush=True)
     title = f'{args.config}, batch {args.batch}, {args.dtype}: {record["machine"]["device"]}'
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         reference = {}
@@ -151,7 +161,6 @@ def _arguments():
     parser.add_argument(
         '--store', default='', help='folders that prepare wrote, for input and both'
     )
-    parser.add_argument('--reader', default='auto', choices=('auto', 'tf', 'threads'))
     parser.add_argument(
         '--cold',
         action='store_true',
@@ -252,7 +261,7 @@ def _facts(spec: dict) -> dict:
 
 
 def _start(name: str, module: str, python: str, spec: dict) -> Worker:
-    environment = dict(allocator.settings()) if spec['allocator'] else {'GLIBC_TUNABLES': ''}
+    environment = {'GLIBC_TUNABLES': MALLOC if spec['allocator'] else ''}
     if module == PEER:  # compiling is timed: nothing that another worker compiled
         folder = tempfile.mkdtemp(prefix='inductor-', dir=os.path.dirname(spec['file']))
         environment['TORCHINDUCTOR_CACHE_DIR'] = folder
@@ -279,7 +288,7 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
     if spec['task'] in ('input', 'both'):
         chosen = {}
         for store in args.store:
-            one = {**spec, 'store': store, 'reader': args.reader, 'cold': args.cold}
+            one = {**spec, 'store': store, 'cold': args.cold}
             chosen[store] = (OURS, ours, one)
             if args.dispatch > 1 and spec['task'] == 'both':
                 name = f'{store}, {args.dispatch} steps at once'
@@ -366,7 +375,7 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
         'stock': True,
     }
     chosen = {'torch eager, stock': {**spec, **stock}}
-    kept = bool(allocator.settings())
+    kept = spec['allocator']
     try:
         for mode in modes:
             tried = [try_out(mode, *form, kept) for form in itertools.product(layouts, norms)]

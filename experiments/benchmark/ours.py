@@ -177,7 +177,6 @@ class Pipeline:
             chunk=augment.chunk,
             random=augment.random,
             threads=0,
-            reader=self._spec['reader'],
         )
 
     def drain(self):

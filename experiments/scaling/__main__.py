@@ -5,9 +5,9 @@
 
 Compiles the training step for meshes of virtual CPU devices from shapes alone, without running it,
 and prints for each mesh the collectives in the compiled program, their bytes beside the formula
-(`formula.py`), and FLOPs and memory of one device. The same for the hybrid of "One weird trick".
-Then what the formula of `accelerators.py` predicts, as tables and as a picture. Exit code 1 if a
-program moves anything else than the formula says.
+(`formula.py`), and FLOPs and memory of one device. Then what the formula of `accelerators.py`
+predicts, as tables and as a picture. Exit code 1 if a program moves anything else than the formula
+says.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     wanted = list(dict.fromkeys(s for count in counts for s in report.schemes(count, net).values()))
     print(f'{args.config}, {config.model.dtype}, {args.images} images a device', flush=True)
     began = time.perf_counter()
-    different = [scheme for scheme in wanted if not _count(scheme, config, args, net)]
+    different = [mesh for mesh in wanted if not _count(mesh, config, args, net)]
     print(f'\n{len(wanted)} programs in {time.perf_counter() - began:.0f} s', flush=True)
 
     predicted = {}
@@ -63,17 +63,14 @@ def main() -> None:
         sys.exit(1)
 
 
-def _count(scheme, config, args, net) -> bool:
-    """Compiles and prints one program; whether it moves what the formula says."""
-    program, mesh = scheme
+def _count(mesh, config, args, net) -> bool:
+    """Compiles and prints the step on one mesh; whether it moves what the formula says."""
     crop = config.augment.crop
     began = time.perf_counter()
-    lower = {'train': programs.train_step, 'hybrid': programs.hybrid}[program]
-    lowered = lower(config, args.classes, mesh, args.images)
+    lowered = programs.train_step(config, args.classes, mesh, args.images)
     compiled = lowered.compile(compiler_options=OPTIONS)
     took = time.perf_counter() - began
-    options = {'lars': config.optim.name == 'lars'} if program == 'train' else {}
-    wanted = report.FORMULAS[program](net, crop, args.images, mesh, **options)
+    wanted = formula.train_step(net, crop, args.images, mesh, lars=config.optim.name == 'lars')
     written = programs.written(lowered, mesh)
     text = compiled.as_text()
     made = programs.found(text, mesh)
@@ -85,7 +82,7 @@ def _count(scheme, config, args, net) -> bool:
     listed = ', '.join(f'{count} {kind}' for kind, count in sorted(instructions.items()))
     memory = compiled.memory_analysis()
     print(
-        f'\n{program} on {mesh[0]}x{mesh[1]}: compiled in {took:.1f} s; a device has '
+        f'\n{mesh[0]}x{mesh[1]}: compiled in {took:.1f} s; a device has '
         f'{compiled.cost_analysis()["flops"] / 1e9:.1f} GFLOP '
         f'(formula: {formula.flops(net, crop) * args.images / 1e9:.1f}), '
         f'{memory.argument_size_in_bytes / 2**20:,.0f} MiB of arguments, '

@@ -123,36 +123,6 @@ def gradients(axis: str, dtype: str, plan: list[Layer], shards: int = 1) -> list
     ]
 
 
-def hybrid_step(net: alexnet.AlexNet, crop: int, images: int, mesh: tuple[int, int]) -> list[Move]:
-    """What `hybrid.make_gradients` must move: 'One weird trick' (Krizhevsky, 2014) on such a mesh.
-
-    The convolutions are data-parallel over all devices. The outputs of fc6 and fc7, and fc8's
-    inputs, are divided over `model`, whose devices gather the pool5 and fc6 activations of all
-    their images, and each get the logits of their own. Over `data` that repeats.
-    """
-    data, shards = mesh
-    dtype, rows = _dtype(net), images * shards
-    plan = layers(net, crop)
-    convs = [layer for layer in plan if layer.name.startswith('conv')]
-    fc6, fc7, fc8 = plan[-3:]
-    towers = net.towers
-    moves = []
-    if data * shards > 1:
-        every = 'data' if shards == 1 else 'model' if data == 1 else 'both'
-        moves += gradients(every, dtype, convs)
-        moves.append(Move('all-reduce', every, 'f32', net.classes, 'gradient'))
-    if data > 1:
-        moves += gradients('data', dtype, [fc6, fc7], shards)
-        moves.append(Move('all-reduce', 'data', dtype, fc8.kernel // shards, 'gradient'))
-    if shards > 1:
-        for units in (fc6.kernel // fc6.bias * (1 if 'fc6' in net.exchange else towers), fc6.bias):
-            moves.append(Move('all-gather', 'model', dtype, rows * units, 'exchange'))
-            moves.append(Move('reduce-scatter', 'model', dtype, rows * units, 'exchange'))
-        moves.append(Move('reduce-scatter', 'model', 'f32', rows * net.classes, 'exchange'))
-        moves.append(Move('all-gather', 'model', 'f32', rows * net.classes, 'exchange'))
-    return moves
-
-
 def sent(move: Move, devices: int) -> float:
     """Bytes that each of so many devices sends in a ring for a move."""
     share = (devices - 1) / devices

@@ -10,13 +10,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.nets import alexnet, network
+from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import optim, steps
 from alexnet_jax.training.setup import make_optimizer
 from experiments.scaling import hlo
 from experiments.scaling.formula import Move
-from experiments.scaling.hybrid import make_gradients
 
 Total = dict[tuple[str, str, str], list[int]]  # (kind, axis, dtype) -> [arrays, bytes]
 
@@ -26,7 +25,7 @@ def _array(shape, dtype, mesh, spec):
 
 
 def make_mesh(shape: tuple[int, int]) -> jax.sharding.Mesh:
-    """A mesh of the first devices, as training makes it; any number may lie along `model`."""
+    """A mesh of the first devices, as training makes it."""
     return meshes.make(shape, towers=shape[1], batches={})
 
 
@@ -57,23 +56,6 @@ def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax
     rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)(0, {})
     rates = {name: _array((), jnp.float32, mesh, P()) for name in rates if name != 'stop'}
     return step.lower(steps.abstract_state(net, optimizer, mesh, crop), batch, rates)
-
-
-def hybrid(config, classes: int, shape: tuple[int, int], images: int) -> jax.stages.Lowered:
-    """The gradients of `hybrid.make_gradients`, with so many images for each device."""
-    mesh, net, crop = make_mesh(shape), make_net(config, classes), config.augment.crop
-    gradients, specs, rows = make_gradients(net, mesh, crop=crop)
-    params = jax.tree.map(
-        lambda x, spec: _array(x.shape, x.dtype, mesh, spec),
-        network.shapes(net, crop)['params'],
-        specs,
-    )
-    count = images * mesh.size
-    return gradients.lower(
-        params,
-        _array((count, crop, crop, 3), jnp.float32, mesh, rows),
-        _array((count,), jnp.int32, mesh, rows),
-    )
 
 
 def written(lowered: jax.stages.Lowered, shape: tuple[int, int]) -> list[Move]:

@@ -5,7 +5,7 @@ import pathlib
 from typing import NamedTuple
 
 from alexnet_jax.nets import alexnet
-from experiments.scaling import formula, hybrid, programs
+from experiments.scaling import formula, programs
 from experiments.scaling.accelerators import ACCELERATORS, Accelerator, efficiency
 from experiments.scaling.formula import Move
 
@@ -13,10 +13,7 @@ from experiments.scaling.formula import Move
 STYLES = {
     'data parallel': ('#000000', '-', 'o'),
     "the paper's split": ('#d55e00', '--', 's'),
-    'hybrid, groups of 8': ('#0072b2', '-.', '^'),
-    'hybrid, one group': ('#56b4e9', ':', 'v'),
 }
-FORMULAS = {'train': formula.train_step, 'hybrid': formula.hybrid_step}
 
 
 class Point(NamedTuple):
@@ -28,16 +25,11 @@ class Point(NamedTuple):
     full: float  # if all sums of gradients do
 
 
-def schemes(devices: int, net: alexnet.AlexNet) -> dict[str, tuple[str, tuple[int, int]]]:
-    """What is compared on so many devices: {name: (program, (data, model))}."""
-    towers, group = net.towers, min(devices, 8)
-    out = {'data parallel': ('train', (devices, 1))}
-    if devices > 1 and towers > 1 and devices % towers == 0:
-        out["the paper's split"] = ('train', (devices // towers, towers))
-    if devices > 1 and hybrid.possible(net, group):
-        out['hybrid, groups of 8'] = ('hybrid', (devices // group, group))
-    if devices > 1 and hybrid.possible(net, devices):
-        out['hybrid, one group'] = ('hybrid', (1, devices))
+def schemes(devices: int, net: alexnet.AlexNet) -> dict[str, tuple[int, int]]:
+    """The meshes that are compared on this many devices: {name: (data, model)}."""
+    out = {'data parallel': (devices, 1)}
+    if net.towers > 1 and devices % net.towers == 0:
+        out["the paper's split"] = (devices // net.towers, net.towers)
     return out
 
 
@@ -48,8 +40,8 @@ def curves(
     net = net.clone(dtype=accelerator.dtype)
     out: dict[str, list[Point]] = {}
     for count in devices:
-        for name, (program, mesh) in schemes(count, net).items():
-            moved = FORMULAS[program](net, crop, images, mesh)
+        for name, mesh in schemes(count, net).items():
+            moved = formula.train_step(net, crop, images, mesh)
             flops = formula.flops(net, crop) * images
             none, full = efficiency(accelerator, moved, mesh, flops, share)
             sent = sum(formula.sent(m, formula.members(m.axis, mesh)) for m in moved)
@@ -135,7 +127,7 @@ def draw(
     figure.legend(
         *panels[0, 0].get_legend_handles_labels(),
         loc='outside lower center',
-        ncols=4,
+        ncols=len(STYLES),
         fontsize=9,
         frameon=False,
     )

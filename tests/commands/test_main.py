@@ -19,9 +19,9 @@ from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.images import square
 from alexnet_jax.rundir import metrics
 from alexnet_jax.training import inference
-from experiments.chaos import compilation_cache
 from tests.helpers import ROOT, fixtures
 from tests.helpers.commands import WITHOUT_TENSORFLOW
+from tests.helpers.processes import compilation_cache
 from tests.helpers.stores import write_store
 
 SMALL = {

@@ -14,7 +14,6 @@ from alexnet_jax.input.store import open_store
 from alexnet_jax.rundir import metrics
 from alexnet_jax.training import evaluation, inference
 from alexnet_jax.training.metrics import values
-from experiments.launch.local import free_port
 from tests.helpers.commands import (
     ROOT,
     WITHOUT_TENSORFLOW,
@@ -24,6 +23,7 @@ from tests.helpers.commands import (
     make_store,
     outcome,
 )
+from tests.helpers.processes import free_port
 
 MESH = '--config.run.mesh=(2,2)'
 EPOCHS, STEPS = '--config.optim.epochs=8.0', 40

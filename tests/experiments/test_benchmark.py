@@ -24,6 +24,7 @@ from configs import cifar10, original, paper
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import operations, ours, plain, report
 from experiments.benchmark.protocol import ROOT, Worker, WorkerError
+from tests.helpers.run_dirs import without_tensorflow
 from tests.helpers.stores import write_store
 
 
@@ -182,6 +183,22 @@ def test_peers_compile_anew(tmp_path, monkeypatch):
     assert folders[0] != folders[1] and folders[0].startswith(str(tmp_path)) and not folders[2]
 
 
+@pytest.mark.parametrize('wanted', [True, False])
+def test_workers_have_the_settings_of_malloc(monkeypatch, wanted):
+    environments = []
+    monkeypatch.setattr(benchmark, 'Worker', lambda *args: environments.append(args[4]))
+    monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=3')  # not those of the shell
+    benchmark._start('worker', benchmark.OURS, 'python', {'allocator': wanted, 'patience': 1})
+    assert environments == [{'GLIBC_TUNABLES': benchmark.MALLOC if wanted else ''}]
+
+
+@pytest.mark.parametrize(
+    'file', ['README.md', 'docs/performance.md', 'Makefile', 'experiments/launch/slurm.sbatch']
+)
+def test_the_settings_are_the_documented_ones(file):
+    assert re.findall(r'glibc\.malloc[\w.=:]+', (ROOT / file).read_text()) == [benchmark.MALLOC]
+
+
 def test_spread():
     assert report.spread([3.0, 1.0, 2.0]) == {'median': 2.0, 'min': 1.0, 'max': 3.0}
 
@@ -242,7 +259,9 @@ def command(*arguments):
 
 @pytest.mark.parametrize('reader', ['tf', 'threads'])
 @pytest.mark.parametrize('cold', [False, True])
-def test_a_turn_begins_without_what_lay_ready(tmp_path, cold, reader):
+def test_a_turn_begins_without_what_lay_ready(tmp_path, monkeypatch, cold, reader):
+    if reader == 'threads':
+        without_tensorflow(monkeypatch)
     write_store(
         tmp_path / 'store', format='u8', size=40, classes=10, counts={'train': 64, 'val': 8}
     )
@@ -251,7 +270,6 @@ def test_a_turn_begins_without_what_lay_ready(tmp_path, cold, reader):
     spec = {
         'store': str(tmp_path / 'store'),
         'batch': 4,
-        'reader': reader,
         'cold': cold,
         'threads': 2,
     }
@@ -266,13 +284,14 @@ def test_a_turn_begins_without_what_lay_ready(tmp_path, cold, reader):
 
 
 @pytest.mark.parametrize('random', [False, True])
-def test_the_input_is_that_of_the_preset(tmp_path, random):
+def test_the_input_is_that_of_the_preset(tmp_path, monkeypatch, random):
+    without_tensorflow(monkeypatch)
     write_store(
         tmp_path / 'store', format='u8', size=32, classes=10, counts={'train': 64, 'val': 8}
     )
     config = configfile.load('configs/paper.py')
     config.augment.update(crop=32, random=random)
-    spec = {'store': str(tmp_path / 'store'), 'batch': 64, 'reader': 'threads', 'cold': False}
+    spec = {'store': str(tmp_path / 'store'), 'batch': 64, 'cold': False}
     images = next(ours.Pipeline(spec, config))['image']
     pixels = open_store(spec['store']).pixels('train')
     unchanged = {image.tobytes() for image in images} == {image.tobytes() for image in pixels}
@@ -280,6 +299,7 @@ def test_the_input_is_that_of_the_preset(tmp_path, random):
 
 
 def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
+    without_tensorflow(monkeypatch)
     monkeypatch.setattr(batches, 'cores', lambda: 16)
     made, taken, cut = [], [], batches._cut
     monkeypatch.setattr(batches, '_cut', lambda *args: made.append(1) or cut(*args))
@@ -291,7 +311,6 @@ def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
     spec = {
         'store': str(tmp_path / 'store'),
         'batch': 4,
-        'reader': 'threads',
         'cold': False,
         'threads': 16,
     }
@@ -318,7 +337,8 @@ def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_every_task_makes_what_it_counts(tmp_path, changes):
+def test_every_task_makes_what_it_counts(tmp_path, monkeypatch, changes):
+    without_tensorflow(monkeypatch)
     write_store(
         tmp_path / 'store', format='u8', size=72, classes=10, counts={'train': 64, 'val': 8}
     )
@@ -334,7 +354,6 @@ def test_every_task_makes_what_it_counts(tmp_path, changes):
         'cpu': True,
         'threads': 1,
         'store': str(tmp_path / 'store'),
-        'reader': 'threads',
         'cold': False,
         **changes,
     }

@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 from PIL import Image
@@ -15,7 +14,7 @@ from alexnet_jax.nets import alexnet, layers, network
 from alexnet_jax.training import metrics, optim
 from configs import caffe, cnn_star, no_talk, one_gpu, original, owt, paper
 from experiments.scaling import __main__ as command
-from experiments.scaling import accelerators, formula, hlo, hybrid, programs, report
+from experiments.scaling import accelerators, formula, hlo, programs, report
 from experiments.scaling.accelerators import ACCELERATORS
 from experiments.scaling.formula import Move
 
@@ -37,8 +36,9 @@ def lower(config, shape):
     return programs.train_step(config, CLASSES, shape, IMAGES)
 
 
-def expected(config, shape, of=formula.train_step):
-    return of(programs.make_net(config, CLASSES), CROP, IMAGES, shape)
+def expected(config, shape, **options):
+    net = programs.make_net(config, CLASSES)
+    return formula.train_step(net, CROP, IMAGES, shape, **options)
 
 
 def moved(config, shape):
@@ -102,7 +102,7 @@ def test_switches_change_what_is_moved_as_the_formula_says(change):
 def test_lars_sums_the_norms_of_what_is_divided():
     config = narrow()
     config.optim.name = 'lars'
-    wanted = expected(config, (1, 2), partial(formula.train_step, lars=True))
+    wanted = expected(config, (1, 2), lars=True)
     assert len(wanted) == len(expected(config, (1, 2))) + 2 * 15
     assert programs.same(moved(config, (1, 2)), wanted)
 
@@ -205,40 +205,6 @@ def test_the_paper_s_arithmetic():
     assert formula.flops(net, 224) == 2 * (3 * 724_406_816 - 105_415_200)
 
 
-# --- the hybrid
-
-
-@pytest.mark.parametrize('shape', [(1, 4), (2, 2), (4, 1)], ids=str)
-def test_hybrid_moves_what_its_formula_says(shape):
-    config = narrow(dtype='bfloat16')
-    written = programs.written(programs.hybrid(config, CLASSES, shape, IMAGES), shape)
-    assert programs.same(written, expected(config, shape, formula.hybrid_step))
-
-
-def test_hybrid_is_the_same_function():
-    """Its gradients on 2x2 devices are those of the network without dropout on one."""
-    config = narrow(dropout='none')
-    net, mesh = programs.make_net(config, CLASSES), programs.make_mesh((2, 2))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32),
-        network.shapes(net, CROP)['params'],
-    )
-    images = rng.normal(0, 1, (4, CROP, CROP, 3)).astype(np.float32)
-    labels = rng.integers(0, CLASSES, 4).astype(np.int32)
-    gradients, _, _ = hybrid.make_gradients(net, mesh, crop=CROP)
-
-    def loss(params):
-        logits, _ = net.apply({'params': params}, images)
-        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), labels])
-
-    one = jax.jit(jax.grad(loss), compiler_options=command.OPTIONS)(params)
-    other = jax.jit(gradients, compiler_options=command.OPTIONS)(params, images, labels)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert np.linalg.norm(a) > 0
-        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(a)
-
-
 # --- reading HLO
 
 
@@ -336,14 +302,12 @@ def arguments(tmp_path, monkeypatch):
 
 
 def test_the_command(arguments, capsys, monkeypatch):
-    real, one = command._count, ('hybrid', (1, 2))  # of its four programs one is enough
-    monkeypatch.setattr(
-        command, '_count', lambda scheme, *args: scheme != one or real(scheme, *args)
-    )
+    real, one = command._count, (1, 2)  # of its three programs one is enough
+    monkeypatch.setattr(command, '_count', lambda mesh, *args: mesh != one or real(mesh, *args))
     out = arguments('--max_devices=2')
     text = capsys.readouterr().out
     for line in (
-        'hybrid on 1x2: compiled',
+        '1x2: compiled in',
         'compiled: 3 all-gather',
         'NVIDIA H100',
         f'wrote {out}',
@@ -355,7 +319,7 @@ def test_the_command(arguments, capsys, monkeypatch):
 
 
 def test_the_command_fails_where_a_program_moves_something_else(arguments, capsys, monkeypatch):
-    monkeypatch.setattr(command, '_count', lambda scheme, *args: scheme[1] != (2, 1))
+    monkeypatch.setattr(command, '_count', lambda mesh, *args: mesh != (2, 1))
     with pytest.raises(SystemExit, match='1'):
         arguments('--max_devices=2')
     assert capsys.readouterr().err == '1 programs do not move what the formula says\n'

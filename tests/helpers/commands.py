@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alexnet_jax.devices import allocator
 from alexnet_jax.rundir import metrics
 from alexnet_jax.training import progress
-from experiments.chaos import compilation_cache
 from tests.helpers import ROOT
+from tests.helpers.processes import compilation_cache
 from tests.helpers.stores import write_store
 
 EXAMPLES, BATCH = 40, 8  # five steps an epoch, twenty steps in all
@@ -132,11 +131,9 @@ def command(workdir, store, *more, event='never', number=1) -> list[str]:
 
 
 def environment(store) -> dict[str, str]:
-    # With the allocator's settings there, a command does not start again, after its imports here.
     return (
         os.environ
         | compilation_cache(store.parent / 'cache')
-        | allocator.settings()
         | {
             # Threads of a process: sums are split among them, and a process with two devices has fewer.
             'PJRT_NPROC': '4',

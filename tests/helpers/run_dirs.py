@@ -96,9 +96,8 @@ def refuses(monkeypatch, tmp_path, module, run, arguments, message) -> None:
 
 
 def call(monkeypatch, module, *arguments) -> None:
-    """A command's main(), in this process, which it would otherwise start again and set up."""
+    """A command's main(), in this process, which it would otherwise set up."""
     without_tensorflow(monkeypatch)
-    monkeypatch.setenv('GLIBC_TUNABLES', '')
     monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
     monkeypatch.setattr(sys, 'argv', [module.__name__, *map(str, arguments)])
     module.main()

@@ -20,8 +20,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.rundir import fingerprint
 from alexnet_jax.rundir.checkpoint import Checkpoints
-from experiments.launch.local import free_port
 from tests.helpers import ROOT
+from tests.helpers.processes import free_port
 
 
 @flax.struct.dataclass

@@ -1,1 +1,0 @@
-"""Starting one run as several processes: on one machine (`local.py`), on SLURM (`slurm.sbatch`)."""
