@@ -1,5 +1,6 @@
 # make quickstart   install, train a small net on the embedded pictures, evaluate it (about 10 minutes)
-# make test         every test (about 17 minutes on 2 cores); `make test-fast`: without the slow ones
+# make test         the tests (6 minutes on 2 cores); `make test-fast`: without the slow ones;
+#                   `make test-all`: also the end-to-end checks for before a release (15 minutes)
 # make lint         ruff: rules and format
 # Another Python: `make test PYTHON=python3.12`. Other pytest arguments: `make test ARGS='-k layers'`.
 
@@ -14,7 +15,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reord
 # libraries ignore the variable, and older versions of glibc the settings that they do not know.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart test test-fast test-all lint clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2
@@ -25,10 +26,13 @@ quickstart: $(VENV)/.installed
 	@echo 'Next: README.md, "Training on ImageNet" and "on your own folder".'
 
 test: $(VENV)/.installed-dev
+	$(PYTEST) -m 'not full' $(ARGS)
+
+test-all: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST) -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow and not full' $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

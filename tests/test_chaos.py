@@ -200,11 +200,11 @@ def broken(tmp_path_factory):
         return [lines.result() for lines in found]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_on_one_mesh(broken):
     assert broken[0] == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_between_meshes(broken):
     assert broken[1] == []

@@ -75,7 +75,7 @@ class Net(torch.nn.Module):
         return getattr(self, f'{layer}_{name}')
 
     def act(self, x):
-        return F.relu(x) if self.net['activation'] == 'relu' else torch.tanh(x)
+        return {'relu': F.relu, 'tanh': torch.tanh}[self.net['activation']](x)
 
     def dense(self, name, x):
         kernel, bias, towers = self.get(name, 'kernel'), self.get(name, 'bias'), self.net['towers']
@@ -131,6 +131,8 @@ def prepare(spec: dict):
     tf32 = not spec['cpu'] and spec['dtype'] == 'float32'
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
+    if spec['net']['activation'] not in ('relu', 'tanh'):
+        raise SystemExit(f'the peer has no activation {spec["net"]["activation"]}')
     if spec['net']['remove'] != 'none' or spec['net']['pooling'] != 'overlapping':
         raise SystemExit('the peer has no networks with a layer removed or disjoint pooling')
     with np.load(spec['file']) as file:

@@ -117,8 +117,28 @@ def evaluated_by_two(workdir, store):
     return '\n'.join(own[0])
 
 
-@pytest.mark.slow
-def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_path, start_all):
+# (the victim, how it saves) of each kill; the signals to one as it starts; the other ways to stop
+SOME = (((1, 'background'),), (), ())
+ALL = (
+    ((1, 'background'), (1, 'wait'), (0, 'wait')),
+    ('SIGTERM while starting', 'SIGTERM before the first step'),
+    (
+        ('SIGINT', (), ('Ctrl-C', 'one of the processes was asked')),
+        ('slow', ('--config.run.stop_after=1s',), ('stop_after=1s',) * 2),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ('kills', 'starts', 'stops'),
+    [
+        pytest.param(*SOME, id='some', marks=pytest.mark.slow),
+        pytest.param(*ALL, id='all', marks=pytest.mark.full),
+    ],
+)
+def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
+    store, tmp_path, start_all, kills, starts, stops
+):
     """SIGTERM to one, each killed while saving, one stopped as it starts, Ctrl-C, a time, to the end."""
     line = command(tmp_path / 'alone', store, '--cpu_devices=4', MESH, EPOCHS, *GROUPS)
     subprocess.run(line, cwd=ROOT, env=environment(store), check=True, capture_output=True)
@@ -136,11 +156,8 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
     # to notice, and abort.
     lost = {76: 'another process of this run was lost'}
     aborted = {-signal.SIGABRT: 'another task died'}
-    for victim, saves, words in (
-        (1, 'background', lost),
-        (1, 'wait', lost | aborted),
-        (0, 'wait', lost | aborted),
-    ):
+    for victim, saves in kills:
+        words = lost if saves == 'background' else lost | aborted
         events = ['never', 'never']
         events[victim] = 'save'
         more = [(f'--config.run.saves={saves}',)] * 2
@@ -153,14 +170,11 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(store, tmp_
         assert time.monotonic() - killed < 60
         assert outcome(workdir)[0] < STEPS
 
-    for event in ('SIGTERM while starting', 'SIGTERM before the first step'):
+    for event in starts:
         for code, output in ends(start_all(workdir, store, events=('never', event))):
             assert (code, 'one of the processes was asked' in output) == (75, True), output[-2000:]
 
-    for event, more, words in (
-        ('SIGINT', (), ('Ctrl-C', 'one of the processes was asked')),
-        ('slow', ('--config.run.stop_after=1s',), ('stop_after=1s',) * 2),
-    ):
+    for event, more, words in stops:
         stopped = ends(start_all(workdir, store, more, more, events=(event, 'slow')))
         step = outcome(workdir)[0]
         assert step < STEPS

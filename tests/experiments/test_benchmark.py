@@ -91,6 +91,7 @@ def test_table_times_every_operation():
     assert all(row['forward_s'] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_plain_form_is_the_same_function():
     """Logits and gradients in float64, of `original`, which has every operation; the loss depends on all."""
     crop = 96
@@ -410,7 +411,7 @@ def test_earlier_results_stay(tmp_path, monkeypatch):
     assert file.read_text() == '{}'
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_command(tmp_path):
     config = tmp_path / 'small.py'
     config.write_text(

@@ -58,7 +58,7 @@ def trained(*values):
     return {'train': losses(*values), 'data': {'classes': 10}}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_does_it_train(tmp_path, store):
     ends = []
 
@@ -431,7 +431,7 @@ def test_a_smoke_run_of_the_ablations(smoke, store, tmp_path):
     assert f'figure: {tmp_path}/kept/ablations-smoke.png' in out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_smoke_run_of_table_1(smoke, store):
     results, out = smoke('table1', *store)
     assert list(results) == ['CNN-0'] and len(results['CNN-0']['train']) == 4
@@ -441,7 +441,7 @@ def test_a_smoke_run_of_table_1(smoke, store):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_smoke_run_of_table_2(tmp_path):
     """In this process, unlike the others: it needs three runs, of two kinds of pictures."""
     trial = make(tmp_path, SIZES)
@@ -469,7 +469,7 @@ def test_a_smoke_run_of_table_2(tmp_path):
     ] == names
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_smoke_run_of_the_cifar_pair(smoke, tmp_path):
     write_store(
         tmp_path / 'cifar', format='u8', size=32, classes=10, counts={'train': 64, 'val': 20}

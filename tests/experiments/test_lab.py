@@ -28,6 +28,7 @@ def store(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_figure_1(tmp_path, store):
     trial = make(tmp_path, store)
     fig1_relu_tanh.run(trial)

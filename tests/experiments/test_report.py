@@ -93,6 +93,7 @@ def figure_of(tmp_path, monkeypatch):
     return figure
 
 
+@pytest.mark.slow
 def test_cifar_lrn(tmp_path, monkeypatch):
     most, changes = cifar_lrn.SCALES['smoke'][1:]
     monkeypatch.setitem(cifar_lrn.SCALES, 'smoke', (('11pct_plain',), most, changes))

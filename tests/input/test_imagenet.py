@@ -28,7 +28,7 @@ def command(module, *arguments, folder, code=0):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_paper_from_the_tars_to_ten_crops(tmp_path):
     """Miniature tars, a CMYK and a PNG file among them; `configs/paper.py` at full width."""
     (tmp_path / 'tars').mkdir()

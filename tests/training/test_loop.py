@@ -49,7 +49,7 @@ def make_config(store, **changes):
     return config
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_plateau_drops_the_rate_and_then_ends_the_run(store, tmp_path):
     """No error can fall by 200 points: after the first evaluation each one is a stall."""
     changes = {'schedule': 'plateau', 'patience': 1.0, 'threshold': 200.0, 'max_drops': 2}
@@ -63,7 +63,7 @@ def test_plateau_drops_the_rate_and_then_ends_the_run(store, tmp_path):
     assert Checkpoints(tmp_path / 'run/checkpoints').steps()[-1] == 10
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
     """Groups of three, but for steps 3 to 5, since step 5 is evaluated, and the last one.
 
@@ -109,7 +109,7 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
         assert single == pytest.approx(grouped, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, monkeypatch):
     """Step 4 is the first that is made alone: else its compilation would be in the rate of steps 2 and 3."""
     events, make, line = [], loop.Setup.make, loop.progress.line
@@ -140,6 +140,7 @@ def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, 
     assert events == ['two', 'two', 'rate', 'rate', 'one', 'one', 'rate']
 
 
+@pytest.mark.slow
 def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
     config = make_config(
         store, **{'run.dispatch': 20, 'run.log_every': 20, 'run.checkpoint_every': 20}
@@ -150,7 +151,7 @@ def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
     assert 'config.run.dispatch=20: no group of so many steps fits' in caplog.text
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_loss_that_is_not_finite_within_a_dispatch_is_found(store, tmp_path):
     changes = {'run.dispatch': 2, 'run.log_every': 2, 'run.eval_every': 9.0}
     config = make_config(store, **changes, **{'optim.rate': 1e30})
@@ -263,7 +264,7 @@ def test_what_went_wrong_first_is_told(store, tmp_path, monkeypatch):
         loop.train(make_config(store), tmp_path / 'run')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_last_checkpoint_must_be_written(store, tmp_path, monkeypatch):
     save = Checkpoints.save
 

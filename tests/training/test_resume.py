@@ -100,7 +100,7 @@ def test_stopped_on_purpose_and_resumed_is_the_same(store, alone, tmp_path):
     assert_same(outcome(workdir), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_with_tensorflow_it_is_the_same(store, alone, tmp_path):
     """From a raw store, which the other runs read without it."""
     workdir = tmp_path / 'run'

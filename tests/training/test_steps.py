@@ -89,7 +89,11 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize('form', [backend.CPU, backend.ACCELERATOR], ids=['cpu', 'accelerator'])
+@pytest.mark.parametrize(
+    'form',
+    [pytest.param(backend.CPU, marks=pytest.mark.slow), backend.ACCELERATOR],
+    ids=['cpu', 'accelerator'],
+)
 def test_several_steps_of_one_program_are_those_of_one_each(net, mesh, monkeypatch, form):
     """On CPUs written out: their convolutions are slow within a loop."""
     monkeypatch.setattr(backend, 'CPU', form)
