@@ -38,7 +38,6 @@ PACKAGE = pathlib.Path(alexnet_jax.__file__).parent
 CANNOT = {  # modules that cannot change a result, and why
     'common/class_names.py': 'words',
     'common/errors.py': 'messages and exit codes',
-    'devices/allocator.py': 'speed',
     'devices/preemption.py': 'when a start ends',
     'input/prepare.py': 'makes the store, which has its own identity',
     'input/store_writer.py': 'the same',

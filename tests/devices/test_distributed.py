@@ -225,10 +225,11 @@ def test_processes_that_disagree(store, tmp_path, start_all, second, event, mess
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('counts', 'message'),
-    [((2, 3), '--num_processes is [2, 3]'), ((3, 2), 'did not find each other within 10 s')],
+    [((2, 3), '--num_processes is [2, 3]'), ((3, 2), 'did not find each other within 5 s')],
 )
 def test_process_counts_that_disagree(store, tmp_path, start_all, counts, message):
-    found = ends(start_all(tmp_path / 'run', store, processes=counts), timeout=100)
+    briefly = [('--connect_timeout=5',)] * 2
+    found = ends(start_all(tmp_path / 'run', store, *briefly, processes=counts), timeout=100)
     assert [code for code, _ in found] == [2, 2], found
     assert all(message in output for _, output in found), found
     assert not any('Traceback' in output for _, output in found)

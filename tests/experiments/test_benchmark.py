@@ -91,7 +91,7 @@ def test_table_times_every_operation():
     assert all(row['forward_s'] > 0 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_plain_form_is_the_same_function():
     """Logits and gradients in float64, of `original`, which has every operation; the loss depends on all."""
     crop = 96
@@ -209,6 +209,7 @@ def test_worker_that_ends_says_why():
         Worker('ours', sys.executable, 'experiments.benchmark.ours', {}, {}, patience=5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('ready', [False, True])
 def test_a_worker_that_hangs_is_named(tmp_path, ready):
     python = tmp_path / 'python'

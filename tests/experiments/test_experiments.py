@@ -413,7 +413,7 @@ def smoke(tmp_path, store):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_smoke_run_of_the_ablations(smoke, store, tmp_path):
     results, out = smoke('ablations', *store, only=['reference', 'one gpu-0'])  # all take a minute
     assert list(results) == ['reference-0', 'one gpu-0']

@@ -28,7 +28,7 @@ def store(tmp_path_factory):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_figure_1(tmp_path, store):
     trial = make(tmp_path, store)
     fig1_relu_tanh.run(trial)
@@ -214,7 +214,7 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
         make(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, store):
     trial = make(tmp_path, store, start=None)
     changes = {'run.log_every': 2, 'optim.epochs': 100000.0, 'run.eval_every': 100000.0}

@@ -93,7 +93,7 @@ def figure_of(tmp_path, monkeypatch):
     return figure
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_cifar_lrn(tmp_path, monkeypatch):
     most, changes = cifar_lrn.SCALES['smoke'][1:]
     monkeypatch.setitem(cifar_lrn.SCALES, 'smoke', (('11pct_plain',), most, changes))
@@ -227,6 +227,7 @@ def drawn(tmp_path_factory):
     return SimpleNamespace(third=third, fourth=fourth)
 
 
+@pytest.mark.slow
 def test_figure_3(drawn, tmp_path):
     run = drawn.third.workdir('original', 0)
     extra = drawn.third.results['original-0']['extra']

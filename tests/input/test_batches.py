@@ -313,7 +313,7 @@ def test_nothing_is_left_to_do_at_exit_for_a_reader_that_ended(stores):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('format, reader', READERS)
+@pytest.mark.parametrize('format, reader', [('jpg', 'tf'), ('u8', 'threads')])
 def test_a_process_ends_quietly_while_reading(stores, format, reader):
     # Kept alive by another module, and in the middle of a long step: the interpreter would
     # otherwise hang, or abort, as TensorFlow's threads call into it while it ends.

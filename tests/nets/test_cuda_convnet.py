@@ -20,7 +20,7 @@ def make_net(variant, **changes):
 
 def applied(variant, **changes):
     net, crop = make_net(variant, **changes)
-    params = network.init(net, jax.random.key(0), crop)['params']
+    params = jax.jit(lambda: network.init(net, jax.random.key(0), crop))()['params']
     images = 50 * jax.random.normal(jax.random.key(1), (2, crop, crop, 3))
     logits, out = net.apply({'params': params}, images)
     return params, images, logits, {name: value[0] for name, value in out.items()}, net

@@ -140,7 +140,7 @@ def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, 
     assert events == ['two', 'two', 'rate', 'rate', 'one', 'one', 'rate']
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
     config = make_config(
         store, **{'run.dispatch': 20, 'run.log_every': 20, 'run.checkpoint_every': 20}

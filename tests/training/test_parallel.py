@@ -126,7 +126,7 @@ def test_narrow_net_trains_the_same_on_every_mesh(narrow, narrow_alone, shape):
     assert losses < 1e-9 and distance < 1e-7, (losses, distance)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_several_steps_as_one_program_are_the_same_on_four_devices(narrow, narrow_alone):
     losses, distance = differences(narrow_alone, train((2, 2), narrow, several=True))
     assert losses < 1e-9 and distance < 1e-7, (losses, distance)
@@ -160,7 +160,7 @@ def test_full_width_original_trains_the_same_on_every_mesh(monkeypatch):
     [
         {'norm_window': 'all'},
         *(
-            pytest.param(change, marks=pytest.mark.slow)
+            pytest.param(change, marks=pytest.mark.full)
             for change in ({'exchange': ()}, {'remove': 'conv3'}, {'dropout_at': 'inputs'})
         ),
     ],
@@ -270,7 +270,7 @@ def test_where_compiled_programs_are_kept(monkeypatch, tmp_path, backend, set_, 
     assert found == (str(tmp_path / 'alexnet_jax/programs') if kept else set_)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_net_without_towers_trains_on_several_devices():
     config = caffe.get_config()
     config.augment.crop = 67
