@@ -77,7 +77,7 @@ def main() -> None:
         'form': 'ours',
         'cpu': backend == 'cpu',
         'threads': cpu.cores(),
-        'allocator': backend == 'cpu' and sys.platform == 'linux',
+        'malloc': backend == 'cpu' and sys.platform == 'linux',
         'deterministic': False,
         'dispatch': 1,
         'patience': args.patience,
@@ -89,7 +89,7 @@ def main() -> None:
         'tasks': {},
     }
     print(f'{args.config}, batch {args.batch}, {args.dtype}, {record["machine"]}', flush=True)
-    if spec['allocator']:
+    if spec['malloc']:
         forms = 'the plain form and PyTorch without "our malloc"'
         print(f'GLIBC_TUNABLES={MALLOC}, except for {forms}', flush=True)
     title = f'{args.config}, batch {args.batch}, {args.dtype}: {record["machine"]["device"]}'
@@ -261,7 +261,7 @@ def _facts(spec: dict) -> dict:
 
 
 def _start(name: str, module: str, python: str, spec: dict) -> Worker:
-    environment = {'GLIBC_TUNABLES': MALLOC if spec['allocator'] else ''}
+    environment = {'GLIBC_TUNABLES': MALLOC if spec['malloc'] else ''}
     if module == PEER:  # compiling is timed: nothing that another worker compiled
         folder = tempfile.mkdtemp(prefix='inductor-', dir=os.path.dirname(spec['file']))
         environment['TORCHINDUCTOR_CACHE_DIR'] = folder
@@ -303,7 +303,7 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
         name = f'alexnet_jax, {args.dispatch} steps at once'
         chosen[name] = (OURS, ours, {**spec, 'dispatch': args.dispatch})
     if args.plain:
-        chosen['the plain form'] = (OURS, ours, {**spec, 'form': 'plain', 'allocator': False})
+        chosen['the plain form'] = (OURS, ours, {**spec, 'form': 'plain', 'malloc': False})
     if args.peer:
         chosen |= _peers(args, {**spec, **reference})
     return chosen
@@ -342,7 +342,7 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
             'mode': mode,
             'layout': layout,
             'lrn': lrn,
-            'allocator': kept,
+            'malloc': kept,
             'stock': False,
         }
         name = f'torch {mode}, {layout}, {lrn} LRN' + (', our malloc' if kept else '')
@@ -371,11 +371,11 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
         'mode': 'eager',
         'layout': 'contiguous',
         'lrn': 'builtin',
-        'allocator': False,
+        'malloc': False,
         'stock': True,
     }
     chosen = {'torch eager, stock': {**spec, **stock}}
-    kept = spec['allocator']
+    kept = spec['malloc']
     try:
         for mode in modes:
             tried = [try_out(mode, *form, kept) for form in itertools.product(layouts, norms)]

@@ -178,7 +178,7 @@ def test_peers_compile_anew(tmp_path, monkeypatch):
     environments = []
     monkeypatch.setattr(benchmark, 'Worker', lambda *args: environments.append(args[4]))
     for module in (benchmark.PEER, benchmark.PEER, benchmark.OURS):
-        spec = {'allocator': True, 'file': str(tmp_path / 'file'), 'patience': 1}
+        spec = {'malloc': True, 'file': str(tmp_path / 'file'), 'patience': 1}
         benchmark._start('worker', module, 'python', spec)
     folders = [environment.get('TORCHINDUCTOR_CACHE_DIR') for environment in environments]
     assert folders[0] != folders[1] and folders[0].startswith(str(tmp_path)) and not folders[2]
@@ -189,7 +189,7 @@ def test_workers_have_the_settings_of_malloc(monkeypatch, wanted):
     environments = []
     monkeypatch.setattr(benchmark, 'Worker', lambda *args: environments.append(args[4]))
     monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=3')  # not those of the shell
-    benchmark._start('worker', benchmark.OURS, 'python', {'allocator': wanted, 'patience': 1})
+    benchmark._start('worker', benchmark.OURS, 'python', {'malloc': wanted, 'patience': 1})
     assert environments == [{'GLIBC_TUNABLES': benchmark.MALLOC if wanted else ''}]
 
 
@@ -215,7 +215,7 @@ def test_a_worker_that_hangs_is_named(tmp_path, ready):
     python = tmp_path / 'python'
     python.write_text('#!/bin/sh\n' + ready * 'echo {}\n' + 'exec sleep 600\n')
     python.chmod(0o755)
-    spec = {'task': 'train', 'allocator': True, 'file': str(tmp_path / 'file'), 'patience': 0.01}
+    spec = {'task': 'train', 'malloc': True, 'file': str(tmp_path / 'file'), 'patience': 0.01}
     began = time.monotonic()
     if ready:
         worker = benchmark._start(
