@@ -107,7 +107,7 @@ def read(path: str, size: int) -> np.ndarray:
         return square(content, size)
     except Exception as error:  # on damaged files Pillow raises almost anything
         raise UserError(
-            f'{path}: not a picture, or a damaged one ({reason(error)}); repair it, or leave it out'
+            f'{path}: not a picture, or a damaged one ({type(error).__name__}); repair it, or leave it out'
         ) from error
 
 

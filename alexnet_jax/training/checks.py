@@ -83,7 +83,7 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             there = isinstance(name, str) and any(network.inside(p, (name,)) for p in params)
             if not there:
                 layers = ', '.join(shapes['params'])
-                raise UserError(f'config.{field}={name!r}: choose from {layers}')
+                raise UserError(f'config.{field}: no layer {name!r}: choose from {layers}')
     mesh = meshes.make(
         config.run.mesh,
         towers=net.towers,

@@ -113,7 +113,13 @@ class Classifier:
         self._predict = predictor(self.run, self._mesh, views)
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Pictures u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K]."""
+        """Pictures u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K].
+
+        Raises UserError for anything else.
+        """
+        shapes = [(getattr(x, 'dtype', None), getattr(x, 'shape', ())) for x in images]
+        if not shapes or any(d != np.uint8 or len(s) != 3 or s[2] != 3 for d, s in shapes):
+            raise UserError('give a list of pictures, each a NumPy array u8[H,W,3]')
         squares = [square(image, self.size) for image in images]
         return np.asarray(self._predict(np.stack(squares)))
 

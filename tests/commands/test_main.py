@@ -301,9 +301,18 @@ VALUES = {
         ["config.optim.decays=('fc8',)", 'pairs'],
     ),
     'words for a decay': ({'optim.decays': "(('fc8', 'x'),)"}, ['config.optim.decays', 'pairs']),
-    'a decay of no layer': ({'optim.decays': "(('fc9', 0.1),)"}, ["decays='fc9'", 'conv1, conv2']),
-    'unknown layer': ({'train.freeze': 'conv9'}, ["config.train.freeze='conv9'", 'conv1']),
-    'a number for a layer': ({'train.freeze': '(1,)'}, ['config.train.freeze=1', 'conv1']),
+    'a decay of no layer': (
+        {'optim.decays': "(('fc9', 0.1),)"},
+        ["decays: no layer 'fc9'", 'conv1, conv2'],
+    ),
+    'unknown layer': (
+        {'train.freeze': 'conv9'},
+        ["config.train.freeze: no layer 'conv9'", 'conv1'],
+    ),
+    'a number for a layer': (
+        {'train.freeze': '(1,)'},
+        ['config.train.freeze: no layer 1', 'conv1'],
+    ),
     'batch 0': ({'train.batch': 0}, ['config.train.batch=0', 'at least 1']),
     'batch over the mesh': (
         {'train.batch': 7, 'run.mesh': '(2,1)'},

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import predict
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.training import inference
 from tests.helpers.run_dirs import CLASSES, call, refuses, write_run
 
@@ -128,3 +129,20 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
     (tmp_path / 'text.jpg').write_text('no picture')
     refuses(monkeypatch, tmp_path, predict, run.path, arguments, message)
+
+
+@pytest.mark.parametrize(
+    'pictures',
+    [
+        [],
+        ['picture.jpg'],
+        np.zeros((64, 64, 3), np.uint8),  # without the list
+        [np.zeros((64, 64), np.uint8)],
+        [np.zeros((64, 64, 3), np.float32)],
+        [np.zeros((64, 64, 4), np.uint8)],
+    ],
+    ids=['none', 'a path', 'no list', 'grey', 'float', 'four channels'],
+)
+def test_what_a_network_is_not_given(run, pictures):
+    with pytest.raises(UserError, match='give a list of pictures'):
+        load(run.path)(pictures)

@@ -9,12 +9,14 @@ import sys
 import pytest
 
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.paths import Path
 from alexnet_jax.devices import cpu
 from alexnet_jax.rundir import directory
-from configs import original
+from configs import original, paper
 
 HOLDER = """
 import pathlib, sys, time
+from alexnet_jax.common.paths import Path
 from alexnet_jax.devices import cpu
 from alexnet_jax.rundir import directory
 with directory.locked(pathlib.Path(sys.argv[1])):
@@ -111,3 +113,16 @@ def test_a_run_made_before_some_fields_were_there_goes_on(tmp_path):
     config.optim.name = 'lars'
     with pytest.raises(UserError, match="config.optim.name: 'sgd' there, 'lars' here"):
         directory.check(config, tmp_path)
+
+
+@pytest.mark.parametrize(('preset', 'refused'), [(paper, True), (original, False)])
+def test_under_the_plateau_rule_the_evaluations_decide(tmp_path, preset, refused):
+    """So their interval may not change between starts; under other schedules it may."""
+    config = preset.get_config()
+    (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
+    config.run.eval_every = 2.0
+    if refused:
+        with pytest.raises(UserError, match='config.run.eval_every: 1.0 there, 2.0 here'):
+            directory.check(config, Path(tmp_path))
+    else:
+        directory.check(config, Path(tmp_path))
