@@ -210,6 +210,20 @@ def test_fine_tuning_takes_everything_but_the_head(runs, folder, net, shape):
             np.testing.assert_array_equal(new[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize('net', FIELDS)
+def test_the_same_classes_keep_the_head(runs, folder, net):
+    old = variables(runs(net, (1, 1)))
+    layers_ = tuple({n.split('/')[1] for n in old})
+    changes = {
+        'train.init_from': str(runs(net, (1, 1))),
+        'optim.rate': 0.0,
+        'train.freeze': layers_,
+    }
+    new = variables(train(folder, f'{net}-same', net, **changes))
+    for name, value in old.items():
+        np.testing.assert_array_equal(new[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize(('net', 'shape'), MESHES, ids=str)
 def test_a_frozen_layer_keeps_its_statistics_and_uses_them(runs, folder, net, shape):
     start = str(runs(net, (1, 1)))
