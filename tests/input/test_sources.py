@@ -102,6 +102,13 @@ def test_some_classes_of_tiny_imagenet(tmp_path):
     assert source.splits == {'train': 6, 'val': 2} and source.class_names == ['n01', 'n02']
 
 
+def test_labels_of_val_are_those_of_train_where_a_class_has_no_pictures(tmp_path):
+    fixtures.write_tree(tmp_path / 'train', {'a': 2, 'b': 2, 'c': 2})
+    fixtures.write_tree(tmp_path / 'val', {'a': 1, 'c': 1})
+    source = sources.open_source(str(tmp_path))
+    assert [example.label for example in source.read('val', 0)] == [0, 2]
+
+
 @pytest.mark.parametrize('tree', ['.', 'train'])
 def test_folder_without_val_holds_out_a_seeded_fraction(tmp_path, tree):
     fixtures.write_tree(tmp_path / tree, {'a': 12, 'b': 8})

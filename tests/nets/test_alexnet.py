@@ -94,6 +94,17 @@ def test_norms(norms):
     assert found == {'all': ['norm1', 'norm2'], 'first': ['norm1'], 'none': []}[norms]
 
 
+def test_norms_over_maps_are_norms_too():
+    """`original` has one in layer 2."""
+    for norms, found in (
+        ('all', ['norm1', 'norm2', 'map_norm2']),
+        ('first', ['norm1']),
+        ('none', []),
+    ):
+        names = make_net(original.get_config(), norms=norms).names
+        assert [name for name in names if 'norm' in name] == found
+
+
 def test_norm_window_across_towers_is_the_norm_of_all_channels():
     net = make_net(norm_window='all', norm_alpha=0.01, width=0.25)
     (_, out), _ = net.init_with_output(jax.random.key(0), images())
