@@ -15,6 +15,7 @@ The small scale says what a part is worth in a small network. At full scale the 
 schedules, 96 epochs for `one gpu`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -218,8 +219,8 @@ def plot(results, file):
     for i, (axes, error) in enumerate(zip(figure.subplots(1, 2, sharey=True), ERRORS, strict=True)):
         for y, name in enumerate(shown):
             values = differences(results, name, error)
-            several = len(values) > 1
             found = statistics.paired(values)
+            several = math.isfinite(found.low)
             axes.errorbar(
                 found.mean,
                 y,
@@ -229,7 +230,9 @@ def plot(results, file):
                 color='#000000',
                 capsize=3,
                 ms=4,
-                label='measured, 95 % interval over seeds' if several else 'measured, one pair',
+                label='measured, 95 % interval over seeds'
+                if several
+                else f'measured, {found.note or "one pair"}',
             )
         for source, marker, colour in (('paper', 'D', '#d55e00'), ('log', '+', '#0072b2')):
             there = {y: getattr(ROWS[name], source)[i:] for y, name in enumerate(shown)}

@@ -171,6 +171,18 @@ def networks(seeds: int, root: pathlib.Path) -> dict[str, dict[str, list[float]]
     return results
 
 
+def corrected(of_views: dict[str, dict[str, list[float]]]) -> dict[tuple[str, str], float]:
+    """By network and view the p value of no difference to the quickstart, by Holm over the views."""
+    found = {}
+    for name in [*NETWORKS][1:]:
+        p = {
+            view: statistics.paired(np.subtract(results[name], results['the quickstart'])).p
+            for view, results in of_views.items()
+        }
+        found |= {(name, view): value for view, value in statistics.holm(p).items()}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m experiments.embedded_controls')
     parser.add_argument('--seeds', type=int, default=3, help='of each network; 0: no networks')
@@ -184,16 +196,23 @@ def main() -> None:
         print(f'{name:<50}{bound:>12}{value:>10.1f}{"" if value >= bound else "  TOO LOW"}')
     if not args.seeds:
         return
-    for view, results in networks(args.seeds, args.workdir).items():
-        print(f'\nThe networks, {CROPS[view]}; "worse by": paired by seed, with its 95 % interval.')
-        print(f'{"network":<28}{"error % by seed":<44}{"mean ± std":>14}{"worse by":>26}')
+    of_views = networks(args.seeds, args.workdir)
+    p = corrected(of_views)
+    for view, results in of_views.items():
+        print(
+            f'\nThe networks, {CROPS[view]}; "worse by": paired by seed, with its 95 % interval; p: '
+            f'corrected by Holm for {len(of_views)} views.'
+        )
+        print(f'{"network":<28}{"error % by seed":<44}{"mean ± std":>14}{"worse by":>26}{"p":>9}')
         for name, errors_ in results.items():
             worse = np.array(errors_) - np.array(results['the quickstart'])
             each = ' '.join(f'{e:.1f}' for e in errors_)
+            each_p = f'{p[name, view]:.2g}' if (name, view) in p else ''
             low = name != 'the quickstart' and worse.mean() <= NETWORKS[name][1]
             print(
                 f'{name:<28}{each:<44}{statistics.mean_std(errors_):>14}'
-                f'{statistics.interval(statistics.paired(worse), 1):>26}{"  TOO LOW" if low else ""}'
+                f'{statistics.interval(statistics.paired(worse), 1):>26}{each_p:>9}'
+                f'{"  TOO LOW" if low else ""}'
             )
 
 

@@ -147,12 +147,10 @@ def report(results) -> str:
             ratio, *bounds = statistics.ratio(
                 *([of_nets[net][seed] for seed in seeds] for net in ('tanh', 'ReLU'))
             )
-            several = len(seeds) > 1
-            among = (
-                f'95 % interval {statistics.between(*bounds, 1, "-")}, {len(seeds)} seeds'
-                if several
-                else 'one seed'
-            )
+            spread = statistics.NO_SPREAD
+            if math.isfinite(bounds[1]):
+                spread = f'95 % interval {statistics.between(*bounds, 1, "-")}'
+            among = f'{spread}, {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'
             lines.append(
                 f'- By the error over {over} tanh needs {ratio:.1f} times the epochs of ReLU '
                 f'({among}; the paper: about 6).'

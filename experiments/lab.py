@@ -67,7 +67,7 @@ class Lab:
     'starts', their 'commit', 'versions', 'devices' and 'processor', as many as differ; 'data', its 'source',
     'counts' and number of 'classes'; 'extra', what `after` gave; 'hits', which validation pictures were right
     (`statistics.unpack`), None without `after`; 'given', the arguments of the command line; 'fingerprint', as
-    `provenance.py` says; 'uncommitted', whether its code was.
+    `provenance.py` says; 'uncommitted', whether the code of any start, or of what looked at it, was.
 
     given: such arguments; UserError if they set what every run has of its own.
     allow_dirty: whether uncommitted code may make runs that are no smoke runs.
@@ -108,7 +108,7 @@ class Lab:
         return self.folder / f'{name}-{seed}'.replace(' ', '_')
 
     def value_given(self, field: str) -> str | None:
-        """What the command line sets a field to, None if it does not, or to one of `run`."""
+        """What the command line sets a field to; None if it does not, or if that decides no result."""
         return _decisive(self._given).get(f'--config.{field}')
 
     def run(
@@ -146,15 +146,15 @@ class Lab:
             *_arguments(last),
         ]
         there = self.results.get(key)
-        if self._only and not {name, key} & self._only:
-            return there
-        if there:
-            if _decisive(there['command']) != _decisive(command):
-                raise UserError(
-                    f'{self._file}: {key} was run as {" ".join(there["command"])}, not as '
-                    f'{" ".join(command)}; give the same arguments, or a folder for other results, '
-                    '--results=DIR'
-                )
+        if there and _decisive(there['command']) != _decisive(
+            command
+        ):  # also where --only names others
+            raise UserError(
+                f'{self._file}: {key} was run as {" ".join(there["command"])}, not as '
+                f'{" ".join(command)}; give the same arguments, or a folder for other results, '
+                '--results=DIR'
+            )
+        if there or self._only and not {name, key} & self._only:
             return there
         for other, result in self.results.items():  # one table, one set of pictures
             if _decisive(result['given']) != _decisive(self._given):
@@ -163,17 +163,32 @@ class Lab:
                     f'{key} is to be compared with it: give the same, or a folder for other results, '
                     '--results=DIR'
                 )
-        code = self._same_code(key)
-        uncommitted = provenance.uncommitted()
-        if uncommitted and not self._allow_dirty:
+        self._same_code(key)
+        uncommitted = self._uncommitted(key)
+        now = provenance.before(command, after)
+        row = {'name': name, 'command': command, 'fingerprint': now}
+        provenance.check({**self.results, key: row})
+
+        def unchanged():
+            then = provenance.before(command, after)
+            looks = provenance.look(after)
+            if then == now:
+                return
+            files = {**now['files'], **looks} == then['files']
+            if files and all(then[part] == now[part] for part in ('code', 'config', 'start')):
+                raise UserError(
+                    f'{key}: {", ".join(looks)} changed while it was made; the same command looks again'
+                )
             raise UserError(
-                f'{key}: the code is not committed, so nobody could measure this again; commit it, or '
-                'give --allow_dirty, and the row will say so'
+                f'{key}: the training code, a preset or the checkpoint to start from changed while it was '
+                f'made; remove {workdir}, and start again'
             )
+
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
         workdir = self.workdir(name, seed)
-        provenance.note(workdir, code)
+        provenance.note(workdir, now['code'], now['start'])
         diverged = self._start(command, workdir, until)
+        unchanged()
         rows = {kind: _rows(workdir, kind) for kind in ('train', 'eval')}
         if not diverged and not rows['train']:
             raise UserError(
@@ -187,15 +202,27 @@ class Lab:
             **rows,
             'command': command,
             'given': self._given,
-            **_origin(workdir),
-            'uncommitted': uncommitted,
-            'fingerprint': provenance.fingerprint(workdir, code),
+            **(origin := _origin(workdir)),
+            'uncommitted': uncommitted
+            or any(provenance.dirty(start['commit']) for start in origin['starts']),
+            'fingerprint': provenance.fingerprint(workdir, now),
         }
         provenance.check({**self.results, key: result})
         found = self._call(_look, after, workdir) if after and not diverged else (None, None)
+        unchanged()
         result |= {'extra': found[0], 'hits': found[1]}
         self.results = add(self._file, key, result)
         return result
+
+    def _uncommitted(self, key: str) -> bool:
+        """Whether the code is not committed; UserError if it must be."""
+        uncommitted = provenance.uncommitted()
+        if uncommitted and not self._allow_dirty:
+            raise UserError(
+                f'{key}: the code is not committed, so nobody could measure this again; commit it, or '
+                'give --allow_dirty, and the row will say so'
+            )
+        return uncommitted
 
     def _same_code(self, key: str) -> str:
         """The fingerprint of the training code; UserError if other rows were made by another."""
@@ -213,8 +240,17 @@ class Lab:
         """Keeps find(*args), of several runs, as a label of one's 'extra', unless it is there."""
         result = self.results[key]
         if label not in result['extra']:
-            self._same_code('')
+            code, looks = self._same_code(''), provenance.look(find)
+            uncommitted = result['uncommitted'] | self._uncommitted(key)
+            there = result['fingerprint']
+            fingerprint = {**there, 'files': there['files'] | looks}
+            result = {**result, 'uncommitted': uncommitted, 'fingerprint': fingerprint}
+            provenance.check({**self.results, f'{key} ({label})': result})
             extra = {**result['extra'], label: self._call(find, *args)}
+            if (provenance.code(), provenance.look(find)) != (code, looks):
+                raise UserError(
+                    f'{key}: the code changed while its runs were looked at; the same command does it again'
+                )
             self.results = add(self._file, key, {**result, 'extra': extra})
 
     def ask(self, run: Callable[['Lab'], Any]) -> list[str]:
@@ -324,13 +360,15 @@ def _arguments(changes: dict[str, Any] | None) -> list[str]:
 def _decisive(arguments: list[str]) -> dict[str, str]:
     """What results that belong together must share, {argument: its last value}.
 
-    Where a run lies (--workdir), and how a machine runs it, is its own affair.
+    Where a run lies (--workdir), and how a machine runs it, is its own affair; but not how often it
+    writes a row (`run.log_every`).
     """
     values = (text.partition('=') for text in arguments)
     return {
         name: value
         for name, _, value in values
-        if name != '--workdir' and not name.startswith('--config.run.')
+        if name != '--workdir'
+        and (not name.startswith('--config.run.') or name == '--config.run.log_every')
     }
 
 
@@ -533,6 +571,8 @@ def _main(module: ModuleType) -> None:
     )
     if getattr(options, 'only', []):
         lab.choose(module.run, options.only)
+    elif getattr(module, 'INDEPENDENT', False) and not options.report:
+        lab.ask(module.run)  # so that rows of other commands are found before anything is run
     if not options.report:
         module.run(lab)
     if not lab.results:

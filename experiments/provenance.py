@@ -2,17 +2,24 @@
 
     code    the files of `alexnet_jax` that can change a result, as syntax trees: comments, docstrings and
             formatting do not count
+    files   the preset, the presets that it imports and configs/base.py, and what looks at the run, likewise
     config  the fields of the run's config that decide its result
-    data    `Store.identity()` of its pictures: records, labels and class names
+    start   the checkpoint that it starts from, by the fingerprints of its arrays
+    data    its pictures: records, labels, class names, mean image and colour statistics
 
 Code. Every module in a room of `alexnet_jax` counts, but for those in CANNOT; in doubt a file counts. The
-commands do not: they read arguments, which are in the config. Neither do the presets, for the same
-reason, nor `experiments/`: it looks at runs and does not train them.
+commands do not: they read arguments, which are in the config.
 
-Config. Every field but `config.run` (how a machine runs it; `run.eval_every` counts where evaluations decide
-the rates), the seed, and where the pictures lie. Rows of one table are meant to differ in the fields that
+Files. A preset's fields are in the config; but rows of different presets can only be compared by the files
+that both are made of. Of the module that looks at a run counts the function that does, with all of the
+module that it names.
+
+Config. Every field but `config.run`, the seed, and where the pictures lie. `config.run` is how a machine runs
+it; of its fields `log_every` counts, for tables and figures read the rows (when the loss left chance), and
+`eval_every` where evaluations decide the rates. Rows of one table are meant to differ in the fields that
 the experiment sets. So of two rows of one preset, those fields must agree that neither row's command
-names; of two rows of one name, all but `train.init_from`.
+names; of two rows of one name, all but `train.init_from`. Rows that name one checkpoint must have started
+from the same arrays.
 
 Data. Of rows whose commands name the same pictures.
 
@@ -22,19 +29,28 @@ stand under each table. So does the commit.
 
 import ast
 import fnmatch
+import functools
 import hashlib
+import inspect
 import itertools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 import alexnet_jax
+from alexnet_jax import main
+from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import prepare
 from alexnet_jax.input import store as stores
-from alexnet_jax.rundir import directory
+from alexnet_jax.rundir import checkpoint, directory
+from alexnet_jax.rundir import fingerprint as prints
 
-PACKAGE = pathlib.Path(alexnet_jax.__file__).parent
+PACKAGE = pathlib.Path(alexnet_jax.__file__).resolve().parent
+ROOT = PACKAGE.parent
 CANNOT = {  # modules that cannot change a result, and why
     'common/class_names.py': 'words',
     'common/errors.py': 'messages and exit codes',
@@ -80,24 +96,132 @@ def normal(node: Any) -> Any:
     return [type(node).__name__, *kept]
 
 
-def fingerprint(workdir: pathlib.Path, code: str) -> dict[str, Any]:
-    """That of a run, from its run directory and the code that it was trained by."""
+def presets(argument: str, root: pathlib.Path = ROOT) -> dict[str, str]:
+    """The fingerprints of configs/base.py, of a preset FILE[:variant], and of those that it imports."""
+    todo, found = [pathlib.Path(argument.partition(':')[0]).resolve(), root / 'configs/base.py'], {}
+    while todo:
+        file = todo.pop()
+        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+        if name not in found:
+            tree = ast.parse(file.read_bytes())
+            found[name] = _hash(normal(tree))
+            files = (root / f'{module.replace(".", "/")}.py' for module in _imported(tree))
+            todo += [file for file in files if file.exists()]
+    return found
+
+
+def _imported(tree: ast.Module) -> list[str]:
+    """The modules of `configs` that a module imports, and perhaps some that are none."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f'{node.module}.{one.name}' for one in node.names)]
+    return [name for name in names if name.startswith('configs.')]
+
+
+def look(function: Callable | None) -> dict[str, str]:
+    """The fingerprint of a function of a module, with what it names there; {} of one without a source.
+
+    So a new row of an experiment's table does not change what looks at its runs.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    try:
+        tree = ast.parse(pathlib.Path(inspect.getsourcefile(function)).read_bytes())
+    except TypeError:  # None, or built in
+        return {}
+    statements = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [(one.asname or one.name).partition('.')[0] for one in node.names]
+        else:
+            parts = (one for one in ast.walk(node) if isinstance(one, ast.Name))
+            names = [one.id for one in parts if isinstance(one.ctx, ast.Store)]
+        for name in names:
+            statements.setdefault(name, []).append(node)
+    todo, reached = [function.__name__], {}
+    if function.__name__ not in statements:  # inside another, or without a name
+        todo = [*statements]
+    while todo:
+        name = todo.pop()
+        if name in statements and name not in reached:
+            reached[name] = [normal(node) for node in statements[name]]
+            todo += [
+                one.id
+                for node in statements[name]
+                for one in ast.walk(node)
+                if isinstance(one, ast.Name)
+            ]
+    return {
+        f'{function.__module__}.{function.__qualname__}': _hash(sorted(reached.items(), key=str))
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def before(command: list[str], after: Callable | None) -> dict[str, Any]:
+    """The fingerprint of a run that is to be made, but for its pictures; UserError if it cannot be made."""
+    config = json.loads(json.dumps(main.parse(['alexnet_jax.main', *command]).config.to_dict()))
+    config |= {part: fields | config[part] for part, fields in directory.LATER.items()}
+    return {
+        'code': code(),
+        'files': presets(_named(command)['config']) | look(after),
+        'config': deciding(config),
+        'start': start(config),
+    }
+
+
+def fingerprint(workdir: pathlib.Path, now: dict[str, Any]) -> dict[str, Any]:
+    """That of a run, from its run directory and what `before` gave."""
     config = directory.read_config(workdir)
     data = config['data']
     path = data['store'] or prepare.default_store(data['source'], data['size'], data['format'])
     store = stores.open_store(path)
     directory.check_store(workdir, store)
-    return {'code': code, 'config': deciding(config), 'data': f'{store.identity():08x}'}
+    return {**now, 'config': deciding(config), 'data': pictures(store)}
+
+
+def pictures(store: stores.Store) -> str:
+    """The fingerprint of a store: its identity, mean image and colour statistics."""
+    value = hashlib.sha256(f'{store.identity():08x}'.encode())
+    for array in (store.mean, store.eigenvectors, store.sigma):
+        value.update(np.ascontiguousarray(array).tobytes())
+    return value.hexdigest()[:16]
+
+
+def start(config: dict) -> str:
+    """The fingerprint of the checkpoint that `train.init_from` names: the latest good one; '' for none."""
+    if not (path := config['train']['init_from']):
+        return ''
+    folder = paths.path(path) / 'checkpoints'
+    for step in reversed(checkpoint.Checkpoints(folder).steps()):
+        file = folder / str(step) / 'meta/metadata'
+        try:
+            record = json.loads(file.read_bytes())
+            content = {'meta': record['meta'], 'leaves': record['leaves']}
+            if record['crc32'] == prints.crc32(content):
+                leaves = sorted(record['leaves'].items())
+                return _hash([[name, leaf['fingerprint']] for name, leaf in leaves])
+        except (paths.failures(file), ValueError, KeyError, TypeError):
+            pass  # damaged: training passes it over as well
+    raise UserError(f'--config.train.init_from={path}: there is no good checkpoint to start from')
 
 
 def deciding(config: dict) -> dict[str, Any]:
     """The fields of a config that decide a result, by their full names."""
-    plateau = config['optim']['schedule'] == 'plateau'
+    run = {'config.run.log_every'}
+    if config['optim']['schedule'] == 'plateau':
+        run.add('config.run.eval_every')
     return {
         name: value
         for name, value in _flat(config, 'config').items()
-        if name not in PLACES
-        and (not name.startswith('config.run.') or plateau and name == 'config.run.eval_every')
+        if name not in PLACES and (not name.startswith('config.run.') or name in run)
     }
 
 
@@ -114,8 +238,14 @@ def difference(first: dict, second: dict) -> str:
     one, other = (row.get('fingerprint') for row in (first, second))
     if not one or not other:
         return '' if one == other else 'one has no fingerprint, as rows of earlier versions'
+    if {*one, 'data'} != {*other, 'data'}:
+        return 'one has a fingerprint of an earlier version'
     if one['code'] != other['code']:
         return f'their training code differs ({one["code"]} and {other["code"]})'
+    for name in sorted({*one['files']} & {*other['files']}):
+        values = [fields['files'][name] for fields in (one, other)]
+        if values[0] != values[1]:
+            return f'{name} was another for each ({values[0]} and {values[1]})'
     mine, theirs = (_named(row['command']) for row in (first, second))
     if mine['config'] == theirs['config']:
         free = {'config.train.init_from'}
@@ -124,8 +254,11 @@ def difference(first: dict, second: dict) -> str:
             values = [fields['config'].get(field) for fields in (one, other)]
             if values[0] != values[1]:
                 return f'their configs differ in {field} ({values[0]!r} and {values[1]!r})'
-    same = _pictures(mine) == _pictures(theirs)
-    if same and one['data'] != other['data']:
+    named = [fields['config'].get('config.train.init_from') for fields in (one, other)]
+    if named[0] == named[1] and one['start'] != other['start']:
+        return f'{named[0]} was another checkpoint for each ({one["start"]} and {other["start"]})'
+    known = 'data' in one and 'data' in other  # not yet of a run that is to be made
+    if known and _pictures(mine) == _pictures(theirs) and one['data'] != other['data']:
         return f'their pictures differ (identity {one["data"]} and {other["data"]})'
     return ''
 
@@ -157,20 +290,27 @@ def earlier(results: dict[str, dict]) -> bool:
 
 def uncommitted() -> bool:
     """Whether the code is not that of a commit, or nobody can say because there is no git."""
-    commit = directory.commit()
+    return dirty(directory.commit())
+
+
+def dirty(commit: str) -> bool:
+    """Whether what `directory.commit` says is no commit."""
     return commit == 'unknown' or commit.endswith('-dirty')
 
 
-def note(workdir: pathlib.Path, now: str) -> None:
-    """Keeps the training code of a run's first start beside its directory; UserError at another."""
+def note(workdir: pathlib.Path, code: str, start: str = '') -> None:
+    """Keeps the training code of a run's first start beside its directory, and the checkpoint that it
+    started from; UserError at another.
+    """
+    now = f'{code} from checkpoint {start}' if start else code
     file = workdir.with_name(f'{workdir.name}.code')
     there = now
     if workdir.exists():  # a start that failed before leaves only the note
         there = file.read_text().strip() if file.exists() else 'not noted'
     if there != now:
         raise UserError(
-            f'{workdir}: was begun by other training code ({there}, now {now}); check that out, or '
-            'remove the folder'
+            f'{workdir}: was begun by other training code or from another checkpoint ({there}, now {now}); '
+            'restore that, or remove the folder'
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f'{now}\n')

@@ -21,6 +21,8 @@ import numpy as np
 from alexnet_jax.common.errors import UserError
 
 LEVEL = 0.05
+NO_SPREAD = 'no spread'
+EQUAL = 1e-9  # values that differ by less than this part of the largest differ by rounding
 CONFIDENCE = 0.95
 DRAWS = 10_000  # of a bootstrap
 
@@ -28,13 +30,15 @@ DRAWS = 10_000  # of a bootstrap
 class Difference(NamedTuple):
     """A mean difference, its 95 % interval (low, high), and the two-sided p value of no difference.
 
-    From a single value: the interval is infinite, and p is 1.
+    From a single value, and from values without spread, which say nothing of the error: the interval is
+    infinite, and p is 1. `note` says the latter.
     """
 
     mean: float
     low: float
     high: float
     p: float
+    note: str = ''
 
 
 def paired(values: Sequence[float]) -> Difference:
@@ -43,6 +47,8 @@ def paired(values: Sequence[float]) -> Difference:
     mean = float(values.mean())
     if len(values) < 2:
         return Difference(mean, -math.inf, math.inf, 1.0)
+    if _equal(values):
+        return Difference(mean, -math.inf, math.inf, 1.0, NO_SPREAD)
     error = float(values.std(ddof=1)) / len(values) ** 0.5
     return _student(mean, error, len(values) - 1)
 
@@ -53,9 +59,9 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Difference:
     mean = float(second.mean() - first.mean())
     if min(len(first), len(second)) < 2:
         return Difference(mean, -math.inf, math.inf, 1.0)
+    if _equal(first) and _equal(second):
+        return Difference(mean, -math.inf, math.inf, 1.0, NO_SPREAD)
     parts = [x.var(ddof=1) / len(x) for x in (first, second)]
-    if not sum(parts):
-        return _student(mean, 0.0, 1)
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(x) - 1) for part, x in zip(parts, (first, second), strict=True)
     )
@@ -65,7 +71,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Difference:
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
     """(ratio, low, high): the geometric mean of paired ratios, with its 95 % interval.
 
-    Student's t of the logarithms; infinite, and 0, from a single pair.
+    Student's t of the logarithms; infinite, and 0, from a single pair and from equal ratios.
     """
     logs = paired(np.log(np.asarray(numerators, float) / np.asarray(denominators, float)))
     return math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high)
@@ -138,10 +144,13 @@ def between(low: float, high: float, digits: int, sign: str = '+') -> str:
 
 
 def interval(difference: Difference, digits: int = 2) -> str:
-    """'+2.40 (-2.16 to +6.96)', the mean and its 95 % interval; only the mean of a single pair."""
+    """'+2.40 (-2.16 to +6.96)', the mean and its 95 % interval; only the mean of a single pair.
+
+    Of values without spread: '+2.40 (no spread)'.
+    """
     mean = f'{difference.mean:+.{digits}f}'
     if math.isinf(difference.low):
-        return mean
+        return f'{mean} ({difference.note})' if difference.note else mean
     return f'{mean} ({between(difference.low, difference.high, digits)})'
 
 
@@ -160,10 +169,13 @@ def mean_std(values: Sequence[float], digits: int = 1) -> str:
     return f'{np.mean(values):.{digits}f}{spread}'
 
 
+def _equal(values: np.ndarray) -> bool:
+    """Whether some values differ by no more than rounding."""
+    return bool(np.ptp(values) <= EQUAL * np.abs(values).max())
+
+
 def _student(mean: float, error: float, freedom: float) -> Difference:
     t = scipy('stats').t
-    if not error:
-        return Difference(mean, mean, mean, float(not mean))
     half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Difference(mean, mean - half, mean + half, 2 * float(t.sf(abs(mean) / error, freedom)))
 

@@ -316,6 +316,31 @@ def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
     assert len([*(tmp_path / 'runs' / 'trial-smoke').glob('*/config.json')]) == 3
 
 
+def test_rows_of_another_command_are_found_where_only_names_others(tmp_path):
+    started = []
+
+    def start(command, workdir, until):
+        started.append(workdir.name)
+        return leave(command, workdir, until)
+
+    def edited(changes, only):
+        def run(trial):
+            for name in ('a', 'b'):
+                trial.run(name, 0, 'configs/paper.py', changes)
+
+        trial = make(tmp_path, start=start)
+        trial.choose(run, only)
+        run(trial)
+
+    edited({'optim.epochs': 30.0}, ['a'])
+    for changes in ({'optim.epochs': 31.0}, {'optim.epochs': 30.0, 'run.log_every': 7}):
+        with pytest.raises(UserError, match='a-0 was run as .*, not as '):
+            edited(changes, ['b'])
+    assert started == ['a-0']
+    edited({'optim.epochs': 30.0, 'run.threads': 2}, ['b'])
+    assert started == ['a-0', 'b-0']
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """command(arguments, ...) runs an experiment of one run of each seed, in `tmp_path`."""
@@ -368,3 +393,38 @@ def test_what_every_run_has_of_its_own_cannot_be_given(command, tmp_path, text):
     with pytest.raises(UserError, match=f'{text}: every run has its own'):
         command('--', '--config.data.source=a', text, 'x')
     assert [path.name for path in tmp_path.iterdir()] == ['configs']
+
+
+def test_rows_of_another_command_are_found_before_anything_is_run(tmp_path, monkeypatch):
+    started = []
+
+    def start(command, workdir, until):
+        started.append(workdir.name)
+        return leave(command, workdir, until)
+
+    def run(names, epochs):
+        def ask(trial):
+            for name in names:
+                trial.run(name, 0, 'configs/paper.py', {'optim.epochs': epochs})
+
+        module = SimpleNamespace(
+            __file__='trial.py',
+            __doc__='What it is.',
+            INDEPENDENT=True,
+            report=lambda results: '',
+            run=ask,
+            plot=None,
+        )
+        lab._main(module)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    monkeypatch.setattr(lab, 'in_new_process', start)
+    monkeypatch.setattr('signal.signal', lambda *args: None)
+    monkeypatch.setattr('sys.argv', ['trial', '--scale=smoke', '--seeds=1', '--results=mine'])
+    run(['a'], 30.0)
+    with pytest.raises(UserError, match='a-0 was run as'):
+        run(['new', 'a'], 31.0)
+    assert started == ['a-0']
+    run(['new', 'a'], 30.0)
+    assert started == ['a-0', 'new-0']

@@ -502,7 +502,7 @@ def test_a_report_of_some_results(page, tmp_path):
 
 def pair():
     """Results of two seeds of the 11 % network with norms and without."""
-    fingerprint = {'code': 'c0de', 'config': {}, 'data': '0'}
+    fingerprint = {'code': 'c0de', 'files': {}, 'config': {}, 'start': '', 'data': '0'}
     made = by_key(
         *(
             result(net, s, centre=e + s, ten=e)

@@ -18,13 +18,19 @@ def test_paired_differences_against_scipy(seeds):
     found = statistics.paired(own - reference)
     theirs = stats.ttest_rel(own, reference)
     low, high = theirs.confidence_interval(0.95)
-    assert found == pytest.approx((np.mean(own - reference), low, high, theirs.pvalue))
+    assert found[:4] == pytest.approx((np.mean(own - reference), low, high, theirs.pvalue))
 
 
 def test_paired_differences_without_spread_or_pairs():
-    assert statistics.paired([3.0]) == (3.0, -math.inf, math.inf, 1.0)
-    assert statistics.paired([1.0, 1.0]) == (1.0, 1.0, 1.0, 0.0)
-    assert statistics.paired([0.0, 0.0]) == (0.0, 0.0, 0.0, 1.0)
+    assert statistics.paired([3.0]) == (3.0, -math.inf, math.inf, 1.0, '')
+    for value, seeds in ((1.0, 2), (0.0, 2), (0.2, 3)):  # the variance of three 0.2 is 1e-33
+        found = statistics.paired([value] * seeds)
+        assert found == (pytest.approx(value), -math.inf, math.inf, 1.0, 'no spread')
+        assert statistics.interval(found) == f'{value:+.2f} (no spread)'
+    rounded = statistics.paired([52.3 - 52.1, 40.4 - 40.2, 17.5 - 17.3])
+    assert rounded.note and rounded.p == 1.0
+    little = statistics.paired([1.0, 1.0001])
+    assert not little.note and 0 < little.p < 0.05 and little.low < 1 < little.high
 
 
 def test_welch_against_scipy():
@@ -33,9 +39,10 @@ def test_welch_against_scipy():
     found = statistics.welch(first, second)
     theirs = stats.ttest_ind(second, first, equal_var=False)
     low, high = theirs.confidence_interval(0.95)
-    assert found == pytest.approx((second.mean() - first.mean(), low, high, theirs.pvalue))
-    assert statistics.welch([1.0, 1.0], [2.0, 2.0]) == (1.0, 1.0, 1.0, 0.0)
-    assert statistics.welch([1.0], [2.0, 3.0]) == (1.5, -math.inf, math.inf, 1.0)
+    assert found[:4] == pytest.approx((second.mean() - first.mean(), low, high, theirs.pvalue))
+    no_spread = (1.0, -math.inf, math.inf, 1.0, 'no spread')
+    assert statistics.welch([1.0, 1.0], [2.0, 2.0]) == no_spread
+    assert statistics.welch([1.0], [2.0, 3.0]) == (1.5, -math.inf, math.inf, 1.0, '')
 
 
 def test_the_ratio_of_pairs():
@@ -44,6 +51,7 @@ def test_the_ratio_of_pairs():
     expected = (stats.gmean(many / few), *np.exp(theirs))
     assert statistics.ratio(many, few) == pytest.approx(expected)
     assert statistics.ratio([6.0], [2.0]) == (pytest.approx(3.0), 0.0, math.inf)
+    assert statistics.ratio([6.0, 3.0], [2.0, 1.0]) == (pytest.approx(3.0), 0.0, math.inf)
 
 
 def test_holm_by_hand():

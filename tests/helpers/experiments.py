@@ -4,6 +4,7 @@ import ast
 import json
 
 from alexnet_jax.common import configfile
+from alexnet_jax.rundir import fingerprint
 from alexnet_jax.training import loop
 from experiments import lab
 from tests.helpers.stores import write_store
@@ -31,6 +32,15 @@ def leave(command, workdir, until):
     )
     (workdir / 'metrics.jsonl').write_text('{"kind": "train", "step": 0}\n')
     return False
+
+
+def leave_checkpoint(workdir, step=1, leaf=5):
+    """What a checkpoint says of its arrays, here of one with this fingerprint -> the file."""
+    content = {'meta': {}, 'leaves': {'params/a': {'fingerprint': leaf}}}
+    file = workdir / f'checkpoints/{step}/meta/metadata'
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({**content, 'crc32': fingerprint.crc32(content)}))
+    return file
 
 
 def configured(command):
