@@ -121,11 +121,11 @@ def test_no_step_of_several_comes_after_one_that_is_not_finite(net, mesh):
     step, state, _ = make_step(net, mesh)
     several, start, _ = make_step(net, mesh, several=True)
     one = make_batch()
-    batches = {name: np.stack([x] * 3) for name, x in one.items()}
+    batches = {name: np.stack([x] * 4) for name, x in one.items()}
     batches['z'][1] = np.nan
     state, _ = step(state, one, RATES)
-    end, sums = several(start, batches, {name: np.repeat(rate, 3) for name, rate in RATES.items()})
-    assert list(np.isfinite(sums['loss'])) == [True, False, True]
+    end, sums = several(start, batches, {name: np.repeat(rate, 4) for name, rate in RATES.items()})
+    assert list(np.isfinite(sums['loss'])) == [True, False, True, True]
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), end.params, state.params
     )
