@@ -243,8 +243,11 @@ def test_an_ensemble_averages_probabilities(runs, folder, net):
     store = open_store(folder / 'three')
     images, labels = store.pixels('val'), store.labels('val')
     each = [inference.load(run, build=build)(images) for run in members]
-    hits = [int((p.argmax(1) == labels).sum()) for p in (*each, np.mean(each, axis=0))]
-    assert [one['top1'] for one in sums.values()] == hits
+    each.append(np.mean(each, axis=0))
+    for found, probabilities in zip(sums.values(), each, strict=True):
+        assert found['top1'] == (probabilities.argmax(1) == labels).sum()
+        losses = -np.log(probabilities[np.arange(11), labels])
+        assert found['loss'] == pytest.approx(losses.sum(), rel=1e-4)
     assert [one['count'] for one in sums.values()] == [11] * 3
 
 
