@@ -286,6 +286,7 @@ def test_a_reader_that_ended_lets_go_of_the_file(tmp_path, reader):
     assert not mapped()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ending', ['close', 'collect'])
 @pytest.mark.parametrize('format, reader', READERS)
 def test_an_abandoned_iterator_stops_reading(stores, format, reader, ending):

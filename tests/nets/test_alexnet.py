@@ -66,6 +66,7 @@ def test_other_presets_have_their_shapes():
     assert (found['conv1'], found['pool5']) == ([(55, 55, 64)], [(6, 6, 256)])
 
 
+@pytest.mark.slow
 def test_original_normalizes_before_the_relu_and_twice_in_layer_2():
     net = make_net(original.get_config(), width=0.25)
     params = network.init(net, jax.random.key(0), 64)['params']
@@ -190,6 +191,7 @@ def test_dropout_forms():
     np.testing.assert_allclose(a, expected + bias, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_initial_values():
     params = network.init(make_net(original.get_config(), classes=1000), jax.random.key(0), 224)[
         'params'
@@ -203,12 +205,14 @@ def test_initial_values():
     assert biases == [0, 1, 0, 1, 1, 1, 1, 0]
 
 
+@pytest.mark.slow
 def test_a_narrow_net_starts_with_larger_kernels():
     params = network.init(make_net(width=0.25), jax.random.key(0), 224)['params']
     stds = [float(params[layer]['kernel'].std()) for layer in sorted(params)]
     np.testing.assert_allclose(stds, [0.01] + [0.02] * 7, rtol=0.06)
 
 
+@pytest.mark.slow
 def test_torch_initialization_is_uniform_within_the_fan_in():
     params = network.init(make_net(owt.get_config(), width=0.25), jax.random.key(0), 224)['params']
     for layer, fan_in in (('conv1', 363), ('conv3', 9 * 48), ('fc7', 1024)):

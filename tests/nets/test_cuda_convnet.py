@@ -26,6 +26,7 @@ def applied(variant, **changes):
     return params, images, logits, {name: value[0] for name, value in out.items()}, net
 
 
+@pytest.mark.slow
 def test_shapes_end_in_ceil_mode():
     """32 -> 16 -> 8 -> 4 and 24 -> 12 -> 6; floor would give 15, 7, 3 (`original.md` §8)."""
     *_, logits, out, net = applied('80sec')

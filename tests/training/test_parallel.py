@@ -183,11 +183,13 @@ def scale_gradient_of_tower_1(optimizer):
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_scaled_gradient(narrow, narrow_alone):
     broken = train((1, 2), narrow, wrap=scale_gradient_of_tower_1)
     assert not agree(narrow_alone, broken)
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_one_changed_mask(narrow, narrow_alone, monkeypatch):
     real = layers.dropout_mask
     monkeypatch.setattr(
@@ -278,6 +280,7 @@ def test_a_net_without_towers_trains_on_several_devices():
     assert agree(train((1, 1), config, count=2), train((4, 1), config, count=2))
 
 
+@pytest.mark.slow
 def test_three_towers_train_the_same_on_three_devices(narrow):
     config = narrow.copy_and_resolve_references()
     kernels, hidden = (96, 252, 384, 384, 252), (4092, 4092)
