@@ -120,7 +120,9 @@ def narrow_alone(narrow):
     return train((1, 1), narrow)
 
 
-@pytest.mark.parametrize('shape', [(1, 2), (2, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize(
+    'shape', [(1, 2), (2, 1), pytest.param((4, 2), marks=pytest.mark.slow)], ids=str
+)
 def test_narrow_net_trains_the_same_on_every_mesh(narrow, narrow_alone, shape):
     losses, distance = differences(narrow_alone, train(shape, narrow))
     assert losses < 1e-9 and distance < 1e-7, (losses, distance)
@@ -158,7 +160,7 @@ def test_full_width_original_trains_the_same_on_every_mesh(monkeypatch):
 @pytest.mark.parametrize(
     'change',
     [
-        {'norm_window': 'all'},
+        pytest.param({'norm_window': 'all'}, marks=pytest.mark.slow),
         *(
             pytest.param(change, marks=pytest.mark.full)
             for change in ({'exchange': ()}, {'remove': 'conv3'}, {'dropout_at': 'inputs'})

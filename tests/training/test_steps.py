@@ -117,6 +117,7 @@ def test_several_steps_of_one_program_are_those_of_one_each(net, mesh, monkeypat
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), together, stack(sums))
 
 
+@pytest.mark.slow
 def test_no_step_of_several_comes_after_one_that_is_not_finite(net, mesh):
     step, state, _ = make_step(net, mesh)
     several, start, _ = make_step(net, mesh, several=True)
