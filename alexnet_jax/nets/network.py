@@ -153,12 +153,17 @@ def apply(
 
 def names_of(path) -> Path:
     """The path of a leaf as JAX gives it -> its names."""
-    return tuple(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def inside(path: Path, layers: Sequence[str]) -> bool:
     """Whether a path is one of some layers ('conv1', 'block/norm1'), or below one."""
     return any(path[: len(parts)] == parts for parts in (tuple(x.split('/')) for x in layers))
+
+
+def in_head(net: Network, path: Path) -> bool:
+    """Whether a path is in the last layer."""
+    return path[: len(net.head)] == net.head
 
 
 def specs(net: Network, tree: Any, shards: int) -> Any:

@@ -106,7 +106,7 @@ def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
         there = checkpoint.Checkpoints(path / 'checkpoints').shapes()
         for name, leaf in fingerprint.named_leaves(shapes).items():
             kind, _, layer = name.partition('/')
-            if network.inside(tuple(layer.split('/')), ('/'.join(net.head),)):
+            if network.in_head(net, tuple(layer.split('/'))):
                 continue
             other = there.get(name)
             if other is None or other.shape != leaf.shape:

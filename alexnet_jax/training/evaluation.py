@@ -32,6 +32,24 @@ def evaluate(
     predicts: one function for each member of the ensemble; their probabilities are averaged.
     """
     score = steps.make_score(mesh)
+    parts = _of_batches(score, predicts, mesh, store, split=split, batch=batch, threads=threads)
+    sums = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *parts)
+    if sums['count'] != store.counts[split]:
+        raise AssertionError(f'{sums["count"]:g} pictures counted, {store.counts[split]} are there')
+    return sums
+
+
+def _of_batches(
+    function: Callable,
+    predicts: Sequence[Predict],
+    mesh: Mesh,
+    store: Store,
+    *,
+    split: str,
+    batch: int,
+    threads: int,
+) -> list:
+    """function(averaged probabilities, labels, mask) of every batch of a split, on the host."""
     rows = meshes.rows(mesh, batch)
     # One program at a time where they cannot overlap; elsewhere the next batch is read meanwhile.
     finish = (lambda x: x) if choices(mesh).overlap else jax.block_until_ready
@@ -40,13 +58,10 @@ def evaluate(
         arrays = meshes.global_batch(mesh, batch, local)
         members = [finish(p(arrays['image'])) for p in predicts]
         probabilities = finish(sum(members) / len(members))
-        parts.append(finish(score(probabilities, arrays['label'], arrays['mask'])))
+        parts.append(finish(function(probabilities, arrays['label'], arrays['mask'])))
         if len(parts) > 1:  # never more than two batches in flight
             jax.block_until_ready(parts[-2])
-    sums = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(parts))
-    if sums['count'] != store.counts[split]:
-        raise AssertionError(f'{sums["count"]:g} pictures counted, {store.counts[split]} are there')
-    return sums
+    return jax.device_get(parts)
 
 
 def compare(
@@ -110,14 +125,10 @@ def hits(
     opened = open_store([trained], store)
     predict = predictor(trained, mesh, views)
     right = jax.jit(
-        lambda p, labels: metrics.rank(p, labels) < 1, out_shardings=NamedSharding(mesh, P())
+        lambda p, labels, mask: metrics.rank(p, labels) < 1,
+        out_shardings=NamedSharding(mesh, P()),
     )
-    parts = []
-    for local in eval_batches(
-        opened, split, batch=batch, rows=meshes.rows(mesh, batch), threads=threads
-    ):
-        arrays = meshes.global_batch(mesh, batch, local)
-        parts.append(np.asarray(right(predict(arrays['image']), arrays['label'])))
+    parts = _of_batches(right, [predict], mesh, opened, split=split, batch=batch, threads=threads)
     return np.concatenate(parts)[: opened.counts[split]]
 
 

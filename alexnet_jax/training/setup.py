@@ -152,7 +152,7 @@ def _variables_from(run_dir: str, net: Network, target, state) -> dict:
     there = other.shapes()
     wanted = fingerprint.named_leaves(target.variables)
     fresh = fingerprint.named_leaves(state.variables)
-    head = {n for n in wanted if network.inside(tuple(n.split('/')[1:]), ('/'.join(net.head),))}
+    head = {n for n in wanted if network.in_head(net, tuple(n.split('/')[1:]))}
     same = all(n in there and there[n].shape == wanted[n].shape for n in head)
     kept = {n: leaf for n, leaf in wanted.items() if same or n not in head}
     step, found, _ = other.restore_part(kept)
