@@ -3,7 +3,7 @@
     python -m alexnet_jax.main --config=configs/cifar10.py:18pct
 
 The pictures come from TFDS (`cifar10`), or from a folder of classes with train/ and test/:
---config.data.source=FOLDER. Variants, with their numbers of parameters (`original.md` §8):
+--config.data.source=FOLDER. Variants, with their numbers of parameters (`docs/original.md` §8):
 
     80sec          145,578   three convolutions and a hidden layer, 10 epochs; 26 %
     19pct           89,578   three convolutions, strong decay of the last layer; 19 %

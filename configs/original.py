@@ -1,4 +1,4 @@
-"""Net #145 of the source of 2012: the run behind the paper's tables (`original.md` §0 to §5).
+"""Net #145 of the source of 2012: the run behind the paper's tables (`docs/original.md` §0 to §5).
 
     python -m alexnet_jax.main --config=configs/original.py
 

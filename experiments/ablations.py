@@ -7,7 +7,7 @@ its error at the end minus that of the reference with the same seed, in points, 
 the seeds; positive is worse than the reference. The verdicts are about top-1 errors with ten crops: one
 family of tests, one a row. With the centre crop there is the interval over pictures, too.
 
-Beside it the paper's difference and that of the log of 2012, where there are any (`original.md` §0,
+Beside it the paper's difference and that of the log of 2012, where there are any (`docs/original.md` §0,
 §7); 'worse' where the paper gives no number. Of weight decay the paper says only that it lowers the
 training error, and this is of the validation error.
 

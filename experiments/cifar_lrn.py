@@ -5,7 +5,7 @@
 The paper: "a four-layer CNN achieved a 13% test error rate without normalization and 11% with
 normalization", as "specified precisely" by the files of cuda-convnet. Those files, `configs/cifar10.py`,
 come with the test errors that the first table repeats. But the 13 % and the 11 % network differ in
-more than norms: in their units, weight decay and length (`original.md` §8). So the 11 % network is also
+more than norms: in their units, weight decay and length (`docs/original.md` §8). So the 11 % network is also
 trained without its norms, and the two are compared seed by seed: same first parameters, same batches.
 
 What the files of 2012 did with parts of the training pictures is simplified as `configs/cifar10.py` says.

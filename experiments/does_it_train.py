@@ -1,4 +1,4 @@
-"""Does the network train from the initial values that the paper prints? (§5; `original.md` §3)
+"""Does the network train from the initial values that the paper prints? (§5; `docs/original.md` §3)
 
     python -m experiments.does_it_train --scale=small -- --config.data.source=FOLDER
 

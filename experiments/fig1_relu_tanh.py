@@ -6,7 +6,7 @@ The paper: "a four-layer convolutional neural network with ReLUs reaches a 25 % 
 on CIFAR-10 six times faster than an equivalent network with tanh neurons. The learning rates for
 each network were chosen independently to make training as fast as possible. No regularization of any
 kind was employed." It does not name the network. Ours: cuda-convnet's 19 % network, three
-convolutions and the last layer, without weight decay, crops or flips (`original.md` §8).
+convolutions and the last layer, without weight decay, crops or flips (`docs/original.md` §8).
 
 For each activation the rate with the lowest training error in the third epoch is taken, of RATES;
 then every seed runs with it until 25 %. Training error: over the last epoch, as its pictures were trained
@@ -28,8 +28,8 @@ RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 NETS = {'ReLU': 'configs/cifar10.py:fig1', 'tanh': 'configs/cifar10.py:fig1_tanh'}
 CHOICES = (
     'The paper does not name its network. Ours, by our own choice: the 19 % network of cuda-convnet, three '
-    'convolutions and the last layer, without weight decay, crops or flips (`original.md` §8). The training '
-    'error is of pictures as they are trained on, and looked at after every block of 78 batches, which of '
+    'convolutions and the last layer, without weight decay, crops or flips (`docs/original.md` §8). The '
+    'training error is of pictures as they are trained on, and looked at after every block of 78 batches, which of '
     'CIFAR-10 is a fifth of an epoch: over the whole epoch before, and over the block alone, which is lower '
     'at the beginning of an epoch, for then many pictures were seen a short time ago. Between two looks a '
     'straight line is drawn.'

@@ -4,7 +4,7 @@
     python -m experiments.resize_difference FOLDER [--size=256]
 
 FOLDER is searched for pictures. Both paths make the shorter side `size` pixels and cut the central
-square; the source enlarged with INTER_CUBIC (`original.md` §5). Prints the mean absolute difference
+square; the source enlarged with INTER_CUBIC (`docs/original.md` §5). Prints the mean absolute difference
 in levels (0-255), for the pictures that shrink and for those that grow.
 """
 

@@ -3,7 +3,7 @@
     python -m experiments.table2 --scale=small --seeds=5 -- --config.data.source=FOLDER
 
 `--seeds` is the number of CNNs; there are two CNN*, as in the paper, or one with --seeds=1. Its "5
-CNNs" were of different architectures (`original.md` §7); ours are seeds of `configs/original.py`. "7
+CNNs" were of different architectures (`docs/original.md` §7); ours are seeds of `configs/original.py`. "7
 CNNs*" are the two and the five together, of either those that did not diverge. Probabilities are
 averaged, ten crops each. With another number of seeds other networks go together, for which the run
 directories must still be there.

@@ -16,7 +16,7 @@ from alexnet_jax.training.setup import make_optimizer
 from configs import base
 
 CONFIGS = pathlib.Path(base.__file__).parent
-# conv1, conv2, ..., fc8: the paper's are those of `original.md` §1.
+# conv1, conv2, ..., fc8: the paper's are those of `docs/original.md` §1.
 PAPER = (34_944, 307_456, 885_120, 663_936, 442_624, 37_752_832, 16_781_312, 4_097_000)
 NOT_2012 = (23_296, 307_392, 663_936, 884_992, 590_080, 37_752_832, 16_781_312, 4_097_000)
 

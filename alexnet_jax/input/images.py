@@ -28,7 +28,7 @@ def square(data: bytes | np.ndarray, size: int) -> np.ndarray:
     """A picture, shorter side made `size`, and of it the central square -> u8[size,size,3].
 
     As in the paper (§2); rounding, the corner at (n - size) // 2 and bicubic enlargement are the
-    source's (`original.md` §5). Raises what `decode` raises.
+    source's (`docs/original.md` §5). Raises what `decode` raises.
     """
     image = decode(data)
     shorter = min(image.size)

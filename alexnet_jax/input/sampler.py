@@ -1,4 +1,4 @@
-"""Which record, crop, flip and colour draw every position of training gets (design §4).
+"""Which record, crop, flip and colour draw every position of training gets (`docs/design.md` §4).
 
 Row i of step s of batches of B is position p = s * B + i, a 64-bit number. Everything here is a
 pure function of (seed, position): nothing is remembered, so any position costs the same, and
@@ -38,7 +38,7 @@ def draws(seed: int, first: int, count: int, *, room: int, chunk: int = 1) -> Dr
 
     Offsets are uniform over 0..room inclusive (32: a crop of 224 from 256), flips even. `chunk`
     consecutive positions share one offset and one flip: 32 in the source, 1 in the paper
-    (`original.md` §5). `z` is independent for every position.
+    (`docs/original.md` §5). `z` is independent for every position.
     """
     groups = np.arange(first, first + count) // chunk
     crop = _words(seed, CROP, int(groups[0]), int(groups[-1] - groups[0]) + 1)[groups - groups[0]]

@@ -1,6 +1,6 @@
 """Reads a store: a prepared data set, square pictures of one size in one file a split.
 
-    store.json              format, size, classes, counts, source, ..., complete (design §5)
+    store.json              format, size, classes, counts, source, ..., complete (`docs/design.md` §5)
     {split}.jpg             JPEG records, one after another, with {split}.offsets.npy i64[N+1]
     {split}.u8              or raw pictures u8[N,S,S,3]
     {split}.crc.npy         u32[N], zlib.crc32 of each record
@@ -46,7 +46,7 @@ class Store:
 
     `mean` f32[S,S,3] is the mean RGB image of the training pictures, column k of `eigenvectors`
     f32[3,3] is the k-th principal axis of their RGB pixels, `sigma` f32[3] the standard deviations
-    along the axes, largest first; all in units of 0..255 (`original.md` §5).
+    along the axes, largest first; all in units of 0..255 (`docs/original.md` §5).
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""Writes the files of a store (design §5), so that a killed pass resumes and ends with the same bytes.
+"""Writes a store (`docs/design.md` §5). A killed pass resumes and ends with the same bytes.
 
 While a store grows, a row per record goes to {split}.index, and progress.npz says how far everything
 is valid: what lies beyond is cut off when the pass resumes. Sums are integers, so that their order

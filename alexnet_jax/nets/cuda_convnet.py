@@ -1,6 +1,6 @@
 """The CIFAR-10 networks of cuda-convnet, on which the paper tried its ideas (§3.1, §3.3).
 
-`configs/cifar10.py` has them by name; `original.md` §8 says where each number comes from.
+`configs/cifar10.py` has them by name; `docs/original.md` §8 says where each number comes from.
 """
 
 from typing import Any

@@ -60,7 +60,7 @@ def local(x, kernel, bias) -> jax.Array:
     """A locally connected layer: a convolution whose weights and biases differ from place to place.
 
     x[B,H,W,C], kernel[H,W,k*k*C,O] with rows in the order (row, column, channel), bias[H,W,O]
-    -> [B,H,W,O]; stride 1, padded with zeros to the same size (`original.md` §8).
+    -> [B,H,W,O]; stride 1, padded with zeros to the same size (`docs/original.md` §8).
     """
     height, width, channels = x.shape[1:]
     size = round((kernel.shape[2] // channels) ** 0.5)
@@ -174,7 +174,7 @@ def _pool_size(size: int, window: int, stride: int) -> int:
 def avg_pool(x, *, window: int, stride: int) -> jax.Array:
     """Average-pooling in the source's ceil mode, over the pixels of each window that exist.
 
-    x[B,H,W,C] -> [B,H',W',C], sizes as of `max_pool` (`original.md` §1).
+    x[B,H,W,C] -> [B,H',W',C], sizes as of `max_pool` (`docs/original.md` §1).
     """
     count = sum(_pool_slices(jnp.ones((1, *x.shape[1:3], 1), x.dtype), window, stride, 0))
     return sum(_pool_slices(x, window, stride, 0)) / count

@@ -47,7 +47,7 @@ def _add_decay(net, decay, decays):
         v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v
 
     The rate is inside the velocity, so a new rate leaves the velocity as it is. Kernels decay,
-    biases do not (`original.md` §4). rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the
+    biases do not (`docs/original.md` §4). rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the
     rate is 0 (and in the layers of `freeze`) neither parameter nor velocity changes.
     """
 

@@ -57,7 +57,7 @@ def line(step: int, total: int, batch: int, values: dict[str, float]) -> str:
 def kernel_picture(kernels: np.ndarray, *, scale: int = 1, per_kernel: bool = False) -> np.ndarray:
     """Kernels f32[T,h,w,3,C] -> u8[H,W,3], 16 in a row, the towers one below the other (Fig. 3).
 
-    One rescaling from the least to the greatest weight of all, as in the source (`original.md` §7);
+    One rescaling from the least to the greatest weight of all, as in the source (`docs/original.md` §7);
     white lines between kernels, and half a kernel of white between towers.
 
     Args:

@@ -18,7 +18,7 @@ from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.training import metrics
 
-VIEWS = {  # windows as fractions of the room, and flips; in the source's order (`original.md` §5)
+VIEWS = {  # windows as fractions of the room, and flips; in the source's order (`docs/original.md` §5)
     'centre': [(0.5, 0.5, False)],
     'ten': [
         (y, x, flip)

@@ -35,7 +35,7 @@ def make_net(preset, **changes):
 
 
 def test_arithmetic_of_the_paper_s_network():
-    """`performance.md`, ceilings: 1.449 GFLOP an image forward, 4.136 in training."""
+    """`docs/performance.md`, ceilings: 1.449 GFLOP an image forward, 4.136 in training."""
     totals = operations.totals(make_net(paper), batch=2, crop=224)
     assert totals['infer'] / 2e9 == pytest.approx(1.449, abs=5e-4)
     assert totals['train'] / 2e9 == pytest.approx(4.136, abs=5e-4)

@@ -193,7 +193,7 @@ def test_the_formula_knows_every_layer(preset):
 
 
 def test_the_paper_s_arithmetic():
-    """`original.md` §1: 724,406,816 multiply-adds; 4.136 GFLOP an image in training."""
+    """`docs/original.md` §1: 724,406,816 multiply-adds; 4.136 GFLOP an image in training."""
     net = programs.make_net(paper.get_config(), 1000)
     plan = formula.layers(net, 224)
     assert sum(layer.macs for layer in plan) == 724_406_816

@@ -79,7 +79,7 @@ def test_a_room_of_zero_leaves_one_offset():
 
 
 def test_colour_noise_has_the_spread_of_the_source(many):
-    # ImageNet's principal axes and standard deviations, and the factor 0.1: original.md, section 5.
+    # ImageNet's principal axes and standard deviations, and the factor 0.1: docs/original.md §5.
     sigma = np.array([121.780, 37.094, 19.721])
     axes = np.array(
         [[-0.5635, -0.5762, -0.5920], [-0.7126, -0.0235, 0.7012], [0.4180, -0.8170, 0.3973]]

@@ -28,7 +28,7 @@ def applied(variant, **changes):
 
 @pytest.mark.slow
 def test_shapes_end_in_ceil_mode():
-    """32 -> 16 -> 8 -> 4 and 24 -> 12 -> 6; floor would give 15, 7, 3 (`original.md` §8)."""
+    """32 -> 16 -> 8 -> 4 and 24 -> 12 -> 6; floor would give 15, 7, 3 (`docs/original.md` §8)."""
     *_, logits, out, net = applied('80sec')
     assert [out[name].shape[1:] for name in ('max1', 'avg2', 'avg3', 'fc4')] == [
         (16, 16, 32),

@@ -24,7 +24,7 @@ CONVS = {
     'pixels left over': (3, 2, ((0, 0), (0, 0)), (8, 6), 2, 3),
     'four different paddings': (3, 2, ((2, 1), (0, 3)), (7, 6), 2, 3),
 }
-# alpha (of each square), k, n, beta; original.md §2
+# alpha (of each square), k, n, beta; docs/original.md §2
 LRNS = {
     'paper, literally': (1e-4, 2.0, 5, 0.75),
     'source': (1e-4 / 5, 2.0, 5, 0.75),
@@ -131,7 +131,7 @@ class TestConv:
 
 
 def test_conv1_reads_three_zeros_beyond_the_right_and_lower_edges():
-    """224 pixels give 55 x 55, and the last window sees 8 of 11 rows (original.md §1)."""
+    """224 pixels give 55 x 55, and the last window sees 8 of 11 rows (docs/original.md §1)."""
     ones, kernel = np.ones((1, 224, 224, 1), np.float32), np.ones((11, 11, 1, 1), np.float32)
     y = layers.conv(ones, kernel, np.zeros(1, np.float32), stride=4, padding=((0, 3), (0, 3)))
     assert y.shape == (1, 55, 55, 1)
@@ -221,7 +221,7 @@ class TestNorms:
 
 
 def test_lrn_of_ones():
-    """original.md §11: 5 squares at an interior channel of a tower, 3 at its first and last."""
+    """docs/original.md §11: 5 squares at an interior channel of a tower, 3 at its first and last."""
     with jax.enable_x64(True):
         y = layers.lrn(jnp.ones((1, 1, 1, 48)), alpha=1e-4 / 5, k=2.0, n=5, beta=0.75)
         y = np.asarray(y)[0, 0, 0]
@@ -231,7 +231,7 @@ def test_lrn_of_ones():
 
 
 def test_map_norm_of_ones():
-    """original.md §2.3: 25 squares of the same map inside, 15 at an edge, 9 in a corner."""
+    """docs/original.md §2.3: 25 squares of the same map inside, 15 at an edge, 9 in a corner."""
     with jax.enable_x64(True):
         y = layers.map_norm(jnp.ones((1, 6, 6, 3)), alpha=1e-3 / 25, k=1.0, n=5, beta=0.75)
         y = np.asarray(y)[0]

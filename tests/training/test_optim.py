@@ -74,7 +74,7 @@ def reference(gradients, rates, name='sgd', decays=()):
             g = gradient[layer][leaf]
             epsilon = rate['conv1' if layer == 'conv1' else 'weights']
             decay = dict(decays).get(layer, 0.0005)
-            if leaf == 'bias':  # original.md §4: no decay; frozen with its kernels
+            if leaf == 'bias':  # docs/original.md §4: no decay; frozen with its kernels
                 epsilon = rate['biases'] if epsilon else 0
                 decay = 0
             if name == 'lars':
@@ -306,7 +306,7 @@ def make(examples=1000, batch=100, **changes):
 @pytest.mark.parametrize(
     ('preset', 'variant', 'examples', 'phases', 'end'),
     [
-        # Epoch; rates of weights, biases and conv1; colour noise: original.md §4.
+        # Epoch; rates of weights, biases and conv1; colour noise: docs/original.md §4.
         pytest.param(
             original,
             '',

@@ -30,7 +30,7 @@ def net():
 
 
 def test_ten_crops_are_the_corners_the_centre_and_their_mirror_images():
-    """`original.md` §11, in the source's order."""
+    """`docs/original.md` §11, in the source's order."""
     windows = [(int(y * 32), int(x * 32)) for y, x, _ in steps.VIEWS['ten']]
     assert windows == 2 * [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
     assert [flip for *_, flip in steps.VIEWS['ten']] == [False] * 5 + [True] * 5
@@ -135,7 +135,7 @@ def test_no_step_of_several_comes_after_one_that_is_not_finite(net, mesh):
 @pytest.mark.parametrize('colour', [1.0, 0.0])
 @pytest.mark.parametrize('rescale', [True, False])
 def test_loss_is_that_of_the_normalized_noisy_pictures(net, mesh, colour, rescale):
-    """noise = 0.1 * sum of z_k sigma_k v_k after the mean; / 1.1 only with noise (`original.md` §5)."""
+    """noise = 0.1 * sum of z_k sigma_k v_k after the mean; / 1.1 only with noise (`docs/original.md` §5)."""
     step, state, settings = make_step(net, mesh, rescale=rescale)
     batch = make_batch()
     z_sigma = batch['z'] * settings['sigma']
