@@ -29,7 +29,8 @@ NETS = {'ReLU': 'configs/cifar10.py:fig1', 'tanh': 'configs/cifar10.py:fig1_tanh
 CHOICES = (
     'The paper does not name its network. Ours, by our own choice: the 19 % network of cuda-convnet, three '
     'convolutions and the last layer, without weight decay, crops or flips (`docs/original.md` §8). The '
-    'training error is of pictures as they are trained on, and looked at after every block of 78 batches, which of '
+    'training error is of pictures as they are trained on, and looked at after every block of 78 batches, '
+    'which of '
     'CIFAR-10 is a fifth of an epoch: over the whole epoch before, and over the block alone, which is lower '
     'at the beginning of an epoch, for then many pictures were seen a short time ago. Between two looks a '
     'straight line is drawn.'
