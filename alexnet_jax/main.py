@@ -1,7 +1,7 @@
 """Trains a network: python -m alexnet_jax.main --config=configs/paper.py
 
-Run the same command again to resume from the last checkpoint. Any field of the config can be set on
-the command line: --config.model.activation=tanh; `configs/base.py` lists them all.
+Run the same command again to resume from the last checkpoint. You can set any field of the config on
+the command line, as in --config.model.activation=tanh; `configs/base.py` lists all fields.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 
 FLAGS = {  # name: (default, help)
-    'config': ('', 'a file in configs/, such as configs/paper.py; FILE:VARIANT for a variant'),
+    'config': ('', 'a preset (paper or configs/paper.py) or a file of yours; :VARIANT may follow'),
     'workdir': ('', 'run directory; default: runs/<config>[-variant]'),
     'cpu_devices': (0, 'make N virtual CPU devices'),
     **command.DISTRIBUTED,
@@ -33,7 +33,7 @@ class Arguments(NamedTuple):
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Reads the flags and executes the config file, once; UserError for whatever is wrong with them."""
+    """Reads the flags and runs the config file, once. Raises UserError if anything is wrong with them."""
     known = flags.FlagValues()
     define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_bool}
     for name, (default, text) in FLAGS.items():
@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> Arguments:
     try:
         rest = known(argv, known_only=True)  # what sets a field of the config
         if not known.config:
-            raise UserError('--config is missing, for example --config=configs/paper.py')
+            raise UserError('--config is missing; for example, --config=configs/paper.py')
         config = configfile.load(known.config)
         fields = configfile.fields(config)
         for argument in rest:
@@ -58,16 +58,16 @@ def parse(argv: list[str]) -> Arguments:
         rest = overrides(rest)[1:]
     except flags.UnrecognizedFlagError as error:
         close = difflib.get_close_matches(error.flagname, FLAGS, n=1)
-        meant = f' (perhaps --{close[0]})' if close else ''
+        meant = f' (did you mean --{close[0]}?)' if close else ''
         raise UserError(
-            f'--{error.flagname}: there is no such flag{meant}; fields are set like '
+            f'--{error.flagname}: no such flag{meant}; set a field of the config as in '
             '--config.train.batch=64'
         ) from error
     except flags.Error as error:
         flag, _, reason = ' '.join(str(error).split()).removeprefix('flag ').partition(': ')
         field = fields.get(flag.lstrip('-').split('=')[0])
         if field is not None:
-            reason = f'not of the type {type(field).__name__}, as {field!r} is'
+            reason = f'must be of type {type(field).__name__}, like {field!r}'
         raise UserError(f'{flag}: {reason}' if reason else flag) from error
     if rest:
         raise UserError(
@@ -84,7 +84,7 @@ def main() -> None:
     args = parse(sys.argv)
     command.log_to_stdout()
     command.start(args.cpu_devices, deterministic=args.config.run.deterministic, **args.processes)
-    logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS tells of every file
+    logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS logs every file
 
     # Imported late, so that errors in the flags appear at once.
     from alexnet_jax.devices import distributed

@@ -31,6 +31,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SINGLE = {
     '__init__': 'package',
+    '__main__': 'package',  # finds the commands by name
     'figures': 'shared',
     'command': 'shared',
 }  # modules outside the rooms; all others are commands

@@ -1,12 +1,18 @@
-"""Config files, and what can be wrong with them and with the fields set on the command line.
+"""Finds and runs config files, and checks the fields set on the command line.
 
-`config_flags` finds most of these mistakes too, but reports them in several lines or a traceback.
+`config_flags` catches most of these mistakes too, but reports them as a traceback or several lines.
 """
 
+import contextlib
 import difflib
 import math
+import os
+import re
 import runpy
+import sys
 import traceback
+import types
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,42 +20,86 @@ from ml_collections import ConfigDict
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.common.paths import Path
 
+_PACKAGE = Path(__file__).parents[1]
+# A wheel has the presets inside the package, a checkout beside it.
+PRESETS = _PACKAGE / 'configs' if (_PACKAGE / 'configs').is_dir() else _PACKAGE.parent / 'configs'
+
+
+def find(name: str) -> str:
+    """The path of a config file: an existing file, else the preset called NAME or configs/NAME.py.
+
+    Raises UserError, listing the presets, if there is neither.
+    """
+    if Path(name).is_file():
+        return name
+    preset = re.fullmatch(r'configs/(\w+)\.py|(\w+)', name)
+    file = PRESETS / f'{preset[1] or preset[2]}.py' if preset else None
+    if file and file.is_file():
+        return str(file)
+    presets = sorted(file.stem for file in PRESETS.glob('*.py') if file.stem != 'base')
+    close = difflib.get_close_matches(Path(name).stem, presets, n=1)
+    meant = f' (did you mean {close[0]}?)' if close else ''
+    raise UserError(
+        f'--config={name}: no such file or preset{meant}; the presets are {", ".join(presets)}'
+    )
+
 
 def load(argument: str) -> ConfigDict:
-    """FILE[:variant] -> its config; UserError if there is none, whatever the file does."""
-    file, colon, variant = argument.partition(':')
-    if not Path(file).is_file():
-        raise UserError(
-            f'--config={argument}: there is no file {file}; the presets are configs/*.py'
-        )
+    """Returns the config of FILE[:variant] or PRESET[:variant].
+
+    The file can import the presets and its own neighbors from `configs`, as in `from configs import
+    base`. Raises UserError if there is no such file, or if running it fails in any way.
+    """
+    name, colon, variant = argument.partition(':')
+    file = find(name)
     try:
-        make = runpy.run_path(file).get('get_config')
-        config = make(*([variant] if colon else [])) if make else None
-    except Exception as error:  # a file may do anything
+        with _importable(os.path.dirname(os.path.abspath(file))):
+            make = runpy.run_path(file).get('get_config')
+            config = make(*([variant] if colon else [])) if make else None
+    except Exception as error:  # a config file can raise anything
         stack = traceback.extract_tb(error.__traceback__)
         lines = [f'line {frame.lineno}: ' for frame in stack if frame.filename == file]
         text = ' '.join(str(error).split())
         kind = f'{type(error).__name__}: '
         if text.startswith('get_config() takes'):
-            kind, text = '', f'this config has no variants: --config={file}'
+            kind, text = '', f'this config has no variants: --config={name}'
         at = lines[-1] if lines else ''
         raise UserError(f'--config={argument}: {at}{kind}{text}') from error
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f'--config={argument}: has no get_config() that returns a ConfigDict, as '
-            'configs/base.py has'
+            f'--config={argument}: must define get_config() and return a ConfigDict from it, as '
+            'configs/base.py does'
         )
     return config
 
 
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Makes `configs` a package with the modules of `folder` and the presets, and of no other folder."""
+
+    def loaded():
+        return [name for name in sys.modules if name == 'configs' or name.startswith('configs.')]
+
+    before = {name: sys.modules.pop(name) for name in loaded()}
+    package = types.ModuleType('configs')
+    package.__path__ = [folder, str(PRESETS)]
+    sys.modules['configs'] = package
+    try:
+        yield
+    finally:
+        for name in loaded():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
 def run_directory(argument: str) -> str:
-    """FILE[:variant] -> where its run lies by default, 'runs/FILE[-variant]'."""
+    """The default run directory of a config argument: FILE[:variant] -> runs/FILE[-variant]."""
     path, _, variant = argument.partition(':')
     return f'runs/{Path(path).stem}' + (f'-{variant}' if variant else '')
 
 
 def fields(config: ConfigDict, prefix: str = 'config') -> dict[str, Any]:
-    """All values by their full names, {'config.model.width': 1.0, ...}."""
+    """All values by their full names: {'config.model.width': 1.0, ...}."""
     return {
         name: value
         for key, entry in config.items()
@@ -62,35 +112,35 @@ def fields(config: ConfigDict, prefix: str = 'config') -> dict[str, Any]:
 
 
 def check_name(name: str, known: dict[str, Any]) -> None:
-    """UserError if no field of the config is called `name`, with the ones that may be meant."""
+    """Raises UserError, with suggestions, unless `name` is the full name of a config field."""
     if name in known:
         return
     inside = [field for field in known if field.startswith(f'{name}.')]
     same = [field for field in known if field.split('.')[-1] == name.split('.')[-1]]
     close = inside[:1] or same or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    meant = f' (perhaps {" or ".join(close)})' if close else ''
-    raise UserError(f'{name}: there is no such field{meant}; configs/base.py lists them all')
+    meant = f' (did you mean {" or ".join(close)}?)' if close else ''
+    raise UserError(f'{name}: no such field{meant}; configs/base.py lists them all')
 
 
 def check_value(name: str, value: Any, default: Any) -> None:
-    """UserError for numbers that no field can have, and for tuples that mix or change types.
+    """Raises UserError for negative or non-finite numbers, and for tuples with elements of a wrong type.
 
-    Fields are typed, but not what their tuples hold: that must be of the type of the first element
-    of `default`, the tuple of the config file, where it has one.
+    ConfigDict checks the types of fields, but not of the elements of a tuple: they must have the type
+    of the first element of `default`, the config file's own value, unless that is empty.
     """
     if isinstance(value, tuple):
         if default and not all(_like(element, default[0]) for element in value):
             raise UserError(
-                f'{name}={value!r}: every element must be of the type '
+                f'{name}={value!r}: every element must be of type '
                 f'{type(default[0]).__name__}, as in {default!r}'
             )
         for element in value:
             if isinstance(element, float) and not math.isfinite(element):
-                raise UserError(f'{name}={value!r}: the numbers must be finite')
+                raise UserError(f'{name}={value!r}: all numbers must be finite')
             if isinstance(element, int) and element < 0:
-                raise UserError(f'{name}={value!r}: the numbers must not be below 0')
+                raise UserError(f'{name}={value!r}: no number can be negative')
     elif isinstance(value, int | float) and not 0 <= value < math.inf:
-        raise UserError(f'{name}={value!r}: must be a finite number, not below 0')
+        raise UserError(f'{name}={value!r}: must be finite and not negative')
 
 
 def _like(element: Any, example: Any) -> bool:

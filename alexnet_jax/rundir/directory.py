@@ -133,8 +133,18 @@ def write(config, workdir: paths.Path, store: Store) -> None:
         'versions': {name: version(name) for name in packages},
         'devices': [f'{device} ({device.device_kind})' for device in jax.devices()],
         'processor': processor(),
+        'store': os.path.abspath(store.path),
     }
     paths.replace(file, _json([*starts, start]))
+
+
+def recorded_store(workdir: paths.Path) -> str | None:
+    """Where the last start had its store, an absolute path; None if it is not known or gone."""
+    try:
+        store = json.loads((workdir / 'run.json').read_text())[-1]['store']
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return store if os.path.isfile(os.path.join(store, 'store.json')) else None
 
 
 def processor() -> str:

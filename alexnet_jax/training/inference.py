@@ -12,6 +12,7 @@ from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import prepare
+from alexnet_jax.input import store as stores
 from alexnet_jax.input.images import square
 from alexnet_jax.input.store import Store
 from alexnet_jax.nets.build import build
@@ -66,15 +67,18 @@ def open_run(
 
 
 def open_store(runs: Sequence[Run], store: str = '') -> Store:
-    """The prepared pictures of some runs; store: where they are, if not where the first run had them.
+    """Opens the store of some runs: `store`, or else the one that the first run was trained on.
 
-    Raises UserError if these are others than a run was trained on, of other classes or sizes.
+    Raises UserError if its classes or the size of its pictures differ from those of a run.
     """
     first = runs[0]
     if any(r.facts.names != first.facts.names for r in runs):
         raise UserError('these runs were trained on different classes: no common table')
-    data_config = {**first.config['data'], 'store': store or first.config['data']['store']}
-    opened = prepare.ensure(**data_config, alone=jax.process_count() == 1)
+    if recorded := None if store else directory.recorded_store(first.path):
+        opened = stores.open_store(recorded)
+    else:
+        data_config = {**first.config['data'], 'store': store or first.config['data']['store']}
+        opened = prepare.ensure(**data_config, alone=jax.process_count() == 1)
     if opened.names != first.facts.names:
         raise UserError(
             f'{opened.path} has other classes than {first.path} was trained on; '

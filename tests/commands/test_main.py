@@ -66,11 +66,10 @@ def no_jax(tmp_path_factory):
 
 
 class Place:
-    """A folder to start commands in; it sees the repository's `configs/` and no data set."""
+    """A folder to start commands in, without any data set."""
 
     def __init__(self, folder, cache):
         self.folder, self.cache = folder, cache
-        (folder / 'configs').symlink_to(ROOT / 'configs')
         (folder / 'nothing').mkdir()
 
     def run(self, *command, first_path=None):
@@ -168,33 +167,43 @@ CONFIG_FILES = {
     'empty.py': '',
 }
 FLAGS = {
-    'no --config': ([], ['--config is missing', 'for example --config=configs/paper.py']),
+    'no --config': ([], ['--config is missing', 'for example, --config=configs/paper.py']),
     'empty --config': (['--config='], ['--config is missing']),
     '--config without a value': (['--config'], ['Missing value for flag --config']),
-    'unknown preset': (['--config=configs/papre.py'], ['no file configs/papre.py', 'presets are']),
-    'preset by name': (['--config=paper'], ['no file paper', 'configs/*.py']),
-    'a folder': (['--config=configs'], ['no file configs', 'configs/*.py']),
+    'unknown preset': (
+        ['--config=configs/papre.py'],
+        [
+            '--config=configs/papre.py: no such file or preset (did you mean paper?)',
+            'caffe, caffenet',
+        ],
+    ),
+    'unknown name': (['--config=papre:tanh'], ['no such file or preset (did you mean paper?)']),
+    'missing file': (['--config=mine/paper.py'], ['mine/paper.py: no such file or preset']),
+    'a folder': (['--config=configs'], ['--config=configs: no such file or preset']),
     'unknown variant': (['--config=configs/paper.py:tnah'], ["no variant 'tnah'", 'are: tanh']),
     'no variants': (['--config=configs/caffe.py:tanh'], ['no variants: --config=configs/caffe.py']),
     'syntax': (['--config=syntax.py'], ['SyntaxError', 'syntax.py, line 1']),
     'type in a file': (['--config=wrong_type.py'], ['line 6', "'width'", 'float']),
     'import in a file': (['--config=import.py'], ['line 1', 'a_module_that_nobody_has']),
-    'a file that returns nothing': (['--config=none.py'], ['none.py', 'get_config() that returns']),
-    'an empty file': (['--config=empty.py'], ['empty.py', 'no get_config()']),
+    'a file that returns nothing': (['--config=none.py'], ['none.py', 'define get_config()']),
+    'an empty file': (['--config=empty.py'], ['empty.py', 'must define get_config()']),
     'unknown field': (
         [PAPER, '--config.model.activaton=tanh'],
         ['config.model.activaton', 'no such field', 'config.model.activation', 'configs/base.py'],
     ),
     'unknown section': (
         [PAPER, '--config.modle.width=2'],
-        ['config.modle.width', 'perhaps config.model.width'],
+        ['config.modle.width', 'did you mean config.model.width?'],
     ),
-    'a field without its section': ([PAPER, '--config.batch=8'], ['perhaps config.train.batch']),
+    'a field without its section': (
+        [PAPER, '--config.batch=8'],
+        ['did you mean config.train.batch?'],
+    ),
     'a section': (
         [PAPER, '--config.model=3'],
-        ['config.model: there is no', 'config.model.activation'],
+        ['config.model: no such field', 'config.model.activation'],
     ),
-    'nothing like it': ([PAPER, '--config.foo=3'], ['config.foo: there is no such field; configs']),
+    'nothing like it': ([PAPER, '--config.foo=3'], ['config.foo: no such field; configs']),
     'word for int': ([PAPER, '--config.train.batch=many'], ['train.batch=many', 'int', '128']),
     'float for int': ([PAPER, '--config.train.batch=1.5'], ['train.batch=1.5', 'int', '128']),
     'word for float': ([PAPER, '--config.optim.rate=big'], ['optim.rate=big', 'float', '0.01']),
@@ -205,15 +214,15 @@ FLAGS = {
         ['model.kernels', "'a'", 'int'],
     ),
     'float in a tuple': ([PAPER, '--config.run.mesh=(1.5,2)'], ['run.mesh', '1.5', 'int']),
-    'negative': ([PAPER, '--config.seed=-1'], ['config.seed=-1', 'not below 0']),
-    'negative in a tuple': ([PAPER, '--config.run.mesh=(-1,2)'], ['run.mesh', 'not be below 0']),
+    'negative': ([PAPER, '--config.seed=-1'], ['config.seed=-1', 'not negative']),
+    'negative in a tuple': ([PAPER, '--config.run.mesh=(-1,2)'], ['run.mesh', 'negative']),
     'not a number': ([PAPER, '--config.optim.rate=nan'], ['config.optim.rate=nan', 'finite']),
     'infinite': ([PAPER, '--config.optim.epochs=inf'], ['config.optim.epochs=inf', 'finite']),
     'unknown flag': (
         [PAPER, '--batch=8'],
-        ['--batch: there is no such flag', 'fields are set like --config.train.batch'],
+        ['--batch: no such flag', 'set a field of the config as in --config.train.batch=64'],
     ),
-    'mistyped flag': ([PAPER, '--cpu_device=2'], ['--cpu_device: ', 'perhaps --cpu_devices']),
+    'mistyped flag': ([PAPER, '--cpu_device=2'], ['--cpu_device: ', 'did you mean --cpu_devices?']),
     'wrong flag value': ([PAPER, '--cpu_devices=two'], ['--cpu_devices=two', 'int']),
     'stray arguments': ([PAPER, 'really', 'now'], ['really now', 'not a flag', '--workdir=']),
 }
@@ -417,7 +426,6 @@ def world(tmp_path_factory, cache):
 def copied(world, tmp_path):
     """The same, in a folder of its own."""
     shutil.copytree(world.folder, tmp_path / 'copy', symlinks=True)
-    (tmp_path / 'copy' / 'configs').unlink()
     (tmp_path / 'copy' / 'nothing').rmdir()
     return Place(tmp_path / 'copy', world.cache)
 
@@ -425,7 +433,7 @@ def copied(world, tmp_path):
 @pytest.mark.slow
 def test_a_run_leaves_what_later_use_needs(world):
     run = world.folder / 'run'
-    assert sorted(p.name for p in world.folder.iterdir()) == ['configs', 'nothing', 'run', 'tiny']
+    assert sorted(p.name for p in world.folder.iterdir()) == ['nothing', 'run', 'tiny']
     config = json.loads((run / 'config.json').read_text())
     assert config['augment']['crop'] == 64 and config['data']['store'] == 'tiny'
     (start,) = json.loads((run / 'run.json').read_text())
@@ -441,6 +449,21 @@ def test_a_run_leaves_what_later_use_needs(world):
     assert list((run / 'tensorboard').rglob('events.out.tfevents.*'))
     assert 'each tower on its own device' in world.said
     assert 'python -m alexnet_jax.evaluate run' in world.said
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_from_any_folder(world, tmp_path):
+    """`tiny`, its store, is relative to the folder where it was trained."""
+    there, run = Place(tmp_path, world.cache), world.folder / 'run'
+    table = there.succeeds(('evaluate', str(run), '--views=centre'))
+    assert f'{run} (step 2)' in table and ' 11\n' in table
+    shutil.copytree(run, tmp_path / 'moved')
+    starts = json.loads((run / 'run.json').read_text())
+    assert starts[-1]['store'] == str(world.folder / 'tiny')
+    starts[-1]['store'] = str(tmp_path / 'gone')
+    (tmp_path / 'moved' / 'run.json').write_text(json.dumps(starts))
+    there.refuses(('evaluate', 'moved', '--views=centre'), 'made_up')
+    there.succeeds(('evaluate', 'moved', '--views=centre', f'--store={world.folder / "tiny"}'))
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def evaluated_by_two(workdir, store):
 
 
 # (the victim, how it saves) of each kill; the signals to one as it starts; the other ways to stop
-SOME = (((1, 'background'),), (), ())
+SOME = ((), (), ())
 ALL = (
     ((1, 'background'), (1, 'wait'), (0, 'wait')),
     ('SIGTERM while starting', 'SIGTERM before the first step'),

@@ -194,7 +194,8 @@ def test_workers_have_the_settings_of_malloc(monkeypatch, wanted):
 
 
 @pytest.mark.parametrize(
-    'file', ['README.md', 'docs/performance.md', 'Makefile', 'experiments/launch/slurm.sbatch']
+    'file',
+    ['docs/devices.md', 'docs/performance.md', 'Makefile', 'experiments/launch/slurm.sbatch'],
 )
 def test_the_settings_are_the_documented_ones(file):
     assert re.findall(r'glibc\.malloc[\w.=:]+', (ROOT / file).read_text()) == [benchmark.MALLOC]
@@ -331,10 +332,10 @@ def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'changes',
     [
-        {'task': 'infer'},
-        {'task': 'infer', 'devices': 2},
+        pytest.param({'task': 'infer'}, marks=pytest.mark.full),
+        pytest.param({'task': 'infer', 'devices': 2}, marks=pytest.mark.full),
         {'task': 'train', 'devices': 2},
-        {'task': 'both'},
+        pytest.param({'task': 'both'}, marks=pytest.mark.full),
         {'task': 'both', 'dispatch': 3, 'cold': True},
     ],
     ids=str,

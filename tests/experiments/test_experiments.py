@@ -319,7 +319,7 @@ def test_table_1():
     assert '2 seeds, and 1 that diverged' in table
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_which_networks_go_together(tmp_path, monkeypatch):
     """All that did not diverge, also where the last did; when more were run, these."""
     compared = []

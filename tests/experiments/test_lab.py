@@ -294,6 +294,7 @@ def test_what_looks_at_a_run_may_be_killed_or_stopped():
     assert time.monotonic() - begun < 60
 
 
+@pytest.mark.slow
 def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
     def run(trial):
         for seed in range(2):
@@ -316,6 +317,7 @@ def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
     assert len([*(tmp_path / 'runs' / 'trial-smoke').glob('*/config.json')]) == 3
 
 
+@pytest.mark.slow
 def test_rows_of_another_command_are_found_where_only_names_others(tmp_path):
     started = []
 
@@ -366,6 +368,7 @@ def command(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_command_and_another_folder_for_results(command, tmp_path, capsys):
     with pytest.raises(UserError, match='trial, full: nothing has been run'):
         command('--scale=full', '--report')

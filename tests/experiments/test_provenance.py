@@ -349,6 +349,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_it_started_from(tmp_path):
         run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('commit', ['abc-dirty', 'unknown'])
 def test_uncommitted_code_is_refused(tmp_path, monkeypatch, commit):
     monkeypatch.setattr(provenance.directory, 'commit', lambda: commit)
@@ -440,6 +441,7 @@ def test_what_changes_while_a_run_is_made_refuses_it(
     assert '\n' not in str(error.value) and not trial.results
 
 
+@pytest.mark.slow
 def test_what_is_added_to_a_row_is_held_to_the_same(tmp_path, monkeypatch, no_pictures):
     """Several runs looked at together: committed, by the code and the functions of the other rows."""
     monkeypatch.setattr(provenance.directory, 'commit', lambda: 'abc')

@@ -227,7 +227,7 @@ def drawn(tmp_path_factory):
     return SimpleNamespace(third=third, fourth=fourth)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_figure_3(drawn, tmp_path):
     run = drawn.third.workdir('original', 0)
     extra = drawn.third.results['original-0']['extra']
@@ -291,7 +291,7 @@ def test_figure_3_of_several_runs(tmp_path):
     assert not (tmp_path / 'none.png').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_figure_4(drawn, tmp_path, monkeypatch):
     """The nearest picture is the same picture: its class, its name, and nothing between them."""
     extra = drawn.fourth.results['original-0']['extra']
@@ -339,7 +339,7 @@ def test_figure_4(drawn, tmp_path, monkeypatch):
     assert len(drawn) == 860 + 20 + len(below)  # the part above is of that size
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_that_is_there_already(drawn, monkeypatch, capsys):
     """Its table and its figure, and nothing is kept of it among results."""
     monkeypatch.setattr(lab, 'apart', lambda look, run: look(run))
@@ -356,7 +356,7 @@ def test_a_run_that_is_there_already(drawn, monkeypatch, capsys):
         lab._main(fig3_filters)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('module', [fig3_filters, fig4_retrieval])
 def test_a_run_in_a_bucket(drawn, monkeypatch, capsys, module):
     """It is read from there, and its figure is put beside it."""

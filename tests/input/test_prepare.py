@@ -316,6 +316,7 @@ def test_an_interrupted_store_that_is_named_goes_on_with_its_source_only(
     assert prepare.prepare('flowers', store='store', size=24).counts == {'train': 10, 'val': 1}
 
 
+@pytest.mark.slow
 def test_the_store_of_a_tfds_name_with_a_config(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 

@@ -153,6 +153,7 @@ def test_loss_is_that_of_the_normalized_noisy_pictures(net, mesh, colour, rescal
     assert sums['count'] == 4
 
 
+@pytest.mark.slow
 def test_gradient_is_the_mean_over_the_batch(net, mesh):
     """One step without momentum's past moves by rate * (mean gradient + decay * kernel)."""
     step, state, settings = make_step(net, mesh, std=0.0, rescale=False)

@@ -1,0 +1,88 @@
+"""Where config files are found, and what they can import."""
+
+import sys
+import tomllib
+
+import pytest
+
+from alexnet_jax.common import configfile
+from alexnet_jax.common.errors import UserError
+from tests.helpers import ROOT
+
+INHERITS = (
+    'from configs import {module}\n\n\n'
+    'def get_config():\n    config = {module}.get_config()\n    config.seed += 7\n    return config\n'
+)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory, first on sys.path, as under `python -m`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def imported():
+    """The modules of every `configs` that is imported."""
+    return {name: module for name, module in sys.modules.items() if name.startswith('configs')}
+
+
+@pytest.mark.parametrize('name', ['tanh', ''])
+def test_a_preset_has_two_names_in_any_folder(elsewhere, name):
+    short, long = (
+        configfile.load(f'{preset}{name and ":"}{name}') for preset in ('paper', 'configs/paper.py')
+    )
+    assert short.to_dict() == long.to_dict()
+    assert short.model.activation == (name or 'relu')
+
+
+def test_a_config_of_ones_own_inherits_from_the_presets_and_from_its_neighbors(elsewhere):
+    folder = elsewhere / 'my configs'
+    folder.mkdir()
+    (folder / 'one.py').write_text(INHERITS.format(module='caffe'))
+    (folder / 'two.py').write_text(INHERITS.format(module='one'))
+    config = configfile.load('my configs/two.py')
+    assert (config.seed, config.model.towers) == (14, 1)
+
+
+def test_a_strangers_configs_changes_nothing(elsewhere, monkeypatch):
+    (elsewhere / 'configs').mkdir()
+    for name in ('__init__', 'base', 'original'):
+        (elsewhere / 'configs' / f'{name}.py').write_text('raise SystemExit("a stranger")\n')
+    monkeypatch.setitem(sys.modules, 'configs.base', object())
+    before = imported()
+    assert configfile.load('quickstart').data.source == 'alexnet_shapes'
+    assert imported() == before
+
+
+def test_a_file_comes_before_a_preset(elsewhere):
+    (elsewhere / 'configs').mkdir()
+    (elsewhere / 'configs' / 'paper.py').write_text(INHERITS.format(module='base'))
+    assert configfile.load('configs/paper.py').seed == 7
+    assert configfile.load('paper').seed == 0
+
+
+@pytest.mark.parametrize('name', ['papre', 'configs/papre.py', 'paper.py', 'other/paper.py'])
+def test_no_such_config(elsewhere, name):
+    with pytest.raises(UserError, match=r'did you mean paper\?.* the presets are caffe, .* paper'):
+        configfile.load(name)
+
+
+def test_modules_are_forgotten_after_a_config_that_fails(elsewhere):
+    (elsewhere / 'wrong.py').write_text('from configs import caffe\n1 / 0\n')
+    before = imported()
+    with pytest.raises(UserError, match='wrong.py: line 2: ZeroDivisionError'):
+        configfile.load('wrong.py')
+    assert imported() == before
+
+
+def test_the_wheel_has_every_package_and_the_presets():
+    options = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
+    folders = {
+        '.'.join(file.parent.relative_to(ROOT).parts)
+        for file in (ROOT / 'alexnet_jax').rglob('__init__.py')
+    }
+    assert {*options['packages']} == folders | {'alexnet_jax.configs'}
+    assert options['package-dir'] == {'alexnet_jax.configs': 'configs'}
+    assert not (ROOT / 'configs' / '__init__.py').exists()
