@@ -492,10 +492,12 @@ def test_init_from_another_network(world):
 @pytest.mark.slow
 def test_a_work_directory_that_cannot_be(world):
     world.refuses(
-        ('main', *small('tiny'), '--workdir=run/run.json'), 'run/run.json', 'not a folder'
+        ('main', *small('tiny'), '--workdir=run/run.json'), 'run/run.json', 'not a writable folder'
     )
     world.refuses(
-        ('main', *small('tiny'), '--workdir=run/run.json/a'), 'run/run.json', 'not a folder'
+        ('main', *small('tiny'), '--workdir=run/run.json/a'),
+        'run/run.json',
+        'not a writable folder',
     )
 
 

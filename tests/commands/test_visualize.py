@@ -79,7 +79,7 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
     ('arguments', 'message'),
     [
         (['nowhere'], 'nowhere: not a run directory'),
-        (['RUN', '--step=7'], r'no checkpoint of step 7, only of \[3\]'),
+        (['RUN', '--step=7'], r'no checkpoint of step 7; available: \[3\]'),
         (['RUN', '--step=last'], 'no checkpoint of step last'),
         (['RUN', '--step=best'], 'no evaluated checkpoint .*; use latest'),
         (['RUN', '--output=nowhere/k.png'], '--output=nowhere/k.png: nowhere is not a folder'),
