@@ -584,7 +584,9 @@ def test_evaluating_and_loading_agree(world):
 def test_starting_from_another_run_with_other_classes(world, second):
     assert 'starting from run, step 2, with a new last layer' in second
     world.refuses(('evaluate', 'run', 'again'), 'different classes')
-    world.refuses(('evaluate', 'run', '--store=four'), 'four has other classes', '--store=DIR')
+    world.refuses(
+        ('evaluate', 'run', '--store=four'), 'four does not have the classes', '--store=DIR'
+    )
     mesh = meshes.make((1, 1), towers=2, batches={})
     runs = [inference.open_run(world.folder / name, mesh) for name in ('run', 'again')]
     first, again = (jax.tree.map(np.asarray, r.variables['params']) for r in runs)

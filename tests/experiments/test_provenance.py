@@ -38,7 +38,9 @@ def test_the_training_code(package):
     layers = package / 'nets/layers.py'
     text = layers.read_text()
     layers.write_text('# a comment\n' + text.replace('\n\n\n', '\n\n\n\n# another\n\n\n'))
-    rewrite(package / 'training/evaluation.py', 'every picture once', 'each picture once')
+    rewrite(
+        package / 'training/evaluation.py', 'each image counted once', 'every image counted once'
+    )
     rewrite(package / 'training/evaluation.py', "('centre', 'ten')", '("centre", "ten")')
     for name in ('main.py', 'devices/preemption.py', 'input/sources/folder.py'):
         rewrite(package / name, 'import', 'import os\nimport')
