@@ -174,7 +174,7 @@ FLAGS = {
     'unknown preset': (['--config=configs/papre.py'], ['no file configs/papre.py', 'presets are']),
     'preset by name': (['--config=paper'], ['no file paper', 'configs/*.py']),
     'a folder': (['--config=configs'], ['no file configs', 'configs/*.py']),
-    'unknown variant': (['--config=configs/paper.py:tnah'], ["no variant 'tnah'", 'are: tanh']),
+    'unknown variant': (['--config=configs/paper.py:tnah'], ["no variant 'tnah'", 'one of tanh']),
     'no variants': (['--config=configs/caffe.py:tanh'], ['no variants: --config=configs/caffe.py']),
     'syntax': (['--config=syntax.py'], ['SyntaxError', 'syntax.py, line 1']),
     'type in a file': (['--config=wrong_type.py'], ['line 6', "'width'", 'float']),
