@@ -248,7 +248,7 @@ def test_the_chosen_mesh_gives_each_tower_a_device():
     [
         ((1, 2), 1, 8, 'model=2, but this network has 1 tower: choose model=1'),
         ((1, 3), 2, 8, 'model=3, but this network has 2 towers'),
-        ((5, 2), 2, 10, 'needs 10 devices and there are 8'),
+        ((5, 2), 2, 10, 'needs 10 devices, but there are 8'),
         ((3, 1), 2, 8, 'batch=8 cannot be divided over 3 devices'),
     ],
 )
