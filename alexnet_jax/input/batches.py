@@ -19,6 +19,9 @@ from alexnet_jax.input.store import Jpegs, Store
 from alexnet_jax.input.threads import ordered_map
 
 Batch = dict[str, np.ndarray]
+CHECK_EVERY = (
+    127  # of the records of a raw store one is checked; a prime, so that it suits any batch
+)
 
 
 class Plan(NamedTuple):
@@ -30,6 +33,7 @@ class Plan(NamedTuple):
     x: np.ndarray  # i32[b]
     flip: np.ndarray  # bool[b]
     rest: Batch
+    checked: np.ndarray  # i64[n], the records to check in a raw store
 
 
 def train_batches(
@@ -58,7 +62,8 @@ def train_batches(
       reader: 'tf' (tf.data), 'threads' (without TensorFlow) or 'auto' (tf.data if TensorFlow is
         installed). All readers give the same bytes.
     Raises:
-      UserError: the crop is larger than the pictures or, while iterating, a record is damaged.
+      UserError: the crop is larger than the pictures or, while iterating, a record is damaged: of
+        a JPEG store every record is checked, of a raw store every CHECK_EVERY-th position.
     """
     if not 0 < crop <= store.size:
         raise UserError(
@@ -71,9 +76,10 @@ def train_batches(
         records = sampler.records(seed, first + rows, len(labels))
         draws = sampler.draws(seed, first, batch, room=room, chunk=chunk)
         y, x, flip, z = (values[rows] for values in draws)
+        checked = records[(first + rows) % CHECK_EVERY == 0]
         if not random:
             y, x, flip = np.full_like(y, room // 2), np.full_like(x, room // 2), flip & False
-        return Plan(records, y, x, flip, {'z': z, 'label': labels[records]})
+        return Plan(records, y, x, flip, {'z': z, 'label': labels[records]}, checked)
 
     return _batches(store, 'train', plan, range(start, stop), crop, threads, reader)
 
@@ -100,8 +106,9 @@ def eval_batches(
         there = records < len(labels)
         label = np.where(there, labels[np.where(there, records, 0)], 0)
         rest = {'label': label, 'mask': there.astype(np.float32)}
+        checked = records[there & (records % CHECK_EVERY == 0)]
         none = np.zeros(len(rows), np.int32)
-        return Plan(np.where(there, records, -1), none, none, none.astype(bool), rest)
+        return Plan(np.where(there, records, -1), none, none, none.astype(bool), rest, checked)
 
     steps = range(-(-len(labels) // batch))
     return _batches(store, split, plan, steps, store.size, threads, reader)
@@ -144,14 +151,26 @@ def _batches(
         batches = _read_with_tensorflow(store, split, plan, steps, crop, threads)
     else:
         pictures = store.pictures(split)
+
+        def read(step: int) -> Batch:
+            planned = plan(step)
+            _check(store, split, planned)
+            return _cut(pictures, planned, crop)
+
         batches = ordered_map(
-            lambda step: _cut(pictures, plan(step), crop),
+            read,
             steps,
             threads=threads,
             ahead=threads + 2,
             name='batches',
         )
     return _closed_at_exit(batches)
+
+
+def _check(store: Store, split: str, plan: Plan) -> None:
+    """Checks the records of a raw store that a plan names; the others stay unchecked, for speed."""
+    if store.format == 'u8' and plan.checked.size:
+        store.records(split, plan.checked)
 
 
 def _cut(pictures: np.ndarray | Jpegs, plan: Plan, crop: int) -> Batch:
@@ -185,6 +204,7 @@ def _read_with_tensorflow(
         # TensorFlow reduces exceptions to text, so keep the original for `_iterate` to raise.
         try:
             planned = plan(int(step))
+            _check(store, split, planned)
             if raw:
                 return tuple(_cut(pixels, planned, crop).values())
             there = planned.records >= 0

@@ -4,6 +4,7 @@ Images are resized to a shorter side of `size` and cropped to the central square
 (§2). An interrupted pass resumes where it stopped and ends with the same bytes.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 import PIL
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.input import sources, store_writer
+from alexnet_jax.input import buckets, sources, store_writer
 from alexnet_jax.input import store as stores
 from alexnet_jax.input.images import FILTER
 
@@ -22,13 +23,28 @@ LARGE = 200_000  # images; `ensure` does not prepare sources of this size or mor
 def default_store(source: str, size: int, format: str) -> str:
     """Returns the default path of a store, data/SOURCE-SIZE-FORMAT.
 
-    SOURCE is the last part of a folder's path, or a TFDS name with '-' in place of '/'.
+    SOURCE is the last part of a folder's path, or a TFDS name with '-' in place of '/'. If that is
+    the store of another source, 8 hex digits of the SHA-1 of the whole path (or name) follow SOURCE.
     """
-    folder, other = (
-        os.path.join('data', f'{name}-{size}-{format}')
-        for name in (os.path.basename(_whole(source)), source.replace('/', '-'))
-    )
-    return folder if _is_path(source, folder) else other
+
+    def places(name: str, origin: str) -> tuple[str, str]:
+        digest = hashlib.sha1(os.fsencode(origin)).hexdigest()[:8]
+        first, second = (
+            os.path.join('data', f'{stem}-{size}-{format}') for stem in (name, f'{name}-{digest}')
+        )
+        return first, second
+
+    origin = whole = _whole(source)
+    first, second = places(os.path.basename(whole), whole)
+    if not _is_path(source, first) and not _is_path(source, second):
+        origin = source
+        first, second = places(source.replace('/', '-'), source)
+    for path in (first, second):
+        if _source(path) == origin:
+            return path
+    # A folder that is gone has no new store: the error about the other one says what to do.
+    taken = _source(first) and (origin == source or os.path.exists(whole))
+    return second if taken else first
 
 
 def prepare(
@@ -40,13 +56,18 @@ def prepare(
     size: int = 256,
     val_fraction: float = 0.1,
     limit: float = np.inf,
+    resuming: bool = False,
 ) -> stores.Store:
     """Makes a store, resumes an interrupted one, or opens a complete one.
 
     Waits if another process is making the same store. A complete store given by `store` is opened
     regardless of its source if format and size match, since the images may have moved.
 
-    Args: those of the command; `limit`: refuse sources of this many images or more.
+    Otherwise a complete store must be of the same files as its source now has, if that is a path
+    that still exists.
+
+    Args: those of the command; `limit`: refuse sources of this many images or more, and do not
+      compare stores of so many; `resuming`: compare none.
 
     Raises:
       UserError: the source is unusable, an image cannot be decoded, the disk is too small, or the
@@ -54,18 +75,32 @@ def prepare(
         nothing behind; a longer one keeps its work and resumes once the image is repaired.
     """
     _check_options(format, size, val_fraction)
+    if store and '://' in store:
+        raise UserError(
+            f'--store={store}: prepare writes to a disk: give a folder, and copy it with gcloud '
+            f'storage cp -r FOLDER {store}'
+        )
     path, named = store or default_store(source, size, format), bool(store)
     origin = _whole(source) if _is_path(source, path) else source
     wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
     finished = _finished(path, wanted, named)
     if finished:
+        if not named and not resuming and sum(finished.counts.values()) < limit:
+            _check_source(path, source, dir, val_fraction)
         return finished
     advice = _advice(source, dir, store, format, size, val_fraction)
     try:
         with store_writer.locked(path):  # the process we waited for may have finished the store
-            return _finished(path, wanted, named) or _make(path, wanted, source, dir, limit, advice)
+            if named or path == default_store(source, size, format):
+                return _finished(path, wanted, named) or _make(
+                    path, wanted, source, dir, limit, advice
+                )
     except OSError as error:
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+    # That process made the store of another source, so this one's is elsewhere.
+    return prepare(
+        source, dir=dir, format=format, size=size, val_fraction=val_fraction, limit=limit
+    )
 
 
 def ensure(
@@ -77,16 +112,21 @@ def ensure(
     size: int = 256,
     val_fraction: float = 0.1,
     alone: bool = True,
+    resuming: bool = False,
 ) -> stores.Store:
     """Opens a source's store for training, preparing it first if the set is small (< 200,000).
 
-    alone: whether this is the only process; if not, nothing is prepared.
+    alone: whether this is the only process; if not, nothing is prepared. resuming: whether a run has
+    begun with this store, which is then not compared with its source. A store in a bucket,
+    gs://BUCKET/STORE, is copied to this host first (`buckets.local_copy`).
 
     Raises:
       UserError: as `prepare`. If a large set has no store yet, the error gives the command to run;
         the set is not built if its size is known before TFDS builds it.
     """
     _check_options(format, size, val_fraction)
+    if store and '://' in store:
+        store = buckets.local_copy(store)
     there = _description(store or default_store(source, size, format))
     complete = there and there['complete']
     if not complete and (not alone or sources.is_large(source, data_dir=dir, pictures=LARGE)):
@@ -99,6 +139,7 @@ def ensure(
         size=size,
         val_fraction=val_fraction,
         limit=LARGE,
+        resuming=resuming,
     )
 
 
@@ -120,13 +161,16 @@ def _whole(folder: str) -> str:
 
 def _is_path(source: str, path: str) -> bool:
     """Returns whether a source is a path, or was one when the store in `path` was made from it."""
-    if sources.is_path(source):
-        return True
+    return sources.is_path(source) or _source(path) == _whole(source)
+
+
+def _source(path: str) -> str | None:
+    """Returns the source that the store in `path`, complete or not, was made from, if any."""
     try:
         with open(os.path.join(path, 'store.json'), encoding='utf-8') as file:
-            return json.load(file)['source'] == _whole(source)
+            return json.load(file)['source']
     except (OSError, ValueError, TypeError, KeyError):
-        return False
+        return None
 
 
 def _finished(path: str, wanted: dict, named: bool) -> stores.Store | None:
@@ -167,6 +211,8 @@ def _make(
             'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},
         }
         _check_same(path, begun or {}, wanted)
+        if opened.files:
+            wanted['files'] = [*opened.files]
         begun = None  # from here on, the files in the folder are ours
         progress = store_writer.read_progress(path, size)
         _check_disk(path, pictures - progress['written'][:, 0].sum(), size, format)
@@ -182,6 +228,26 @@ def _make(
     return stores.open_store(path)
 
 
+def _check_source(path: str, source: str, dir: str | None, val_fraction: float) -> None:
+    """UserError if a source that is a path has other files than when its complete store was made."""
+    there = _description(path)
+    if not there or not there.get('files') or not os.path.exists(there['source']):
+        return
+    try:
+        files = _open(source, dir, val_fraction).files
+    except UserError as error:
+        print(f'{path}: cannot be compared with its source ({error})', flush=True)
+        return
+    if not files or [*files] == there['files']:
+        return
+    more = files[0] - there['files'][0]
+    what = f'{abs(more):,} picture{"s" * (abs(more) != 1)} {"more" if more > 0 else "fewer"}'
+    raise UserError(
+        f'{there["source"]} has {what if more else "other pictures"} than the store {path}: remove '
+        f'{path} and run prepare again, or give it by --store={path} to use it as it is'
+    )
+
+
 def _open(source: str, dir: str | None, val_fraction: float) -> sources.Source:
     try:
         return sources.open_source(source, data_dir=dir, val_fraction=val_fraction)
@@ -192,8 +258,8 @@ def _open(source: str, dir: str | None, val_fraction: float) -> sources.Source:
 def _description(path: str) -> dict | None:
     """Returns the store.json of a folder, or None if a new store can be started there."""
     try:
-        with open(os.path.join(path, 'store.json'), encoding='utf-8') as file:
-            return {'complete': False, **json.load(file)}
+        with open(os.path.join(path, 'store.json'), 'rb') as file:
+            return {'complete': False, **stores.decode(file.read())}
     except FileNotFoundError as error:
         others = {*os.listdir(path)} - {*store_writer.TEMPORARY} if os.path.exists(path) else {}
         if others and 'store.json' not in others:  # another process may just have started

@@ -8,6 +8,9 @@
     names.txt               class names in the order of their labels, one per line
     stats.npz               mean f32[S,S,3], eigenvectors f32[3,3], sigma f32[3]
 
+The records are protected by {split}.crc.npy, the other files by the field 'crc' of store.json, and
+store.json by its own field 'checksum'. Stores written before these fields existed lack them.
+
 `prepare` writes it; training and evaluation read nothing else.
 """
 
@@ -23,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.common.paths import Path
+from alexnet_jax.common.paths import Path, is_remote
 from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input.threads import ordered_map
 
@@ -121,16 +124,49 @@ class Jpegs:
         return np.asarray(Image.open(io.BytesIO(data)))
 
 
+def parts(info: dict) -> list[str]:
+    """Returns the names of a store's files other than store.json and the records."""
+    kinds = ('crc', 'labels') + ('offsets',) * (info['format'] == 'jpg')
+    arrays = [f'{split}.{kind}.npy' for split in info['counts'] for kind in kinds]
+    skipped = ['skipped.txt'] * ('skipped' in info)
+    return ['names.txt', 'stats.npz', *skipped, *arrays]
+
+
+def encode(info: dict) -> bytes:
+    """Returns the content of store.json, with a checksum of the fields if 'crc' is one of them."""
+    content = {key: value for key, value in info.items() if key != 'checksum'}
+    if 'crc' in content:
+        content['checksum'] = _checksum(content)
+    return json.dumps(content, indent=2).encode() + b'\n'
+
+
+def decode(data: bytes) -> dict:
+    """Returns the fields of store.json; ValueError if it is not valid or fails its checksum."""
+    info = json.loads(data.decode())
+    if not isinstance(info, dict):
+        raise ValueError('not a JSON object')
+    if ('crc' in info or 'checksum' in info) and info.get('checksum') != _checksum(info):
+        raise ValueError('its checksum does not match')
+    return info
+
+
+def _checksum(info: dict) -> int:
+    content = {key: value for key, value in info.items() if key != 'checksum'}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
 def open_store(path: str | os.PathLike) -> Store:
     """Opens the store in the folder `path`.
 
     Raises:
-      UserError: there is no store, it is incomplete or has an unknown format, a file is missing or
-        has the wrong size, or a label is out of range.
+      UserError: there is no store, it is incomplete or has an unknown format, a file is missing,
+        has the wrong size or fails its checksum, or a label is out of range.
     """
+    if is_remote(path):
+        raise UserError(f'{path}: this needs a store on a disk: copy it there first')
     path = Path(path)
     try:
-        info = json.loads((path / 'store.json').read_text())
+        info = _description(path)
         if not info['complete']:
             raise UserError(f'the store {path} is incomplete; run its prepare command again')
         if info['format'] not in FORMATS:
@@ -139,9 +175,9 @@ def open_store(path: str | os.PathLike) -> Store:
                 f'{", ".join(FORMATS)}: {_again(path)}'
             )
         size, classes, counts = info['size'], info['classes'], info['counts']
-        names = (path / 'names.txt').read_text().splitlines()
+        names = _read(path, 'names.txt', info).read().decode().removesuffix('\n').split('\n')
         _check(len(names) == classes, path / 'names.txt', f'{len(names)} names, not {classes}')
-        with np.load(path / 'stats.npz') as stats:
+        with np.load(_read(path, 'stats.npz', info)) as stats:
             mean, vectors, sigma = (stats[name] for name in ('mean', 'eigenvectors', 'sigma'))
         shapes = [mean.shape, vectors.shape, sigma.shape]
         expected = [(size, size, 3), (3, 3), (3,)]
@@ -174,18 +210,23 @@ def open_store(path: str | os.PathLike) -> Store:
 
 
 def verify(store: Store) -> None:
-    """Checks every record of a store.
+    """Checks every record of a store, and every bit of its other files.
 
     Raises:
-      UserError: some records are damaged; the error names the first few.
+      UserError: something is damaged; the error names the file, and the first few records.
     """
+    info = _description(store.path)
+    for name in info.get('crc', ()):
+        _read(store.path, name, info)
+    if 'checksum' in info and (store.path / 'store.json').read_bytes() != encode(info):
+        raise _damaged(store.path / 'store.json', 'it is not as it was written')
     step = 1024
     jobs = [(s, i) for s, count in store.counts.items() for i in range(0, count, step)]
 
     def damaged(job):
         split, start = job
         return [
-            f'{split} {i}'
+            f'{split}.{store.format} {i}'
             for i in range(start, min(start + step, store.counts[split]))
             if not _is_whole(store, split, i)
         ]
@@ -207,12 +248,31 @@ def _is_whole(store: Store, split: str, index: int) -> bool:
     return True
 
 
+def _description(path: Path) -> dict:
+    file = path / 'store.json'
+    try:
+        return decode(file.read_bytes())
+    except ValueError as error:
+        raise _damaged(file, f'{type(error).__name__}: {error}') from error
+
+
+def _read(path: Path, name: str, info: dict) -> io.BytesIO:
+    """Reads one of `parts` and checks its CRC-32, if the store has one."""
+    data = (path / name).read_bytes()
+    if 'crc' in info and zlib.crc32(data) != info['crc'][name]:
+        raise _damaged(path / name, 'its CRC-32 does not match')
+    return io.BytesIO(data)
+
+
 def _open_split(path: Path, name: str, info: dict) -> Split:
+    def load(kind: str) -> np.ndarray:
+        return np.load(_read(path, f'{name}.{kind}.npy', info))
+
     count, picture = info['counts'][name], info['size'] ** 2 * 3
     file = path / f'{name}.{info["format"]}'
-    labels, crc = (np.load(path / f'{name}.{kind}.npy') for kind in ('labels', 'crc'))
+    labels, crc = (load(kind) for kind in ('labels', 'crc'))
     if info['format'] == 'jpg':
-        offsets = np.load(path / f'{name}.offsets.npy')
+        offsets = load('offsets')
     else:
         offsets = np.arange(count + 1, dtype=np.int64) * picture
     _check(count > 0, path / 'store.json', f'split {name!r} has no pictures')
@@ -239,6 +299,10 @@ def _open_split(path: Path, name: str, info: dict) -> Split:
 def _check(good: bool, file: Path, found: str) -> None:
     if not good:
         raise UserError(f'{file} does not match the store: {found}: {_again(file.parent)}')
+
+
+def _damaged(file: Path, why: str) -> UserError:
+    return UserError(f'{file} is damaged ({why}): {_again(file.parent)}')
 
 
 def _again(path: Path) -> str:

@@ -8,7 +8,6 @@ matter.
 import contextlib
 import fcntl
 import io
-import json
 import os
 import time
 import zlib
@@ -20,6 +19,7 @@ from PIL import Image
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices.cpu import cores
+from alexnet_jax.input import store as stores
 from alexnet_jax.input.images import square, statistics
 from alexnet_jax.input.sources.source import Example, Source
 from alexnet_jax.input.threads import ordered_map
@@ -44,7 +44,7 @@ TEMPORARY = (LOCK, *(f'{name}.tmp' for name in FILES))
 
 
 @contextlib.contextmanager
-def locked(path: str) -> Iterator[None]:
+def locked(path: str, action: str = 'preparing') -> Iterator[None]:
     """Makes a store's folder and locks it, waiting for any other process that holds the lock.
 
     On exit, removes those of the folders it made that are empty. The kernel releases the lock when
@@ -57,7 +57,7 @@ def locked(path: str) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f'{path}: waiting for another process that is preparing it', flush=True)
+                print(f'{path}: waiting for another process that is {action} it', flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
                 pass  # this file system has no locks
@@ -94,10 +94,10 @@ def read_progress(path: str, size: int) -> dict[str, np.ndarray]:
 
 
 def write_description(path: str, description: dict) -> None:
-    """Writes store.json."""
+    """Writes store.json, with its checksum once the store is complete."""
     paths.replace(
         os.path.join(path, 'store.json'),
-        lambda file: file.write(json.dumps(description, indent=2).encode() + b'\n'),
+        lambda file: file.write(stores.encode(description)),
     )
 
 
@@ -175,10 +175,14 @@ def finish(
         for kind, array in arrays.items():
             save(f'{split}.{kind}.npy', lambda file, array=array: np.save(file, array))
     names = ''.join(f'{name}\n' for name in source.class_names)
-    save('names.txt', lambda file: file.write(names.encode()))
+    save('names.txt', lambda file: file.write(names.encode(errors='surrogateescape')))
     stats = statistics(progress['image'], progress['products'], source.splits['train'])
     save('stats.npz', lambda file: np.savez(file, **stats))
-    write_description(path, description)
+    crc = {}
+    for name in stores.parts(description):
+        with open(os.path.join(path, name), 'rb') as file:
+            crc[name] = zlib.crc32(file.read())
+    write_description(path, {**description, 'crc': crc})
     clean(path)
 
 

@@ -42,7 +42,8 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     if jax.process_count() > 1:
         distributed.check_shared(workdir)
     mesh, net = checks.check(config, workdir, build)
-    store = prepare.ensure(**config.data, alone=jax.process_count() == 1)
+    resuming = (workdir / 'config.json').exists()
+    store = prepare.ensure(**config.data, alone=jax.process_count() == 1, resuming=resuming)
     distributed.agree({f'the store {config.data.store}': store.identity()})
     directory.check_store(workdir, store)
     setup = Setup.make(config, mesh, store, net.clone(classes=store.classes))

@@ -2,10 +2,13 @@
 
 import collections
 import concurrent.futures
+import dataclasses
 import fcntl
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +24,7 @@ from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import prepare, sources, store, store_writer
 from alexnet_jax.input.images import FILTER, decode, square, statistics
 from alexnet_jax.input.sources import shapes, tfds
-from tests.helpers import fixtures
+from tests.helpers import ROOT, fixtures
 
 COMMAND = [sys.executable, '-m', 'alexnet_jax.prepare']
 
@@ -187,7 +190,7 @@ def test_interrupted_equals_uninterrupted(tree, tmp_path, monkeypatch, format, f
                     raise Killed
                 yield example
 
-        return sources.Source(source.name, source.class_names, source.splits, read)
+        return dataclasses.replace(source, read=read)
 
     monkeypatch.setattr(sources, 'open_source', killing)
     path = tmp_path / 'broken'
@@ -292,15 +295,161 @@ def test_a_store_that_is_named_opens_wherever_its_pictures_are(
 def test_a_store_that_is_not_named_must_be_of_the_source(flowers):
     path = 'data/flowers-24-jpg'
     made = prepare.prepare('sub/flowers', size=24)
-    with pytest.raises(
-        UserError,
-        match='is a different store .source .*/here/sub/flowers, not .*/here/'
-        f'flowers.: give another --store .--store={path} uses this one as it is.',
-    ):
-        prepare.ensure(source='flowers', size=24)
     with pytest.raises(UserError, match='is a different store .val_fraction 0.1, not 0.2.'):
         prepare.ensure(source='sub/flowers', size=24, val_fraction=0.2)
     assert prepare.ensure(source='flowers', store=path, size=24).source == made.source
+    shutil.rmtree('flowers')  # gone: there is no store to make
+    with pytest.raises(
+        UserError,
+        match='is a different store .source .*/here/sub/flowers, not /.*/here/'
+        f'flowers.: give another --store .--store={path} uses this one as it is.',
+    ):
+        prepare.ensure(source='./flowers', size=24)
+
+
+def test_sources_of_one_name_have_a_store_each(flowers, monkeypatch):
+    digest = hashlib.sha1(os.path.abspath('flowers').encode()).hexdigest()[:8]
+    first = prepare.prepare('sub/flowers', size=24)
+    second = prepare.prepare('flowers', size=24)
+    assert sorted(os.listdir('data')) == ['flowers-24-jpg', f'flowers-{digest}-24-jpg']
+    assert (str(first.path), str(second.path)) == (
+        'data/flowers-24-jpg',
+        f'data/flowers-{digest}-24-jpg',
+    )
+    shutil.rmtree(first.path)  # the second one keeps its place, with its pictures or without
+    assert prepare.ensure(source='./flowers', size=24).path == second.path
+    shutil.rmtree('flowers')
+    assert prepare.ensure(source='flowers', size=24).path == second.path
+    assert prepare.prepare('sub/flowers', size=24).path == first.path
+
+
+def test_two_sources_of_one_name_at_once(flowers, monkeypatch):
+    """The second waits for the store of the first, and then makes its own."""
+    waits = threading.Event()
+
+    def waiting(text, **kwargs):
+        if 'waiting' in text:
+            waits.set()
+
+    class Waiting(Stopping):
+        def __call__(self, *args, **kwargs):
+            self.go = waits
+            return super().__call__(*args, **kwargs)
+
+    stopping = Waiting()
+    monkeypatch.setattr(sources, 'open_source', stopping)
+    monkeypatch.setattr(store_writer, 'print', waiting, raising=False)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(prepare.prepare, 'flowers', size=24)
+        assert stopping.reached.wait(60)
+        second = pool.submit(prepare.prepare, 'sub/flowers', size=24)
+        assert first.result().source != second.result().source
+    assert len(os.listdir('data')) == 2
+
+
+# A changed source
+
+
+def add():
+    for name in ('more', 'and', 'again'):
+        shutil.copy('flowers/bee/001.jpg', f'flowers/ape/{name}.jpg')
+
+
+def take():
+    os.remove('flowers/bee/001.jpg')
+
+
+def exchange():
+    with open('flowers/bee/001.jpg', 'ab') as file:
+        file.write(b'more')
+
+
+@pytest.mark.parametrize(
+    'change, found',
+    [(add, '3 pictures more'), (take, '1 picture fewer'), (exchange, 'other pictures')],
+)
+def test_a_changed_source_is_noticed(flowers, monkeypatch, change, found):
+    made = prepare.prepare('flowers', size=24)
+    folder, path = os.path.abspath('flowers'), 'data/flowers-24-jpg'
+    prepare.prepare('flowers', size=24)
+    change()
+    for start in (prepare.prepare, lambda source, size: prepare.ensure(source=source, size=size)):
+        with pytest.raises(UserError) as error:
+            start('flowers', size=24)
+        assert str(error.value) == (
+            f'{folder} has {found} than the store {path}: remove {path} and run prepare again, '
+            f'or give it by --store={path} to use it as it is'
+        )
+    # A run goes on with its store, and one that is named is used as it is.
+    assert prepare.ensure(source='flowers', size=24, resuming=True).counts == made.counts
+    assert prepare.ensure(source='flowers', size=24, store=path).counts == made.counts
+    assert prepare.prepare('flowers', size=24, store=path).counts == made.counts
+    with monkeypatch.context() as patch:  # counting many takes too long at a start
+        patch.setattr(prepare, 'LARGE', 11)
+        assert prepare.ensure(source='flowers', size=24).counts == made.counts
+    shutil.rmtree(path)
+    assert sum(prepare.prepare('flowers', size=24).counts.values()) == len(
+        [name for _, _, names in os.walk('flowers') for name in names]
+    )
+
+
+def test_a_source_that_cannot_be_compared(flowers, capsys):
+    path = 'data/flowers-24-jpg'
+    made = prepare.prepare('flowers', size=24)
+    shutil.rmtree('flowers/ape')
+    assert prepare.prepare('flowers', size=24).counts == made.counts
+    assert f'{path}: cannot be compared with its source (' in capsys.readouterr().out
+    info = json.loads(open(f'{path}/store.json').read())
+    for name in ('files', 'crc', 'checksum'):  # as earlier versions wrote it
+        del info[name]
+    with open(f'{path}/store.json', 'w') as file:
+        json.dump(info, file)
+    assert prepare.prepare('flowers', size=24).counts == made.counts
+    assert 'compared' not in capsys.readouterr().out
+
+
+# Checksums
+
+
+@pytest.mark.parametrize('format', ['jpg', 'u8'])
+def test_verify_finds_a_flipped_bit_anywhere(flowers, format):
+    os.rename('flowers/ape', 'flowers/äpfel')
+    made = prepare.prepare('flowers', size=16, format=format)
+    rng = np.random.default_rng(0)
+    names = sorted(os.listdir(made.path))
+    assert len(names) == 3 + 2 * (4 if format == 'jpg' else 3)
+    for name in names:
+        content = (made.path / name).read_bytes()
+        # Every bit of store.json: most of them are no part of any value.
+        bits = 8 * len(content)
+        for bit in range(bits) if name == 'store.json' else rng.integers(0, bits, 20).tolist():
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            (made.path / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=re.escape(name)) as error:
+                store.verify(store.open_store(made.path))
+            assert '\n' not in str(error.value)
+            assert str(error.value).endswith(f'remove {made.path} and run prepare again')
+        (made.path / name).write_bytes(content)
+    store.verify(store.open_store(made.path))
+
+
+def test_names_are_utf_8_whatever_the_locale(flowers):
+    names = ['bee', 'äpfel', '花']
+    os.rename('flowers/ape', 'flowers/äpfel')
+    shutil.copytree('flowers/bee', 'flowers/花')
+    program = (
+        'from alexnet_jax.input import prepare\n'
+        'made = prepare.prepare("flowers", size=8)\n'
+        'assert made.names == prepare.prepare("flowers", size=8).names == ["bee", "\\xe4pfel", '
+        '"\\u82b1"], made.names\n'
+    )
+    plain = {'PYTHONPATH': str(ROOT), 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0'}
+    command = [sys.executable, '-X', 'utf8=0', '-c', program]
+    done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with open('data/flowers-8-jpg/names.txt', 'rb') as file:
+        assert file.read().decode() == ''.join(f'{name}\n' for name in names)
 
 
 def test_an_interrupted_store_that_is_named_goes_on_with_its_source_only(
@@ -716,7 +865,7 @@ def test_verify_finds_a_flipped_bit(tree, tmp_path):
     (path / 'val.jpg').write_bytes(data)
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
-    assert 'damaged' in result.stderr and 'val 4' in result.stderr
+    assert 'damaged' in result.stderr and 'val.jpg 4' in result.stderr
 
 
 @pytest.mark.slow

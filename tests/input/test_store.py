@@ -71,7 +71,9 @@ def test_a_damaged_record_is_named(tmp_path, format):
     named = rf"record 3 of split 'val' in .*val\.{format}.*: {again(tmp_path)}"
     with pytest.raises(UserError, match=named):
         store.records('val', [2, 3])
-    with pytest.raises(UserError, match=rf'1 damaged records .* \(val 3\): {again(tmp_path)}'):
+    with pytest.raises(
+        UserError, match=rf'1 damaged records .* \(val.{format} 3\): {again(tmp_path)}'
+    ):
         verify(store)
 
 
@@ -80,7 +82,9 @@ def test_verify_names_the_first_of_many(tmp_path):
     store = open_store(tmp_path)
     for i in range(8):
         damage(store.splits['train'].file, int(store.splits['train'].offsets[i + 1]) - 5)
-    with pytest.raises(UserError, match=r'8 damaged records.*\(train 0, .* train 4, \.\.\.\): '):
+    with pytest.raises(
+        UserError, match=r'8 damaged records.*\(train.jpg 0, .* train.jpg 4, \.\.\.\): '
+    ):
         verify(store)
 
 
