@@ -30,7 +30,7 @@ class Records(NamedTuple):
     """A file of records that is being copied."""
 
     remote: paths.Path
-    file: int  # descriptor of the local file
+    local: str
     offsets: np.ndarray  # i64[N+1]
     crc: np.ndarray  # u32[N]
 
@@ -142,20 +142,16 @@ def _copy_records(remote: paths.Path, path: str, split: str, info: dict) -> None
     temporary = f'{target}.tmp'
     began, copied = time.monotonic(), 0
     whole = os.path.exists(target)
-    file = os.open(target if whole else temporary, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        os.truncate(file, size)
-        records = Records(remote, file, offsets, crc)
-        for count in ordered_map(
-            lambda part: _copy_part(records, *part),
-            records.parts(),
-            threads=THREADS,
-            ahead=2 * THREADS,
-        ):
-            copied += count
-        os.fsync(file)
-    finally:
-        os.close(file)
+    records = Records(remote, target if whole else temporary, offsets, crc)
+    with open(records.local, 'ab') as file:
+        file.truncate(size)
+    for count in ordered_map(
+        lambda part: _copy_part(records, *part),
+        records.parts(),
+        threads=THREADS,
+        ahead=2 * THREADS,
+    ):
+        copied += count
     if not whole:
         os.replace(temporary, target)
     print(_line(remote, size, began if copied else None), flush=True)
@@ -176,17 +172,20 @@ def _copy_part(records: Records, first: int, end: int) -> int:
             for i, low, high in zip(range(first, end), bounds, bounds[1:], strict=False)
         )
 
-    def local(i: int) -> bytes:
-        low, high = records.offsets[i : i + 2].tolist()
-        return os.pread(records.file, high - low, low)
+    # Each part has its own descriptor: after an error, others may still be under way.
+    with open(records.local, 'r+b') as file:
 
-    if all(matches(i, local(i)) for i in range(first, end)):
-        return 0
-    data = memoryview(_fetch(records.remote, is_whole, int(start), int(stop - start)))
-    written = 0
-    while written < len(data):
-        written += os.pwrite(records.file, data[written:], int(start) + written)
-    return written
+        def local(i: int) -> bytes:
+            low, high = records.offsets[i : i + 2].tolist()
+            return os.pread(file.fileno(), high - low, low)
+
+        if all(matches(i, local(i)) for i in range(first, end)):
+            return 0
+        file.seek(start)
+        file.write(_fetch(records.remote, is_whole, int(start), int(stop - start)))
+        file.flush()
+        os.fsync(file.fileno())
+    return int(stop - start)
 
 
 def _fetch(
