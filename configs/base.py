@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
         {
             'source': 'imagenet2012',  # a TFDS name, 'alexnet_shapes' (embedded), or a folder of images
             'dir': '',  # where TFDS keeps its data sets and finds ImageNet's tars; '': TFDS's default
-            'store': '',  # folder of the prepared images; '': data/<source>-<size>-<format>
+            'store': '',  # a prepared store, also gs://BUCKET/STORE; '': data/<source>-<size>-<format>
             'format': 'jpg',  # of the store: 'jpg' (38 GB for ImageNet) or 'u8' (raw, 262 GB, faster)
             'size': 256,  # pixels, side of the prepared square images (§2)
             'val_fraction': 0.1,  # of the training images, held out if the source has no validation split

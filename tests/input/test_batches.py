@@ -218,6 +218,33 @@ def test_a_damaged_record_reaches_the_consumer_as_one_line(tmp_path, reader):
 
 
 @pytest.mark.parametrize('reader', ['tf', 'threads'])
+def test_a_sample_of_raw_records_is_checked(tmp_path, reader, monkeypatch):
+    """In training by position, so that every epoch checks other records; in evaluation by number."""
+    monkeypatch.setattr(batches, 'CHECK_EVERY', 3)
+    write_store(tmp_path, format='u8', size=SIZE, counts={'train': COUNT, 'val': 10})
+    store = open_store(tmp_path)
+    order = sampler.records(3, np.arange(2 * COUNT), COUNT)
+    # Checked in the second epoch, not in the first.
+    position = next(p for p in range(COUNT + 1, 2 * COUNT, 3) if order[p] not in order[:COUNT:3])
+    bad = order[position]
+    for split, record in (('train', bad), ('val', 4), ('val', 6)):
+        file = store.splits[split].file
+        data = bytearray(file.read_bytes())
+        data[int(store.splits[split].offsets[record]) + 7] ^= 1
+        file.write_bytes(data)
+    steps = []
+    with pytest.raises(UserError, match=f"record {bad} of split 'train' in .*damaged"):
+        for batch in train(store, batch=4, stop=10, reader=reader):
+            steps.append(batch)
+    assert len(steps) == position // 4
+    # This process has no row of that position.
+    rows = np.array([row for row in range(4) if row != position % 4])
+    assert list(train(store, batch=4, start=position // 4, stop=position // 4 + 1, rows=rows))
+    with pytest.raises(UserError, match="record 6 of split 'val' in .*damaged"):
+        list(eval_batches(store, 'val', batch=4, rows=np.arange(4), threads=2, reader=reader))
+
+
+@pytest.mark.parametrize('reader', ['tf', 'threads'])
 def test_an_error_while_reading_reaches_the_consumer_as_it_was(stores, reader, monkeypatch):
     cut = batches._cut
 

@@ -12,7 +12,7 @@ from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import open_store
 from alexnet_jax.nets.build import build
-from alexnet_jax.rundir import checkpoint, metrics
+from alexnet_jax.rundir import checkpoint, directory, metrics
 from alexnet_jax.rundir.checkpoint import Checkpoints
 from alexnet_jax.training import checks, diagnosis, evaluation, loop, optim
 from configs import quickstart
@@ -47,6 +47,19 @@ def make_config(store, **changes):
         }
     )
     return config
+
+
+def test_only_the_first_start_compares_the_data_with_its_source(store, tmp_path, monkeypatch):
+    def ensure(resuming, **data):
+        raise UserError(f'resuming: {resuming}')
+
+    monkeypatch.setattr(loop.prepare, 'ensure', ensure)
+    config = make_config(store)
+    with pytest.raises(UserError, match='resuming: False'):
+        loop.train(config, tmp_path / 'run')
+    directory.write(config, tmp_path / 'run', open_store(store))
+    with pytest.raises(UserError, match='resuming: True'):
+        loop.train(config, tmp_path / 'run')
 
 
 @pytest.mark.full
