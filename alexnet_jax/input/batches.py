@@ -154,7 +154,7 @@ def _batches(
 
         def read(step: int) -> Batch:
             planned = plan(step)
-            _check(store, split, planned)
+            _check(store, split, pictures, planned)
             return _cut(pictures, planned, crop)
 
         batches = ordered_map(
@@ -167,10 +167,11 @@ def _batches(
     return _closed_at_exit(batches)
 
 
-def _check(store: Store, split: str, plan: Plan) -> None:
+def _check(store: Store, split: str, pictures: np.ndarray | Jpegs, plan: Plan) -> None:
     """Checks the records of a raw store that a plan names; the others stay unchecked, for speed."""
-    if store.format == 'u8' and plan.checked.size:
-        store.records(split, plan.checked)
+    if store.format == 'u8':
+        for record in plan.checked:
+            store.check(split, record, pictures[record])
 
 
 def _cut(pictures: np.ndarray | Jpegs, plan: Plan, crop: int) -> Batch:
@@ -204,8 +205,8 @@ def _read_with_tensorflow(
         # TensorFlow reduces exceptions to text, so keep the original for `_iterate` to raise.
         try:
             planned = plan(int(step))
-            _check(store, split, planned)
             if raw:
+                _check(store, split, pixels, planned)
                 return tuple(_cut(pixels, planned, crop).values())
             there = planned.records >= 0
             data = np.full(len(there), b'', object)

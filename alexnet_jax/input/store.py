@@ -92,12 +92,17 @@ class Store:
         except OSError as error:
             raise UserError(f'cannot read {part.file}: {error.strerror}') from error
         for i, record in zip(indices, records, strict=True):
-            if zlib.crc32(record) != part.crc[i]:
-                raise UserError(
-                    f'record {i} of split {split!r} in {part.file} is damaged (its CRC-32 does '
-                    f'not match): {_again(self.path)}'
-                )
+            self.check(split, i, record)
         return records
+
+    def check(self, split: str, index: int, record: bytes | np.ndarray) -> None:
+        """Raises UserError if the CRC-32 of a record does not match."""
+        part = self.splits[split]
+        if zlib.crc32(record) != part.crc[index]:
+            raise UserError(
+                f'record {index} of split {split!r} in {part.file} is damaged (its CRC-32 does '
+                f'not match): {_again(self.path)}'
+            )
 
     def pictures(self, split: str) -> 'np.ndarray | Jpegs':
         """Returns a split's images, u8[S,S,3] each, indexed by record; thread-safe."""

@@ -434,14 +434,20 @@ def test_verify_finds_a_flipped_bit_anywhere(flowers, format):
 
 
 def test_every_bit_of_the_description_counts(flowers):
-    content = (prepare.prepare('flowers', size=8).path / 'store.json').read_bytes()
-    assert store.encode(store.decode(content)) == content
+    os.rename('flowers', 'blüten')
+    file = prepare.prepare('blüten', size=8).path / 'store.json'
+    content = file.read_bytes()
+    opened = 0
     for bit in range(8 * len(content)):
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         with contextlib.suppress(ValueError):
-            # `verify` sees what is no part of any value, such as white space.
-            assert store.encode(store.decode(bytes(damaged))) != damaged
+            store.decode(bytes(damaged))
+            opened += 1  # the fields are the same, but not the bytes: \u00FC for \u00fc
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match='store.json is damaged'):
+                store.verify(store.open_store(file.parent))
+    assert opened == 2
 
 
 def test_names_are_utf_8_whatever_the_locale(flowers):
