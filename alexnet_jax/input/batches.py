@@ -1,7 +1,7 @@
-"""Batches for training and evaluation: the store's pictures as the sampler orders and cuts them.
+"""Batches for training and evaluation: images of a store, ordered and cropped by the sampler.
 
 A batch is a pure function of (store, seed, step, rows): there is no iterator state to save, and
-starting at any step costs the same. Pictures leave here as uint8; arithmetic is the device's.
+starting at any step costs the same. Images stay uint8 here; the device does the arithmetic.
 """
 
 import importlib.util
@@ -22,8 +22,8 @@ Batch = dict[str, np.ndarray]
 
 
 class Plan(NamedTuple):
-    """What a batch is made of: for each row the record (-1: none, a black picture), the corner of
-    its crop and whether it is mirrored; `rest` are the batch's entries that need no picture."""
+    """Describes a batch: each row's record (-1: none, a black image), the corner of its crop and
+    whether it is mirrored; `rest` holds the batch entries that need no image."""
 
     records: np.ndarray  # i64[b]
     y: np.ndarray  # i32[b]
@@ -46,17 +46,17 @@ def train_batches(
     threads: int,
     reader: str = 'auto',
 ) -> Iterator[Batch]:
-    """This process's rows of the global batches of steps start .. stop - 1.
+    """Yields this process's rows of the global batches for steps start .. stop - 1.
 
-    Yields {'image': u8[b,crop,crop,3], 'z': f32[b,3], 'label': i32[b]} with b = len(rows). Row i
+    Each is {'image': u8[b,crop,crop,3], 'z': f32[b,3], 'label': i32[b]} with b = len(rows). Row i
     of step s is position s * batch + i of `sampler`; `random=False` takes the centre crop,
     unmirrored. `chunk`: see `sampler.draws`.
 
     Args:
-      rows: the indices, in the global batch of `batch` rows, of the rows that are wanted.
-      threads: how many threads read and decode; 0: one per core.
-      reader: 'tf' (tf.data), 'threads' (without TensorFlow) or 'auto' (tf.data where TensorFlow is
-        installed). They give equal bytes.
+      rows: indices into the global batch of `batch` rows.
+      threads: number of threads that read and decode; 0: one per core.
+      reader: 'tf' (tf.data), 'threads' (without TensorFlow) or 'auto' (tf.data if TensorFlow is
+        installed). All readers give the same bytes.
     Raises:
       UserError: the crop is larger than the pictures or, while iterating, a record is damaged.
     """
@@ -87,11 +87,11 @@ def eval_batches(
     threads: int,
     reader: str = 'auto',
 ) -> Iterator[Batch]:
-    """This process's rows of all whole pictures of a split, in order, each exactly once.
+    """Yields this process's rows of a split's uncropped images, in order, each exactly once.
 
-    Yields {'image': u8[b,S,S,3], 'label': i32[b], 'mask': f32[b]}, ceil(N / batch) times on every
-    process; rows past the last record are black, with label and mask 0. Arguments and errors: see
-    `train_batches`.
+    Each batch is {'image': u8[b,S,S,3], 'label': i32[b], 'mask': f32[b]}; every process gets
+    ceil(N / batch) of them. Rows past the last record are black, with label and mask 0. Arguments
+    and errors: see `train_batches`.
     """
     rows, labels = np.asarray(rows, np.int64), store.labels(split)
 
@@ -110,7 +110,7 @@ def eval_batches(
 def fake_batches(
     *, batch: int, rows: np.ndarray, crop: int, classes: int, seed: int
 ) -> Iterator[Batch]:
-    """One batch of noise, as `train_batches` gives it, again and again; needs no data."""
+    """Yields one batch of noise over and over, in the form of `train_batches`; needs no data."""
     rows = np.asarray(rows)
     generators = [np.random.default_rng([seed, row]) for row in rows.tolist()]
     shape = (crop, crop, 3)
@@ -132,9 +132,9 @@ def _batches(
     threads: int,
     reader: str,
 ) -> Iterator[Batch]:
-    """The batches of some steps, through one of the readers."""
+    """Yields the batches of the given steps, using one of the readers."""
     if reader not in ('auto', 'tf', 'threads'):
-        raise UserError(f'unknown reader {reader!r}, not one of auto, tf, threads')
+        raise UserError(f'unknown reader {reader!r}: choose one of auto, tf, threads')
     threads = threads or cores()
     if reader == 'auto':
         reader = 'tf' if importlib.util.find_spec('tensorflow') else 'threads'
@@ -155,7 +155,7 @@ def _batches(
 
 
 def _cut(pictures: np.ndarray | Jpegs, plan: Plan, crop: int) -> Batch:
-    """A batch: every crop is copied once, of a raw store out of the memory map."""
+    """Cuts a batch's crops, copying each once; for a raw store, directly from the memory map."""
     whole = isinstance(pictures, np.ndarray) and crop == pictures.shape[1]
     if whole and not plan.flip.any() and (plan.records >= 0).all():
         return {'image': pictures[plan.records], **plan.rest}  # ten times as fast
@@ -175,14 +175,14 @@ def _cut(pictures: np.ndarray | Jpegs, plan: Plan, crop: int) -> Batch:
 def _read_with_tensorflow(
     store: Store, split: str, plan: Callable[[int], Plan], steps: range, crop: int, threads: int
 ) -> Iterator[Batch]:
-    """The batches of some steps through tf.data: read a step, decode pictures, batch, prefetch."""
+    """Yields batches through tf.data: read a step, decode its images, batch them, prefetch."""
     tf = import_tensorflow()
     raw = store.format == 'u8'
     pixels = store.pixels(split) if raw else None
     failures = []
 
     def read(step: np.ndarray) -> tuple[np.ndarray, ...]:
-        # TensorFlow turns an exception into text: keep it, for `_iterate` to raise.
+        # TensorFlow reduces exceptions to text, so keep the original for `_iterate` to raise.
         try:
             planned = plan(int(step))
             if raw:
@@ -197,9 +197,9 @@ def _read_with_tensorflow(
 
     def decode(data, y, x, flip, *rest):
         def picture():
-            # Cropped in y only: libjpeg's columns at the edges of a crop in x differ by some
-            # levels from those of the whole picture, since chroma is interpolated without the
-            # neighbours; its rows do not. INTEGER_ACCURATE gives the pixels that PIL gives.
+            # libjpeg crops in y only: cropping in x would change the edge columns by a few levels,
+            # because chroma is interpolated without their neighbours. Rows are not affected.
+            # INTEGER_ACCURATE gives the same pixels as PIL.
             window = tf.stack([y, 0, crop, store.size])
             image = tf.io.decode_and_crop_jpeg(
                 data, window, channels=3, dct_method='INTEGER_ACCURATE'
@@ -221,13 +221,13 @@ def _read_with_tensorflow(
         kinds = (tf.string, tf.int32, tf.int32, tf.bool)
         specs = [*(tf.TensorSpec([b], kind) for kind in kinds), *rest]
 
-    # TensorFlow never lets go of a function; this one lets go of what it reads, as the mapped file.
+    # TensorFlow never releases a function; this one can release what it holds, the mapped file.
     held = [read]
 
     def call(step):
         for read in held[:1]:
             return read(step)
-        # After the end, to a thread that still runs.
+        # The iterator has ended, but one of its threads is still running.
         return tuple(
             np.zeros(s.shape, 'S' if s.dtype == tf.string else s.dtype.name) for s in specs
         )
@@ -237,7 +237,7 @@ def _read_with_tensorflow(
         return tuple(tf.ensure_shape(v, s.shape) for v, s in zip(values, specs, strict=True))
 
     dataset = tf.data.Dataset.range(steps.start, steps.stop)
-    # A step of a jpg store is only read here, and decoded below.
+    # For a jpg store this only reads the records; they are decoded below.
     dataset = dataset.map(read_step, num_parallel_calls=threads if raw else 2)
     if not raw:
         dataset = dataset.unbatch().map(decode, num_parallel_calls=threads)
@@ -254,9 +254,9 @@ def _read_with_tensorflow(
 def _iterate(
     dataset, held: list, failures: list[Exception], op_error: type[Exception]
 ) -> Iterator[Batch]:
-    """A dataset's elements; an exception raised inside its functions is raised as it was.
+    """Yields a dataset's elements, and re-raises exceptions of its functions in their original form.
 
-    held: what they need until the end.
+    held: what those functions need until the end.
     """
     elements = dataset.as_numpy_iterator()
     try:
@@ -266,17 +266,17 @@ def _iterate(
             raise failures[0] from None
         raise
     finally:
-        del elements  # its threads end
+        del elements  # ends its threads
         held.clear()
 
 
 def _closed_at_exit(batches: Generator) -> Generator:
-    """A reader that is closed, and its threads with it, before the interpreter ends.
+    """Returns the reader, set up to close, along with its threads, before the interpreter exits.
 
-    TensorFlow's threads call into Python: if they do so while the interpreter ends, it hangs or
-    aborts, and nothing else closes a generator that is then still referenced.
+    TensorFlow's threads call into Python; if they do so during interpreter shutdown, it hangs or
+    aborts, and nothing else closes a generator that is still referenced by then.
     """
-    # A weak reference, so that a reader that nobody holds any more is closed at once, and forgotten.
+    # A weak reference, so that a reader that is no longer used is closed and forgotten at once.
     weakref.finalize(batches, _close, weakref.ref(batches))
     return batches
 

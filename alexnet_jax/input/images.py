@@ -1,41 +1,41 @@
-"""From a picture of any kind to the RGB square that the network is given, and statistics of many."""
+"""Converts any image to the RGB square that the network reads, and computes image statistics."""
 
 import io
 
 import numpy as np
 from PIL import Image
 
-# Mean absolute difference to the INTER_AREA of the source on 903 photographs: bilinear 0.96 levels,
-# Hamming 1.04, box 2.96 (Pillow's box takes whole pixels: it aliases).
+# Mean absolute difference from the INTER_AREA of the 2012 source code on 903 photographs: bilinear
+# 0.96 levels, Hamming 1.04, box 2.96 (Pillow's box filter takes whole pixels, so it aliases).
 FILTER = 'antialiased bilinear down, bicubic up'
 
 
 def decode(data: bytes | np.ndarray) -> Image.Image:
-    """An encoded picture, whatever its format, or u8[H,W,C] -> RGB image; EXIF turns are ignored.
+    """Decodes an image file of any format, or u8[H,W,C], to RGB; EXIF orientation is ignored.
 
-    Raises what Pillow's decoders raise on damaged files, which is almost anything.
+    Pillow's decoders can raise almost any exception on damaged files.
     """
     if isinstance(data, np.ndarray):
         image = Image.fromarray(data[:, :, 0] if data.shape[2] == 1 else data)
     else:
         image = Image.open(io.BytesIO(data))
-    if image.mode.startswith('I'):  # 16 bits a pixel: Pillow's own conversion would clip them
+    if image.mode.startswith('I'):  # 16 bits per pixel: Pillow's own conversion would clip
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert('RGB')
 
 
 def square(data: bytes | np.ndarray, size: int) -> np.ndarray:
-    """A picture, shorter side made `size`, and of it the central square -> u8[size,size,3].
+    """Resizes the shorter side to `size` and crops the central square -> u8[size,size,3].
 
-    As in the paper (§2); rounding, the corner at (n - size) // 2 and bicubic enlargement are the
-    source's (`docs/original.md` §5). Raises what `decode` raises.
+    As in the paper (§2); rounding, the corner at (n - size) // 2 and bicubic upscaling are those
+    of the 2012 source code (`docs/original.md` §5). Raises whatever `decode` raises.
     """
     image = decode(data)
     shorter = min(image.size)
     sides = [int(side * size / shorter + 0.5) for side in image.size]
     scales = [old / new for old, new in zip(image.size, sides, strict=True)]
     corner = [(side - size) // 2 for side in sides]
-    # The part of the picture that the square shows: the rest need not be resized.
+    # Only the part of the image inside the square needs to be resized.
     box = [
         scale * (low + end) for end in (0, size) for scale, low in zip(scales, corner, strict=True)
     ]
@@ -44,14 +44,14 @@ def square(data: bytes | np.ndarray, size: int) -> np.ndarray:
 
 
 def statistics(image: np.ndarray, products: np.ndarray, count: int) -> dict[str, np.ndarray]:
-    """Mean picture and colour PCA from integer sums over `count` pictures, in levels (0-255).
+    """Computes the mean image and colour PCA from sums over `count` images, in levels (0-255).
 
     Args:
-      image: i64[S,S,3], the sum of all pictures.
+      image: i64[S,S,3], the sum of all images.
       products: i64[3,3], the sum of r_i r_j over all pixels.
 
     Returns:
-      mean f32[S,S,3]; eigenvectors f32[3,3], a column each, largest first, its sum not negative;
+      mean f32[S,S,3]; eigenvectors f32[3,3], one per column, largest first, with nonnegative sums;
       sigma f32[3], the standard deviations along them.
     """
     pixels = count * image.shape[0] * image.shape[1]

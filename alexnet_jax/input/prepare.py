@@ -1,6 +1,6 @@
-"""One sequential pass from a source of pictures to a store, and the store that a config needs.
+"""Makes a store from a source of images in one sequential pass, or opens the one a config needs.
 
-Pictures are resized to a shorter side of `size` and cropped to the central square, as in the paper
+Images are resized to a shorter side of `size` and cropped to the central square, as in the paper
 (§2). An interrupted pass resumes where it stopped and ends with the same bytes.
 """
 
@@ -16,13 +16,13 @@ from alexnet_jax.input import sources, store_writer
 from alexnet_jax.input import store as stores
 from alexnet_jax.input.images import FILTER
 
-LARGE = 200_000  # pictures: from here on `ensure` does not prepare by itself
+LARGE = 200_000  # images; `ensure` does not prepare sources of this size or more
 
 
 def default_store(source: str, size: int, format: str) -> str:
-    """Where a store goes if nothing else is said: data/SOURCE-SIZE-FORMAT.
+    """Returns the default path of a store, data/SOURCE-SIZE-FORMAT.
 
-    SOURCE is the last part of a folder's path, or a TFDS name with '-' for '/'.
+    SOURCE is the last part of a folder's path, or a TFDS name with '-' in place of '/'.
     """
     folder, other = (
         os.path.join('data', f'{name}-{size}-{format}')
@@ -41,17 +41,17 @@ def prepare(
     val_fraction: float = 0.1,
     limit: float = np.inf,
 ) -> stores.Store:
-    """Makes a store, resumes an interrupted one, or opens one that is complete.
+    """Makes a store, resumes an interrupted one, or opens a complete one.
 
-    Waits for another process that is making the same store. A complete one that `store` names is
-    opened whatever it was made from, if format and size are as wanted: the pictures may have moved.
+    Waits if another process is making the same store. A complete store given by `store` is opened
+    regardless of its source if format and size match, since the images may have moved.
 
-    Args: as the command's; `limit`: refuse a source of this many pictures or more.
+    Args: those of the command; `limit`: refuse sources of this many images or more.
 
     Raises:
-      UserError: the source is unusable, a picture does not decode, the disk is too small, or the
+      UserError: the source is unusable, an image cannot be decoded, the disk is too small, or the
         folder holds something else. A pass that fails within seconds (store_writer.FLUSH_SECONDS) leaves
-        nothing; what a longer one has done stays, to go on from once the picture is repaired.
+        nothing behind; a longer one keeps its work and resumes once the image is repaired.
     """
     _check_options(format, size, val_fraction)
     path, named = store or default_store(source, size, format), bool(store)
@@ -62,7 +62,7 @@ def prepare(
         return finished
     advice = _advice(source, dir, store, format, size, val_fraction)
     try:
-        with store_writer.locked(path):  # the process that we wait for may have finished the store
+        with store_writer.locked(path):  # the process we waited for may have finished the store
             return _finished(path, wanted, named) or _make(path, wanted, source, dir, limit, advice)
     except OSError as error:
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error
@@ -78,13 +78,13 @@ def ensure(
     val_fraction: float = 0.1,
     alone: bool = True,
 ) -> stores.Store:
-    """Opens the store of a source for training; a small set (< 200,000) is prepared first.
+    """Opens a source's store for training, preparing it first if the set is small (< 200,000).
 
-    alone: whether no other process does the same now; if one may, nothing is prepared.
+    alone: whether this is the only process; if not, nothing is prepared.
 
     Raises:
-      UserError: as `prepare`; with the command to run where a large set has no store yet. Where its
-        size can be known before TFDS builds it, it is not built.
+      UserError: as `prepare`. If a large set has no store yet, the error gives the command to run;
+        the set is not built if its size is known before TFDS builds it.
     """
     _check_options(format, size, val_fraction)
     there = _description(store or default_store(source, size, format))
@@ -105,12 +105,12 @@ def ensure(
 def _check_options(format: str, size: int, val_fraction: float) -> None:
     if format not in stores.FORMATS or size < 1:
         raise UserError(
-            f'format {format!r}, size {size}: the format is one of '
+            f'format {format!r}, size {size}: the format must be one of '
             f'{", ".join(stores.FORMATS)}, the size a positive number of pixels'
         )
     if not 0 < val_fraction < 1:
         raise UserError(
-            f'val_fraction {val_fraction}: give a part between 0 and 1, as --val_fraction=0.1'
+            f'val_fraction {val_fraction}: must be between 0 and 1, as in --val_fraction=0.1'
         )
 
 
@@ -119,7 +119,7 @@ def _whole(folder: str) -> str:
 
 
 def _is_path(source: str, path: str) -> bool:
-    """Whether a source is a path, or was one when the store in `path` was made from it."""
+    """Returns whether a source is a path, or was one when the store in `path` was made from it."""
     if sources.is_path(source):
         return True
     try:
@@ -130,7 +130,7 @@ def _is_path(source: str, path: str) -> bool:
 
 
 def _finished(path: str, wanted: dict, named: bool) -> stores.Store | None:
-    """The store, if it is complete; UserError if there is another one, or something else."""
+    """Returns the store if it is complete; UserError if `path` holds anything else."""
     there = _description(path)
     if not there:
         return None
@@ -138,7 +138,7 @@ def _finished(path: str, wanted: dict, named: bool) -> stores.Store | None:
         _check_same(path, there, {key: wanted[key] for key in ('format', 'size')})
         different = _differences(there, wanted)
         if different:
-            print(f'{path}: is complete, and used as it is ({different})', flush=True)
+            print(f'{path}: using this complete store as it is ({different})', flush=True)
     else:
         _check_same(path, there, wanted)
     if not there['complete']:
@@ -165,7 +165,7 @@ def _make(
             'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},
         }
         _check_same(path, begun or {}, wanted)
-        begun = None  # from here on what is there is ours
+        begun = None  # from here on, the files in the folder are ours
         progress = store_writer.read_progress(path, size)
         _check_disk(path, pictures - progress['written'][:, 0].sum(), size, format)
         store_writer.write_description(path, {**wanted, 'complete': False})
@@ -188,14 +188,14 @@ def _open(source: str, dir: str | None, val_fraction: float) -> sources.Source:
 
 
 def _description(path: str) -> dict | None:
-    """The store.json of a folder; None where a store can be begun."""
+    """Returns the store.json of a folder, or None if a new store can be started there."""
     try:
         with open(os.path.join(path, 'store.json'), encoding='utf-8') as file:
             return {'complete': False, **json.load(file)}
     except FileNotFoundError as error:
         others = {*os.listdir(path)} - {*store_writer.TEMPORARY} if os.path.exists(path) else {}
-        if others and 'store.json' not in others:  # another process may have begun just now
-            raise UserError(f'{path}: there are other things: give another --store') from error
+        if others and 'store.json' not in others:  # another process may just have started
+            raise UserError(f'{path}: holds other files: give another --store') from error
         return None
     except OSError as error:
         raise UserError(
@@ -203,7 +203,7 @@ def _description(path: str) -> dict | None:
         ) from error
     except (ValueError, TypeError) as error:
         raise UserError(
-            f'{path}: not a store, or damaged ({error}): give another --store, or '
+            f'{path}: not a store, or a damaged one ({error}): give another --store, or '
             f'remove {path} and run prepare again'
         ) from error
 
@@ -211,10 +211,10 @@ def _description(path: str) -> dict | None:
 def _check_same(path: str, there: dict, wanted: dict) -> None:
     different = _differences(there, wanted)
     if different:
-        as_it_is = there['complete'] and 'source' in wanted  # else it was named already
+        as_it_is = there['complete'] and 'source' in wanted  # else --store was given already
         raise UserError(
-            f'{path} is another store ({different}): give another --store'
-            f'{f" (--store={path} takes it as it is)" if as_it_is else ""}, or '
+            f'{path} is a different store ({different}): give another --store'
+            f'{f" (--store={path} uses this one as it is)" if as_it_is else ""}, or '
             f'remove {path} and run prepare again'
         )
 
@@ -228,12 +228,12 @@ def _differences(there: dict, wanted: dict) -> str:
 
 
 def _check_disk(path: str, pictures: int, size: int, format: str) -> None:
-    # A JPEG record of a photograph takes 0.45 bytes a pixel, of noisy pictures more.
+    # A JPEG record takes 0.45 bytes per pixel for a photograph, more for noisy images.
     needed = pictures * (size * size * (3 if format == 'u8' else 0.55) + 1000) / 1e9
     free = shutil.disk_usage(path).free / 1e9
-    text = f'about {needed:.2f} GB for {pictures:,} pictures, and {free:.2f} GB are free'
+    text = f'about {needed:.2f} GB for {pictures:,} pictures ({free:.2f} GB are free)'
     if free < needed:
-        raise UserError(f'{path}: the disk is too small: it needs {text}: give another --store')
+        raise UserError(f'{path}: not enough disk space, needs {text}: give another --store')
     print(f'{path}: needs {text}', flush=True)
 
 
@@ -248,6 +248,6 @@ def _advice(source, dir, store, format, size, val_fraction) -> str:
     }
     given = ' '.join(f'--{key}={value}' for key, value in options.items() if value)
     return (
-        f'{source} has no store yet, and is too large to make one on first use, or several '
-        f'processes would make it at once: run python -m alexnet_jax.prepare {given}'
+        f'{source} has no store yet, and is too large to prepare on first use, or several '
+        f'processes would prepare it at once: run python -m alexnet_jax.prepare {given}'
     )

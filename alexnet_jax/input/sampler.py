@@ -1,8 +1,8 @@
-"""Which record, crop, flip and colour draw every position of training gets (`docs/design.md` §4).
+"""Maps each training position to its record, crop, flip and colour draw (`docs/design.md` §4).
 
-Row i of step s of batches of B is position p = s * B + i, a 64-bit number. Everything here is a
-pure function of (seed, position): nothing is remembered, so any position costs the same, and
-nothing depends on how many devices or processes share the work.
+With batches of B, row i of step s is position p = s * B + i, a 64-bit number. Everything here is a
+pure function of (seed, position): there is no state, so every position costs the same, and nothing
+depends on how many devices or processes share the work.
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ CROP, COLOUR = 1, 2
 
 
 class Draws(NamedTuple):
-    """Augmentation of n positions: crop offsets, flips, and standard normals for the colour."""
+    """Augmentation of n positions: crop offsets, flips, and standard normals for the colour noise."""
 
     y: np.ndarray  # i32[n]
     x: np.ndarray  # i32[n]
@@ -24,7 +24,7 @@ class Draws(NamedTuple):
 
 
 def records(seed: int, positions: np.ndarray, num_examples: int) -> np.ndarray:
-    """The record at every position, i64[n] -> i64[n]; an epoch is a permutation of all records."""
+    """Returns each position's record, i64[n] -> i64[n]; an epoch is a permutation of all records."""
     epochs, places = np.divmod(np.asarray(positions, np.int64), num_examples)
     result = np.empty_like(places)
     for epoch in np.unique(epochs):
@@ -34,17 +34,17 @@ def records(seed: int, positions: np.ndarray, num_examples: int) -> np.ndarray:
 
 
 def draws(seed: int, first: int, count: int, *, room: int, chunk: int = 1) -> Draws:
-    """The augmentation of positions first .. first + count - 1.
+    """Returns the augmentation of positions first .. first + count - 1.
 
-    Offsets are uniform over 0..room inclusive (32: a crop of 224 from 256), flips even. `chunk`
-    consecutive positions share one offset and one flip: 32 in the source, 1 in the paper
-    (`docs/original.md` §5). `z` is independent for every position.
+    Offsets are uniform over 0..room inclusive (room is 32 for crops of 224 from 256), and flips have
+    probability 1/2. `chunk` consecutive positions share one offset and one flip: 32 in the 2012
+    source code, 1 in the paper (`docs/original.md` §5). `z` is independent for every position.
     """
     groups = np.arange(first, first + count) // chunk
     crop = _words(seed, CROP, int(groups[0]), int(groups[-1] - groups[0]) + 1)[groups - groups[0]]
     # The remainder of a 64-bit word is uniform to 1 part in 10^17.
     y, x = (crop[:, :2] % np.uint64(room + 1)).astype(np.int32).T
-    # Box and Muller: four uniforms make four normals, of which three are used.
+    # Box-Muller: four uniforms give four normals; three of them are used.
     u = (_words(seed, COLOUR, first, count) >> np.uint64(11)) * 2.0**-53  # [0, 1)
     radius = np.sqrt(-2 * np.log1p(-u[:, :2]))
     angle = 2 * np.pi * u[:, 2:]
@@ -58,6 +58,6 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def _words(seed: int, salt: int, first: int, count: int) -> np.ndarray:
-    """Random words u64[count,4] of the counters first .. first + count - 1."""
+    """Returns random words u64[count,4] for counters first .. first + count - 1."""
     generator = np.random.Philox(key=np.array([seed, salt], np.uint64), counter=first)
     return generator.random_raw(4 * count).reshape(count, 4)

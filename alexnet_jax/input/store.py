@@ -1,11 +1,11 @@
-"""Reads a store: a prepared data set, square pictures of one size in one file a split.
+"""Reads a store: a prepared data set of square images of one size, with one file per split.
 
     store.json              format, size, classes, counts, source, ..., complete (`docs/design.md` §5)
-    {split}.jpg             JPEG records, one after another, with {split}.offsets.npy i64[N+1]
-    {split}.u8              or raw pictures u8[N,S,S,3]
+    {split}.jpg             concatenated JPEG records, with {split}.offsets.npy i64[N+1]
+    {split}.u8              or raw images u8[N,S,S,3]
     {split}.crc.npy         u32[N], zlib.crc32 of each record
     {split}.labels.npy      i32[N]
-    names.txt               the class names by label, one a line
+    names.txt               class names in the order of their labels, one per line
     stats.npz               mean f32[S,S,3], eigenvectors f32[3,3], sigma f32[3]
 
 `prepare` writes it; training and evaluation read nothing else.
@@ -32,7 +32,7 @@ FORMATS = ('jpg', 'u8')
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Where a split's records are: record i is bytes offsets[i]:offsets[i+1] of `file`."""
+    """Locates a split's records: record i is bytes offsets[i]:offsets[i+1] of `file`."""
 
     file: Path
     offsets: np.ndarray
@@ -42,11 +42,11 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """An open store; everything but the pictures is in memory.
+    """An open store; everything but the images is in memory.
 
-    `mean` f32[S,S,3] is the mean RGB image of the training pictures, column k of `eigenvectors`
-    f32[3,3] is the k-th principal axis of their RGB pixels, `sigma` f32[3] the standard deviations
-    along the axes, largest first; all in units of 0..255 (`docs/original.md` §5).
+    `mean` f32[S,S,3] is the mean RGB training image, column k of `eigenvectors` f32[3,3] the k-th
+    principal axis of the RGB pixels, and `sigma` f32[3] the standard deviations along the axes,
+    largest first; all in units of 0..255 (`docs/original.md` §5).
     """
 
     path: Path
@@ -62,11 +62,11 @@ class Store:
     splits: dict[str, Split]
 
     def labels(self, split: str) -> np.ndarray:
-        """The label of every record of a split, i32[N]."""
+        """Returns the labels of a split's records, i32[N]."""
         return self.splits[split].labels
 
     def identity(self) -> int:
-        """The CRC-32 of what is in it, in this order: records (by their own CRCs), labels, names."""
+        """Returns a CRC-32 of the class names and, per split, of the record CRCs and labels."""
         value = zlib.crc32('\n'.join(self.names).encode())
         for name in sorted(self.splits):
             for array in (self.splits[name].crc, self.splits[name].labels):
@@ -74,10 +74,10 @@ class Store:
         return value
 
     def records(self, split: str, indices: Sequence[int]) -> list[bytes]:
-        """The bytes of some records, in the given order; safe to call from several threads.
+        """Returns the bytes of some records, in the given order; safe to call from several threads.
 
         Raises:
-          UserError: a record's bytes are not those that were written (CRC-32), or can't be read.
+          UserError: a record cannot be read, or its CRC-32 does not match.
         """
         part = self.splits[split]
         try:
@@ -91,27 +91,27 @@ class Store:
         for i, record in zip(indices, records, strict=True):
             if zlib.crc32(record) != part.crc[i]:
                 raise UserError(
-                    f'record {i} of split {split!r} in {part.file} is damaged (its CRC-32 is not '
-                    f'the one stored): {_again(self.path)}'
+                    f'record {i} of split {split!r} in {part.file} is damaged (its CRC-32 does '
+                    f'not match): {_again(self.path)}'
                 )
         return records
 
     def pictures(self, split: str) -> 'np.ndarray | Jpegs':
-        """Pictures by the number of their record, u8[S,S,3] each; safe to use from several threads."""
+        """Returns a split's images, u8[S,S,3] each, indexed by record; thread-safe."""
         return self.pixels(split) if self.format == 'u8' else Jpegs(self, split)
 
     def pixels(self, split: str) -> np.ndarray:
-        """All pictures of a split of a raw store, u8[N,S,S,3], mapped from the file, unchecked."""
+        """Returns all images of a raw store's split, u8[N,S,S,3], memory-mapped and unchecked."""
         if self.format != 'u8':
             raise ValueError(f'{self.path} holds {self.format!r} records, not raw pixels')
         shape = (self.counts[split], self.size, self.size, 3)
-        # As a plain array: every window of a np.memmap costs 5 microseconds, more than to copy a small one.
+        # As a plain array: slicing an np.memmap costs 5 microseconds, more than copying a small window.
         return np.asarray(np.memmap(self.splits[split].file, np.uint8, 'r', shape=shape))
 
 
 @dataclass(frozen=True)
 class Jpegs:
-    """The pictures of a split of a JPEG store, u8[S,S,3] each: read and decoded when asked for."""
+    """The images of a JPEG store's split, u8[S,S,3] each, read and decoded on access."""
 
     store: Store
     split: str
@@ -125,8 +125,8 @@ def open_store(path: str | os.PathLike) -> Store:
     """Opens the store in the folder `path`.
 
     Raises:
-      UserError: there is none, it is incomplete or of an unknown format, a file is missing or of
-        the wrong size, or a label is outside the class count.
+      UserError: there is no store, it is incomplete or has an unknown format, a file is missing or
+        has the wrong size, or a label is out of range.
     """
     path = Path(path)
     try:
@@ -135,7 +135,7 @@ def open_store(path: str | os.PathLike) -> Store:
             raise UserError(f'the store {path} is incomplete; run its prepare command again')
         if info['format'] not in FORMATS:
             raise UserError(
-                f'{path}/store.json: unknown format {info["format"]!r}, not one of '
+                f'{path}/store.json: unknown format {info["format"]!r}, must be one of '
                 f'{", ".join(FORMATS)}: {_again(path)}'
             )
         size, classes, counts = info['size'], info['classes'], info['counts']
@@ -174,10 +174,10 @@ def open_store(path: str | os.PathLike) -> Store:
 
 
 def verify(store: Store) -> None:
-    """Reads every record of a store.
+    """Checks every record of a store.
 
     Raises:
-      UserError: some are damaged; the first are named.
+      UserError: some records are damaged; the error names the first few.
     """
     step = 1024
     jobs = [(s, i) for s, count in store.counts.items() for i in range(0, count, step)]
@@ -217,11 +217,11 @@ def _open_split(path: Path, name: str, info: dict) -> Split:
         offsets = np.arange(count + 1, dtype=np.int64) * picture
     _check(count > 0, path / 'store.json', f'split {name!r} has no pictures')
     for kind, array, length in (('labels', labels, count), ('crc', crc, count)):
-        _check(len(array) == length, path / f'{name}.{kind}.npy', f'{len(array)}, not {length}')
+        _check(len(array) == length, path / f'{name}.{kind}.npy', f'{len(array)} values, not {length}')
     _check(
         len(offsets) == count + 1 and offsets[0] == 0 and (np.diff(offsets) > 0).all(),
         path / f'{name}.offsets.npy',
-        f'not {count + 1} rising offsets from 0',
+        f'not {count + 1} increasing offsets from 0',
     )
     length = os.path.getsize(file)
     _check(length == offsets[-1], file, f'{length} bytes, not {offsets[-1]}')
@@ -236,9 +236,9 @@ def _open_split(path: Path, name: str, info: dict) -> Split:
 
 def _check(good: bool, file: Path, found: str) -> None:
     if not good:
-        raise UserError(f'{file} does not fit the store: {found}: {_again(file.parent)}')
+        raise UserError(f'{file} does not match the store: {found}: {_again(file.parent)}')
 
 
 def _again(path: Path) -> str:
-    # `prepare` alone would find the store complete, and do nothing.
+    # `prepare` on its own would find the store complete and do nothing.
     return f'remove {path} and run prepare again'

@@ -1,8 +1,8 @@
 """Writes a store (`docs/design.md` §5). A killed pass resumes and ends with the same bytes.
 
-While a store grows, a row per record goes to {split}.index, and progress.npz says how far everything
-is valid: what lies beyond is cut off when the pass resumes. Sums are integers, so that their order
-does not matter.
+While a store grows, each record adds a row to {split}.index, and progress.npz says how much of each
+file is valid: the rest is cut off when the pass resumes. Sums are integers, so their order does not
+matter.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from alexnet_jax.input.images import square, statistics
 from alexnet_jax.input.sources.source import Example, Source
 from alexnet_jax.input.threads import ordered_map
 
-FLUSH_SECONDS = 5.0  # between the points from which an interrupted pass resumes
-INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one row a record
-LOCK = 'lock.tmp'  # like everything .tmp: no part of a store
+FLUSH_SECONDS = 5.0  # between the points at which an interrupted pass can resume
+INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one row per record
+LOCK = 'lock.tmp'  # like every .tmp file, not part of a store
 PROGRESS = 'progress.npz'
 SPLITS = ('train', 'val')
-FILES = (
+FILES = (  # all that are ever written
     'store.json',
     'names.txt',
     'stats.npz',
-    PROGRESS,  # all that are ever written
+    PROGRESS,
     *(
         f'{split}.{kind}'
         for split in SPLITS
@@ -45,10 +45,10 @@ TEMPORARY = (LOCK, *(f'{name}.tmp' for name in FILES))
 
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[None]:
-    """Makes the folder of a store and holds it, after waiting for another process that holds it.
+    """Makes a store's folder and locks it, waiting for any other process that holds the lock.
 
-    In the end, of the folders that it made those that are empty go again. The kernel ends the hold
-    with the process, however that ends. Best effort: some network file systems have no locks.
+    On exit, removes those of the folders it made that are empty. The kernel releases the lock when
+    the process ends, however it ends. Best effort: some network file systems have no locks.
     """
     name, made = os.path.join(path, LOCK), []
     while True:
@@ -60,9 +60,9 @@ def locked(path: str) -> Iterator[None]:
                 print(f'{path}: waiting for another process that is preparing it', flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
-                pass  # there are no locks here
+                pass  # this file system has no locks
             if not _is_open(name, file):
-                continue  # its holder has removed it, and others may hold a new one
+                continue  # its holder has removed it, and another process may hold a new one
             try:
                 yield
             finally:
@@ -75,12 +75,12 @@ def locked(path: str) -> Iterator[None]:
 
 
 def read_progress(path: str, size: int) -> dict[str, np.ndarray]:
-    """How far a store has come, all zero at the start.
+    """Reads how much of a store has been written; all zeros at the start.
 
     Returns:
-      written i64[2,3]: records, their bytes, and bytes of the index, of each split; and of the
-      training pictures image i64[size,size,3], their sum, and products i64[3,3], the sum of
-      r_i r_j over their pixels.
+      written i64[2,3]: each split's number of records, their bytes and the bytes of its index; and
+      over the training images, image i64[size,size,3], their sum, and products i64[3,3], the sum
+      of r_i r_j over their pixels.
     """
     try:
         with np.load(os.path.join(path, PROGRESS)) as arrays:
@@ -104,10 +104,10 @@ def write_description(path: str, description: dict) -> None:
 def write_records(
     path: str, source: Source, *, size: int, format: str, progress: dict[str, np.ndarray]
 ) -> None:
-    """Appends the records that `progress` lacks; updates it and, in a long pass, its file.
+    """Appends the records missing from `progress`; updates it and, in a long pass, its file.
 
     Raises:
-      UserError: a picture does not decode, or its label is outside the class count.
+      UserError: an image cannot be decoded, or its label is out of range.
     """
     began = time.monotonic()
     for split in SPLITS:
@@ -126,7 +126,7 @@ def _write_split(path, source, split, *, size, format, progress, began):
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-        if time.monotonic() - began > FLUSH_SECONDS:  # a shorter pass is begun again
+        if time.monotonic() - began > FLUSH_SECONDS:  # a shorter pass starts over
             paths.replace(os.path.join(path, PROGRESS), lambda file: np.savez(file, **progress))
 
     total, start = source.splits[split], int(written[0])
@@ -162,7 +162,7 @@ def _write_split(path, source, split, *, size, format, progress, began):
 def finish(
     path: str, source: Source, *, format: str, progress: dict[str, np.ndarray], description: dict
 ) -> None:
-    """Turns the indices and sums of a fully written store into its other files."""
+    """Writes the other files of a fully written store from its indices and sums."""
 
     def save(name, write):
         paths.replace(os.path.join(path, name), write)
@@ -183,42 +183,42 @@ def finish(
 
 
 def clean(path: str) -> None:
-    """Removes what only an unfinished store needs."""
+    """Removes the files that only an unfinished store needs."""
     _remove(path, (PROGRESS, *(f'{split}.index' for split in SPLITS), *TEMPORARY))
 
 
 def empty(path: str) -> None:
-    """Removes the files of a store, but for the lock: its holder does."""
-    # store.json last: to a process that looks now, the others without it are no store.
+    """Removes the files of a store, except for the lock, which its holder removes."""
+    # store.json last: without it, the other files would not look like a store to another process.
     _remove(path, [name for name in (*TEMPORARY, *reversed(FILES)) if name != LOCK])
 
 
 def _remove(path: str, names: Iterable[str]) -> None:
     for name in names:
-        with contextlib.suppress(OSError):  # not there, or another process does the same
+        with contextlib.suppress(OSError):  # not there, or another process removed it
             os.remove(os.path.join(path, name))
 
 
 def _open_lock(path: str, made: list[str]):
-    """Opens the lock in a store's folder -> (file, the folders made for it, the deepest first)."""
+    """Opens the lock in a store's folder -> (file, the folders made for it, deepest first)."""
     for _ in range(100):
         made = max(made, _missing(path), key=len)
         try:
             os.makedirs(path, exist_ok=True)
             return open(os.path.join(path, LOCK), 'ab'), made
         except (FileNotFoundError, FileExistsError) as error:
-            failure = error  # a holder that failed removed the folder just now
+            failure = error  # a holder that failed has just removed the folder
     raise failure
 
 
 def _missing(path: str) -> list[str]:
-    """The folders on the way to `path` that are not there yet, the deepest first."""
+    """Returns the folders of `path` that do not exist yet, deepest first."""
     path = os.path.abspath(path)
     return [] if os.path.exists(path) else [path, *_missing(os.path.dirname(path))]
 
 
 def _is_open(name: str, file) -> bool:
-    """Whether an open file still has this name."""
+    """Returns whether an open file still has this name."""
     try:
         return os.path.samestat(os.stat(name), os.fstat(file.fileno()))
     except OSError:
@@ -226,20 +226,20 @@ def _is_open(name: str, file) -> bool:
 
 
 def _record(example: Example, size: int, format: str, classes: int):
-    """Runs in a thread -> (bytes of the record, of its index row, u8[size,size,3], products)."""
+    """Encodes an example, in a thread -> (record bytes, index row, u8[size,size,3], products)."""
     if not 0 <= example.label < classes:
         raise UserError(f'{example.name}: label {example.label} is outside the {classes} classes')
     try:
         pixels = square(example.data, size)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise UserError(
-            f'{example.name}: does not decode ({error}): repair it and run the same command again'
+            f'{example.name}: cannot be decoded ({error}): repair it and run the same command again'
         ) from error
     if format == 'u8':
         data = pixels.tobytes()
     else:
         encoded = io.BytesIO()
-        # 4:2:0, the default of the source's encoder (OpenCV): 30 kB at 256 pixels.
+        # 4:2:0, the default of the 2012 code's encoder (OpenCV): 30 kB at 256 pixels.
         Image.fromarray(pixels).save(encoded, 'JPEG', quality=95, subsampling='4:2:0')
         data = encoded.getvalue()
     row = np.array([(len(data), zlib.crc32(data), example.label)], INDEX).tobytes()

@@ -1,4 +1,4 @@
-"""A map over threads that keeps the order."""
+"""A map over threads that preserves order."""
 
 import itertools
 from collections import deque
@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 def ordered_map(
     function: Callable, items: Iterable, *, threads: int, ahead: int, name: str = 'map'
 ) -> Iterator:
-    """Yields function(item) for every item, in order, while at most `ahead` are under way.
+    """Yields function(item) for every item, in order, with at most `ahead` in flight.
 
-    Closing the iterator cancels what has not begun. name: the prefix of the threads' names.
+    Closing the iterator cancels calls that have not started. name: the prefix of thread names.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
     items, waiting = iter(items), deque()

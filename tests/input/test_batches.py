@@ -1,4 +1,4 @@
-"""Batches: the pixels of an independent decode, whatever the reader, the rows and the start."""
+"""Batches have the pixels of an independent decode, for every reader, choice of rows and start."""
 
 import atexit
 import gc
@@ -26,7 +26,7 @@ SIZE, CROP, COUNT = 40, 25, 20  # 25: crops at odd offsets, and wider than a JPE
 
 @pytest.fixture(scope='module')
 def stores(tmp_path_factory):
-    """By format: the store and its pictures by split, decoded by PIL."""
+    """{format: (the store, its images by split, decoded by PIL)}."""
     made = {}
     for format in ('jpg', 'u8'):
         path = tmp_path_factory.mktemp(format)
@@ -56,7 +56,7 @@ def assert_equal(batch, other, rows=slice(None)):
 def test_train_batches_equal_an_independent_decode(stores, format, reader, chunk):
     store, pictures = stores[format]
     batch, room = 8, SIZE - CROP
-    # 5 steps are 40 positions: two epochs, the third batch spans both.
+    # 5 steps are 40 positions: two epochs, and the third batch spans both.
     steps = list(train(store, stop=5, batch=batch, reader=reader, chunk=chunk))
     records = sampler.records(3, np.arange(5 * batch), COUNT)
     draws = sampler.draws(3, 0, 5 * batch, room=room, chunk=chunk)
@@ -79,8 +79,8 @@ def test_train_batches_equal_an_independent_decode(stores, format, reader, chunk
 @pytest.mark.parametrize('reader', ['tf', 'threads'])
 @pytest.mark.parametrize('x', range(33))
 def test_every_column_of_a_jpeg_crop(photograph, x, reader, monkeypatch):
-    # Cropping while decoding gives other values in the columns at the edges of a crop; so each
-    # offset is compared, at the size of the real store.
+    # Cropping while decoding changes the columns at the edges of a crop, so every offset is
+    # compared, at the size of the real store.
     store, pictures = photograph
     y = (x * 7) % 33
 
@@ -98,7 +98,7 @@ def test_every_column_of_a_jpeg_crop(photograph, x, reader, monkeypatch):
 
 @pytest.fixture(scope='module')
 def photograph(tmp_path_factory):
-    """Two pictures of 256 pixels with strong colour edges everywhere."""
+    """Two 256-pixel images with strong colour edges everywhere."""
     path = tmp_path_factory.mktemp('photograph')
     noise = np.random.default_rng(0).integers(256, size=(2, 256, 256, 3), dtype=np.uint8)
     pictures = write_store(path, size=256, pictures={'train': noise, 'val': noise[:1]})
@@ -146,7 +146,7 @@ def test_any_start_and_any_rows_give_parts_of_the_same_batches(stores, format, r
 @pytest.mark.parametrize('format, reader', READERS)
 def test_every_record_once_an_epoch(stores, format, reader):
     store, pictures = stores[format]
-    # With the whole picture as its crop, a row names its record.
+    # With the whole image as its crop, a row identifies its record.
     steps = list(train(store, batch=5, stop=8, crop=SIZE, random=False, reader=reader))
     seen = np.concatenate([s['image'] for s in steps])
     equal = (seen[:, None] == pictures['train'][None]).all((2, 3, 4))  # [position, record]
@@ -157,7 +157,7 @@ def test_every_record_once_an_epoch(stores, format, reader):
 @pytest.mark.parametrize('format, reader', READERS)
 def test_a_far_step_works(stores, format, reader):
     store, _ = stores[format]
-    start = 10_000_000_000  # position 8e10: past 32 bits
+    start = 10_000_000_000  # position 8e10: beyond 32 bits
     got = next(train(store, start=start, stop=start + 10, reader=reader))
     records = sampler.records(3, np.arange(start * 8, start * 8 + 8), COUNT)
     np.testing.assert_array_equal(got['label'], records % 7)
@@ -172,9 +172,9 @@ def test_reading_starts_where_it_is_asked_to(stores, monkeypatch):
     )
     reading = train(store, seed=4, start=10_000_000, stop=20_000_000, reader='threads', threads=2)
     next(reading)
-    time.sleep(0.3)  # for whatever else would be read meanwhile
+    time.sleep(0.3)  # for anything else that would be read in the meantime
     reading.close()
-    # Only the asked step and those read ahead are made. (Another seed: a thread of the test before.)
+    # Only the requested step and those read ahead are made. (Another seed: the previous test's threads.)
     calls = [first for seed, first in calls if seed == 4]
     assert min(calls) == 10_000_000 * 8 and max(calls) <= 10_000_010 * 8
 
@@ -266,12 +266,12 @@ def test_tensorflow_sees_no_accelerator(stores):
 
 
 def running() -> list:
-    """TensorFlow's iterators and our threads that are alive."""
+    """Returns TensorFlow's iterators and our threads that are still alive."""
     iterators = [o for o in gc.get_objects() if type(o).__name__ == 'OwnedIterator']
     return iterators + [t for t in threading.enumerate() if t.name.startswith('batches')]
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='asks Linux')
+@pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='needs Linux')
 @pytest.mark.parametrize('reader', ['tf', 'threads'])
 def test_a_reader_that_ended_lets_go_of_the_file(tmp_path, reader):
     def mapped():
@@ -316,8 +316,8 @@ def test_nothing_is_left_to_do_at_exit_for_a_reader_that_ended(stores):
 @pytest.mark.slow
 @pytest.mark.parametrize('format, reader', [('jpg', 'tf'), ('u8', 'threads')])
 def test_a_process_ends_quietly_while_reading(stores, format, reader):
-    # Kept alive by another module, and in the middle of a long step: the interpreter would
-    # otherwise hang, or abort, as TensorFlow's threads call into it while it ends.
+    # Kept alive by another module, in the middle of a long step: unless it is closed, the interpreter
+    # hangs or aborts, because TensorFlow's threads call into it during shutdown.
     code = f"""
         import os
         import numpy as np

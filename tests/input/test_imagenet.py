@@ -1,4 +1,4 @@
-"""From ImageNet's two tars to the errors of ten crops, through the real TFDS builder and commands."""
+"""From ImageNet's two tars to ten-crop errors, through the real TFDS builder and commands."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def command(module, *arguments, folder, code=0):
 
 @pytest.mark.full
 def test_paper_from_the_tars_to_ten_crops(tmp_path):
-    """Miniature tars, a CMYK and a PNG file among them; `configs/paper.py` at full width."""
+    """Miniature tars, including a CMYK and a PNG file; `configs/paper.py` at full width."""
     (tmp_path / 'tars').mkdir()
     made = write_imagenet_tars(tmp_path / 'tars', per_class=4, val=VAL)
     command('prepare', '--source=imagenet2012', f'--dir={tmp_path / "tars"}', folder=tmp_path)

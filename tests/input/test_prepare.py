@@ -1,4 +1,4 @@
-"""Preparing: geometry, decoding, statistics, going on after a kill, refusals."""
+"""Preparing a store: geometry, decoding, statistics, resuming after a kill, errors."""
 
 import collections
 import concurrent.futures
@@ -37,7 +37,7 @@ def files(folder) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_square_is_the_centre_of_the_resized_picture(width, height):
     expected = np.asarray(image.resize(new, method))[top : top + 32, left : left + 32]
     got = square(np.asarray(image), 32)
     assert got.shape == (32, 32, 3) and got.dtype == np.uint8
-    # The two passes of a resize, rows and columns, may come in the other order: rounding.
+    # Rounding: a resize can do its two passes, rows and columns, in the other order.
     assert np.abs(got.astype(int) - expected).max() <= 2
 
 
@@ -161,11 +161,11 @@ def test_statistics_stay_exact_for_a_million_pictures():
     assert (facts['mean'] == 255).all() and facts['sigma'].max() < 1e-2
 
 
-# Going on after a kill
+# Resuming after a kill
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the library may catch it."""
+    """Stands in for SIGKILL: nothing in the library may catch it."""
 
 
 @pytest.mark.parametrize('format', ['jpg', 'u8'])
@@ -200,7 +200,7 @@ def test_interrupted_equals_uninterrupted(tree, tmp_path, monkeypatch, format, f
                     file.write(b'torn')
     assert files(path) == files(tmp_path / 'whole')
     if flush == 0:
-        assert max(start for split, start in starts if split == 'train') > 0  # it did go on
+        assert max(start for split, start in starts if split == 'train') > 0  # it did resume
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_complete_store_is_opened_without_its_source(tree, tmp_path, monkeypatch
 
 @pytest.fixture
 def flowers(tmp_path, monkeypatch):
-    """The working directory is a new one, with pictures in flowers and in sub/flowers."""
+    """Changes to a new working directory with images in flowers and in sub/flowers."""
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     for tree in ('flowers', 'sub/flowers'):
@@ -282,9 +282,9 @@ def test_a_store_that_is_named_opens_wherever_its_pictures_are(
     capsys.readouterr()
     assert prepare.ensure(source=source, store=str(path), size=24).counts == {'train': 10, 'val': 1}
     origin = f'source {tmp_path}/here/sub/flowers'
-    assert f'{path}: is complete, and used as it is ({origin}, not' in capsys.readouterr().out
+    assert f'{path}: using this complete store as it is ({origin}, not' in capsys.readouterr().out
     for other in ({'size': 20}, {'size': 24, 'format': 'u8'}):
-        with pytest.raises(UserError, match='is another store .* give another --store, or remove'):
+        with pytest.raises(UserError, match='a different store .* give another --store, or remove'):
             prepare.ensure(source=source, store=str(path), **other)
     assert files(path) == before
 
@@ -294,11 +294,11 @@ def test_a_store_that_is_not_named_must_be_of_the_source(flowers):
     made = prepare.prepare('sub/flowers', size=24)
     with pytest.raises(
         UserError,
-        match='is another store .source .*/here/sub/flowers, not .*/here/'
-        f'flowers.: give another --store .--store={path} takes it as it is.',
+        match='is a different store .source .*/here/sub/flowers, not .*/here/'
+        f'flowers.: give another --store .--store={path} uses this one as it is.',
     ):
         prepare.ensure(source='flowers', size=24)
-    with pytest.raises(UserError, match='is another store .val_fraction 0.1, not 0.2.'):
+    with pytest.raises(UserError, match='is a different store .val_fraction 0.1, not 0.2.'):
         prepare.ensure(source='sub/flowers', size=24, val_fraction=0.2)
     assert prepare.ensure(source='flowers', store=path, size=24).source == made.source
 
@@ -310,9 +310,9 @@ def test_an_interrupted_store_that_is_named_goes_on_with_its_source_only(
         patch.setattr(store_writer, 'finish', lambda *args, **kwargs: exit())
         with pytest.raises(SystemExit):
             prepare.prepare('flowers', store='store', size=24)
-    with pytest.raises(UserError, match='is another store .source '):
+    with pytest.raises(UserError, match='is a different store .source '):
         prepare.prepare('sub/flowers', store='store', size=24)
-    assert 'is complete' not in capsys.readouterr().out
+    assert 'complete store' not in capsys.readouterr().out
     assert prepare.prepare('flowers', store='store', size=24).counts == {'train': 10, 'val': 1}
 
 
@@ -346,7 +346,7 @@ def test_the_way_out_of_a_damaged_store(tree, tmp_path):
     assert files(path) == before
 
 
-# Two at once
+# Two processes at once
 
 
 def heard(capsys, text):
@@ -361,7 +361,7 @@ def heard(capsys, text):
 
 
 class Stopping:
-    """`datasets.open_source` that stops the first time, until `go`; that one may then fail."""
+    """`sources.open_source`, but the first call waits for `go`, and may then fail."""
 
     def __init__(self, fails=False, later=lambda: None):
         self.real, self.fails, self.later = sources.open_source, fails, later
@@ -441,8 +441,8 @@ def test_a_holder_removes_the_folder_while_another_starts(tree, tmp_path, monkey
     def makedirs(*args, **kwargs):
         if races == ['before']:
             races.clear()
-            raise FileExistsError(17, 'File exists')  # it went between mkdir and isdir
-        real(*args, **kwargs)  # calls this function for the folders on the way
+            raise FileExistsError(17, 'File exists')  # removed between mkdir and isdir
+        real(*args, **kwargs)  # calls this function for the parent folders
         if races and path.exists():
             races.clear()
             path.rmdir()
@@ -451,7 +451,7 @@ def test_a_holder_removes_the_folder_while_another_starts(tree, tmp_path, monkey
     monkeypatch.setattr(store_writer.os, 'makedirs', makedirs)
     with store_writer.locked(str(path)):
         assert os.listdir(path) == [store_writer.LOCK]
-    assert sorted(os.listdir(tmp_path)) == ['tree']  # what it made has gone again
+    assert sorted(os.listdir(tmp_path)) == ['tree']  # it removed what it made
 
 
 def test_folders_that_a_first_try_made_go_too(tmp_path, monkeypatch):
@@ -482,7 +482,7 @@ def test_a_file_system_without_locks(tree, tmp_path, monkeypatch):
     store.verify(prepare.prepare(tree, store=str(tmp_path / 'store'), size=24))
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -497,7 +497,7 @@ def test_truncated_picture_is_named_and_nothing_is_left(tree, tmp_path, split):
         timeout=60,
     )
     assert result.returncode == 2
-    assert result.stderr.startswith(f'error: {bad}: does not decode')
+    assert result.stderr.startswith(f'error: {bad}: cannot be decoded')
     assert result.stderr.count('\n') == 1
     assert sorted(os.listdir(tmp_path)) == ['tree']
 
@@ -508,7 +508,7 @@ def test_a_long_pass_is_kept_until_the_picture_is_repaired(tree, tmp_path, monke
     bad = os.path.join(tree, 'val', 'bee', '001.jpg')
     data = open(bad, 'rb').read()
     open(bad, 'wb').write(b'')
-    with pytest.raises(UserError, match='val/bee/001.jpg: does not decode'):
+    with pytest.raises(UserError, match='val/bee/001.jpg: cannot be decoded'):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
     with pytest.raises(UserError, match='incomplete'):
         store.open_store(tmp_path / 'store')
@@ -541,7 +541,7 @@ def test_a_short_pass_that_fails_leaves_the_folders_as_they_were(tree, tmp_path)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'tree' / 'val' / 'bee' / '000.jpg').write_bytes(b'')
     for path in ('empty', 'new/store'):
-        with pytest.raises(UserError, match='does not decode'):
+        with pytest.raises(UserError, match='cannot be decoded'):
             prepare.prepare(tree, store=str(tmp_path / path), size=24)
     assert sorted(os.listdir(tmp_path)) == ['empty', 'tree']
     assert os.listdir(tmp_path / 'empty') == []
@@ -565,7 +565,7 @@ def test_says_how_much_disk_and_refuses_too_little(tree, tmp_path, monkeypatch, 
     needed = 18 * (24 * 24 * 3)
     usage = collections.namedtuple('usage', 'free')
     monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: usage(needed))
-    with pytest.raises(UserError, match='the disk is too small: it needs about'):
+    with pytest.raises(UserError, match='not enough disk space, needs about'):
         prepare.prepare(tree, store=str(tmp_path / 'other' / 'store'), format='u8', size=24)
     assert sorted(os.listdir(tmp_path)) == ['store', 'tree']
 
@@ -584,14 +584,14 @@ def test_other_stores_and_other_things_are_not_overwritten(tree, tmp_path):
     path = str(tmp_path / 'store')
     prepare.prepare(tree, store=path, size=24)
     before = files(tmp_path / 'store')
-    with pytest.raises(UserError, match='is another store .size 24, not 20.'):
+    with pytest.raises(UserError, match='is a different store .size 24, not 20.'):
         prepare.prepare(tree, store=path, size=20)
-    with pytest.raises(UserError, match='is another store .format jpg, not u8.'):
+    with pytest.raises(UserError, match='is a different store .format jpg, not u8.'):
         prepare.ensure(source=tree, store=path, size=24, format='u8')
     assert files(tmp_path / 'store') == before
-    with pytest.raises(UserError, match='there are other things'):
+    with pytest.raises(UserError, match='holds other files'):
         prepare.prepare(tree, store=tree, size=24)
-    with pytest.raises(UserError, match='not a store, or damaged'):
+    with pytest.raises(UserError, match='not a store, or a damaged one'):
         (tmp_path / 'store' / 'store.json').write_text('{"format": ')
         prepare.prepare(tree, store=path, size=24)
 
@@ -604,7 +604,7 @@ def test_a_store_that_is_a_file(tree, tmp_path):
 
 
 def test_a_store_that_another_process_has_just_begun_is_no_other_thing(tmp_path, monkeypatch):
-    # It wrote them between the look for store.json and the look at all files.
+    # It wrote them after we looked for store.json and before we listed the folder.
     monkeypatch.setattr(prepare.os, 'listdir', lambda path: ['lock.tmp', 'store.json', 'train.jpg'])
     assert prepare._description(str(tmp_path)) is None
 
@@ -613,7 +613,7 @@ def test_files_of_the_user_are_no_temporary_files(tree, tmp_path):
     for path in (tmp_path / 'mine', tmp_path / 'store'):
         path.mkdir()
     (tmp_path / 'mine' / 'a.tmp').write_bytes(b'mine')
-    with pytest.raises(UserError, match='mine: there are other things: give another --store'):
+    with pytest.raises(UserError, match='mine: holds other files: give another --store'):
         prepare.prepare(tree, store=str(tmp_path / 'mine'), size=24)
     assert files(tmp_path / 'mine') == {'a.tmp': b'mine'}
     (tmp_path / 'store' / 'stats.npz.tmp').write_bytes(b'left by a kill')
@@ -645,7 +645,7 @@ def test_all_names_that_are_written_are_known(tree, tmp_path, monkeypatch):
 @pytest.mark.parametrize('fraction', [float('nan'), float('inf'), -float('inf'), 0.0, 1.0, -0.1])
 def test_a_val_fraction_that_is_none(tree, tmp_path, fraction):
     for function in (prepare.prepare, prepare.ensure):
-        with pytest.raises(UserError, match=f'^val_fraction {fraction}: give a part between'):
+        with pytest.raises(UserError, match=f'^val_fraction {fraction}: must be between'):
             function(source=tree, store=str(tmp_path / 'store'), size=24, val_fraction=fraction)
     assert os.listdir(tmp_path) == ['tree']
 

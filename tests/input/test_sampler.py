@@ -86,7 +86,7 @@ def test_colour_noise_has_the_spread_of_the_source(many):
     ).T
     noise = 0.1 * (sigma * many.z) @ axes.T  # [n,3] levels of R, G, B
     np.testing.assert_allclose((noise @ axes).std(0), [12.2, 3.7, 2.0], rtol=0.02)
-    # 1 % is 4.5 standard deviations of a standard deviation over so many draws.
+    # 1 % is 4.5 standard deviations of a standard deviation estimated from this many draws.
     np.testing.assert_allclose(many.z.std(0), 1, atol=0.01)
 
 
@@ -97,7 +97,7 @@ def test_z_is_normal_and_independent(many):
         assert is_uniform(np.bincount(cells[:, k], minlength=100))
         others = (cells[:, k] // 10) * 10 + cells[:, (k + 1) % 3] // 10
         assert is_uniform(np.bincount(others, minlength=100))
-        sign = cells[:, k] // 50  # nor does it say anything of the crop
+        sign = cells[:, k] // 50  # independent of the crop, too
         assert is_uniform(np.bincount(sign * 33 + many.y))
         assert is_uniform(np.bincount(sign * 2 + many.flip))
 
@@ -109,7 +109,7 @@ def test_a_chunk_shares_one_offset_and_one_flip():
     crops = np.stack([draws.y, draws.x, draws.flip], axis=1)
     distinct = [np.unique(crops[group == g], axis=0) for g in np.unique(group)]
     assert all(len(d) == 1 for d in distinct)
-    # Neighbouring chunks draw anew: two of 2178 rarely agree.
+    # Neighbouring chunks draw anew: two draws of 2178 rarely agree.
     first_crops = np.concatenate(distinct)
     assert (first_crops[1:] == first_crops[:-1]).all(1).mean() < 0.01
-    assert np.unique(draws.z, axis=0).shape == (32 * 500, 3)  # the colour is each picture's own
+    assert np.unique(draws.z, axis=0).shape == (32 * 500, 3)  # every image has its own colour noise

@@ -1,4 +1,4 @@
-"""Sources: folders, TFDS sets, the embedded set, ImageNet from its tars."""
+"""Image sources: folders, TFDS sets, the embedded set, ImageNet from its tars."""
 
 import collections
 import io
@@ -60,7 +60,7 @@ def test_without_val_the_split_test_is_taken(tmp_path):
 
 
 def tiny_imagenet(root):
-    """Two classes of three pictures each, as Tiny ImageNet is distributed."""
+    """Writes two classes of three images each in Tiny ImageNet's layout -> the names in val/."""
     for wnid in ('n01', 'n02'):
         fixtures.write_tree(root / 'train' / wnid, {'images': 3})
         (root / 'train' / wnid / f'{wnid}_boxes.txt').write_text('not a picture')
@@ -86,7 +86,7 @@ def test_tiny_imagenet(tmp_path):
     for name, _, label in pictures:  # in CLASS/images
         assert figures.label_of(name, source.class_names) == label
     for listed, complaint in (
-        (f'{names[0]}\tn03\t0\n', 'val: there are no pictures of the classes'),
+        (f'{names[0]}\tn03\t0\n', 'val: has no pictures of the classes'),
         (f'{names[0]} n01\n', 'val_annotations.txt: every line must be'),
     ):
         (tmp_path / 'val/val_annotations.txt').write_text(listed)
@@ -161,9 +161,9 @@ def nothing(root):
         (empty_val_class, 'val/nothing: this class has no folder in train/'),
         (unknown_val_class, 'val/stranger: this class has no folder in train/'),
         (one_class, 'at least two class folders, found 1'),
-        (val_alone, 'there is a val/ but no train/'),
+        (val_alone, 'has a val/ but no train/'),
         (too_few, 'val_fraction 0.1 of the 4 pictures'),
-        (nothing, 'there is no such folder'),
+        (nothing, 'no such folder'),
     ],
 )
 def test_folder_errors(tmp_path, make, message):
@@ -195,7 +195,7 @@ def test_what_is_a_path(tmp_path, monkeypatch, name, path):
     monkeypatch.chdir(tmp_path)
     for made in ('here', 'sub/here'):
         (tmp_path / made).mkdir(parents=True)
-    for made in ('mnist', 'list.csv'):  # the first is a name of TFDS
+    for made in ('mnist', 'list.csv'):  # the first is a TFDS name
         (tmp_path / made).touch()
     assert sources.is_path(name) == path
 
@@ -206,7 +206,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     source = sources.open_source('~/flowers')
     assert source.class_names == ['a', 'b']
     assert read(source, 'val')[0].name.startswith(f'{tmp_path}/flowers/')
-    with pytest.raises(UserError, match=f'^{tmp_path}/gone: there is no such folder$'):
+    with pytest.raises(UserError, match=f'^{tmp_path}/gone: no such folder$'):
         sources.open_source('~/gone')
 
 
@@ -277,7 +277,7 @@ def refused(name, root):
 @pytest.mark.parametrize('name', ['no_such_set', 'sub/gone', 'sub/deep/gone', 'gone/', 'a b/c'])
 def test_neither_a_folder_nor_a_tfds_name(tmp_path, name):
     message = refused(name, tmp_path)
-    assert 'neither a folder nor a TFDS set: give a folder that exists, or a name' in message
+    assert 'neither a folder nor a TFDS set: give an existing folder, or a name' in message
     assert not list(tmp_path.iterdir())
 
 
@@ -360,11 +360,11 @@ def test_large_tfds_sets_are_known_by_their_download(tmp_path, name, pictures, l
 @pytest.mark.parametrize(
     'prepared, counts, large',
     [
-        (False, {'train': 60, 'validation': 39, 'test': 50}, False),  # 99 are read
+        (False, {'train': 60, 'validation': 39, 'test': 50}, False),  # 99 would be read
         (False, {'train': 60, 'test': 40, 'extra': 500}, True),
         (False, {'train': 99, 'extra': 500}, False),
         (False, {'train': 100}, True),
-        (True, {'train': 100}, False),  # nothing to build: it is counted on opening
+        (True, {'train': 100}, False),  # nothing to build: counted on opening
     ],
 )
 def test_known_counts_decide_before_the_download(monkeypatch, prepared, counts, large):
@@ -403,7 +403,7 @@ def test_imagenet_goes_through_its_tfds_builder(tmp_path, place):
     assert {name: source.class_names[example.label] for name, example in train.items()} == made[
         'train'
     ]
-    for name in (fixtures.CMYK, fixtures.PNG):  # mended by the builder
+    for name in (fixtures.CMYK, fixtures.PNG):  # repaired by the builder
         image = Image.open(io.BytesIO(train[name].data))
         assert (image.format, image.mode) == ('JPEG', 'RGB')
     from tensorflow_datasets.core import tfds_path

@@ -1,4 +1,4 @@
-"""The store: what is written is read, and whatever is wrong with it is one clear line."""
+"""The store reads back what was written, and reports any damage in one clear line."""
 
 import json
 import os
@@ -126,24 +126,24 @@ def shrink(name):
 BROKEN = {
     'no folder': (lambda p: p.rename(p.parent / 'elsewhere'), 'store.json is missing'),
     'incomplete': (lambda p: edit(p, complete=False), 'is incomplete; run its prepare command'),
-    'format': (lambda p: edit(p, format='png'), "unknown format 'png', not one of jpg, u8"),
+    'format': (lambda p: edit(p, format='png'), "unknown format 'png', must be one of jpg, u8"),
     'json cut': (cut('store.json', 20), 'is damaged'),
     'json list': (lambda p: (p / 'store.json').write_text('[]'), 'is damaged'),
     'json field': (lambda p: (p / 'store.json').write_text('{}'), 'is damaged.*complete'),
     'label too large': (label(3), r'train.labels.npy: record 4 has label 3, outside 0\.\.2'),
     'label negative': (label(-1), r'record 4 has label -1, outside 0\.\.2'),
-    'names': (cut('names.txt', 10), r'names.txt does not fit .*2 names, not 3'),
+    'names': (cut('names.txt', 10), r'names.txt does not match .*2 names, not 3'),
     'no names': (lambda p: (p / 'names.txt').unlink(), 'names.txt is missing'),
     'stats cut': (cut('stats.npz', 300), 'is damaged'),
-    'stats shape': (lambda p: edit(p, size=41), 'stats.npz does not fit .*41'),
+    'stats shape': (lambda p: edit(p, size=41), 'stats.npz does not match .*41'),
     'no records': (lambda p: (p / 'train.jpg').unlink(), 'train.jpg is missing'),
-    'records cut': (cut('val.jpg', 1000), 'val.jpg does not fit the store: 1000 bytes, not'),
+    'records cut': (cut('val.jpg', 1000), 'val.jpg does not match the store: 1000 bytes, not'),
     'crc cut': (cut('train.crc.npy', 100), 'is damaged'),
     'crc empty': (cut('train.crc.npy', 0), 'is damaged'),
-    'crc short': (shrink('train.crc.npy'), 'train.crc.npy does not fit the store: 19, not 20'),
-    'labels short': (shrink('val.labels.npy'), 'val.labels.npy does not fit the store: 6, not 7'),
-    'offsets short': (shrink('val.offsets.npy'), 'val.offsets.npy .*: not 8 rising offsets'),
-    'offsets swapped': (swap_offsets, 'train.offsets.npy .*: not 21 rising offsets'),
+    'crc short': (shrink('train.crc.npy'), 'train.crc.npy does not match .*: 19 values, not 20'),
+    'labels short': (shrink('val.labels.npy'), 'val.labels.npy does not match .*: 6 values, not 7'),
+    'offsets short': (shrink('val.offsets.npy'), 'val.offsets.npy .*: not 8 increasing offsets'),
+    'offsets swapped': (swap_offsets, 'train.offsets.npy .*: not 21 increasing offsets'),
     'count': (lambda p: edit(p, counts={'train': 20, 'val': 0}), "'val' has no pictures"),
 }
 
@@ -156,7 +156,7 @@ def test_a_broken_store_is_one_line(tmp_path, case):
     with pytest.raises(UserError, match=message) as caught:
         open_store(tmp_path / 'store')
     assert '\n' not in str(caught.value) and str(tmp_path / 'store') in str(caught.value)
-    if case not in ('no folder', 'incomplete'):  # prepare alone would find it complete
+    if case not in ('no folder', 'incomplete'):  # prepare on its own would find it complete
         assert re.search(again(tmp_path / 'store'), str(caught.value))
 
 

@@ -1,4 +1,4 @@
-"""Sources of labelled pictures: the embedded set, folders, TFDS names and the ImageNet tars.
+"""Sources of labeled images: the embedded set, folders, TFDS names and the ImageNet tars.
 
 Each form is a module with `recognizes(name)`, `open_source(name, ...)` and `is_large(name, ...)`.
 """
@@ -9,7 +9,7 @@ from alexnet_jax.input.sources import folder, tfds
 from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, is_path
 
 __all__ = ['Example', 'Source', 'import_tensorflow', 'is_large', 'is_path', 'open_source']
-# The first form that recognizes a name opens it: folder takes every path, tfds whatever is left.
+# The first form that recognizes a name opens it: folder takes every path, tfds everything else.
 FORMS = (folder, tfds)
 
 
@@ -18,7 +18,7 @@ def _form(name: str):
 
 
 def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:
-    """Whether opening a source would first build a set of so many pictures or more, for hours.
+    """Returns whether opening a source would first build at least `pictures` images, for hours.
 
     Raises:
       UserError: there is no TFDS set of this name, or its files are missing.
@@ -31,17 +31,17 @@ def open_source(
 ) -> Source:
     """Opens a folder of class folders, or a TFDS set by name.
 
-    A TFDS set is first built by TFDS if it is not there (`imagenet2012`: from the two tars, which
-    takes hours; `alexnet_shapes`, the embedded set: half a minute, nothing to download).
+    If a TFDS set does not exist yet, TFDS builds it first (`imagenet2012`: from the two tars, which
+    takes hours; `alexnet_shapes`, the embedded set: half a minute, without a download).
 
     Args:
       name: a path (`is_path`; ~ is the home folder), or the name of a TFDS set.
-      data_dir: where TFDS keeps its sets; for `imagenet2012` also where the tars may lie.
-      val_fraction: part of the pictures to hold out where the source has no validation split.
-      seed: chooses which.
+      data_dir: where TFDS keeps its sets; for `imagenet2012`, the tars may be there too.
+      val_fraction: fraction of the images to hold out if the source has no validation split.
+      seed: selects the held-out images.
 
     Raises:
-      UserError: if there is no such source, it is not of this form, or its files are missing.
+      UserError: there is no such source, it has the wrong layout, or its files are missing.
     """
     where = os.path.expanduser(name) if is_path(name) else name
     return _form(name).open_source(where, data_dir=data_dir, val_fraction=val_fraction, seed=seed)

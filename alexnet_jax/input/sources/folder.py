@@ -1,4 +1,4 @@
-"""A folder with one folder of pictures per class, as torchvision's users have it, or Tiny ImageNet."""
+"""Folders with one subfolder of images per class, as in torchvision's ImageFolder, or Tiny ImageNet."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input.sources.source import Example, Source, is_path, split_off
 
-# What Tiny ImageNet has besides pictures: boxes and, instead of class folders in val/, a list.
+# Tiny ImageNet's files other than images: boxes and, instead of class folders in val/, a list.
 BOXES, LIST = '_boxes.txt', 'val_annotations.txt'
 
 
@@ -19,7 +19,7 @@ def _classes(tree: str) -> list[str]:
 
 
 def _files(tree: str, class_names: list[str]) -> list[tuple[str, int]]:
-    """Every file below the class folders of a tree, sorted by class and path -> (path, label)s."""
+    """Lists the files below a tree's class folders, sorted by class and path -> [(path, label)]."""
     files = []
     for name in _classes(tree):
         if name not in class_names:
@@ -41,9 +41,9 @@ def _files(tree: str, class_names: list[str]) -> list[tuple[str, int]]:
 
 
 def _listed(val: str, class_names: list[str]) -> list[tuple[str, int]]:
-    """Tiny ImageNet's validation split: a list with a picture and its class in every line.
+    """Reads Tiny ImageNet's validation list, one image and its class per line -> [(path, label)].
 
-    Pictures of classes without a folder in train/ are left out: some of the classes is a subset.
+    Images of classes without a folder in train/ are left out, so that a subset of classes works.
     """
     with open(os.path.join(val, LIST), encoding='utf-8') as file:
         rows = sorted(line.split('\t')[:2] for line in file)
@@ -57,12 +57,12 @@ def _listed(val: str, class_names: list[str]) -> list[tuple[str, int]]:
 
 
 def recognizes(name: str) -> bool:
-    """Whether a source's name means a folder: every path does that no other form has taken."""
+    """Returns whether a name refers to a folder: every path does, unless an earlier form took it."""
     return is_path(name)
 
 
 def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
-    """Never: a folder is counted in a moment."""
+    """Returns False: a folder's files are counted in a moment."""
     del name, data_dir, pictures
     return False
 
@@ -70,24 +70,24 @@ def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
 def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
     """Opens ROOT/train/CLASS/... with ROOT/val/CLASS/..., ROOT/train alone, or ROOT/CLASS/...
 
-    Labels follow the sorted names of the class folders, which are the classes' names. All files below
-    them that are not hidden count as pictures, whatever they are called. Without val/ the validation
-    split is test/ (as of CIFAR-10), and without either `val_fraction` of the pictures, chosen by `seed`,
-    is held out. Tiny ImageNet is read as it is distributed; its classes are called by WordNet's numbers.
+    The sorted names of the class folders are the class names and give the labels. Every file below
+    them that is not hidden counts as an image, whatever its name. Without val/, the validation split is
+    test/ (as in CIFAR-10); without either, `val_fraction` of the images, selected by `seed`, is held
+    out. Tiny ImageNet is read as distributed; its class names are WordNet IDs.
     """
-    del data_dir  # of TFDS
+    del data_dir  # only for TFDS
     if not os.path.isdir(path):
-        raise UserError(f'{path}: there is no such folder')
+        raise UserError(f'{path}: no such folder')
     train, val = os.path.join(path, 'train'), os.path.join(path, 'val')
     if os.path.isdir(val) and not os.path.isdir(train):
-        raise UserError(f'{path}: there is a val/ but no train/')
+        raise UserError(f'{path}: has a val/ but no train/')
     if os.path.isdir(train) and not os.path.isdir(val):
         val = os.path.join(path, 'test')
     tree = train if os.path.isdir(train) else path
     class_names = _classes(tree)
     if len(class_names) < 2:
         raise UserError(
-            f'{tree}: need at least two class folders, found {len(class_names)}: the '
+            f'{tree}: needs at least two class folders, found {len(class_names)}: the '
             'layout is train/CLASS/PICTURE and val/CLASS/PICTURE, or CLASS/PICTURE'
         )
     files = {'train': _files(tree, class_names)}
@@ -95,7 +95,7 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         listed = os.path.exists(os.path.join(val, LIST))
         files['val'] = _listed(val, class_names) if listed else _files(val, class_names)
         if not files['val']:
-            raise UserError(f'{val}: there are no pictures of the classes in train/')
+            raise UserError(f'{val}: has no pictures of the classes in train/')
     else:
         chosen = split_off(len(files['train']), val_fraction, seed, path)
         files = {split: [files['train'][i] for i in chosen[split]] for split in chosen}

@@ -1,9 +1,9 @@
-"""Renders the embedded set's pictures: one of ten figures, anywhere, in any colours, among clutter.
+"""Renders the embedded set: one of ten figures per image, anywhere, in any colours, amid clutter.
 
-What could give the class away without looking at the shape is drawn without regard to the class:
-the size of the picture, the bounding box of the figure, colours, textures, clutter, noise and JPEG
-quality (so also the size of the file). Every figure has a mirror axis, and tilts are symmetric, so a
-flip does not change the class.
+Everything that could give the class away without the shape is drawn independently of the class: the
+size of the image, the bounding box of the figure, colours, textures, clutter, noise and JPEG quality
+(and with it the size of the file). Every figure has a mirror axis, and tilts are symmetric, so a flip
+does not change the class.
 """
 
 import io
@@ -12,18 +12,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SEED = 2012
-SPLITS = {'train': (0, 2000), 'validation': (1, 1000)}  # name: (number of the split, pictures)
+SPLITS = {'train': (0, 2000), 'validation': (1, 1000)}  # name: (number of the split, images)
 
 SHORTER_SIDE = (96, 200)  # pixels, inclusive
 ASPECT = (1.0, 1.4)  # longer side / shorter side
-FIGURE_SIDE = (0.55, 0.80)  # side of the figure's bounding box / shorter side of the picture
+FIGURE_SIDE = (0.55, 0.80)  # side of the figure's bounding box / shorter side of the image
 FIGURE_STRETCH = 1.2  # largest ratio of the bounding box's sides
 TILT = 15.0  # degrees, either way
-CONTRAST = 150.0  # least distance between the colours of figure and ground, in RGB levels
+CONTRAST = 150.0  # minimum distance between the colours of figure and ground, in RGB levels
 TEXTURE = (0.0, 20.0)  # amplitude of the textures, in levels
 NOISE = (2.0, 14.0)  # standard deviation of the pixel noise, in levels
 QUALITY = (70, 96)  # JPEG quality, inclusive
-CLUTTER = (3, 8)  # small things lying about, inclusive
+CLUTTER = (3, 8)  # number of small stray objects, inclusive
 
 
 def _circle(radius: float = 1.0, start: float = 0.0, stop: float = 360.0) -> np.ndarray:
@@ -60,7 +60,7 @@ def _crescent() -> np.ndarray:
     )
 
 
-# Each figure: polygons f64[n,2] (x right, y down); those after the first are holes.
+# Each figure: polygons f64[n,2] (x right, y down); all but the first are holes.
 FIGURES = {
     'arrow': [np.array([(0, -1), (0.8, 0), (0.3, 0), (0.3, 1), (-0.3, 1), (-0.3, 0), (-0.8, 0)])],
     'crescent': [_crescent()],
@@ -84,7 +84,7 @@ def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _texture(rng: np.random.Generator, colour: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A plain, shaded, striped, chequered or blotched surface -> f32[height,width,3]."""
+    """Draws a plain, shaded, striped, checkered or blotchy surface -> f32[height,width,3]."""
     kind = rng.integers(5)
     y, x = np.ogrid[:height, :width]
     angle, phase, period = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(6, 20)
@@ -105,12 +105,12 @@ def _texture(rng: np.random.Generator, colour: np.ndarray, height: int, width: i
 
 
 def _mask(rng: np.random.Generator, label: int, height: int, width: int):
-    """One figure in a box that does not depend on it -> (f32[height,width,1], box x0, y0, x1, y1)."""
+    """Draws a figure in a box independent of it -> (f32[height,width,1], box x0, y0, x1, y1)."""
     shorter = min(height, width)
     stretch = FIGURE_STRETCH ** rng.uniform(-0.5, 0.5)
     side = shorter * rng.uniform(*FIGURE_SIDE)
     size = np.array([side * stretch, side / stretch])
-    # Inside the central square: `prepare` keeps no more.
+    # Inside the central square, which is all that `prepare` keeps.
     corner = (np.array([width, height]) - shorter) / 2 + rng.uniform(0, 1, 2) * (shorter - size)
     tilt = np.radians(rng.uniform(-TILT, TILT))
     turn = np.array([(np.cos(tilt), np.sin(tilt)), (-np.sin(tilt), np.cos(tilt))])
@@ -123,7 +123,7 @@ def _mask(rng: np.random.Generator, label: int, height: int, width: int):
     for number, polygon in enumerate(polygons):
         points = 2 * (corner + (polygon - low) / (high - low) * size)
         draw.polygon([tuple(point) for point in points], fill=0 if number else 255)
-    # drawn at twice the size: smooth
+    # drawn at twice the size, for smooth edges
     mask = np.asarray(mask.reduce(2), np.float32)[:, :, None] / 255
     return mask, (*corner, *(corner + size))
 
@@ -145,7 +145,7 @@ def _clutter(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
 
 
 def render(seed: int, split: int, index: int) -> tuple[bytes, int, tuple[float, ...]]:
-    """Picture `index` of a split -> (JPEG, label, bounding box x0, y0, x1, y1 as parts of the sides).
+    """Renders image `index` of a split -> (JPEG, label, box x0, y0, x1, y1 as fractions of the sides).
 
     A pure function of its arguments; the label is `index` modulo ten.
     """

@@ -1,6 +1,6 @@
-"""The embedded set as a TFDS builder, `alexnet_shapes`: rendered on this machine, nothing to download.
+"""The embedded set as a TFDS builder, `alexnet_shapes`: rendered locally, with nothing to download.
 
-Imported only where a TFDS set is opened, because it needs TFDS to define its class.
+Imported only when a TFDS set is opened, because it needs TFDS to define its class.
 """
 
 import io
@@ -12,7 +12,7 @@ from alexnet_jax.input.sources import shapes
 
 
 class AlexnetShapes(tfds.core.GeneratorBasedBuilder):
-    """Ten classes of variable-size JPEG pictures: 2000 to train on, 1000 to validate."""
+    """Ten classes of JPEG images of varying size: 2000 for training, 1000 for validation."""
 
     VERSION = tfds.core.Version('1.0.0')
 

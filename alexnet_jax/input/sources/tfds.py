@@ -1,4 +1,4 @@
-"""TFDS sets by name, among them ImageNet from its two tars and the embedded set."""
+"""TFDS sets by name, including ImageNet from its two tars and the embedded set."""
 
 import contextlib
 import logging
@@ -13,12 +13,12 @@ from alexnet_jax.input.sources.source import Example, Source, import_tensorflow,
 
 EMBEDDED = 'alexnet_shapes'
 IMAGENET = 'imagenet2012'
-PICTURE_BYTES = 100_000  # of a photograph to download, roughly; ImageNet's have 110 kB
+PICTURE_BYTES = 100_000  # rough download size of a photograph; ImageNet's average 110 kB
 TARS = {'ILSVRC2012_img_train.tar': '138 GB', 'ILSVRC2012_img_val.tar': '6.3 GB'}
 
 
 def _root(name: str, data_dir: str | None) -> str:
-    """The folder where TFDS keeps a set; the embedded one stays beside the stores."""
+    """Returns the folder where TFDS keeps a set; the embedded set stays beside the stores."""
     if not data_dir:
         default = os.environ.get('TFDS_DATA_DIR', os.path.join('~', 'tensorflow_datasets'))
         data_dir = os.path.join('data', 'tfds') if name == EMBEDDED else default
@@ -26,13 +26,15 @@ def _root(name: str, data_dir: str | None) -> str:
 
 
 def find_imagenet(data_dir: str | None) -> str:
-    """The folder with both ImageNet tars (any folder if TFDS has built the set already).
+    """Returns the folder with both ImageNet tars (any folder if TFDS has already built the set).
+
+    Needs no TensorFlow.
 
     Raises:
-      UserError: which files go where, if there is neither. Needs no TensorFlow.
+      UserError: there are neither tars nor a built set; the error says which files go where.
     """
     root = _root(IMAGENET, data_dir)
-    manual = os.path.join(root, 'downloads', 'manual')  # TFDS's own place for them
+    manual = os.path.join(root, 'downloads', 'manual')  # where TFDS itself looks for them
     for folder in (root, manual):
         if all(os.path.isfile(os.path.join(folder, tar)) for tar in TARS):
             return folder
@@ -40,16 +42,16 @@ def find_imagenet(data_dir: str | None) -> str:
         return manual
     wanted = ' and '.join(f'{os.path.join(root, tar)} ({size})' for tar, size in TARS.items())
     raise UserError(
-        f'{IMAGENET} is not there: register at https://image-net.org, download the two '
-        f'tars and put them at {wanted}, or say where they are (--dir; in a config '
+        f'{IMAGENET} not found: register at https://image-net.org, download the two '
+        f'tars and put them at {wanted}, or give their folder (--dir; in a config, '
         'data.dir); `make quickstart` trains on an embedded set without any download'
     )
 
 
 def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
-    """Whether a set that TFDS has yet to build is known to have so many pictures, or more.
+    """Returns whether a set that TFDS has yet to build is known to have at least `pictures` images.
 
-    Where TFDS does not know (version 4.9.10 never does), the size of the download decides. Raises
+    If TFDS does not know (version 4.9.10 never does), the size of the download decides. Raises
     UserError for a name that TFDS does not know, and for ImageNet without its tars.
     """
     if name == IMAGENET:
@@ -57,7 +59,7 @@ def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
         return True
     builder = _builder(name, _root(name, data_dir))
     if builder.is_prepared():
-        return False  # opening it will count them, in a moment
+        return False  # opening it will count them in a moment
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     if counts:
         return sum(counts[split] for split in {*_origin(counts, name).values()}) >= pictures
@@ -66,37 +68,37 @@ def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
 
 
 def _builder(name: str, root: str):
-    """TFDS's builder of a set; UserError if there is none of this name."""
+    """Returns TFDS's builder of a set; UserError if there is no set of this name."""
     try:
         import_tensorflow()
         import tensorflow_datasets as tfds
     except (UserError, ImportError) as error:
         raise UserError(
-            f'{name}: not a folder, and as a TFDS set it cannot be opened: {error}'
+            f'{name}: not a folder, and it cannot be opened as a TFDS set: {error}'
         ) from error
 
-    logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns of sets it is about to build
+    logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns about sets it is about to build
     if name == EMBEDDED:
         from alexnet_jax.input.sources import shapes_builder  # noqa: F401  registers the builder
 
-        tfds.disable_progress_bar()  # it takes seconds
+        tfds.disable_progress_bar()  # rendering takes only seconds
     try:
         return tfds.builder(name, data_dir=root)
-    except Exception as error:  # of any kind: it runs the set's own code, and reads its files
+    except Exception as error:  # of any kind: this runs the set's own code and reads its files
         catalog = 'a name from https://www.tensorflow.org/datasets/catalog'
         if isinstance(error, tfds.core.DatasetNotFoundError) or str(error).startswith(
             'Parsing builder name'
         ):
             raise UserError(
-                f'{name}: neither a folder nor a TFDS set: give a folder that exists, or {catalog}'
+                f'{name}: neither a folder nor a TFDS set: give an existing folder, or {catalog}'
             ) from error
         raise UserError(
-            f'{name}: TFDS cannot open it ({one_line(error)}): mend that, or give {catalog}'
+            f'{name}: TFDS cannot open it ({one_line(error)}): fix that, or give {catalog}'
         ) from error
 
 
 def _origin(counts: dict[str, int], name: str) -> dict[str, str]:
-    """The splits of TFDS that 'train' and 'val' are taken from."""
+    """Returns the TFDS splits that 'train' and 'val' come from."""
     if 'train' not in counts:
         raise UserError(f'{name}: has no train split, only {", ".join(counts)}')
     held_out = next((split for split in ('validation', 'test') if split in counts), 'train')
@@ -114,41 +116,41 @@ def _build(builder, name: str, root: str) -> None:
         free = shutil.disk_usage(root).free
         if free < needed:
             raise UserError(
-                f'{root}: TFDS needs {needed / 1e9:.1f} GB to build {name}, only '
+                f'{root}: TFDS needs {needed / 1e9:.1f} GB to build {name}, but only '
                 f'{free / 1e9:.1f} GB are free: give another --dir'
             )
     try:
         builder.download_and_prepare(
             file_format='tfrecord', download_config=tfds.download.DownloadConfig(manual_dir=manual)
         )
-    except Exception as error:  # of any kind: it downloads, unpacks and runs the set's own code
+    except Exception as error:  # of any kind: this downloads, unpacks and runs the set's own code
         raise UserError(
-            f'{name}: TFDS could not build it in {root} ({one_line(error)}): mend that '
+            f'{name}: TFDS could not build it in {root} ({one_line(error)}): fix that '
             'and run the same command again'
         ) from error
 
 
 def recognizes(name: str) -> bool:
-    """Whether a source's name may be that of a TFDS set: any name may."""
+    """Returns True: any name could be that of a TFDS set."""
     del name
     return True
 
 
 def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
-    """Opens a TFDS classification set, building it first where needed.
+    """Opens a TFDS classification set, building it first if needed.
 
-    Validates on the split 'validation' or else 'test'; where there is neither, on `val_fraction` of
-    'train' chosen by `seed`.
+    The validation split is 'validation', or else 'test'; without either, it is `val_fraction` of
+    'train', selected by `seed`.
     """
     root = _root(name, data_dir)
     if name == IMAGENET:
-        find_imagenet(data_dir)  # refuses in a moment, before TensorFlow is loaded
+        find_imagenet(data_dir)  # fails at once, before TensorFlow is loaded
     builder = _builder(name, root)
     import tensorflow_datasets as tfds
 
     if not builder.is_prepared() and name == EMBEDDED:
         print('rendering the embedded pictures', flush=True)
-        with contextlib.redirect_stdout(None):  # TFDS would say that it downloads something
+        with contextlib.redirect_stdout(None):  # TFDS would claim to be downloading something
             _build(builder, name, root)
     elif not builder.is_prepared():
         _build(builder, name, root)
@@ -171,10 +173,10 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     def read(split: str, start: int) -> Iterator[Example]:
         try:
             yield from read_all(split, start)
-        except Exception as error:  # TensorFlow's are of many kinds: DataLossError, NotFoundError
+        except Exception as error:  # TensorFlow raises many kinds: DataLossError, NotFoundError
             raise UserError(
                 f'{name}: cannot be read from {builder.data_dir} ({one_line(error)}): '
-                'mend that, or remove this folder and run the same command again'
+                'fix that, or remove this folder and run the same command again'
             ) from error
 
     def read_all(split: str, start: int) -> Iterator[Example]:
