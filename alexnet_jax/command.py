@@ -1,10 +1,12 @@
 """What the commands share: arguments, start-up, and how a command ends."""
 
 import argparse
+import io
 import logging
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable
 
 from alexnet_jax.common.errors import INTERRUPTED, UNREAD, Stopped, UserError, end
@@ -90,7 +92,14 @@ def _is_unread() -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; what is no bug becomes one line on stderr and its exit code, no traceback."""
+    """Runs a command; what is no bug becomes one line on stderr and its exit code, no traceback.
+
+    What the terminal's encoding lacks is escaped, and Pillow's warnings about metadata are not shown.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
+    warnings.filterwarnings('ignore', module=r'PIL\.')
     try:
         main()
         sys.stdout.flush()

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax import command
-from alexnet_jax.common import paths
+from alexnet_jax.common import class_names, paths
 from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.input.batches import eval_batches
-from alexnet_jax.input.images import square
+from alexnet_jax.input.images import Undecodable, square
 from alexnet_jax.input.store import Store
 
 DRAWN = 100  # pictures that are drawn below, or beside, each other at the most
@@ -94,20 +94,20 @@ def write(output: str, content: bytes) -> None:
     print(f'wrote {output}')
 
 
-def read(path: str, size: int) -> np.ndarray:
+def read(path: str, size: int, *, exif: bool) -> np.ndarray:
     """A file with a picture of any kind -> the square the network is given, u8[size,size,3].
 
-    Raises UserError for what cannot be read or decoded.
+    exif: as the run's images were prepared. Raises UserError for what cannot be read or decoded.
     """
     try:
         content = paths.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f'{path}: cannot be read: {reason(error)}; give a picture') from error
     try:
-        return square(content, size)
-    except Exception as error:  # on damaged files Pillow raises almost anything
+        return square(content, size, exif=exif)
+    except Undecodable as error:
         raise UserError(
-            f'{path}: not a picture, or a damaged one ({type(error).__name__}); repair it, or leave it out'
+            f'{path}: cannot be decoded ({error}); repair it, or leave it out'
         ) from error
 
 
@@ -116,7 +116,9 @@ def label_of(path: str, names: list[str]) -> int | None:
 
     The one above: Tiny ImageNet has its training pictures in CLASS/images.
     """
-    folders = [folder.name for folder in paths.Path(path).absolute().parents[:2]]
+    folders = [
+        class_names.as_utf8(folder.name) for folder in paths.Path(path).absolute().parents[:2]
+    ]
     return next((names.index(name) for name in folders if name in names), None)
 
 

@@ -12,6 +12,7 @@ Pictures are resized to a shorter side of `size` and cropped to the central squa
 import time
 
 from alexnet_jax import command
+from alexnet_jax.common.errors import printable
 from alexnet_jax.input import prepare, store
 
 
@@ -30,6 +31,15 @@ def main() -> None:
         default=0.1,
         help='part to hold out where the source has no validation split',
     )
+    parser.add_argument(
+        '--exif',
+        choices=('auto', 'on', 'off'),
+        default='auto',
+        help='turn images upright as their EXIF orientation says; auto: off for ImageNet and TFDS sets',
+    )
+    parser.add_argument(
+        '--skip_bad', action='store_true', help='leave out images that cannot be decoded'
+    )
     parser.add_argument('--verify', action='store_true', help='check all records of the store')
     options = vars(parser.parse_args())
     if options.pop('verify'):
@@ -37,12 +47,12 @@ def main() -> None:
             *(options[k] for k in ('source', 'size', 'format'))
         )
         store.verify(store.open_store(path))
-        print(f'{path}: every record is as it was written')
+        print(printable(f'{path}: every record is as it was written'))
         return
     began = time.monotonic()
     made = prepare.prepare(**options)
     print(
-        f'{made.path}: {made.counts["train"]} + {made.counts["val"]} pictures of '
+        f'{printable(str(made.path))}: {made.counts["train"]} + {made.counts["val"]} pictures of '
         f'{made.classes} classes, {time.monotonic() - began:.1f} s'
     )
     print(

@@ -130,7 +130,7 @@ def open_store(path: str | os.PathLike) -> Store:
     """
     path = Path(path)
     try:
-        info = json.loads((path / 'store.json').read_text())
+        info = json.loads((path / 'store.json').read_text(encoding='utf-8'))
         if not info['complete']:
             raise UserError(f'the store {path} is incomplete; run its prepare command again')
         if info['format'] not in FORMATS:
@@ -139,7 +139,7 @@ def open_store(path: str | os.PathLike) -> Store:
                 f'{", ".join(FORMATS)}: {_again(path)}'
             )
         size, classes, counts = info['size'], info['classes'], info['counts']
-        names = (path / 'names.txt').read_text().splitlines()
+        names = (path / 'names.txt').read_text(encoding='utf-8').splitlines()
         _check(len(names) == classes, path / 'names.txt', f'{len(names)} names, not {classes}')
         with np.load(path / 'stats.npz') as stats:
             mean, vectors, sigma = (stats[name] for name in ('mean', 'eigenvectors', 'sigma'))
@@ -217,7 +217,9 @@ def _open_split(path: Path, name: str, info: dict) -> Split:
         offsets = np.arange(count + 1, dtype=np.int64) * picture
     _check(count > 0, path / 'store.json', f'split {name!r} has no pictures')
     for kind, array, length in (('labels', labels, count), ('crc', crc, count)):
-        _check(len(array) == length, path / f'{name}.{kind}.npy', f'{len(array)} values, not {length}')
+        _check(
+            len(array) == length, path / f'{name}.{kind}.npy', f'{len(array)} values, not {length}'
+        )
     _check(
         len(offsets) == count + 1 and offsets[0] == 0 and (np.diff(offsets) > 0).all(),
         path / f'{name}.offsets.npy',

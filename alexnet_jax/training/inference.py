@@ -78,7 +78,7 @@ def open_store(runs: Sequence[Run], store: str = '') -> Store:
         opened = stores.open_store(recorded)
     else:
         data_config = {**first.config['data'], 'store': store or first.config['data']['store']}
-        opened = prepare.ensure(**data_config, alone=jax.process_count() == 1)
+        opened = prepare.ensure(**data_config, alone=jax.process_count() == 1, flags='--')
     if opened.names != first.facts.names:
         raise UserError(
             f'{opened.path} has other classes than {first.path} was trained on; '

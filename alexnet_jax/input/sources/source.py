@@ -26,6 +26,7 @@ class Source:
     class_names: list[str]  # by label
     splits: dict[str, int]  # {'train': N, 'val': M}
     read: Callable[[str, int], Iterator[Example]]  # (split, start): records start, start + 1, ...
+    exif: bool = True  # what `data.exif` 'auto' means: images are turned as their EXIF data say
 
 
 def is_path(name: str) -> bool:
@@ -52,12 +53,16 @@ def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np
 
 def import_tensorflow():
     """Imports TensorFlow, quiet and without accelerators; UserError if it is not installed."""
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no notes about CPU features or missing GPUs
+    os.environ.setdefault(
+        'TF_CPP_MIN_LOG_LEVEL', '2'
+    )  # no notes about CPU features or missing GPUs
     # not needed here, and it prints a note at every start
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     try:
         import tensorflow as tf
     except ImportError as error:
         raise UserError(f'this needs TensorFlow, which cannot be imported ({error})') from error
-    tf.config.set_visible_devices([], 'GPU')  # reading needs no GPU, and JAX wants all of its memory
+    tf.config.set_visible_devices(
+        [], 'GPU'
+    )  # reading needs no GPU, and JAX wants all of its memory
     return tf

@@ -43,8 +43,8 @@ def find_imagenet(data_dir: str | None) -> str:
     wanted = ' and '.join(f'{os.path.join(root, tar)} ({size})' for tar, size in TARS.items())
     raise UserError(
         f'{IMAGENET} not found: register at https://image-net.org, download the two '
-        f'tars and put them at {wanted}, or give their folder (--dir; in a config, '
-        'data.dir); `make quickstart` trains on an embedded set without any download'
+        f'tars and put them at {wanted}, or give their folder '
+        '(--dir); `make quickstart` trains on an embedded set without any download'
     )
 
 
@@ -201,4 +201,5 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         list(features[label].names),
         {split: len(indices) for split, indices in chosen.items()},
         read,
+        exif=False,
     )
