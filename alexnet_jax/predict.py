@@ -82,8 +82,10 @@ def figure(predictions: Sequence[Prediction], names: Sequence[str]):
         above, below = axes[2 * (i // columns) :, i % columns][:2]
         label, top = prediction.label, prediction.top()
         above.imshow(prediction.picture, interpolation='nearest')
-        caption = prediction.title.rpartition('/')[2] if label is None else names[label]
-        below.set_title(_short(caption), fontsize=11, fontweight='bold', parse_math=False)
+        caption = names[label] if label is not None else prediction.title.rpartition('/')[2]
+        below.set_title(
+            _short(printable(caption)), fontsize=11, fontweight='bold', parse_math=False
+        )
         heights = range(len(top))
         bars = below.barh(heights, prediction.probabilities[top], color=OTHER)
         for bar, y, k in zip(bars, heights, top, strict=True):

@@ -190,7 +190,10 @@ def main() -> None:
         print(f'the whole validation split: {shared(store.labels("val").tolist(), classes[n:])}')
     neighbours = figures.squares(store, 'train', found[:n].ravel()).reshape(n, k, *images.shape[1:])
     captions = [
-        [title.rpartition('/')[2] if label is None else names[label], *(names[c] for c in row)]
+        [
+            printable(title.rpartition('/')[2]) if label is None else names[label],
+            *(names[c] for c in row),
+        ]
         for title, label, row in zip(titles, labels, classes[:n], strict=True)
     ]
     figures.write(args.output, figures.png(draw(images, neighbours, captions)))
