@@ -196,10 +196,11 @@ def _make(
         pictures = sum(opened.splits.values())
         if pictures >= limit:
             raise UserError(advice)
+        exif = wanted.pop('exif', opened.exif)
         wanted = {
             **wanted,
             'filter': FILTER,
-            'exif': begun['exif'] if begun else wanted.get('exif', opened.exif),
+            'exif': begun['exif'] if begun else exif,
             'classes': len(opened.class_names),
             'counts': opened.splits,
             'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},

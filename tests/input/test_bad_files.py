@@ -382,6 +382,8 @@ def test_names_are_utf_8_in_every_locale(tmp_path):
         '--config=quickstart',
         f'--config.data.source={tree}',
         '--config.data.size=72',
+        '--config.augment.crop=64',
+        '--config.model.width=0.0625',
         '--config.train.batch=9',
         '--config.run.eval_batch=2',
         '--config.optim.drops=()',
