@@ -250,9 +250,9 @@ def test_messages_name_the_flags_of_the_caller(tree, tmp_path):
             function(**options, exif='yes')
         with pytest.raises(UserError, match=f'give another {flag}store'):
             function(source=str(tree), store=str(tree))
-    with pytest.raises(UserError, match=' .--dir.; `make quickstart`'):
+    with pytest.raises(UserError, match=r'\(--dir\b.*`make quickstart`'):
         prepare.prepare('imagenet2012', dir=path, store=path)
-    with pytest.raises(UserError, match=' .--config.data.dir.; `make quickstart`'):
+    with pytest.raises(UserError, match=r'\(--config.data.dir\b.*`make quickstart`'):
         prepare.ensure(source='imagenet2012', dir=path, store=path)
     with pytest.raises(UserError, match='give another --store$'):
         prepare.ensure(source=str(tree), store=str(tree), flags='--')
@@ -453,7 +453,7 @@ def messy() -> tuple[dict[str, bytes], dict[str, bytes], dict[str, tuple[bytes, 
         'live photo.mov': b'\0\0\0\x14ftypqt  ' + bytes(500),
     }
     bad = {
-        'truncated.jpg': (jpeg[: len(jpeg) // 2], 'image file is truncated'),
+        'truncated.jpg': (jpeg[: len(jpeg) - 99], 'image file is truncated'),
         'truncated.png': (png[: len(png) // 2], 'image file is truncated'),
         'zero bytes.jpg': (b'', 'an empty file'),
         'zeros.jpg': (bytes(5000), 'only zero bytes'),
