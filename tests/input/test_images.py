@@ -59,11 +59,14 @@ def test_exif_of_every_mode(mode):
     assert decode(data).size == (60, 40) and decode(data, exif=True).size == (40, 60)
 
 
-@pytest.mark.parametrize('exif', [b'', b'Exif\0\0', b'Exif\0\0MM\0*\0\0\0\xff', b'\xff' * 60000])
-def test_damaged_exif_is_as_none(exif):
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP'])
+@pytest.mark.parametrize('exif', [b'', b'Exif\0\0garbage', b'MM\0*', b'MM\0*\0\0\0\x08\0\x05\x01'])
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_damaged_exif_is_as_none(format, exif):
     image, data = fixtures.picture(4), io.BytesIO()
-    image.save(data, 'JPEG', exif=exif)
-    assert (np.asarray(decode(data.getvalue(), exif=True)) == decode(data.getvalue())).all()
+    image.save(data, format, exif=exif)
+    found, expected = (decode(data.getvalue(), exif=exif) for exif in (True, False))
+    assert (np.asarray(found) == np.asarray(expected)).all()
 
 
 GREY = np.asarray(fixtures.picture(3).convert('L'))
