@@ -1,18 +1,19 @@
 # make quickstart   install, train a small net on the embedded pictures, evaluate it (about 10 minutes)
-# make test         the tests (6 minutes on 2 cores); `make test-fast`: without the slow ones;
-#                   `make test-all`: also the end-to-end checks for before a release (15 minutes)
+# make test         the tests (6 minutes on 2 cores)
+# make test-fast    without the slow tests
+# make test-all     with the end-to-end checks to run before a release (15 minutes)
 # make lint         ruff: rules and format
-# Another Python: `make test PYTHON=python3.12`. Other pytest arguments: `make test ARGS='-k layers'`.
+# To use another Python: `make test PYTHON=python3.12`. To pass arguments to pytest: `make test ARGS='-k layers'`.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := runs/quickstart
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
-# A file's tests stay in one process: its fixtures (prepared stores, short runs) are made once.
+# The tests of a file run in one process, so that its fixtures (prepared stores, short runs) are made once.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# On Linux CPUs, memory that malloc keeps makes a training step faster (README.md, "Speed"); other C
-# libraries ignore the variable, and older versions of glibc the settings that they do not know.
+# On Linux CPUs, training steps are faster if malloc keeps its memory (docs/devices.md, "Speed"). Other C
+# libraries ignore this variable, and older versions of glibc ignore settings that they do not know.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test test-fast test-all lint clean
@@ -23,7 +24,7 @@ quickstart: $(VENV)/.installed
 	@echo
 	@echo 'The run is in $(RUN): metrics.jsonl (one row per interval), config.json, run.json, checkpoints/.'
 	@echo 'Curves and kernels: $(VENV)/bin/tensorboard --logdir $(RUN)'
-	@echo 'Next: README.md, "Training on ImageNet" and "on your own folder".'
+	@echo 'Next: "Your own images" and "ImageNet" in README.md.'
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m 'not full' $(ARGS)
@@ -41,7 +42,7 @@ lint: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV)
 
-# The stamps are newer than the requirements they were installed from, so nothing is installed twice.
+# The stamps are newer than the requirements installed from, so nothing is installed twice.
 $(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/bin/python
 	@echo "Installing requirements.txt into $(VENV) (a minute or two, about 2 GB) ..."
 	$(PIP_INSTALL) -r requirements.txt -c constraints.txt
@@ -52,6 +53,6 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	@touch $@
 
 $(VENV)/bin/python:
-	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or later, or name one: make PYTHON=python3.12"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old, Python 3.11 or later is needed; name one: make PYTHON=python3.12"; exit 2; }
+	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or later, or choose another: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old; use Python 3.11 or later, for example: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)

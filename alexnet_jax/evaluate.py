@@ -1,8 +1,9 @@
-"""Evaluation as in the paper: centre crop, ten crops (§4.1), and ensembles, with exact counts.
+"""Evaluates networks as in the paper: centre crop, ten crops (§4.1), and ensembles.
 
     python -m alexnet_jax.evaluate RUN [RUN ...]
 
-prints a table of the top-1 and top-5 errors of every run, and of all of them together.
+Prints a table with the top-1 and top-5 errors of each run and of the ensemble of all runs. Every
+picture counts exactly once.
 """
 
 from alexnet_jax import command
@@ -18,15 +19,15 @@ def main() -> None:
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories')
     parser.add_argument('--split', default='val', choices=('val', 'train'))
     parser.add_argument('--views', default='both', choices=('both', *steps.VIEWS))
-    parser.add_argument('--step', default='latest', help="'best', 'latest' or a number")
-    parser.add_argument('--store', default='', help='the prepared pictures, if not where they were')
-    parser.add_argument('--batch', type=int, default=100, help='images a step')
-    parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
-    parser.add_argument('--per_class', action='store_true', help="also print every class's error")
+    parser.add_argument('--step', default='latest', help="checkpoint: 'best', 'latest' or a step")
+    parser.add_argument('--store', default='', help='prepared pictures, if they have moved')
+    parser.add_argument('--batch', type=int, default=100, help='images per step')
+    parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
+    parser.add_argument('--per_class', action='store_true', help='also print the errors by class')
     command.add_devices(parser, distributed=True)
     args = parser.parse_args()
     if args.threads < 0:
-        raise UserError(f'--threads={args.threads}: must not be below 0')
+        raise UserError(f'--threads={args.threads}: must be at least 0')
     command.log_to_stdout()
     command.start(args.cpu_devices, **{name: vars(args)[name] for name in command.DISTRIBUTED})
     with distributed.together():

@@ -1,10 +1,10 @@
-"""Says what is on pictures, by a trained network; draws it as the paper's Figure 4, left.
+"""Classifies pictures with a trained network and draws the result as in the paper's Figure 4, left.
 
     python -m alexnet_jax.predict RUN a.jpg b.png
     python -m alexnet_jax.predict RUN --val=8 --output=predictions.png
 
-prints the five most probable classes of each picture. The label of a
-picture, if it has one, comes from the name of its folder or of the folder above that.
+Prints the five most probable classes of each picture. A picture is labelled if its folder, or the
+folder above, is named after a class.
 """
 
 import io
@@ -18,17 +18,17 @@ from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.training import inference, steps
 
-COLUMNS, BATCH = 4, 20  # of a figure, as in the paper; pictures that are predicted at a time
-# Told apart by everybody, and by their lightness and the hatching when printed in grey.
+COLUMNS, BATCH = 4, 20  # columns of a figure, as in the paper; pictures per batch
+# Safe for colour-blind readers; in grey, lightness and hatching tell them apart.
 OTHER, CORRECT = '#a6cee3', '#e08214'
 
 
 class Prediction(NamedTuple):
-    """What a network says about a picture."""
+    """A network's prediction for one picture."""
 
     title: str
-    label: int | None  # the correct one; None: unknown
-    picture: np.ndarray  # u8[S,S,3], the square that was looked at
+    label: int | None  # the correct class; None: unknown
+    picture: np.ndarray  # u8[S,S,3], the square that was classified
     probabilities: np.ndarray  # f32[K]
 
     def top(self) -> np.ndarray:
@@ -42,7 +42,7 @@ def predict(
     labels: Sequence[int | None],
     pictures: Sequence[np.ndarray],
 ) -> list[Prediction]:
-    """A prediction for each of some squares u8[S,S,3]."""
+    """Classifies square pictures u8[S,S,3]."""
     probabilities = [
         row
         for start in range(0, len(pictures), BATCH)
@@ -52,7 +52,7 @@ def predict(
 
 
 def describe(prediction: Prediction, names: Sequence[str]) -> str:
-    """The five most probable classes, one a line."""
+    """The five most probable classes, one per line."""
     label, names = prediction.label, class_names.shown(names)
     lines = [printable(prediction.title) + ('' if label is None else f' (correct: {names[label]})')]
     for i in prediction.top():
@@ -62,10 +62,10 @@ def describe(prediction: Prediction, names: Sequence[str]) -> str:
 
 
 def figure(predictions: Sequence[Prediction], names: Sequence[str]):
-    """Each picture with its name and five bars, as a matplotlib figure.
+    """Draws each picture with its name and five bars as a matplotlib figure.
 
-    The name is the correct class, or the file's where that is unknown. The bar of the correct class
-    is dark and hatched.
+    The name is the correct class or, if unknown, the file name. The bar of the correct class is dark
+    and hatched.
     """
     from matplotlib import patheffects
     from matplotlib.figure import Figure
@@ -105,11 +105,11 @@ def _short(text: str) -> str:
 def main() -> None:
     parser = figures.parser('predict', __doc__, output=None)
     figures.add_pictures(parser)
-    parser.add_argument('--val', type=int, help='instead: so many pictures of the validation split')
+    parser.add_argument('--val', type=int, help='classify N validation pictures instead')
     parser.add_argument('--views', default='ten', choices=tuple(steps.VIEWS), help='crops (§4.1)')
     args = figures.start(parser)
     if bool(args.images) == (args.val is not None):
-        raise UserError('give pictures, or --val=N for some of the validation split')
+        raise UserError('give either picture files or --val=N for validation pictures')
     classify = inference.load(args.run, args.views, args.step)
     if args.images:
         titles, names, facts = args.images, classify.names, classify.run.facts

@@ -1,12 +1,12 @@
-"""Makes the store that training reads: one sequential pass over a source of pictures.
+"""Prepares the store that training reads, in one sequential pass over a source of pictures.
 
     python -m alexnet_jax.prepare --source=alexnet_shapes --size=128
     python -m alexnet_jax.prepare --source=imagenet2012 --dir=/data/imagenet
     python -m alexnet_jax.prepare --source=/data/flowers
     python -m alexnet_jax.prepare --source=/data/flowers --verify
 
-Pictures are resized to a shorter side of `size` and cropped to the central square, as in the paper
-(§2). Run the same command again to resume an interrupted pass; the store ends with the same bytes.
+Pictures are resized so that the shorter side is `size` and cropped to the central square, as in the
+paper (§2). Run the same command again to resume an interrupted pass; the finished store is identical.
 """
 
 import time
@@ -19,17 +19,15 @@ from alexnet_jax.input import prepare, store
 def main() -> None:
     parser = command.make_parser('prepare', __doc__)
     parser.add_argument('--source', required=True, help='a folder of class folders, or a TFDS name')
-    parser.add_argument('--dir', help="TFDS's folder of data sets; for imagenet2012, of the tars")
-    parser.add_argument('--store', help='folder to make (default: data/SOURCE-SIZE-FORMAT)')
-    parser.add_argument(
-        '--format', choices=store.FORMATS, default='jpg', help='JPEG, or raw pixels'
-    )
-    parser.add_argument('--size', type=int, default=256, help='pixels a side')
+    parser.add_argument('--dir', help='TFDS data directory; for imagenet2012, of the tars')
+    parser.add_argument('--store', help='folder to write (default: data/SOURCE-SIZE-FORMAT)')
+    parser.add_argument('--format', choices=store.FORMATS, default='jpg', help='JPEG or raw pixels')
+    parser.add_argument('--size', type=int, default=256, help='side of the square in pixels')
     parser.add_argument(
         '--val_fraction',
         type=float,
         default=0.1,
-        help='part to hold out where the source has no validation split',
+        help='fraction to hold out if the source has no validation split',
     )
     parser.add_argument(
         '--exif',
@@ -40,14 +38,14 @@ def main() -> None:
     parser.add_argument(
         '--skip_bad', action='store_true', help='leave out images that cannot be decoded'
     )
-    parser.add_argument('--verify', action='store_true', help='check all records of the store')
+    parser.add_argument('--verify', action='store_true', help='check every record of the store')
     options = vars(parser.parse_args())
     if options.pop('verify'):
         path = options['store'] or prepare.default_store(
             *(options[k] for k in ('source', 'size', 'format'))
         )
         store.verify(store.open_store(path))
-        print(printable(f'{path}: every record is as it was written'))
+        print(printable(f'{path}: all records are intact'))
         return
     began = time.monotonic()
     made = prepare.prepare(**options)

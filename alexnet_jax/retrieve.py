@@ -1,12 +1,12 @@
-"""Finds the training pictures that a network sees as nearest to others: the paper's Figure 4, right.
+"""Finds the training pictures nearest to query pictures, as in the paper's Figure 4, right.
 
-    python -m alexnet_jax.retrieve RUN                     # five pictures of the validation split
-    python -m alexnet_jax.retrieve RUN a.jpg b.png         # or these
-    python -m alexnet_jax.retrieve RUN --score             # and a number over the whole split
+    python -m alexnet_jax.retrieve RUN                     # queries: five validation pictures
+    python -m alexnet_jax.retrieve RUN a.jpg b.png         # queries: these files
+    python -m alexnet_jax.retrieve RUN --score             # also score the whole validation split
 
-Nearest is by the Euclidean distance of the last hidden layer's activations (§6.1), or of the last
-map where a network has no hidden layer. The first column of the picture has the queries; below each
-is its class, or the file's name where that is unknown.
+Distances are Euclidean, between the activations of the last hidden layer (§6.1) or, if a network has
+none, of its last feature map. Queries are in the first column of the drawing. Below each picture is its
+class or, if unknown, the file name.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,9 +25,9 @@ from alexnet_jax.training import inference, steps
 
 
 def make_features(trained: inference.Run, mesh: Mesh) -> Callable[[Batch], np.ndarray]:
-    """features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,F], those of the mask's pictures.
+    """Makes features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,F], of pictures with mask 1.
 
-    It raises UserError for features that are not finite, since nothing is near to them.
+    It raises UserError for features that are not finite, since they have no nearest neighbours.
     """
     crop = trained.config['augment']['crop']
     extract = steps.make_features(trained.net, mesh, mean=trained.facts.mean, crop=crop)
@@ -47,7 +47,7 @@ def make_features(trained: inference.Run, mesh: Mesh) -> Callable[[Batch], np.nd
 
 
 def padded(images: np.ndarray, batch: int) -> Iterator[Batch]:
-    """Pictures u8[N,S,S,3] as batches of one size, for `make_features`."""
+    """Yields pictures u8[N,S,S,3] in batches of equal size, padded, for `make_features`."""
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
         missing = batch - len(part)
@@ -60,10 +60,10 @@ def padded(images: np.ndarray, batch: int) -> Iterator[Batch]:
 def nearest(
     queries: np.ndarray, batches: Iterable[np.ndarray], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows nearest to each query -> (their numbers i64[N,count], distances f64[N,count]).
+    """Finds the rows nearest to each query -> (row numbers i64[N,count], distances f64[N,count]).
 
-    queries: f32[N,F]; batches: all rows, f32[b,F] at a time, of which only the nearest are kept.
-    Nearest first; of equal distances the row that comes first.
+    queries: f32[N,F]; batches: all rows, f32[b,F] at a time; only the nearest stay in memory.
+    The nearest row comes first; among equal distances, the earlier row.
     """
     queries = queries.astype(np.float64)
     lengths = (queries**2).sum(1, keepdims=True)
@@ -73,7 +73,7 @@ def nearest(
     for batch in batches:
         batch = batch.astype(np.float64)
         new = lengths - 2 * queries @ batch.T + (batch**2).sum(1)[None]
-        better = new.min(1) < distances[:, -1]  # those that this batch changes
+        better = new.min(1) < distances[:, -1]  # the queries that this batch changes
         numbers = np.broadcast_to(np.arange(start, start + len(batch)), new[better].shape)
         both = np.concatenate([distances[better], new[better]], axis=1)
         order = np.argsort(both, axis=1, kind='stable')[:, :count]
@@ -81,16 +81,16 @@ def nearest(
         both = np.concatenate([rows[better], numbers], axis=1)
         rows[better] = np.take_along_axis(both, order, 1)
         start += len(batch)
-    return rows, np.sqrt(distances.clip(0))  # of equal rows rounding may leave less than 0
+    return rows, np.sqrt(distances.clip(0))  # rounding can make equal rows negative
 
 
 def draw(queries: np.ndarray, neighbours: np.ndarray, names: Sequence[Sequence[str]]) -> np.ndarray:
-    """Queries u8[N,S,S,3], and their neighbours u8[N,k,S,S,3] to the right of each -> u8[H,W,3].
+    """Draws queries u8[N,S,S,3], each with its neighbours u8[N,k,S,S,3] to the right -> u8[H,W,3].
 
-    names: of each query and its neighbours, 1 + k; one is written below each picture, and cut where it
-    is wider. Small pictures are enlarged; white lines between, and a wider gap after the queries.
+    names: of each query and its neighbours, 1 + k; each is written below its picture and cut to its
+    width. Small pictures are enlarged. White lines separate them, with a wider gap after the queries.
     """
-    import matplotlib  # has a font for most alphabets
+    import matplotlib  # its font covers most alphabets
 
     n, k, size = neighbours.shape[:3]
     scale = -(-128 // size)
@@ -112,7 +112,7 @@ def draw(queries: np.ndarray, neighbours: np.ndarray, names: Sequence[Sequence[s
 
 
 def _cut(name: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """A name on one line, without its end if it is wider than so many pixels."""
+    """A name on one line, cut to `width` pixels."""
     name = ' '.join(name.split())
     while font.getlength(name) > width:
         name = f'{name[:-2]}…'
@@ -120,17 +120,17 @@ def _cut(name: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 
 def shared(labels: Sequence[int | None], neighbours: np.ndarray) -> str:
-    """How many neighbours, by label i32[N,k], are of their query's class, in words."""
+    """Says how many neighbours, by label i32[N,k], share the class of their query."""
     known = [i for i, label in enumerate(labels) if label is not None]
     same = sum(int((neighbours[i] == labels[i]).sum()) for i in known)
     total = len(known) * neighbours.shape[1]
     if not total:
-        return 'no query is of a known class'
-    return f'{same:,} of {total:,} neighbours are of the class of their query: {100 * same / total:.1f} %'
+        return 'no query has a known class'
+    return f'{same:,} of {total:,} neighbours share the class of their query: {100 * same / total:.1f} %'
 
 
 def _queries(args, store: Store, exif: bool) -> tuple[list[str], list[int | None], np.ndarray]:
-    """Titles, labels (None: unknown) and pictures u8[N,S,S,3]."""
+    """The titles, labels (None: unknown) and pictures u8[N,S,S,3] of the queries."""
     if args.images:
         figures.check_drawn(len(args.images))
         labels = [figures.label_of(path, store.names) for path in args.images]
@@ -146,16 +146,16 @@ def _queries(args, store: Store, exif: bool) -> tuple[list[str], list[int | None
 def main() -> None:
     parser = figures.parser('retrieve', __doc__, output='neighbours.png')
     figures.add_pictures(parser)
-    parser.add_argument('--queries', type=int, help='validation pictures to draw (default: 5)')
-    parser.add_argument('--neighbours', type=int, default=6, help='training pictures for each')
-    parser.add_argument('--score', action='store_true', help='ask with the whole split as well')
-    parser.add_argument('--batch', type=int, default=100, help='images a step')
-    parser.add_argument('--threads', type=int, default=0, help='for reading; 0: one per core')
+    parser.add_argument('--queries', type=int, help='validation pictures as queries (default: 5)')
+    parser.add_argument('--neighbours', type=int, default=6, help='training pictures per query')
+    parser.add_argument('--score', action='store_true', help='also query the whole split')
+    parser.add_argument('--batch', type=int, default=100, help='images per step')
+    parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     args = figures.start(parser)
     if args.threads < 0:
-        raise UserError('--threads must not be below 0')
+        raise UserError(f'--threads={args.threads}: must be at least 0')
     if args.images and args.queries is not None:
-        raise UserError('--queries is for the validation split: leave it or the pictures out')
+        raise UserError('--queries picks validation pictures: give --queries or files, not both')
     trained = inference.describe_run(args.run)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': args.batch})
     trained = inference.restore_run(trained, mesh, args.step)
@@ -164,7 +164,7 @@ def main() -> None:
     if not 1 <= k <= there:
         raise UserError(
             f'--neighbours={k}: the training split of {store.path} has {there:,} '
-            'pictures; give a number from 1 to that'
+            f'pictures; give a number from 1 to {there}'
         )
     figures.check_drawn(k)
     titles, labels, images = _queries(args, store, trained.facts.exif)

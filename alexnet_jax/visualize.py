@@ -1,9 +1,9 @@
-"""Draws the kernels of the first convolution as the paper's Figure 3.
+"""Draws the kernels of the first convolution as in the paper's Figure 3.
 
     python -m alexnet_jax.visualize RUN
 
-16 kernels a row, those of tower 0 above those of tower 1. Black is the least weight of all, white
-the greatest; with --per_kernel every kernel is first given mean 0 and standard deviation 1.
+Rows have 16 kernels, with tower 0 above tower 1. Black is the smallest weight of all kernels, white the
+largest; with --per_kernel each kernel is first normalized to mean 0 and standard deviation 1.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from alexnet_jax.training import inference, progress
 
 
 def first_kernels(trained: inference.Run) -> np.ndarray:
-    """The kernels of the first convolution, f32[T,h,w,3,C]; UserError where there is none."""
+    """The kernels of the first convolution, f32[T,h,w,3,C]; UserError if there are none."""
     kernels = trained.net.first_kernels(trained.variables['params'])
     if kernels is None:
         raise UserError(
@@ -26,11 +26,11 @@ def first_kernels(trained: inference.Run) -> np.ndarray:
 
 def main() -> None:
     parser = figures.parser('visualize', __doc__, output='kernels.png')
-    parser.add_argument('--per_kernel', action='store_true', help='give all the same contrast')
-    parser.add_argument('--scale', type=int, default=6, help='pixels along the side of a weight')
+    parser.add_argument('--per_kernel', action='store_true', help='normalize each kernel by itself')
+    parser.add_argument('--scale', type=int, default=6, help='side of a weight in pixels')
     args = figures.start(parser)
     if not 1 <= args.scale <= 100:
-        raise UserError(f'--scale={args.scale}: give a number of pixels from 1 to 100')
+        raise UserError(f'--scale={args.scale}: must be 1 to 100 pixels')
     mesh = meshes.make((1, 1), towers=1, batches={})
     trained = inference.open_run(args.run, mesh, args.step)
     kernels = first_kernels(trained)

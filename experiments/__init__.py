@@ -1,1 +1,1 @@
-"""One file per claim: what to run, and the table beside the numbers of the paper."""
+"""One file per claim of the paper: its runs, and a table of the results beside the paper's numbers."""

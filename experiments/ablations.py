@@ -1,18 +1,18 @@
-"""What each part of the network is worth: `original` without it, paired by seed (§3, §4, §7).
+"""Ablations: `original` without each of its parts, paired by seed (§3, §4, §7).
 
     python -m experiments.ablations --scale=small -- --config.data.source=FOLDER
 
-Runs of one seed see the same pictures in the same order, with the same crops and noise. Of every row:
-its error at the end minus that of the reference with the same seed, in points, mean and 95 % interval over
-the seeds; positive is worse than the reference. The verdicts are about top-1 errors with ten crops: one
-family of tests, one a row. With the centre crop there is the interval over pictures, too.
+Runs with the same seed see the same images in the same order, with the same crops and noise. Each row shows
+its final error minus that of the reference with the same seed, in percentage points: mean and 95 % interval
+over the seeds; positive means worse than the reference. Verdicts are based on the top-1 error with ten crops;
+their tests, one per row, form one family. For the centre crop there is also an interval over images.
 
-Beside it the paper's difference and that of the log of 2012, where there are any (`docs/original.md` §0,
-§7); 'worse' where the paper gives no number. Of weight decay the paper says only that it lowers the
-training error, and this is of the validation error.
+The table also has the difference in the paper and in the 2012 log, if any (`docs/original.md` §0, §7), or
+'worse' if the paper gives no number. About weight decay the paper only says that it lowers the training
+error, whereas the table shows validation errors.
 
-The small scale says what a part is worth in a small network. At full scale the presets have their own
-schedules, 96 epochs for `one gpu`.
+The small scale shows the effect of each part in a small network. At full scale the presets keep their own
+schedules; that of `one gpu` has 96 epochs.
 """
 
 import math
@@ -31,13 +31,13 @@ INDEPENDENT = True
 
 
 class Row(NamedTuple):
-    """What is done to the reference, and by how many points of top-1, top-5 error it got worse."""
+    """The changes to the reference, and how much worse others found it, in points of top-1, top-5 error."""
 
     changes: dict = {}
     config: str = ORIGINAL
-    paper: tuple = ()  # (None, None): worse, but without a number
+    paper: tuple = ()  # (None, None): worse, but no number given
     log: tuple = ()
-    words: str = ''  # of the paper, where `paper` is not what it prints
+    words: str = ''  # the paper's wording, if not an exact number
 
 
 ROWS = {
@@ -59,9 +59,9 @@ ROWS = {
     'without conv4': Row({'model.remove': 'conv4'}, paper=(2.0, None), words='≈ 2'),
     'without conv5': Row({'model.remove': 'conv5'}, paper=(None, None)),
     'no weight decay': Row({'optim.decay': 0.0}),
-    ONE_CROP: Row(paper=(1.5, 1.3), log=(1.55, 1.30)),  # no run of its own: of the reference's
+    ONE_CROP: Row(paper=(1.5, 1.3), log=(1.55, 1.30)),  # uses the reference's runs
 }
-TINY = {  # of smoke runs: two steps on the embedded set
+TINY = {  # smoke runs: two steps on the embedded set
     'data.source': 'alexnet_shapes',
     'data.size': 128,
     'data.format': 'u8',
@@ -72,20 +72,21 @@ TINY = {  # of smoke runs: two steps on the embedded set
     'run.log_every': 1,
 }
 NOTES = {
-    'small': 'The networks have a quarter of the width and are trained for 30 epochs, with every change '
-    'of rate at the same part of them as in the source, on 112-pixel crops of 128-pixel '
-    'pictures.'
+    'small': 'The networks have a quarter of the width and are trained for 30 epochs on 112-pixel crops of '
+    '128-pixel images, with every learning rate change at the same fraction of training as in the original '
+    'run.'
 }
 SMALL = {'data.size': 128, 'augment.crop': 112, 'model.width': 0.25}
-SCALES = {  # changes, and the part of the source's epochs
+SCALES = {  # changes, and the fraction of the original run's epochs
     'smoke': (TINY, 0.008 / 91),
     'small': (SMALL, 30 / 91),
     'full': ({}, 1),
 }
 THEIRS = (
-    '`tanh` has the rates and biases that were chosen for ReLU; `one gpu` and `no talk` are the nets of the '
-    "source, with other numbers of kernels. The paper's and the log's differences are of one run each, and "
-    'some were measured otherwise: two GPUs on ILSVRC-2010, the first norm only (#167) with a later schedule.'
+    '`tanh` uses the learning rates and biases chosen for ReLU; `one gpu` and `no talk` are the networks of '
+    'the 2012 source code, with other numbers of kernels. The differences in the paper and the log come from '
+    'one run each, some under other conditions: two GPUs on ILSVRC-2010, first norm only (#167) with a later '
+    'schedule.'
 )
 SMOKE = (REFERENCE, 'pooling without overlap', 'one gpu', 'without conv1')
 ERRORS = ('top1_error', 'top5_error')
@@ -104,26 +105,26 @@ def run(lab):
 
 
 def errors(workdir) -> dict:
-    """The errors of a finished run, {'centre': {'top1_error', ...}, 'ten': ...}, in percent."""
+    """Returns the errors of a finished run, {'centre': {'top1_error', ...}, 'ten': ...}, in percent."""
     sums = evaluation.compare([workdir])
     return {view: metrics.values(value) for (_, view), value in sums.items()}
 
 
 def of_seeds(results, name: str, error: str, view: str) -> dict[int, float]:
-    """An error of each seed of a row; runs that diverged have none."""
+    """Returns one kind of error by seed for a row, without runs that diverged."""
     if name == ONE_CROP:
         name, view = REFERENCE, 'centre'
     return {r['seed']: r['extra'][view][error] for r in labs.named(results, name) if r['extra']}
 
 
 def differences(results, name: str, error: str, view: str = 'ten') -> list[float]:
-    """How much worse than the reference with the same seed, points, for the seeds that both have."""
+    """Returns how much worse a row is than the reference, in points, for every seed that both have."""
     own, reference = (of_seeds(results, row, error, view) for row in (name, REFERENCE))
     return [own[seed] - reference[seed] for seed in sorted(own) if seed in reference]
 
 
 def tested(results) -> dict[str, tuple[statistics.Difference, float]]:
-    """Of each row with several pairs its top-1 difference, ten crops, and its p value, corrected."""
+    """Returns the top-1 difference with ten crops, and its corrected p value, for rows with several pairs."""
     values = {name: differences(results, name, ERRORS[0]) for name in ROWS if name != REFERENCE}
     found = {name: statistics.paired(v) for name, v in values.items() if len(v) > 1}
     corrected = statistics.holm({name: d.p for name, d in found.items()})
@@ -131,7 +132,7 @@ def tested(results) -> dict[str, tuple[statistics.Difference, float]]:
 
 
 def agrees(verdict: str, row: Row) -> str:
-    """Whether the sign is the paper's, or where it has none the log's, of the top-1 error."""
+    """Returns whether the top-1 difference has the paper's sign, or the log's if the paper gives none."""
     theirs = row.paper or row.log
     if not theirs:
         return '–'
@@ -142,7 +143,7 @@ def agrees(verdict: str, row: Row) -> str:
 
 
 def measured(values) -> str:
-    """Mean and 95 % interval."""
+    """Formats mean and 95 % interval."""
     return statistics.interval(statistics.paired(values)) if values else 'not measured'
 
 
@@ -155,15 +156,15 @@ def theirs(values: tuple, digits: int) -> str:
 def report(results) -> str:
     reference = [[*of_seeds(results, REFERENCE, error, 'ten').values()] for error in ERRORS]
     if not reference[0]:
-        return 'The reference has not been run, or always diverged.'
+        return 'The reference has not been run, or diverged with every seed.'
     lines = [
         f'Reference (`original`), ten crops, {labs.count(len(reference[0]), "seed")}: top-1 error '
         f'{statistics.mean_std(reference[0])} %, top-5 error {statistics.mean_std(reference[1])} % (± '
-        'standard deviation). The others, in points more than it (positive: worse), mean and 95 % interval '
-        'of the pairs:',
+        'standard deviation). Other rows: difference from the reference in percentage points (positive: '
+        'worse), mean and 95 % interval over the pairs.',
         '',
         '| row | pairs | top-1, ten crops | p | verdict | the paper | log of 2012 | same sign '
-        '| top-5, ten crops | top-1, centre crop | the same over pictures |',
+        '| top-5, ten crops | top-1, centre crop | the same over images |',
         '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     tests = tested(results)
@@ -175,7 +176,7 @@ def report(results) -> str:
         pairs = [str(len(first))]
         for word, many in (
             ('diverged', sum(r['diverged'] for r in runs)),
-            ('at chance at the end', sum(map(labs.at_chance, runs))),
+            ('still at chance', sum(map(labs.at_chance, runs))),
         ):
             pairs += [f'{many} {word}'] if many else []
         p = verdict = ''
@@ -193,21 +194,21 @@ def report(results) -> str:
             f'| {measured(fifth)} | {centre} | {pictures} |'
         )
     if tests:
-        of = 'top-1 error with ten crops of every row with several pairs'
+        of = 'top-1 error with ten crops, every row with several pairs'
         lines += ['', statistics.family(len(tests), of)]
     return '\n'.join([*lines, '', same_pictures(results), '', THEIRS])
 
 
 def same_pictures(results) -> str:
-    """What the spread over seeds leaves out."""
+    """Describes the uncertainty that intervals over seeds leave out."""
     pictures = labs.named(results, REFERENCE)[0]['data']['counts']['val']
     error = np.mean([*of_seeds(results, REFERENCE, ERRORS[0], 'ten').values()]) / 100
     alone = 100 * (error * (1 - error) / pictures) ** 0.5
     return (
-        f'All seeds are judged by the same {pictures:,} pictures: what other pictures would have said is '
-        'in no interval over seeds. The last column has it, by a paired bootstrap over the pictures (95 %); '
-        '"—" where a run did not keep which pictures were right. Of one network by itself the standard '
-        f'error over pictures is {alone:.1f} points.'
+        f'All seeds are evaluated on the same {pictures:,} images, so intervals over seeds do not cover the '
+        'choice of images. The last column does, with a paired bootstrap over the images (95 %); "—" if a '
+        'run did not store which images were classified correctly. For a single network, the standard error '
+        f'over images is {alone:.1f} points.'
     )
 
 
@@ -246,18 +247,18 @@ def plot(results, file):
                 ms=8,
                 label={'paper': 'the paper', 'log': 'log of 2012'}[source],
             )
-        for y, name in enumerate(shown):  # the paper, where it gives no number, or not quite one
+        for y, name in enumerate(shown):  # where the paper gives no exact number
             paper = (*ROWS[name].paper, None, None)[:2]
             words = ROWS[name].words if paper[i] is not None else ''
             words = 'worse' if ROWS[name].paper == (None, None) else words
             axes.text(85, y, words, ha='right', va='center', color='#d55e00', size=8)
         axes.axvline(0, color='#777777', lw=0.8)
-        # a row that stays at chance must not squeeze the others
+        # a row that stays at chance must not compress the others
         axes.set_xscale('symlog', linthresh=10)
         ticks = (-50, -10, -5, 0, 5, 10, 50)
         least = min((np.mean(differences(results, name, error)) for name in shown), default=0)
         axes.set(
-            xlabel=f'top-{(1, 5)[i]} error, points more than the reference\n(beyond 10: logarithmic)',
+            xlabel=f'top-{(1, 5)[i]} error minus that of the reference, points\n(beyond 10: logarithmic)',
             xticks=ticks,
             xticklabels=ticks,
             xlim=(min(-8, 1.2 * least), 90),
@@ -270,7 +271,7 @@ def plot(results, file):
         axes.spines[['top', 'right']].set_visible(False)
     axes.invert_yaxis()
     handles, labels = axes.get_legend_handles_labels()
-    each = dict(zip(labels, handles, strict=True))  # every row has labelled its own
+    each = dict(zip(labels, handles, strict=True))  # every row adds a label
     figure.legend(each.values(), each, loc='outside upper center', ncols=len(each), frameon=False)
     figure.savefig(file, dpi=150)
 

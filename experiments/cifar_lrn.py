@@ -1,16 +1,17 @@
-"""Local response normalization on CIFAR-10: from 13 to 11 % test error (§3.3).
+"""Local response normalization on CIFAR-10: 13 % to 11 % test error (§3.3).
 
     python -m experiments.cifar_lrn --scale=full -- --config.data.source=FOLDER
 
 The paper: "a four-layer CNN achieved a 13% test error rate without normalization and 11% with
 normalization", as "specified precisely" by the files of cuda-convnet. Those files, `configs/cifar10.py`,
-come with the test errors that the first table repeats. But the 13 % and the 11 % network differ in
-more than norms: in their units, weight decay and length (`docs/original.md` §8). So the 11 % network is also
-trained without its norms, and the two are compared seed by seed: same first parameters, same batches.
+state the test errors that the first table repeats. But the 13 % and 11 % networks differ in more than
+normalization: in their units, weight decay and schedule length (`docs/original.md` §8). So the 11 % network
+is also trained without its norms, and the two are compared seed by seed, with the same initial parameters
+and batches.
 
-What the files of 2012 did with parts of the training pictures is simplified as `configs/cifar10.py` says.
-Test error: by the centre crop, and for the cropped networks by cuda-convnet's ten views (four corners and
-centre, and their mirror images).
+How the 2012 files handled parts of the training set is simplified (see `configs/cifar10.py`). Test errors use
+the centre crop and, for networks trained on crops, also cuda-convnet's ten views (four corners and centre,
+and their mirror images).
 """
 
 import math
@@ -27,11 +28,11 @@ PAIR = ('11pct_plain', '11pct')  # without norms, with them
 VIEWS = {'centre': 'centre crop', 'ten': 'ten views'}
 INDEPENDENT = True
 NOTES = {
-    'small': 'The networks are trained for 12 epochs (the 26 % network for its 10), with every drop of '
-    'the rate at the same part of them as in its file.'
+    'small': 'The networks are trained for 12 epochs (the 26 % network for its usual 10), with every '
+    'learning rate drop at the same fraction of training as in its file.'
 }
-EVALUATIONS = 20  # in a run, at full scale
-LOOKS = {  # colour, dashes (some colours are the same grey in print), words
+EVALUATIONS = 20  # per run, at full scale
+LOOKS = {  # colour, dashes (some colours print as the same grey), label
     '80sec': ('#cc79a7', (0, (9, 2)), '26 % network'),
     '19pct': ('#009e73', '-.', '19 % network'),
     '18pct': ('#e69f00', (0, (5, 1, 1, 1, 1, 1)), '18 % network'),
@@ -75,12 +76,12 @@ def config(net: str) -> str:
 
 
 def whole(net: str) -> float:
-    """The epochs of a network's full schedule."""
+    """Returns the epochs of a network's full schedule."""
     return configfile.load(config(net)).optim.epochs
 
 
 def errors(workdir) -> dict[str, float]:
-    """The test errors of a finished run, %, by view; only one where the crop is the whole picture."""
+    """Returns the test errors of a finished run, %, by view; only one if the crop is the whole image."""
     fields = directory.read_config(workdir)
     views = tuple(VIEWS) if fields['augment']['crop'] < fields['data']['size'] else ('centre',)
     sums = evaluation.compare([workdir], views=views)
@@ -88,7 +89,7 @@ def errors(workdir) -> dict[str, float]:
 
 
 def seeds_of(results, net: str) -> dict:
-    """The results of a network by seed, without those that diverged."""
+    """Returns the results of a network by seed, without those that diverged."""
     return {r['seed']: r for r in labs.named(results, net) if not r['diverged']}
 
 
@@ -98,12 +99,12 @@ def epochs_per_step(result) -> float:
 
 
 def made(result) -> float:
-    """The epochs of a finished run: at its end it is evaluated."""
+    """Returns the epochs of a finished run, which ends with an evaluation."""
     return result['eval'][-1]['step'] * epochs_per_step(result)
 
 
 def gains(results, view: str) -> list[float]:
-    """By how many points the test error is lower with norms, for every seed that has both."""
+    """Returns by how many points norms lower the test error, for every seed that has both runs."""
     without, with_ = (seeds_of(results, net) for net in PAIR)
     return [
         without[seed]['extra'][view] - with_[seed]['extra'][view]
@@ -112,7 +113,7 @@ def gains(results, view: str) -> list[float]:
 
 
 def verdicts(differences: dict[str, list[float]]) -> dict[str, str]:
-    """What the gains by view show, those of several seeds as one family of tests."""
+    """Describes the gains by view; those over several seeds form one family of tests."""
     found = {view: statistics.paired(values) for view, values in differences.items() if values}
     corrected = statistics.holm(
         {view: d.p for view, d in found.items() if len(differences[view]) > 1}
@@ -130,7 +131,7 @@ def verdicts(differences: dict[str, list[float]]) -> dict[str, str]:
 
 def report(results) -> str:
     lines = [
-        '| network | epochs | known for, % | test error, %, centre crop | ten views | seeds |',
+        '| network | epochs | published, % | test error, %, centre crop | ten views | seeds |',
         '|---|---|---|---|---|---|',
     ]
     for net, claimed in CLAIMED.items():
@@ -154,32 +155,32 @@ def report(results) -> str:
         lines.append(f'| {net} | {epochs} | {known} | {centre} | {ten} | {count} |')
     lines += [
         '',
-        'Epochs: made, of those of the full schedule, after which each network is known for its '
-        'error (of several views, where it is trained on crops). Drops of the rate come as '
-        'much earlier. Errors: mean ± standard deviation over seeds.',
+        'Epochs: trained, of the full schedule, at whose end each network has its published error '
+        '(with several views if trained on crops). Shorter schedules drop the learning rate '
+        'proportionally earlier. Errors: mean ± standard deviation over seeds.',
         '',
     ]
     differences = {view: gains(results, view) for view in VIEWS}
     for view, words in verdicts(differences).items():
         lines.append(
-            f'- What norms alone bring the 11 % network, test error without minus with, '
+            f'- Effect of norms alone in the 11 % network (test error without norms minus with), '
             f'{VIEWS[view]}: {words}.'
         )
     if differences['ten']:
         over = statistics.over_pictures(*(labs.named(results, net) for net in PAIR))
-        lines.append(f'- The same over pictures (bootstrap, centre crop, 95 %): {over}.')
+        lines.append(f'- The same over images (bootstrap, centre crop, 95 %): {over}.')
     else:
-        lines.append('- What norms alone bring: not run.')
+        lines.append('- Effect of norms alone: not run.')
     lines.append(
-        '- The figure has the errors with the centre crop; its bars are what the networks are known '
-        'for, those of 13 and 11 % by several views.'
+        '- The figure shows errors with the centre crop. Its bars mark the published errors, of which '
+        '13 and 11 % were measured with several views.'
     )
     lines.append(
         '- The paper: 13 % without, 11 % with; its two networks differ in more than norms.'
     )
     tests = sum(len(values) > 1 for values in differences.values())
     if tests:
-        lines += ['', statistics.family(tests, 'what norms bring, by each kind of views')]
+        lines += ['', statistics.family(tests, 'the effect of norms, one test per kind of view')]
     return '\n'.join(lines)
 
 
@@ -201,7 +202,7 @@ def plot(results, file):
             )
             if i == 0 and CLAIMED[net]:
                 axes.axhline(CLAIMED[net], 0.97, 1, color=colour, lw=3)
-    axes.set_xscale('log')  # of 10 to 520 epochs
+    axes.set_xscale('log')  # 10 to 520 epochs
     axes.xaxis.set_major_formatter('{x:g}')
     axes.set(xlabel='epochs', ylabel='test error, centre crop, %', ylim=(0, None))
     if axes.lines:

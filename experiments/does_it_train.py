@@ -1,21 +1,21 @@
-"""Does the network train from the initial values that the paper prints? (§5; `docs/original.md` §3)
+"""Does the network train from the initial values in the paper? (§5; `docs/original.md` §3)
 
     python -m experiments.does_it_train --scale=small -- --config.data.source=FOLDER
 
-The paper's text: standard deviation 0.01 in every layer, bias 1 in conv2, conv4, conv5 and the hidden
-layers, "to accelerate the early stages of learning", and alpha = 1e-4 in the normalization. The
-source of the net behind its tables: 0.03 in conv3 to conv5, and alpha divided by the five channels of
-the window. Caffe found that bias 1 "gave flat loss" and took 0.1. Each of these is changed by itself,
-from the text towards the source; `original` differs in more (`configs/original.py`).
+The paper's text has standard deviation 0.01 in every layer, bias 1 in conv2, conv4, conv5 and the hidden
+layers, "to accelerate the early stages of learning", and alpha = 1e-4 in the normalization. The 2012 source
+code of the network behind its tables has 0.03 in conv3 to conv5, and alpha divided by the five channels of
+the window. Caffe found that bias 1 "gave flat loss" and used 0.1. Each run changes one of these, starting
+from the text; `original` differs in more (`configs/original.py`).
 
-A run has learnt something once its training loss leaves ln(classes), that of pure chance: at the end
-of the first interval from which on it stays below 0.95 ln(classes). Rates are those that the presets
-start with, without drops. 400 steps at the small scale are 0.512 epochs of Tiny ImageNet, 3000 at full
-scale 0.3 epochs of ImageNet; for a smaller set give `--config.optim.epochs=STEPS * 128 / PICTURES`.
+A run has learned something once its training loss leaves ln(classes), the loss of pure chance: at the end of
+the interval in which it falls below 0.95 ln(classes) for good. Learning rates are the presets' initial ones,
+without drops. The small scale has 400 steps, 0.512 epochs of Tiny ImageNet; full scale has 3000, 0.3 epochs
+of ImageNet. For a smaller set pass `--config.optim.epochs=STEPS * 128 / IMAGES`.
 
-At the start and at every checkpoint: the mean square of what every layer hands to the next (after its
-activation, norm and pooling), and the standard deviation of the logits across 64 validation pictures,
-from all over the split.
+At the start and at every checkpoint, the mean square of every layer's output (after activation, norm and
+pooling) is measured, and the standard deviation of the logits across 64 validation images, spread evenly
+over the split.
 """
 
 import math
@@ -32,10 +32,10 @@ from alexnet_jax.training import inference, steps
 from experiments import lab as labs
 from experiments import statistics
 
-TITLE = 'Does it train from the initial values of the text? (§5)'
+TITLE = "Does it train from the paper's initial values? (§5)"
 NOTES = {
-    'small': "The networks have a quarter of the width, at which every standard deviation but conv1's "
-    'is doubled (`config.model.width`): the table names those of the full width.'
+    'small': 'The networks have a quarter of the width, which doubles all standard deviations but that of '
+    'conv1 (`config.model.width`); the table lists those of the full width.'
 }
 SOURCE_STD = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
 SMALL_BIAS = (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0)
@@ -54,11 +54,11 @@ RUNS = {  # name: std in conv3 to conv5, bias, alpha, config, its changes
     ),
 }
 OTHERWISE = (
-    '`original` differs from the text in more than these columns: in the order of norm and ReLU, by a '
-    'second norm in layer 2, in the rate of the biases, in the brightness of noisy images, and in how many '
-    'of them share a crop.'
+    '`original` differs from the text in more than these columns: in the order of norm and ReLU, a second '
+    'norm in layer 2, the learning rate of the biases, the brightness of noisy images, and the number of '
+    'images that share a crop.'
 )
-STYLES = {  # colour-blind safe (Okabe and Ito), and by their lines
+STYLES = {  # colour-blind safe (Okabe and Ito); the dashes differ too
     'paper': ('#000000', '-'),
     'original': ('#cc79a7', (0, (9, 2))),
     'paper std': ('#d55e00', '--'),
@@ -110,12 +110,12 @@ def run(lab):
 
 
 def look(workdir) -> dict:
-    """The network of a run at its start and at every checkpoint."""
+    """Measures the network of a run at its start and at every checkpoint."""
     mesh = meshes.make((1, 1), towers=1, batches={})
     trained = inference.open_run(workdir, mesh)
     kept = checkpoint.Checkpoints(workdir / 'checkpoints').steps()
     store = inference.open_store([trained])
-    count = store.counts['val']  # over the whole split: it may be sorted
+    count = store.counts['val']  # spread over the split, which may be sorted by class
     chosen = np.linspace(0, count - 1, min(count, PICTURES)).astype(int)
     images = figures.squares(store, 'val', chosen)
     crop = trained.config['augment']['crop']
@@ -130,7 +130,7 @@ def look(workdir) -> dict:
 
 
 def activations(net, variables, x) -> dict:
-    """x f32[B,H,W,3] -> by layer the mean square of its output, and the spread of the logits."""
+    """x f32[B,H,W,3] -> the mean square of each layer's output, and the spread of the logits."""
     logits, out, _ = network.apply(net, variables, x)
     squares = {}
     for i in range(len(net.kernels)):
@@ -147,7 +147,7 @@ def plain(tree):
 
 
 def left(result) -> int | None:
-    """The step from which on a run's training loss stays below that of chance; None if there is none."""
+    """Returns the step at which a run's training loss falls below that of chance for good; None if never."""
     step = None
     for row in result['train']:
         below = row['loss'] < labs.chance(result)
@@ -157,8 +157,8 @@ def left(result) -> int | None:
 
 def report(results) -> str:
     lines = [
-        '| init | std in conv3-5 | bias | alpha | leaves ln(classes) at step, by seed | steps made '
-        '| training loss at the end | validation error at the end, % | std of logits, start, end |',
+        '| init | std in conv3-5 | bias | alpha | leaves ln(classes) at step, by seed | steps trained '
+        '| final training loss | final validation error, % | std of logits, start, end |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
     sentences = []
@@ -187,16 +187,19 @@ def report(results) -> str:
         words = conclusion(name, [s for s in steps_left if s is not None], len(runs), length)
         if values := later(results, name):
             found = statistics.interval(statistics.paired(values), 0)
-            words += f' Steps more than paper, {labs.count(len(values), "pair")}: {found}.'
+            words += f' Steps relative to `paper`, {labs.count(len(values), "pair")}: {found}.'
         sentences.append(words)
     note = '; '.join(f'ln({n}) = {math.log(n):.3f}' for n in classes(results))
     lines += ['', *(f'- {text}' for text in sentences), '', f'Chance: {note}. {OTHERWISE}']
-    lines += ['', 'Steps more than paper: paired by seed, mean and 95 % interval, not corrected.']
+    lines += [
+        '',
+        'Steps relative to `paper`: paired by seed, mean and 95 % interval, not corrected.',
+    ]
     return '\n'.join(lines)
 
 
 def later(results, name: str) -> list[int]:
-    """How many steps later than `paper` a row leaves chance, for the seeds where both do; none of itself."""
+    """Returns how many steps later than `paper` a row leaves chance, by seed; [] for `paper` itself."""
     own, paper = (
         {r['seed']: left(r) for r in labs.named(results, row) if not r['diverged']}
         for row in (name, 'paper')
@@ -206,12 +209,12 @@ def later(results, name: str) -> list[int]:
 
 
 def classes(results) -> list[int]:
-    """The numbers of classes that some results are of."""
+    """Returns the distinct numbers of classes in some results."""
     return sorted({result['data']['classes'] for result in results.values()})
 
 
 def conclusion(name: str, steps_left: list[int], seeds: int, length: int) -> str:
-    """One row in words."""
+    """Describes one row."""
     start = f'{name}: the loss left ln(classes) in {len(steps_left)} of {labs.count(seeds, "seed")}'
     if not steps_left:
         return f'{start} within {length:,} steps.'
@@ -221,7 +224,7 @@ def conclusion(name: str, steps_left: list[int], seeds: int, length: int) -> str
 
 
 def plot(results, file):
-    """Loss, spread of the logits, mean squares at the start; then those over training, a panel for each."""
+    """Draws loss, spread of the logits and initial mean squares; then a panel of mean squares per row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 10), layout='constrained')
@@ -229,7 +232,7 @@ def plot(results, file):
     over_time = dict(zip(STYLES, (axes for row in rest for axes in row), strict=True))
     for axes in over_time.values():
         axes.sharey(start)
-    widths = np.linspace(4, 1, len(STYLES))  # of curves that coincide all are seen
+    widths = np.linspace(4, 1, len(STYLES))  # keeps coinciding curves visible
     for (name, (colour, style)), width in zip(STYLES.items(), widths, strict=True):
         runs = labs.named(results, name)
         for result in runs:
@@ -270,13 +273,13 @@ def plot(results, file):
                 )
     for number in classes(results):
         losses.axhline(math.log(number), color='#777777', lw=0.8)
-    losses.set(xlabel='steps', ylabel='training loss, nats (the line: chance)', xlim=(0, None))
+    losses.set(xlabel='steps', ylabel='training loss, nats (line: chance)', xlim=(0, None))
     figure.legend(
         *losses.get_legend_handles_labels(), loc='outside upper center', ncols=6, frameon=False
     )
     spreads.set(xlabel='steps', ylabel='standard deviation of the logits, seed 0', yscale='log')
     for name, axes in {'at the start': start, **over_time}.items():
-        axes.set(title=name, yscale='log', ylabel='mean square handed on, seed 0')
+        axes.set(title=name, yscale='log', ylabel='mean square of outputs, seed 0')
         axes.tick_params(axis='x', rotation=45)
         if axes is not start and axes.lines:
             axes.legend(frameon=False, fontsize=7)

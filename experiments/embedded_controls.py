@@ -1,11 +1,11 @@
-"""Shows that the embedded set needs a network: what simpler classifiers make of it.
+"""Shows that the embedded set needs a network: simpler classifiers fail on it.
 
     python -m experiments.embedded_controls              # twenty minutes on two cores
     python -m experiments.embedded_controls --seeds=0    # without the networks: two minutes
 
-Each control is trained on the 2000 training pictures and tested on the 1000 others; chance is 90 %.
-What a control reaches must lie above its bound. The networks are the quickstart's, with several
-seeds; interrupted, the same command goes on.
+Each control is trained on the 2000 training images and tested on the 1000 others; chance is 90 %. The error
+of a control must be above its bound. The networks are variants of the quickstart, with several seeds. If
+interrupted, repeat the command to resume.
 """
 
 import argparse
@@ -28,17 +28,17 @@ NEIGHBOURS = 25
 
 
 class Split(NamedTuple):
-    """What the controls may look at."""
+    """The features available to the controls."""
 
     pixels: np.ndarray  # u8[N,32,32,3]
-    colour: np.ndarray  # f64[N,3], mean of each picture
+    colour: np.ndarray  # f64[N,3], mean of each image
     file: np.ndarray  # f64[N,3]: bytes, width, height
     box: np.ndarray  # f64[N,4]: centre and sides of the figure's bounding box
     labels: np.ndarray  # i64[N]
 
 
 def load(name: str) -> Split:
-    """Renders a split of the embedded set again."""
+    """Renders a split of the embedded set."""
     number, count = shapes.SPLITS[name]
     rows = []
     for index in range(count):
@@ -57,18 +57,18 @@ def load(name: str) -> Split:
 
 
 def error(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Top-1 error, %."""
+    """Returns the top-1 error, %."""
     return 100 * float(np.mean(predicted != labels))
 
 
 def nearest_mean(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Classes of the nearest class mean, for f64[N,F] -> i64[M]."""
+    """Predicts the class with the nearest mean, f64[M,F] -> i64[M]."""
     means = np.array([train[labels == label].mean(0) for label in range(labels.max() + 1)])
     return ((test[:, None] - means) ** 2).sum(-1).argmin(1)
 
 
 def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Majority of the nearest neighbours by standardised features, f64[N,F] -> i64[M]."""
+    """Predicts the majority of the nearest neighbours by standardized features, f64[M,F] -> i64[M]."""
     mean, scale = train.mean(0), train.std(0)
     distances = ((((test - mean) / scale)[:, None] - (train - mean) / scale) ** 2).sum(-1)
     votes = labels[distances.argpartition(NEIGHBOURS, axis=1)[:, :NEIGHBOURS]]
@@ -76,7 +76,7 @@ def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray) 
 
 
 def regression(train: np.ndarray, labels: np.ndarray, test: np.ndarray, decay: float) -> np.ndarray:
-    """Multinomial logistic regression on u8 pictures, weight decay, L-BFGS -> i64[M]."""
+    """Predicts by multinomial logistic regression on u8 images, with weight decay and L-BFGS -> i64[M]."""
     x, y = (part.reshape(len(part), -1).astype(np.float32) / 64 - 2 for part in (train, test))
     truth = np.eye(labels.max() + 1, dtype=np.float32)[labels]
     shape = (x.shape[1], truth.shape[1])
@@ -108,7 +108,7 @@ def regression(train: np.ndarray, labels: np.ndarray, test: np.ndarray, decay: f
 def controls(train: Split, test: Split) -> list[tuple[str, float, float]]:
     """Runs the controls without a network -> (name, bound %, error %) of each.
 
-    The weight decay of the regression is the best of three on the test pictures: in its favour.
+    The weight decay of the regression is the best of three on the test images, which favours it.
     """
     labels = train.labels
     return [
@@ -148,7 +148,7 @@ def controls(train: Split, test: Split) -> list[tuple[str, float, float]]:
     ]
 
 
-# What is done to the quickstart's network, and how many points worse it must be for it.
+# Changes to the quickstart's network, and how many points worse they must make it.
 NETWORKS = {
     'the quickstart': ({}, 0.0),
     'without crops and flips': ({'augment.random': False}, 0.0),
@@ -157,7 +157,7 @@ NETWORKS = {
 
 
 def networks(seeds: int, root: pathlib.Path) -> dict[str, dict[str, list[float]]]:
-    """Trains each network with each seed, or goes on with it -> {view: {network: top-1 errors, %}}."""
+    """Trains or resumes each network with each seed -> {view: {network: top-1 errors, %}}."""
     results = {view: {name: [] for name in NETWORKS} for view in steps.VIEWS}
     for seed in range(seeds):
         for name, (changes, _) in NETWORKS.items():
@@ -172,7 +172,7 @@ def networks(seeds: int, root: pathlib.Path) -> dict[str, dict[str, list[float]]
 
 
 def corrected(of_views: dict[str, dict[str, list[float]]]) -> dict[tuple[str, str], float]:
-    """By network and view the p value of no difference to the quickstart, by Holm over the views."""
+    """Returns p values of no difference from the quickstart, corrected by Holm over the views."""
     found = {}
     for name in [*NETWORKS][1:]:
         p = {
@@ -185,7 +185,7 @@ def corrected(of_views: dict[str, dict[str, list[float]]]) -> dict[tuple[str, st
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m experiments.embedded_controls')
-    parser.add_argument('--seeds', type=int, default=3, help='of each network; 0: no networks')
+    parser.add_argument('--seeds', type=int, default=3, help='seeds per network; 0: no networks')
     parser.add_argument(
         '--workdir', type=pathlib.Path, default=pathlib.Path('runs/embedded_controls')
     )
@@ -200,8 +200,8 @@ def main() -> None:
     p = corrected(of_views)
     for view, results in of_views.items():
         print(
-            f'\nThe networks, {CROPS[view]}; "worse by": paired by seed, with its 95 % interval; p: '
-            f'corrected by Holm for {len(of_views)} views.'
+            f'\nNetworks, {CROPS[view]}. "worse by": paired by seed, with 95 % interval; p: corrected by '
+            f'Holm for {len(of_views)} views.'
         )
         print(f'{"network":<28}{"error % by seed":<44}{"mean ± std":>14}{"worse by":>26}{"p":>9}')
         for name, errors_ in results.items():

@@ -1,18 +1,19 @@
-"""Figure 1: ReLU reaches 25 % training error on CIFAR-10 several times sooner than tanh (§3.1).
+"""Figure 1: ReLU reaches 25 % training error on CIFAR-10 several times faster than tanh (§3.1).
 
     python -m experiments.fig1_relu_tanh --scale=full -- --config.data.source=FOLDER
 
 The paper: "a four-layer convolutional neural network with ReLUs reaches a 25 % training error rate
 on CIFAR-10 six times faster than an equivalent network with tanh neurons. The learning rates for
 each network were chosen independently to make training as fast as possible. No regularization of any
-kind was employed." It does not name the network. Ours: cuda-convnet's 19 % network, three
-convolutions and the last layer, without weight decay, crops or flips (`docs/original.md` §8).
+kind was employed." It does not say which network. We use cuda-convnet's 19 % network, three convolutions and
+the last layer, without weight decay, crops or flips (`docs/original.md` §8).
 
-For each activation the rate with the lowest training error in the third epoch is taken, of RATES;
-then every seed runs with it until 25 %. Training error: over the last epoch, as its pictures were trained
-on, looked at after every 78 batches, a fifth of an epoch. A single block of these 9,984 pictures is at 25 %
-earlier (cuda-convnet printed the error of such blocks, of 10,000): every epoch has a new order here, so what
-comes first in one was often seen a short time ago, and its error is lower. The table has both.
+For each activation, the learning rate in RATES with the lowest training error in the third epoch is chosen;
+then every seed trains with it until 25 %. The training error is that of the images as they are trained on,
+over the last epoch, and is updated every 78 batches, a fifth of an epoch. A single block of these 9,984
+images reaches 25 % earlier (cuda-convnet printed the error of such blocks, of 10,000): every epoch has a new
+order here, so images at the start of an epoch were often seen recently, and their error is lower. The table
+shows both.
 """
 
 import math
@@ -27,15 +28,14 @@ TARGET = 25.0  # % training error
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 NETS = {'ReLU': 'configs/cifar10.py:fig1', 'tanh': 'configs/cifar10.py:fig1_tanh'}
 CHOICES = (
-    'The paper does not name its network. Ours, by our own choice: the 19 % network of cuda-convnet, three '
+    'The paper does not name its network. Our choice is the 19 % network of cuda-convnet, three '
     'convolutions and the last layer, without weight decay, crops or flips (`docs/original.md` §8). The '
-    'training error is of pictures as they are trained on, and looked at after every block of 78 batches, '
-    'which of '
-    'CIFAR-10 is a fifth of an epoch: over the whole epoch before, and over the block alone, which is lower '
-    'at the beginning of an epoch, for then many pictures were seen a short time ago. Between two looks a '
-    'straight line is drawn.'
+    'training error is that of the images as they are trained on, computed after every block of 78 batches '
+    '(a fifth of an epoch of CIFAR-10): over the whole preceding epoch, and over the block alone. The latter '
+    'is lower at the start of an epoch, when many images have been seen recently. Between blocks it is '
+    'interpolated linearly.'
 )
-SCALES = {  # rates, epochs of the sweep and, at the most, to the target, further changes
+SCALES = {  # rates, epochs of the sweep, maximum epochs to the target, further changes
     'smoke': (RATES[1:3], 1.0, 2.0, {'data.source': 'alexnet_shapes', 'run.log_every': 4}),
     'small': (RATES[1:4], 2.0, 20.0, {'run.log_every': 78}),
     'full': (RATES, 3.0, 150.0, {'run.log_every': 78}),
@@ -65,13 +65,13 @@ def run(lab):
 
 
 def best_rate(results, net: str) -> float:
-    """The rate whose run in the sweep ended with the lowest training error of its last epoch."""
+    """Returns the rate in the sweep with the lowest training error in the last epoch."""
     swept = rates(results, net)
     return min(swept, key=lambda rate: last_epoch(swept[rate]))
 
 
 def rates(results, net: str) -> dict:
-    """The runs of the sweep by their rates."""
+    """Returns the runs of the sweep by rate."""
     return {
         float(r['name'].split()[-1]): r
         for r in results.values()
@@ -80,13 +80,13 @@ def rates(results, net: str) -> dict:
 
 
 def last_epoch(result) -> float:
-    """Mean training error, %, of a run's last epoch; infinite if it diverged or was shorter."""
+    """Returns a run's mean training error in its last epoch, %; infinite if it diverged or was shorter."""
     rows = [] if result['diverged'] else over_an_epoch(result['train'])
     return rows[-1]['top1_error'] if rows else math.inf
 
 
 def over_an_epoch(rows) -> list[dict]:
-    """The rows from the first epoch's end on, each with the mean error of as many as make an epoch."""
+    """Returns the rows from the end of the first epoch, each with the mean error over the epoch before it."""
     many = max(round(1 / rows[0]['epoch']), 1) if rows else 1
     return [
         {
@@ -98,10 +98,9 @@ def over_an_epoch(rows) -> list[dict]:
 
 
 def reached(rows) -> float | None:
-    """The epoch at which the training error falls to TARGET, None if it has not.
+    """Returns the epoch at which the training error falls to TARGET, None if it has not.
 
-    It lies between the ends of the first row that is no more and of the row before, as if the error fell in
-    a straight line from one to the other.
+    Interpolates linearly between the first row at or below TARGET and the row before it.
     """
     before = (0.0, 90.0)  # chance
     for row in rows:
@@ -113,14 +112,14 @@ def reached(rows) -> float | None:
     return None
 
 
-OVER = {'the epoch before': over_an_epoch, 'the block before': lambda rows: rows}
+OVER = {'the last epoch': over_an_epoch, 'the last block': lambda rows: rows}
 
 
 def report(results) -> str:
     lines = [
         CHOICES,
         '',
-        '| network | rate | error over | epochs to 25 %, by seed | mean ± std | at the end, an epoch, % |',
+        '| network | rate | error over | epochs to 25 %, by seed | mean ± std | final epoch, % |',
         '|---|---|---|---|---|---|',
     ]
     found = {over: {} for over in OVER}  # epochs by network and seed
@@ -153,16 +152,16 @@ def report(results) -> str:
                 spread = f'95 % interval {statistics.between(*bounds, 1, "-")}'
             among = f'{spread}, {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'
             lines.append(
-                f'- By the error over {over} tanh needs {ratio:.1f} times the epochs of ReLU '
+                f'- By the error over {over}, tanh needs {ratio:.1f} times as many epochs as ReLU '
                 f'({among}; the paper: about 6).'
             )
         else:
             lines.append(f'- By the error over {over}: not measured.')
     lines += [
         '',
-        "Ratios: geometric mean over the seeds that both have, Student's t of the logarithms.",
+        "Ratios: geometric mean over the seeds that both have, Student's t on the logarithms.",
         '',
-        'The sweep, training error in % over its last epoch: '
+        'Training error in the last epoch of the sweep, %: '
         + '; '.join(
             f'{net}: '
             + ', '.join(
@@ -197,7 +196,7 @@ def plot(results, file):
     axes.axhline(TARGET, color='#777777', lw=0.8, ls=':')
     axes.set(
         xlabel='epochs',
-        ylabel='training error of the epoch before, %',
+        ylabel='training error over the last epoch, %',
         ylim=(0, 80),
         xlim=(0, None),
     )

@@ -2,19 +2,20 @@
 
     python -m experiments.fig3_filters --scale=full                       # `original` on ImageNet
     python -m experiments.fig3_filters --scale=small -- --config.data.source=FOLDER
-    python -m experiments.fig3_filters --run=runs/original                # keeps nothing of it
+    python -m experiments.fig3_filters --run=runs/original                # stores nothing
 
 The paper: "The kernels on GPU 1 are largely color-agnostic, while the kernels on GPU 2 are largely
 color-specific. This kind of specialization occurs during every run and is independent of any particular
-random weight initialization (modulo a renumbering of the GPUs)." Two numbers of every kernel:
+random weight initialization (modulo a renumbering of the GPUs)." We measure two numbers per kernel:
 
-    colour        the share of its sum of squares that is left when at every place the mean of R, G and B
-                  is subtracted: 0 of a grey pattern, 1 of one that grey does not excite, 0.67 of noise
-    orientation   1 minus the circular variance of the directions of its gradients, each weighing as its
-                  square: 1 of edges in one direction, whichever, near 0 of a spot and of noise
+    colour        the share of its sum of squares that remains after subtracting the mean of R, G and B at
+                  every position: 0 for a grey pattern, 1 for one that does not respond to grey, 0.67 for
+                  noise
+    orientation   1 minus the circular variance of its gradient directions, weighted by their squares: 1 for
+                  edges in a single direction, near 0 for a spot and for noise
 
-The small scale is nearly that of the reference of `ablations` (30 epochs, a JPEG store): they were chosen
-apart, and the results that are kept hold each to its own. `fig4_retrieval` looks at the same runs.
+The small scale is almost that of the reference in `ablations` (30 epochs, a JPEG store). The two were chosen
+independently, and stored results tie each to its own. `fig4_retrieval` analyzes the same runs.
 """
 
 import base64
@@ -32,15 +33,15 @@ from alexnet_jax.training import inference, progress
 from experiments import lab as labs
 from experiments import statistics
 
-TITLE = 'Figure 3: what the two towers specialise in (§6.1)'
+TITLE = 'Figure 3: what the two towers specialize in (§6.1)'
 TAKES_RUNS = True
 CONFIG = 'configs/original.py'
 NOTES = {
     'small': 'The network is `original` with a quarter of the width, trained for a third of its '
-    'schedule (30.33 epochs) on 112-pixel crops of 128-pixel pictures, from a raw store.'
+    'schedule (30.33 epochs) on 112-pixel crops of 128-pixel images, from a raw store.'
 }
 SMALL = {'data.size': 128, 'data.format': 'u8', 'augment.crop': 112}
-SCALES = {  # part of the schedule, changes
+SCALES = {  # fraction of the schedule, changes
     'smoke': (
         0.0002,
         {
@@ -62,7 +63,7 @@ def run(lab):
 
 
 def train(lab, after):
-    """The runs of figures 3 and 4, and what `after` finds in them."""
+    """Makes the runs of figures 3 and 4, and stores what `after` finds in them."""
     part, changes = SCALES[lab.scale]
     changes = {**labs.shortened(CONFIG, part), **changes}
     for seed in range(lab.seeds):
@@ -70,7 +71,7 @@ def train(lab, after):
 
 
 def look(workdir) -> dict:
-    """Conv1's kernels as a picture, and the two numbers of each, at the start and at the end."""
+    """Returns an image of conv1's kernels, and the measures of each at the start and end of training."""
     trained = inference.open_run(workdir, meshes.make((1, 1), towers=1, batches={}))
     kernels = visualize.first_kernels(trained)
     seed, crop = trained.config['seed'], trained.config['augment']['crop']
@@ -83,7 +84,7 @@ def look(workdir) -> dict:
 
 
 def measures(kernels: np.ndarray) -> dict[str, list]:
-    """Kernels f32[T,h,w,3,C] -> by tower and kernel: 'colour', 'orientation', 'energy' (of squares)."""
+    """Kernels f32[T,h,w,3,C] -> 'colour', 'orientation', 'energy' (sum of squares) by tower and kernel."""
     numbers = {
         'colour': colour(kernels),
         'orientation': orientation(kernels),
@@ -96,27 +97,27 @@ def measures(kernels: np.ndarray) -> dict[str, list]:
 
 
 def colour(kernels: np.ndarray) -> np.ndarray:
-    """f32[T,h,w,3,C] -> f32[T,C]; see above."""
+    """f32[T,h,w,3,C] -> f32[T,C]; see the module docstring."""
     own = kernels - kernels.mean(3, keepdims=True)
     return (own**2).sum((1, 2, 3)) / np.maximum((kernels**2).sum((1, 2, 3)), 1e-30)
 
 
 def orientation(kernels: np.ndarray) -> np.ndarray:
-    """f32[T,h,w,3,C] -> f32[T,C]; see above."""
+    """f32[T,h,w,3,C] -> f32[T,C]; see the module docstring."""
     y, x = np.gradient(kernels.astype(np.float64), axis=(1, 2))
-    turned = (x + 1j * y) ** 2  # opposite gradients are of one direction
+    turned = (x + 1j * y) ** 2  # opposite gradients count as the same direction
     return np.abs(turned.sum((1, 2, 3))) / np.maximum(np.abs(turned).sum((1, 2, 3)), 1e-30)
 
 
 def packed(picture: np.ndarray, format: str) -> str:
-    """A picture u8[H,W,3] as text, for a file of results."""
+    """Encodes an image u8[H,W,3] as text, for a results file."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format, quality=90)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def unpacked(text: str) -> np.ndarray:
-    """What `packed` was given."""
+    """Inverts `packed`."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert('RGB'))
 
 
@@ -157,60 +158,60 @@ def report(results) -> str:
             )
             p = f', p = {corrected[key]:.2g}' if name == 'colour' else ''
             words.append(
-                f'{name} {statistics.interval(d)}{p}, at the start {statistics.interval(before)}'
+                f'{name} {statistics.interval(d)}{p}, before training {statistics.interval(before)}'
             )
         survives = statistics.verdict(compared[key].mean, corrected[key])
         found.append(int(compared[key].mean > 0) if survives else None)
         sentences.append(f'- {called(result)}, tower 1 minus tower 0: {"; ".join(words)}.')
     lines += [
         '',
-        'At the start all is noise, with a colour of 0.67: where the towers differ there, chance '
-        'alone did it.',
+        'Before training all kernels are noise, with a colour of 0.67; any difference between the towers '
+        'is due to chance.',
         '',
     ]
     lines += sentences
     if found:
         each = found.count(0), found.count(1)
         lines.append(
-            f'- One tower is more for colour than the other in {sum(each)} of {len(found)} runs, by the '
-            f'corrected p (tower 0 in {each[0]}, tower 1 in {each[1]}); the paper: in every run, largely.'
+            f'- One tower is more colour-specific in {sum(each)} of {len(found)} runs, by the corrected p '
+            f'(tower 0 in {each[0]}, tower 1 in {each[1]}); the paper: largely so, in every run.'
         )
     if drawn(results):
         lines.append(
-            '- Figure: of each run the kernels of tower 0, below them those of tower 1. All '
-            'kernels of a run share one scale: black is its least weight, white its greatest.'
+            '- Figure: for each run, the kernels of tower 0 above those of tower 1. All kernels of a run '
+            'share one scale: black is the smallest weight, white the largest.'
         )
     if compared:
-        of = 'the colour of the kernels at the end, tower 1 minus tower 0, of each run'
+        of = 'the final colour of the kernels, tower 1 minus tower 0, for each run'
         lines += ['', statistics.family(len(compared), of, "Welch's t over kernels")]
     return '\n'.join(lines)
 
 
 def drawn(results) -> list:
-    """The results whose kernels are in the figure."""
+    """Returns the results whose kernels are in the figure."""
     return [result for result in results.values() if result['extra']]
 
 
 def figure(results):
-    """The kernels of every run, its towers one below the other, as a matplotlib figure.
+    """Draws the kernels of every run, one tower below the other, as a matplotlib figure.
 
-    Where there are several runs, each is headed by its name.
+    If there are several runs, each has its name as a title.
     """
     from matplotlib.figure import Figure
 
     shown = drawn(results)
     pictures = [unpacked(result['extra']['picture']) for result in shown]
     heights, widths = zip(*(picture.shape[:2] for picture in pictures), strict=True)
-    # inches: 25 weights in one
+    # inches, at 25 weights each
     size = max(widths) / 25 + 0.8, sum(heights) / 25 + 0.65 * len(shown)
     made = Figure(figsize=size, layout='constrained')
-    made.get_layout_engine().set(h_pad=0.2)  # above and below a run; its towers are 0.28 apart
+    made.get_layout_engine().set(h_pad=0.2)  # above and below each run; towers are 0.28 apart
     grid = made.subplots(len(shown), 1, squeeze=False, height_ratios=heights)
     for axes, result, picture in zip(grid.flat, shown, pictures, strict=True):
         axes.imshow(picture, interpolation='nearest')
         axes.set_anchor('W')
         towers = len(result['extra']['end']['colour'])
-        rows = np.flatnonzero((picture < 255).any((1, 2)))  # of pixels, those with kernels
+        rows = np.flatnonzero((picture < 255).any((1, 2)))  # pixel rows that show kernels
         middles = [part.mean() for part in np.array_split(rows, towers)]
         axes.set_yticks(middles, [f'tower {t}' for t in range(towers)], va='center')
         axes.set_xticks([])

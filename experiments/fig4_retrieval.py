@@ -1,17 +1,17 @@
-"""Figure 4: five most probable labels of test pictures, and the training pictures nearest by fc7 (§6.1).
+"""Figure 4: five most probable labels of test images, and their nearest training images by fc7 (§6.1).
 
     python -m experiments.fig4_retrieval --scale=full                     # `original` on ImageNet
     python -m experiments.fig4_retrieval --scale=small -- --config.data.source=FOLDER
-    python -m experiments.fig4_retrieval --run=runs/original              # keeps nothing of it
+    python -m experiments.fig4_retrieval --run=runs/original              # stores nothing
 
-The paper draws eight test pictures with their labels, and five with the six training pictures whose
-activations in the last hidden layer are nearest by Euclidean distance, and says that those are
-"generally not close in L2" by pixels and show the same things. Here this gets a number: of the six
-nearest of every validation picture, how many are of its class; the same of the six nearest by pixels
-(of the whole pictures made 32 x 32); and by chance, the share of two pictures drawn apart. (At full
-scale that takes the host some 5e14 multiplications.)
+The paper shows eight test images with their labels, and five with the six training images whose activations
+in the last hidden layer are nearest in Euclidean distance. It says that these are "generally not close in L2"
+by pixels and show the same things. We measure this: of the six nearest neighbours of every validation image,
+how many have its class; the same for the six nearest by pixels (of the whole images, downscaled to 32 x 32);
+and the chance that two independently drawn images share a class. (At full scale this takes about 5e14
+multiplications on the host.)
 
-The runs are those of `fig3_filters`, with its scales: whichever comes first trains them.
+The runs and scales are those of `fig3_filters`; whichever experiment runs first trains them.
 """
 
 import io
@@ -28,12 +28,12 @@ from alexnet_jax.training import inference
 from experiments import fig3_filters, statistics
 from experiments import lab as labs
 
-TITLE = 'Figure 4: labels, and nearest training pictures (§6.1)'
+TITLE = 'Figure 4: labels and nearest training images (§6.1)'
 RUNS_OF, TAKES_RUNS = 'fig3_filters', True
 NOTES = fig3_filters.NOTES
 LABELLED, QUERIES, NEIGHBOURS = 8, 5, 6  # as in the paper
 BATCH = 100
-SIDE = 128  # pixels at the most, of pictures that are kept
+SIDE = 128  # maximum side of stored images, pixels
 
 
 def run(lab):
@@ -41,14 +41,14 @@ def run(lab):
 
 
 def look(workdir) -> dict:
-    """Predictions and neighbours to draw, and the shares of neighbours of the query's class."""
+    """Returns predictions and neighbours to draw, and how many neighbours share the query's class."""
     classify = inference.load(workdir)
     store = inference.open_store([classify.run])
     return {'predictions': predictions(classify, store), **neighbours(classify.run, store)}
 
 
 def predictions(classify, store) -> dict:
-    """Some validation pictures; of the classes only those that are named in the figure."""
+    """Predicts some validation images; stores only the classes that the figure shows."""
     records = figures.choose(store.labels('val'), min(LABELLED, store.counts['val']), seed=0)
     labels, images = store.labels('val')[records], figures.squares(store, 'val', records)
     made = predict.predict(classify, [''] * len(records), labels.tolist(), images)
@@ -62,7 +62,7 @@ def predictions(classify, store) -> dict:
 
 
 def neighbours(trained, store) -> dict:
-    """The training pictures nearest to every validation picture, those of a few of them to draw."""
+    """Finds the training images nearest to every validation image, and stores some of them to draw."""
     mesh = meshes.make((1, 1), towers=1, batches={})
     found, distances = nearest(store, retrieve.make_features(trained, mesh))
     train, val = store.labels('train'), store.labels('val')
@@ -86,7 +86,7 @@ def neighbours(trained, store) -> dict:
 
 
 def nearest(store, features) -> tuple[np.ndarray, np.ndarray]:
-    """The training pictures nearest to every validation picture -> `retrieve.nearest`."""
+    """Finds the training images nearest to every validation image; returns what `retrieve.nearest` does."""
 
     def of_split(split):
         rows = np.arange(BATCH)
@@ -96,7 +96,7 @@ def nearest(store, features) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pixels(batch) -> np.ndarray:
-    """A batch's pictures as their pixels, f32[b,3072], made smaller."""
+    """Returns the pixels of a batch's images, downscaled to 32 x 32, f32[b,3072]."""
     images = batch['image'][batch['mask'] > 0].astype(np.float32)
     return np.asarray(jax.image.resize(images, (len(images), 32, 32, 3), 'linear')).reshape(
         len(images), -1
@@ -104,20 +104,20 @@ def pixels(batch) -> np.ndarray:
 
 
 def of_the_class(store, found: np.ndarray) -> list[float]:
-    """How many of the neighbours of every validation picture are of its class, %, by rank."""
+    """Returns how many neighbours have the class of their validation image, %, by rank."""
     same = store.labels('train')[found] == store.labels('val')[:, None]
     return [float(share) for share in 100 * same.mean(0)]
 
 
 def packed(picture: np.ndarray) -> str:
-    """A square picture, made smaller if it is large, as text."""
+    """Encodes a square image as text, downscaled if it is large."""
     side = min(SIDE, picture.shape[0])
     return fig3_filters.packed(np.asarray(Image.fromarray(picture).resize((side, side))), 'JPEG')
 
 
 def report(results) -> str:
     lines = [
-        "| run | top-1 error, centre crop, % | six nearest of the query's class, % | the nearest, % "
+        "| run | top-1 error, centre crop, % | six nearest with the query's class, % | nearest, % "
         '| six nearest by pixels, % | by chance, % |',
         '|---|---|---|---|---|---|',
     ]
@@ -136,19 +136,19 @@ def report(results) -> str:
         shares = statistics.mean_std([np.mean(r['extra']['same']) for r in sound])
         lines += [
             '',
-            f'Of the six nearest training pictures {shares} % are of the class of their query '
-            f'(runs: {len(sound)}; every validation picture asks). Errors are with one crop, '
-            'the predictions in the figure with ten; hatched is the bar of the true class.',
+            f'Of the six nearest training images, {shares} % have the class of their query '
+            f'(runs: {len(sound)}; every validation image is a query). Errors use one crop, the '
+            'predictions in the figure ten; the bar of the true class is hatched.',
         ]
     first = drawn(results)
     if first:
         ranks = [rank(made) for made in remade(first)]
         lines += [
             '',
-            f'Figure ({fig3_filters.called(first)}): of the {len(ranks)} pictures above '
-            f'{sum(r < 1 for r in ranks)} have their class first, {sum(r < 5 for r in ranks)} '
-            'among five. Below, each row: a validation picture, and to its right the training '
-            'pictures nearest to it, with the class of each.',
+            f'Figure ({fig3_filters.called(first)}): of the {len(ranks)} images at the top, '
+            f'{sum(r < 1 for r in ranks)} have their class ranked first and {sum(r < 5 for r in ranks)} '
+            'in the top five. Each row below shows a validation image and, to its right, the nearest '
+            'training images, with their classes.',
             '',
         ]
         for query in first['extra']['queries']:
@@ -159,12 +159,12 @@ def report(results) -> str:
 
 
 def drawn(results) -> dict | None:
-    """The result that is in the figure, the first one; None if all diverged."""
+    """Returns the result shown in the figure, the first one; None if all diverged."""
     return next((result for result in results.values() if result['extra']), None)
 
 
 def remade(result) -> list[predict.Prediction]:
-    """The predictions of a result, among the classes that were kept."""
+    """Returns the predictions of a result, over the stored classes."""
     kept = result['extra']['predictions']
     return [
         predict.Prediction('', label, fig3_filters.unpacked(picture), np.array(probabilities))
@@ -175,7 +175,7 @@ def remade(result) -> list[predict.Prediction]:
 
 
 def rank(made: predict.Prediction) -> int:
-    """How many classes come before the correct one; 5 where it is not among the first five."""
+    """Returns how many classes rank before the correct one; 5 if it is not in the top five."""
     return [*made.top(), made.label].index(made.label)
 
 

@@ -1,31 +1,31 @@
-"""What the experiments share: runs by name and seed, kept results, one command line.
+"""Shared by all experiments: runs identified by name and seed, stored results, one command line.
 
 An experiment is a module with
 
     TITLE               the claim, and where the paper makes it
-    def run(lab)        asks the lab for its runs, one after another
+    def run(lab)        requests its runs from the lab, one after another
     def report(results) -> its table, in Markdown
-    def plot(results, file)  its figure, or None where it has none
-    NOTES               {scale: what is otherwise than in the paper there}, above the table; not needed
-    RUNS_OF             the experiment whose run directories it looks at, if not its own
-    TAKES_RUNS          True where its `look` can also be given runs that are there already, --run=RUN
-    INDEPENDENT         True where no run needs the result of another: --only then chooses some
+    def plot(results, file)  draws its figure; None if it has none
+    NOTES               optional: {scale: how that scale departs from the paper}, printed above the table
+    RUNS_OF             the experiment whose run directories it analyzes, if not its own
+    TAKES_RUNS          True if its `look` also accepts existing runs, --run=RUN
+    INDEPENDENT         True if no run needs the result of another, which enables --only
 
-and, with `labs.main(__name__)` at its end, is used as
+With `labs.main(__name__)` at its end, it is used as
 
     python -m experiments.NAME [--scale=smoke|small|full] [--seeds=3] [-- --config.data.source=FOLDER ...]
 
-What follows `--` goes to every run, as to `python -m alexnet_jax.main`. A finished run is not run
-again, an interrupted one goes on. Results lie in experiments/results/NAME-SCALE.json, with the
-command, commit, versions and machine of each; `python -m experiments.report` gathers them. They come with
-the repository: to measure anew, or on other pictures, give a folder of your own, --results=DIR, for
-results, figure and run directories. Several commands may work at one experiment at the same time, each
-at the runs that its --only names.
+Everything after `--` is passed to every run, as to `python -m alexnet_jax.main`. Finished runs are skipped,
+and interrupted ones resume. Results are stored in experiments/results/NAME-SCALE.json, each with its
+command, commit, versions and machine; `python -m experiments.report` collects them. They are part of the
+repository: to repeat a measurement, or to use other images, pass your own folder, --results=DIR, for the
+results, the figure and the run directories. Several commands can work on one experiment at the same time,
+each on the runs that its --only names.
 
-Nothing is measured with uncommitted code, unless --allow_dirty says so (smoke runs only show that a command
-works, and may). Rows of one table share their training code, config and pictures (`provenance.py`); a run
-that would not is refused. Of every run that an experiment looks at afterwards the row keeps, too, which
-validation pictures were right: top-1, centre crop.
+Uncommitted code is refused unless --allow_dirty is given (except in smoke runs, which only show that a
+command works). Rows of one table share their training code, config and images (`provenance.py`); a run
+that would not is refused. For every run that an experiment analyzes, the row also records which validation
+images were classified correctly: top-1, centre crop.
 """
 
 import argparse
@@ -56,22 +56,23 @@ from experiments import provenance, statistics
 SCALES = ('smoke', 'small', 'full')
 HERE = pathlib.Path(__file__).parent
 RESULTS, FIGURES = HERE / 'results', HERE / 'figures'
-EARLIER = 'earlier'  # folder of results, and of figures, of earlier versions of the code
+EARLIER = 'earlier'  # subfolder for results and figures from earlier versions of the code
 Rows = list[dict[str, Any]]
 
 
 class Lab:
-    """Runs of one experiment at one scale, in `folder`; results: all that are there, {'NAME-SEED': result}.
+    """Runs of one experiment at one scale, in `folder`; results: all stored ones, {'NAME-SEED': result}.
 
-    A result: 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
-    'starts', their 'commit', 'versions', 'devices' and 'processor', as many as differ; 'data', its 'source',
-    'counts' and number of 'classes'; 'extra', what `after` gave; 'hits', which validation pictures were right
-    (`statistics.unpack`), None without `after`; 'given', the arguments of the command line; 'fingerprint', as
-    `provenance.py` says; 'uncommitted', whether the code of any start, or of what looked at it, was.
+    A result has 'name', 'seed', 'train' and 'eval' (the rows of metrics.jsonl), 'diverged', 'command';
+    'starts' ('commit', 'versions', 'devices' and 'processor' of every distinct start); 'data' ('source',
+    'counts' and number of 'classes'); 'extra', which `after` returned; 'hits', which validation images were
+    classified correctly (`statistics.unpack`), None without `after`; 'given', the arguments of the command
+    line; 'fingerprint' (`provenance.py`); 'uncommitted', whether any start or the analysis used uncommitted
+    code.
 
-    given: such arguments; UserError if they set what every run has of its own.
-    allow_dirty: whether uncommitted code may make runs that are no smoke runs.
-    start: how a run is made; see `in_new_process`.
+    given: arguments for every run; UserError if they set what each run sets for itself.
+    allow_dirty: whether runs other than smoke runs can use uncommitted code.
+    start: makes a run; see `in_new_process`.
     """
 
     def __init__(
@@ -94,21 +95,20 @@ class Lab:
         for text in self._given:
             if text.lstrip('-').partition('=')[0] in ('config', 'workdir', 'config.seed'):
                 raise UserError(
-                    f'{text}: every run has its own; an experiment takes --scale, --seeds '
-                    'and --results'
+                    f'{text}: set by each run itself; give --scale, --seeds or --results instead'
                 )
-        # Names and keys of the runs to make, none if all; keys of those that were asked for.
+        # Names and keys of the runs to make (empty: all), and the keys requested so far.
         self._only, self._asked = set(), []
         self.folder = runs / f'{runs_of or experiment}-{scale}'
         self._file = results / f'{experiment}-{scale}.json'
         self.results = read(self._file)
 
     def workdir(self, name: str, seed: int) -> pathlib.Path:
-        """The run directory of a run."""
+        """Returns the run directory of a run."""
         return self.folder / f'{name}-{seed}'.replace(' ', '_')
 
     def value_given(self, field: str) -> str | None:
-        """What the command line sets a field to; None if it does not, or if that decides no result."""
+        """Returns what the command line sets a field to; None if unset or if it cannot change results."""
         return _decisive(self._given).get(f'--config.{field}')
 
     def run(
@@ -122,18 +122,18 @@ class Lab:
         until: Callable[[Rows], bool] | None = None,
         after: Callable[[pathlib.Path], dict[str, Any]] | None = None,
     ) -> dict[str, Any] | None:
-        """The result of a run, which is made or continued if it is not there; None if --only leaves it out.
+        """Returns the result of a run, made or resumed if it is missing; None if --only excludes it.
 
-        Raises UserError, before it is made where that can be known, if the code is not committed, or the
-        row does not belong into one table with those that are there.
+        Raises UserError if the code is not committed, or if the row does not belong in one table with the
+        stored ones; before the run starts where possible.
 
         Args:
           config: as given to --config, FILE[:variant].
-          changes: {'model.activation': 'tanh', ...}, on top of it; then come the command line's.
-          last: changes that even the command line's give way to.
-          until: given all train rows so far, whether the run can be stopped here.
-          after: given the run directory, what else to keep, as JSON; None of a run that diverged. It
-            must be a function of a module (or a partial of one), for it runs in a process of its own.
+          changes: {'model.activation': 'tanh', ...}, applied to it before those of the command line.
+          last: changes that override even those of the command line.
+          until: takes all train rows so far and returns whether the run can stop here.
+          after: takes the run directory and returns what else to store, as JSON; not called if the run
+            diverged. Must be a function of a module (or a partial of one): it runs in its own process.
         """
         key = f'{name}-{seed}'
         self._asked.append(key)
@@ -148,20 +148,20 @@ class Lab:
         there = self.results.get(key)
         if there and _decisive(there['command']) != _decisive(
             command
-        ):  # also where --only names others
+        ):  # even if --only names others
             raise UserError(
                 f'{self._file}: {key} was run as {" ".join(there["command"])}, not as '
-                f'{" ".join(command)}; give the same arguments, or a folder for other results, '
-                '--results=DIR'
+                f'{" ".join(command)}; pass the same arguments, or store the new results in another '
+                'folder, --results=DIR'
             )
         if there or self._only and not {name, key} & self._only:
             return there
-        for other, result in self.results.items():  # one table, one set of pictures
+        for other, result in self.results.items():  # one table, one set of images
             if _decisive(result['given']) != _decisive(self._given):
                 raise UserError(
-                    f'{self._file}: {other} was run with {" ".join(result["given"]) or "nothing"} after --; '
-                    f'{key} is to be compared with it: give the same, or a folder for other results, '
-                    '--results=DIR'
+                    f'{self._file}: {other} was run with {" ".join(result["given"]) or "nothing"} after --, '
+                    f'and {key} will be compared with it; pass the same, or store the new results in '
+                    'another folder, --results=DIR'
                 )
         self._same_code(key)
         uncommitted = self._uncommitted(key)
@@ -177,11 +177,12 @@ class Lab:
             files = {**now['files'], **looks} == then['files']
             if files and all(then[part] == now[part] for part in ('code', 'config', 'start')):
                 raise UserError(
-                    f'{key}: {", ".join(looks)} changed while it was made; the same command looks again'
+                    f'{key}: {", ".join(looks)} changed during the run; repeat the command to redo the '
+                    'analysis'
                 )
             raise UserError(
-                f'{key}: the training code, a preset or the checkpoint to start from changed while it was '
-                f'made; remove {workdir}, and start again'
+                f'{key}: the training code, a preset or the initial checkpoint changed during the run; '
+                f'remove {workdir} and start again'
             )
 
         print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
@@ -193,7 +194,7 @@ class Lab:
         if not diverged and not rows['train']:
             raise UserError(
                 f'{workdir}: the run ended within its first interval, so it has no rows to '
-                'report; remove it, and give a shorter interval, --config.run.log_every=N'
+                'report; remove it and set a shorter interval, --config.run.log_every=N'
             )
         result = {
             'name': name,
@@ -215,29 +216,30 @@ class Lab:
         return result
 
     def _uncommitted(self, key: str) -> bool:
-        """Whether the code is not committed; UserError if it must be."""
+        """Returns whether the code is uncommitted; UserError if it must be committed."""
         uncommitted = provenance.uncommitted()
         if uncommitted and not self._allow_dirty:
             raise UserError(
-                f'{key}: the code is not committed, so nobody could measure this again; commit it, or '
-                'give --allow_dirty, and the row will say so'
+                f'{key}: the code is not committed, so this measurement could not be repeated; commit it, or '
+                'pass --allow_dirty, which the row will record'
             )
         return uncommitted
 
     def _same_code(self, key: str) -> str:
-        """The fingerprint of the training code; UserError if other rows were made by another."""
+        """Returns the fingerprint of the training code; UserError if other rows have a different one."""
         code = provenance.code()
         for other, result in self.results.items():
             there = result.get('fingerprint', {}).get('code', 'not noted')
             if other != key and there != code:
                 raise UserError(
-                    f'{self._file}: {other} was made by other training code ({there}) than {key} would be '
-                    f'({code}); check that out, or give a folder for other results, --results=DIR'
+                    f'{self._file}: {other} was made with different training code ({there}) than {key} would '
+                    f'be ({code}); check out that code, or store the new results in another folder, '
+                    '--results=DIR'
                 )
         return code
 
     def extend(self, key: str, label: str, find: Callable, *args) -> None:
-        """Keeps find(*args), of several runs, as a label of one's 'extra', unless it is there."""
+        """Stores find(*args), about several runs, in the 'extra' of one of them, unless already there."""
         result = self.results[key]
         if label not in result['extra']:
             code, looks = self._same_code(''), provenance.look(find)
@@ -249,40 +251,40 @@ class Lab:
             extra = {**result['extra'], label: self._call(find, *args)}
             if (provenance.code(), provenance.look(find)) != (code, looks):
                 raise UserError(
-                    f'{key}: the code changed while its runs were looked at; the same command does it again'
+                    f'{key}: the code changed during the analysis of its runs; repeat the command'
                 )
             self.results = add(self._file, key, {**result, 'extra': extra})
 
     def ask(self, run: Callable[['Lab'], Any]) -> list[str]:
-        """The keys, NAME-SEED, of the runs that run(lab) asks for where none needs another's result."""
-        self._only, self._asked = {''}, []  # so it makes nothing
+        """Returns the keys, NAME-SEED, of the runs that run(lab) requests; they must be independent."""
+        self._only, self._asked = {''}, []  # matches no run, so none is made
         run(self)
         self._only = set()
         return self._asked
 
     def choose(self, run: Callable[['Lab'], Any], only: Iterable[str]) -> None:
-        """Of the runs that run(lab) asks for, makes only those with one of these names or keys.
+        """Restricts the runs that run(lab) requests to those with one of these names or keys.
 
-        Raises UserError, before anything is run, if there is none.
+        Raises UserError, before anything is run, if one of these matches no run.
         """
         keys = self.ask(run)
         self._only = {*only}
         for name in sorted(self._only - {*keys} - {*map(name_of, keys)}):
             raise UserError(
-                f'--only={name}: there is no such run at --scale={self.scale} --seeds={self.seeds}'
+                f'--only={name}: no such run at --scale={self.scale} --seeds={self.seeds}'
             )
 
 
 def name_of(key: str) -> str:
-    """The name of a run, of its key NAME-SEED."""
+    """Returns the name in a run's key NAME-SEED."""
     return key.rpartition('-')[0]
 
 
 def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | None) -> bool:
-    """One start of `alexnet_jax.main`, to its end or until it may stop -> whether it diverged."""
+    """Starts `alexnet_jax.main` and waits until it ends or can stop -> whether it diverged."""
     log = workdir.parent / f'{workdir.name}.log'
     log.parent.mkdir(parents=True, exist_ok=True)
-    before = _rows(workdir, 'train')  # of earlier starts: this one cannot be stopped yet
+    before = _rows(workdir, 'train')  # rows of earlier starts do not count
     with open(log, 'ab') as out:
         process = subprocess.Popen(
             [sys.executable, '-m', 'alexnet_jax.main', *command],
@@ -298,21 +300,21 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
                     process.send_signal(signal.SIGTERM)
                     asked = True
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGTERM)  # it saves, and ends
+            process.send_signal(signal.SIGTERM)  # it saves a checkpoint and exits
             process.wait()
-            raise Stopped(f'{workdir}: stopped; the same command goes on') from None
+            raise Stopped(f'{workdir}: stopped; repeat the command to resume') from None
     last = log.read_text(errors='replace').strip().rpartition('\n')[2]
     if process.returncode == MISTAKE and NOT_FINITE in last:
         return True
     if process.returncode == STOPPED and asked or process.returncode == DONE:
         return False
     if process.returncode == STOPPED:
-        raise Stopped(f'{workdir}: stopped; the same command goes on')
-    raise UserError(f'{workdir}: the run ended with {process.returncode} ({last}); see {log}')
+        raise Stopped(f'{workdir}: stopped; repeat the command to resume')
+    raise UserError(f'{workdir}: the run exited with {process.returncode} ({last}); see {log}')
 
 
 def apart(function: Callable, *args):
-    """What a function returns, called in a new process: this one would keep the device it used."""
+    """Calls a function in a new process and returns its result: this one would keep the device busy."""
     spawn = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=spawn, initializer=mesh.configure
@@ -322,16 +324,16 @@ def apart(function: Callable, *args):
         except KeyboardInterrupt:
             for child in multiprocessing.active_children():
                 child.terminate()
-            raise Stopped('stopped after a run; the same command goes on') from None
+            raise Stopped('stopped after a run; repeat the command to resume') from None
         except BrokenProcessPool:
             raise UserError(
-                'what looks at a run was killed, perhaps for want of memory; make room, the same '
-                'command goes on'
+                'the process that analyzes a run was killed, perhaps because memory ran out; free some '
+                'and repeat the command'
             ) from None
 
 
 def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
-    """Results of runs that were made elsewhere, called like their directories; they are not kept."""
+    """Returns results for runs made elsewhere, named after their directories; nothing is stored."""
     seeds = {run: directory.read_config(run)['seed'] for run in runs}
     return {
         run: {
@@ -345,7 +347,7 @@ def look_at(runs: Iterable[str], look: Callable) -> dict[str, Any]:
 
 
 def _look(after: Callable, workdir: pathlib.Path) -> tuple[dict[str, Any], str]:
-    """What `after` finds in a run, and which validation pictures it gets right."""
+    """Returns what `after` finds in a run, and which validation images the run classifies correctly."""
     return after(workdir), statistics.pack(evaluation.hits(workdir))
 
 
@@ -358,10 +360,10 @@ def _arguments(changes: dict[str, Any] | None) -> list[str]:
 
 
 def _decisive(arguments: list[str]) -> dict[str, str]:
-    """What results that belong together must share, {argument: its last value}.
+    """Returns the arguments that comparable results must share, {argument: its last value}.
 
-    Where a run lies (--workdir), and how a machine runs it, is its own affair; but not how often it
-    writes a row (`run.log_every`).
+    Each run can have its own --workdir and `config.run` fields, except `run.log_every`, which decides how
+    often it writes a row.
     """
     values = (text.partition('=') for text in arguments)
     return {
@@ -373,15 +375,15 @@ def _decisive(arguments: list[str]) -> dict[str, str]:
 
 
 def _rows(workdir: pathlib.Path, kind: str) -> Rows:
-    """The rows of one kind in a run's metrics.jsonl."""
+    """Returns the rows of one kind in a run's metrics.jsonl."""
     return [row for row in metrics.read(workdir) if row['kind'] == kind]
 
 
 def _origin(workdir: pathlib.Path) -> dict[str, Any]:
-    """What a run was made with, from its run directory."""
+    """Returns 'starts' and 'data' of a result, read from the run directory."""
     starts = []
     for start in json.loads((workdir / 'run.json').read_text()):
-        start = {'processor': 'not noted'} | start  # it is not in older run directories
+        start = {'processor': 'not noted'} | start  # older run directories lack it
         kept = {name: start[name] for name in ('commit', 'versions', 'devices', 'processor')}
         starts += [kept] if kept not in starts else []
     store = json.loads((workdir / 'store.json').read_text())
@@ -394,17 +396,17 @@ def _origin(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
-    """What a file of results holds; nothing, if it is not there."""
+    """Returns the contents of a results file; {} if it does not exist."""
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UserError(f'{file}: not JSON ({error}); mend or remove it') from error
+        raise UserError(f'{file}: not JSON ({error}); repair or remove it') from error
 
 
 def add(file: pathlib.Path, key: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Puts a result into a file of results, where others may do the same -> all that are there then."""
+    """Adds a result to a results file, which other processes may update too -> all results in it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_suffix('.lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -414,14 +416,14 @@ def add(file: pathlib.Path, key: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(file: pathlib.Path, results: dict[str, Any]) -> None:
-    """Replaces a file of results, one line a run."""
+    """Replaces a results file, one line per run."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [f'{json.dumps(key)}: {json.dumps(value)}' for key, value in results.items()]
     paths.replace(file, ('{\n' + ',\n'.join(lines) + '\n}\n').encode())
 
 
 def measured_on(results: dict[str, Any]) -> str:
-    """On what some results were measured, one sentence in Markdown."""
+    """Returns one Markdown sentence about the data, machines and code behind some results."""
     runs = list(results.values())
     starts = [start for run in runs for start in run['starts']]
     dirty = sum(run.get('uncommitted', False) for run in runs)
@@ -431,7 +433,7 @@ def measured_on(results: dict[str, Any]) -> str:
 
     data = each(
         f'{run["data"]["source"]} ({run["data"]["counts"]["train"]:,} training and '
-        f'{run["data"]["counts"]["val"]:,} validation pictures)'
+        f'{run["data"]["counts"]["val"]:,} validation images)'
         for run in runs
     )
     codes = each(run['fingerprint']['code'] for run in runs if 'fingerprint' in run)
@@ -441,14 +443,14 @@ def measured_on(results: dict[str, Any]) -> str:
         f'processors: {each(start["processor"] for start in starts)}; '
         f'jax {each(start["versions"]["jax"] for start in starts)}; '
         f'commit {each(start["commit"] for start in starts)}'
-        + (f'; {count(dirty, "run")} of uncommitted code' if dirty else '')
+        + (f'; {count(dirty, "run")} with uncommitted code' if dirty else '')
         + (f'; training code {codes}' if codes else '')
         + '.'
     )
 
 
 def shortened(config: str, part: float) -> dict[str, Any]:
-    """The fields of a config's schedule of steps, every epoch of it multiplied by `part`."""
+    """Returns the schedule fields of a config, every epoch multiplied by `part`."""
     optim = configfile.load(config).optim
     return {
         'optim.epochs': round(optim.epochs * part, 6),
@@ -459,29 +461,29 @@ def shortened(config: str, part: float) -> dict[str, Any]:
 
 
 def named(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The results of a run, one for each of its seeds, in their order."""
+    """Returns the results of a run, one per seed, in the order of the seeds."""
     return sorted((r for r in results.values() if r['name'] == name), key=lambda r: r['seed'])
 
 
 def count(number: int, word: str) -> str:
-    """'1 seed', '2 seeds'."""
+    """Returns '1 seed', '2 seeds'."""
     return f'{number} {word}{"s" * (number != 1)}'
 
 
 def chance(result: dict[str, Any]) -> float:
-    """The training loss, nats, below which a run has learnt something: 0.95 of that of pure chance."""
+    """Returns the training loss, in nats, below which a run has learned something: 0.95 of chance."""
     return 0.95 * math.log(result['data']['classes'])
 
 
 def at_chance(result: dict[str, Any]) -> bool:
-    """Whether a run that did not diverge ends as it began: with the training loss of chance."""
+    """Returns whether a run that did not diverge still has the training loss of chance at its end."""
     return not result['diverged'] and result['train'][-1]['loss'] > chance(result)
 
 
 def table(module: ModuleType, results: dict[str, Any], scale: str = '') -> str:
-    """An experiment's table, after what is to be known about the scale.
+    """Returns an experiment's table, preceded by the notes on the scale.
 
-    Raises UserError if the rows do not belong into one table.
+    Raises UserError if the rows do not belong in one table.
     """
     provenance.check(results)
     note = getattr(module, 'NOTES', {}).get(scale)
@@ -489,17 +491,17 @@ def table(module: ModuleType, results: dict[str, Any], scale: str = '') -> str:
 
 
 def draw(module: ModuleType, results: dict[str, Any], file: pathlib.Path) -> pathlib.Path | None:
-    """Draws the figure of some results -> its file; None where there is none to draw."""
+    """Draws the figure of some results -> its file; None if there is nothing to draw."""
     if not module.plot:
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)  # of other results
+    file.unlink(missing_ok=True)  # it may show other results
     module.plot(results, file)
     return file if file.exists() else None
 
 
 def main(module: str) -> None:
-    """The command line of an experiment, given its `__name__`."""
+    """Runs the command line of an experiment, given its `__name__`."""
     command.run(lambda: _main(sys.modules[module]))
 
 
@@ -512,18 +514,20 @@ def _main(module: ModuleType) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--scale', choices=SCALES, default='small')
-    parser.add_argument('--seeds', type=int, default=3, help='runs of everything; default: 3')
+    parser.add_argument('--seeds', type=int, default=3, help='number of seeds; default: 3')
     parser.add_argument(
         '--results',
         type=pathlib.Path,
         metavar='DIR',
-        help='where to keep results, figure and run directories, to measure anew',
+        help='folder for new results, their figure and run directories',
     )
-    parser.add_argument('--report', action='store_true', help='only the table of what is there')
+    parser.add_argument(
+        '--report', action='store_true', help='only print the table of stored results'
+    )
     parser.add_argument(
         '--allow_dirty',
         action='store_true',
-        help='measure with code that is not committed; the rows say so',
+        help='measure with uncommitted code, which the rows record',
     )
     if getattr(module, 'TAKES_RUNS', False):
         parser.add_argument(
@@ -531,7 +535,7 @@ def _main(module: ModuleType) -> None:
             action='append',
             default=[],
             metavar='RUN',
-            help='only look at this run directory, train and keep nothing; may be repeated',
+            help='only analyze this run directory, without training or storing; can be repeated',
         )
     if getattr(module, 'INDEPENDENT', False):
         parser.add_argument(
@@ -539,14 +543,14 @@ def _main(module: ModuleType) -> None:
             action='append',
             default=[],
             metavar='NAME',
-            help='make only these runs, NAME or NAME-SEED; may be repeated',
+            help='make only these runs, NAME or NAME-SEED; can be repeated',
         )
     split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:split])
     if options.seeds < 1:
         raise UserError(f'--seeds={options.seeds}: must be at least 1')
     if options.results and options.results.exists() and not options.results.is_dir():
-        raise UserError(f'--results={options.results}: not a folder; give another')
+        raise UserError(f'--results={options.results}: not a folder; choose another')
 
     def stop(number, frame):
         raise KeyboardInterrupt
@@ -572,18 +576,18 @@ def _main(module: ModuleType) -> None:
     if getattr(options, 'only', []):
         lab.choose(module.run, options.only)
     elif getattr(module, 'INDEPENDENT', False) and not options.report:
-        lab.ask(module.run)  # so that rows of other commands are found before anything is run
+        lab.ask(module.run)  # rejects rows of other commands before anything is run
     if not options.report:
         module.run(lab)
     if not lab.results:
-        raise UserError(f'{name}, {options.scale}: nothing has been run; start it without --report')
+        raise UserError(f'{name}, {options.scale}: no results yet; run it without --report')
     if provenance.earlier(lab.results):
         print(f'{provenance.EARLIER}.\n')
     show(module, lab.results, figures / f'{name}-{options.scale}.png', options.scale)
 
 
 def show(module: ModuleType, results: dict[str, Any], file: pathlib.Path, scale: str = '') -> None:
-    """Prints the table of some results, and draws their figure."""
+    """Prints the table of some results and draws their figure."""
     print(table(module, results, scale))
     if draw(module, results, file):
         print(f'figure: {file}')

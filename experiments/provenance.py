@@ -1,30 +1,31 @@
-"""What decides a result: the fingerprint of a row. One table has rows of one fingerprint.
+"""The fingerprint of a row: everything that determines its result. Rows of one table must match in it.
 
-    code    the files of `alexnet_jax` that can change a result, as syntax trees: comments, docstrings and
-            formatting do not count
-    files   the preset, the presets that it imports and configs/base.py, and what looks at the run, likewise
-    config  the fields of the run's config that decide its result
-    start   the checkpoint that it starts from, by the fingerprints of its arrays
-    data    its pictures: records, labels, class names, mean image and colour statistics
+    code    the files of `alexnet_jax` that can change a result, as syntax trees (comments, docstrings and
+            formatting are ignored)
+    files   the preset, the presets it imports, configs/base.py, and the function that analyzes the run,
+            also as syntax trees
+    config  the config fields that determine the result
+    start   the initial checkpoint, as the fingerprints of its arrays
+    data    the images: records, labels, class names, mean image and colour statistics
 
-Code. Every module in a room of `alexnet_jax` counts, but for those in CANNOT; in doubt a file counts. The
-commands do not: they read arguments, which are in the config.
+Code: every module in a subpackage of `alexnet_jax` except those in CANNOT; when in doubt, a file counts.
+The commands do not count: they only read arguments, which end up in the config.
 
-Files. A preset's fields are in the config; but rows of different presets can only be compared by the files
-that both are made of. Of the module that looks at a run counts the function that does, with all of the
-module that it names.
+Files: a preset's fields are in the config, but rows of different presets can only be compared through the
+files they share. In the module that analyzes a run, only that function counts, along with everything in the
+module that it refers to.
 
-Config. Every field but `config.run`, the seed, and where the pictures lie. `config.run` is how a machine runs
-it; of its fields `log_every` counts, for tables and figures read the rows (when the loss left chance), and
-`eval_every` where evaluations decide the rates. Rows of one table are meant to differ in the fields that
-the experiment sets. So of two rows of one preset, those fields must agree that neither row's command
-names; of two rows of one name, all but `train.init_from`. Rows that name one checkpoint must have started
-from the same arrays.
+Config: every field except the seed, the location of the images, and `config.run`, which says how a machine
+runs it. Two fields of `config.run` do count: `log_every`, because tables and figures use the rows (when did
+the loss leave chance?), and `eval_every` where evaluations determine the learning rate. Rows of one table
+are meant to differ in the fields that the experiment sets. So two rows of the same preset must agree in all
+fields that neither command names, and two rows of the same name in all but `train.init_from`. Rows that
+name the same checkpoint must have started from the same arrays.
 
-Data. Of rows whose commands name the same pictures.
+Data: compared between rows whose commands name the same images.
 
-Versions of JAX and the machine change the last bits, not what is trained; they are not part of it, and
-stand under each table. So does the commit.
+JAX versions and machines change the last bits, not what is trained. They are not part of the fingerprint;
+like the commit, they are listed under each table.
 """
 
 import ast
@@ -55,20 +56,20 @@ CANNOT = {  # modules that cannot change a result, and why
     'common/class_names.py': 'words',
     'common/errors.py': 'messages and exit codes',
     'devices/preemption.py': 'when a start ends',
-    'input/prepare.py': 'makes the store, which has its own identity',
-    'input/store_writer.py': 'the same',
-    'input/sources/*.py': 'the same',
+    'input/prepare.py': 'writes the store, which has its own identity',
+    'input/store_writer.py': 'as above',
+    'input/sources/*.py': 'as above',
     'training/diagnosis.py': 'messages',
     'training/progress.py': 'the log',
 }
 PLACES = ('config.seed', 'config.data.dir', 'config.data.store', 'config.data.source')
 EARLIER = (
-    'Measured by earlier versions of the code: rows of one table may come from different commits'
+    'Results from earlier versions of the code: rows of one table may come from different commits'
 )
 
 
 def code(package: pathlib.Path = PACKAGE) -> str:
-    """The fingerprint of the training code, as it is in the files now."""
+    """Returns the fingerprint of the training code in the files."""
     value = hashlib.sha256()
     for file in sorted(package.glob('*/**/*.py')):
         name = file.relative_to(package).as_posix()
@@ -78,10 +79,10 @@ def code(package: pathlib.Path = PACKAGE) -> str:
 
 
 def normal(node: Any) -> Any:
-    """A syntax tree as lists, without docstrings; the same on every version of Python.
+    """Converts a syntax tree to lists, without docstrings; the result is the same on every Python version.
 
-    `ast.dump` is not: newer versions add fields. They are empty where the syntax is not used, and
-    empty fields are left out here.
+    That of `ast.dump` is not: newer versions add fields. These are empty where the syntax is not used, so
+    empty fields are left out.
     """
     if isinstance(node, list):
         return [normal(one) for one in node]
@@ -97,7 +98,7 @@ def normal(node: Any) -> Any:
 
 
 def presets(argument: str, root: pathlib.Path = ROOT) -> dict[str, str]:
-    """The fingerprints of configs/base.py, of a preset FILE[:variant], and of those that it imports."""
+    """Returns the fingerprints of configs/base.py, a preset FILE[:variant], and the presets it imports."""
     todo, found = [pathlib.Path(argument.partition(':')[0]).resolve(), root / 'configs/base.py'], {}
     while todo:
         file = todo.pop()
@@ -111,7 +112,7 @@ def presets(argument: str, root: pathlib.Path = ROOT) -> dict[str, str]:
 
 
 def _imported(tree: ast.Module) -> list[str]:
-    """The modules of `configs` that a module imports, and perhaps some that are none."""
+    """Returns the modules of `configs` that a module imports; some names may not be modules."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -122,9 +123,9 @@ def _imported(tree: ast.Module) -> list[str]:
 
 
 def look(function: Callable | None) -> dict[str, str]:
-    """The fingerprint of a function of a module, with what it names there; {} of one without a source.
+    """Returns the fingerprint of a function and what it uses of its module; {} if it has no source.
 
-    So a new row of an experiment's table does not change what looks at its runs.
+    The rest of the module does not count, so adding a row to an experiment's table changes nothing.
     """
     while isinstance(function, functools.partial):
         function = function.func
@@ -144,7 +145,7 @@ def look(function: Callable | None) -> dict[str, str]:
         for name in names:
             statements.setdefault(name, []).append(node)
     todo, reached = [function.__name__], {}
-    if function.__name__ not in statements:  # inside another, or without a name
+    if function.__name__ not in statements:  # nested in another, or anonymous
         todo = [*statements]
     while todo:
         name = todo.pop()
@@ -166,7 +167,7 @@ def _hash(value: Any) -> str:
 
 
 def before(command: list[str], after: Callable | None) -> dict[str, Any]:
-    """The fingerprint of a run that is to be made, but for its pictures; UserError if it cannot be made."""
+    """Returns the fingerprint of a run before it is made, without 'data'; UserError for invalid arguments."""
     config = json.loads(json.dumps(main.parse(['alexnet_jax.main', *command]).config.to_dict()))
     config |= {part: fields | config[part] for part, fields in directory.LATER.items()}
     return {
@@ -178,7 +179,7 @@ def before(command: list[str], after: Callable | None) -> dict[str, Any]:
 
 
 def fingerprint(workdir: pathlib.Path, now: dict[str, Any]) -> dict[str, Any]:
-    """That of a run, from its run directory and what `before` gave."""
+    """Returns the fingerprint of a finished run, from its run directory and the value of `before`."""
     config = directory.read_config(workdir)
     data = config['data']
     path = data['store'] or prepare.default_store(data['source'], data['size'], data['format'])
@@ -188,7 +189,7 @@ def fingerprint(workdir: pathlib.Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def pictures(store: stores.Store) -> str:
-    """The fingerprint of a store: its identity, mean image and colour statistics."""
+    """Returns the fingerprint of a store: its identity, mean image and colour statistics."""
     value = hashlib.sha256(f'{store.identity():08x}'.encode())
     for array in (store.mean, store.eigenvectors, store.sigma):
         value.update(np.ascontiguousarray(array).tobytes())
@@ -196,7 +197,7 @@ def pictures(store: stores.Store) -> str:
 
 
 def start(config: dict) -> str:
-    """The fingerprint of the checkpoint that `train.init_from` names: the latest good one; '' for none."""
+    """Returns the fingerprint of the latest good checkpoint in `train.init_from`; '' if that is unset."""
     if not (path := config['train']['init_from']):
         return ''
     folder = paths.path(path) / 'checkpoints'
@@ -209,12 +210,12 @@ def start(config: dict) -> str:
                 leaves = sorted(record['leaves'].items())
                 return _hash([[name, leaf['fingerprint']] for name, leaf in leaves])
         except (paths.failures(file), ValueError, KeyError, TypeError):
-            pass  # damaged: training passes it over as well
-    raise UserError(f'--config.train.init_from={path}: there is no good checkpoint to start from')
+            pass  # damaged: training skips it as well
+    raise UserError(f'--config.train.init_from={path}: no good checkpoint to start from')
 
 
 def deciding(config: dict) -> dict[str, Any]:
-    """The fields of a config that decide a result, by their full names."""
+    """Returns the config fields that determine a result, by full name."""
     run = {'config.run.log_every'}
     if config['optim']['schedule'] == 'plateau':
         run.add('config.run.eval_every')
@@ -234,18 +235,18 @@ def _flat(config: dict, prefix: str) -> dict[str, Any]:
 
 
 def difference(first: dict, second: dict) -> str:
-    """Which part of the fingerprint of two rows differs, in words; '' where they go together."""
+    """Describes how the fingerprints of two rows differ; '' if the rows can share a table."""
     one, other = (row.get('fingerprint') for row in (first, second))
     if not one or not other:
-        return '' if one == other else 'one has no fingerprint, as rows of earlier versions'
+        return '' if one == other else 'one has no fingerprint, like the rows of earlier versions'
     if {*one, 'data'} != {*other, 'data'}:
-        return 'one has a fingerprint of an earlier version'
+        return 'one has a fingerprint from an earlier version'
     if one['code'] != other['code']:
         return f'their training code differs ({one["code"]} and {other["code"]})'
     for name in sorted({*one['files']} & {*other['files']}):
         values = [fields['files'][name] for fields in (one, other)]
         if values[0] != values[1]:
-            return f'{name} was another for each ({values[0]} and {values[1]})'
+            return f'{name} differed between them ({values[0]} and {values[1]})'
     mine, theirs = (_named(row['command']) for row in (first, second))
     if mine['config'] == theirs['config']:
         free = {'config.train.init_from'}
@@ -256,15 +257,17 @@ def difference(first: dict, second: dict) -> str:
                 return f'their configs differ in {field} ({values[0]!r} and {values[1]!r})'
     named = [fields['config'].get('config.train.init_from') for fields in (one, other)]
     if named[0] == named[1] and one['start'] != other['start']:
-        return f'{named[0]} was another checkpoint for each ({one["start"]} and {other["start"]})'
-    known = 'data' in one and 'data' in other  # not yet of a run that is to be made
+        return (
+            f'{named[0]} was a different checkpoint for each ({one["start"]} and {other["start"]})'
+        )
+    known = 'data' in one and 'data' in other  # not before a run is made
     if known and _pictures(mine) == _pictures(theirs) and one['data'] != other['data']:
-        return f'their pictures differ (identity {one["data"]} and {other["data"]})'
+        return f'their images differ (identity {one["data"]} and {other["data"]})'
     return ''
 
 
 def _named(command: list[str]) -> dict[str, str]:
-    """What a command names, {'config': FILE, 'config.optim.rate': text, ...}."""
+    """Returns the arguments of a command, {'config': FILE, 'config.optim.rate': text, ...}."""
     pairs = (argument.lstrip('-').partition('=') for argument in command)
     return {name: value for name, _, value in pairs}
 
@@ -274,43 +277,44 @@ def _pictures(named: dict[str, str]) -> dict[str, str]:
 
 
 def check(results: dict[str, dict]) -> None:
-    """UserError, in one line, if some results do not belong into one table."""
+    """Raises UserError if some results do not belong in one table."""
     for (key, row), (other, second) in itertools.combinations(results.items(), 2):
         if words := difference(row, second):
             raise UserError(
-                f'{key} and {other} do not belong into one table: {words}; '
-                'measure one of them again, into a folder of its own, --results=DIR'
+                f'{key} and {other} do not belong in one table: {words}; '
+                'measure one of them again, in a separate folder, --results=DIR'
             )
 
 
 def earlier(results: dict[str, dict]) -> bool:
-    """Whether some results are of earlier versions, which kept no fingerprint."""
+    """Returns whether some results come from earlier versions, which stored no fingerprint."""
     return any('fingerprint' not in row for row in results.values())
 
 
 def uncommitted() -> bool:
-    """Whether the code is not that of a commit, or nobody can say because there is no git."""
+    """Returns whether the code differs from its commit, or the commit is unknown for lack of git."""
     return dirty(directory.commit())
 
 
 def dirty(commit: str) -> bool:
-    """Whether what `directory.commit` says is no commit."""
+    """Returns whether a value of `directory.commit` is not a clean commit."""
     return commit == 'unknown' or commit.endswith('-dirty')
 
 
 def note(workdir: pathlib.Path, code: str, start: str = '') -> None:
-    """Keeps the training code of a run's first start beside its directory, and the checkpoint that it
-    started from; UserError at another.
+    """Records the training code and initial checkpoint of a run's first start, beside its directory.
+
+    Raises UserError if a later start has different ones.
     """
     now = f'{code} from checkpoint {start}' if start else code
     file = workdir.with_name(f'{workdir.name}.code')
     there = now
-    if workdir.exists():  # a start that failed before leaves only the note
+    if workdir.exists():  # a start that failed early leaves only the note
         there = file.read_text().strip() if file.exists() else 'not noted'
     if there != now:
         raise UserError(
-            f'{workdir}: was begun by other training code or from another checkpoint ({there}, now {now}); '
-            'restore that, or remove the folder'
+            f'{workdir}: the run began with different training code or another checkpoint ({there}, now '
+            f'{now}); restore those, or remove the folder'
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f'{now}\n')

@@ -1,11 +1,11 @@
-"""How far prepared pictures are from what the source of 2012 resized with: OpenCV's INTER_AREA.
+"""Measures how prepared images differ from those of the 2012 source code, resized by OpenCV's INTER_AREA.
 
     pip install opencv-python-headless
     python -m experiments.resize_difference FOLDER [--size=256]
 
-FOLDER is searched for pictures. Both paths make the shorter side `size` pixels and cut the central
-square; the source enlarged with INTER_CUBIC (`docs/original.md` §5). Prints the mean absolute difference
-in levels (0-255), for the pictures that shrink and for those that grow.
+FOLDER is searched recursively. Both resize the shorter side to `size` pixels and crop the central square; the
+2012 code enlarged images with INTER_CUBIC (`docs/original.md` §5). Prints the mean absolute difference in
+levels (0-255), separately for images that shrink and for those that grow.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from alexnet_jax.input.images import decode, square
 
 
 def opencv_square(image: np.ndarray, size: int) -> np.ndarray:
-    """u8[H,W,3] -> u8[size,size,3], resized and cut as the source did."""
+    """u8[H,W,3] -> u8[size,size,3], resized and cropped as in the 2012 source code."""
     import cv2
 
     height, width = image.shape[:2]
@@ -34,12 +34,12 @@ def opencv_square(image: np.ndarray, size: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m experiments.resize_difference')
     parser.add_argument('folder', type=pathlib.Path)
-    parser.add_argument('--size', type=int, default=256, help='pixels a side')
+    parser.add_argument('--size', type=int, default=256, help='pixels per side')
     args = parser.parse_args()
     suffixes = {'.jpg', '.jpeg', '.png'}
     files = sorted(p for p in args.folder.rglob('*') if p.suffix.lower() in suffixes)
     if not files:
-        raise UserError(f'{args.folder}: no pictures here ({", ".join(sorted(suffixes))})')
+        raise UserError(f'{args.folder}: contains no images ({", ".join(sorted(suffixes))})')
     differences = {'shrunk': [], 'enlarged': []}
     for file in files:
         image = np.asarray(decode(file.read_bytes()))
@@ -50,7 +50,7 @@ def main() -> None:
         if values:
             print(
                 f'{kind}: mean absolute difference {np.mean(values):.2f} levels '
-                f'({len(values)} pictures)'
+                f'({len(values)} images)'
             )
 
 

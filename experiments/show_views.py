@@ -1,10 +1,10 @@
-"""Draws what the network sees of one picture: 16 training views and the ten test crops (§4.1).
+"""Draws what the network sees of one image: 16 training views and the ten test crops (§4.1).
 
     python -m experiments.show_views --store=DIR [--index=0 --out=views.png]
 
-A training view is exactly what the picture becomes in one epoch of training: cropped and mirrored
-by the data pipeline at its position in that epoch, with that position's colour noise. The mean
-image is subtracted and added again, and values outside 0..255 are clipped.
+A training view is exactly what one epoch of training sees: the image cropped and mirrored by the data
+pipeline at its position in that epoch, with that position's colour noise. The mean image is added back after
+being subtracted, and values outside 0..255 are clipped.
 """
 
 import argparse
@@ -24,7 +24,7 @@ View = tuple[str, np.ndarray]  # a label, and u8[crop,crop,3]
 def training_views(
     store: Store, index: int, *, crop: int, epochs: int, seed: int, chunk: int, std: float
 ) -> list[View]:
-    """The views of training picture `index` in the first epochs of the run with this seed.
+    """Returns the views of training image `index` in the first epochs of a run with this seed.
 
     seed, chunk and std are `config.seed`, `config.augment.chunk` and `config.colour.std`.
     """
@@ -34,7 +34,7 @@ def training_views(
     for epoch in range(epochs):
         order = sampler.records(seed, epoch * total + np.arange(total), total)
         position = epoch * total + int(np.flatnonzero(order == index)[0])
-        # In batches of one, steps are positions.
+        # With a batch of one, steps are positions.
         batches = train_batches(
             store,
             seed=seed,
@@ -59,7 +59,7 @@ def training_views(
 
 
 def ten_crops(store: Store, index: int, *, crop: int) -> list[View]:
-    """The ten views that are averaged at test time, in the order of `steps.VIEWS`."""
+    """Returns the ten views that are averaged at test time, in the order of `steps.VIEWS`."""
     total, room = store.counts['train'], store.size - crop
     batches = eval_batches(store, 'train', batch=total, rows=np.array([index]), threads=1)
     picture = next(batches)['image'][0]
@@ -73,7 +73,7 @@ def ten_crops(store: Store, index: int, *, crop: int) -> list[View]:
 
 
 def draw(training: list[View], testing: list[View], title: str, out: str) -> None:
-    """Writes both sets of views into one picture file."""
+    """Draws both sets of views into one image file."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -97,26 +97,28 @@ def draw(training: list[View], testing: list[View], title: str, out: str) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m experiments.show_views')
-    parser.add_argument('--store', required=True, help='the folder that prepare wrote')
-    parser.add_argument('--index', type=int, default=0, help='which training picture')
-    parser.add_argument('--out', default='views.png', help='the picture file to write')
+    parser.add_argument('--store', required=True, help='a folder written by prepare')
+    parser.add_argument('--index', type=int, default=0, help='the training image to show')
+    parser.add_argument('--out', default='views.png', help='the image file to write')
     parser.add_argument(
-        '--crop', type=int, default=0, help='pixels; 0: 7/8 of the size (224 of 256)'
+        '--crop', type=int, default=0, help='pixels; 0: 7/8 of the image size (224 of 256)'
     )
     parser.add_argument('--seed', type=int, default=0, help="the run's seed")
-    parser.add_argument('--chunk', type=int, default=1, help='pictures that share a crop and flip')
-    parser.add_argument('--std', type=float, default=0.1, help='of the colour noise')
+    parser.add_argument('--chunk', type=int, default=1, help='images that share a crop and flip')
+    parser.add_argument(
+        '--std', type=float, default=0.1, help='standard deviation of the colour noise'
+    )
     args = parser.parse_args()
     store = open_store(args.store)
     crop = args.crop or store.size * 7 // 8
     count = store.counts['train']
     if not 0 <= args.index < count:
-        raise UserError(f'--index={args.index}: {store.path} has training pictures 0..{count - 1}')
+        raise UserError(f'--index={args.index}: {store.path} has training images 0..{count - 1}')
     training = training_views(
         store, args.index, crop=crop, epochs=16, seed=args.seed, chunk=args.chunk, std=args.std
     )
     name = store.names[store.labels('train')[args.index]]
-    title = f'{store.source}, training picture {args.index}: {name}'
+    title = f'{store.source}, training image {args.index}: {name}'
     draw(training, ten_crops(store, args.index, crop=crop), title, args.out)
     print(f'wrote {args.out}')
 

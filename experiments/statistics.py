@@ -1,12 +1,11 @@
-"""Statistics of the tables: paired differences, Holm's correction, and the error over pictures.
+"""Statistics for the tables: paired differences, Holm's correction, and uncertainty over images.
 
-The tests of one table are one family, and the table states which. Their p values are corrected by Holm
-over the family; a table uses a verdict word only where the corrected p value is below LEVEL. Everything else
-gets a 95 % interval, which is not corrected. Intervals and p values over seeds are Student's t over pairs
-of one seed. They hold the validation pictures fixed; `bootstrap` holds the networks fixed and resamples
-the pictures.
+The tests of one table form a family, which the table names. Their p values are corrected with Holm's method;
+a table gives a verdict only if the corrected p value is below LEVEL. The 95 % intervals are not corrected.
+Intervals and p values over seeds use Student's t on pairs with the same seed. They hold the validation
+images fixed; `bootstrap` holds the networks fixed and resamples the images.
 
-Holm needs no independence of the tests: rows share the reference. Needs scipy (requirements-dev.txt).
+Holm's method does not assume independent tests; ours share the reference. Needs scipy (requirements-dev.txt).
 """
 
 import base64
@@ -22,16 +21,16 @@ from alexnet_jax.common.errors import UserError
 
 LEVEL = 0.05
 NO_SPREAD = 'no spread'
-EQUAL = 1e-9  # values that differ by less than this part of the largest differ by rounding
+EQUAL = 1e-9  # relative spread below which values differ only by rounding
 CONFIDENCE = 0.95
-DRAWS = 10_000  # of a bootstrap
+DRAWS = 10_000  # bootstrap samples
 
 
 class Difference(NamedTuple):
     """A mean difference, its 95 % interval (low, high), and the two-sided p value of no difference.
 
-    From a single value, and from values without spread, which say nothing of the error: the interval is
-    infinite, and p is 1. `note` says the latter.
+    A single value, or values without spread, say nothing about the error: the interval is infinite and p is
+    1. In the second case `note` says so.
     """
 
     mean: float
@@ -42,7 +41,7 @@ class Difference(NamedTuple):
 
 
 def paired(values: Sequence[float]) -> Difference:
-    """The mean of paired differences, one a seed, by Student's t."""
+    """Returns the mean of paired differences, one per seed, with Student's t."""
     values = np.asarray(values, np.float64)
     mean = float(values.mean())
     if len(values) < 2:
@@ -54,7 +53,7 @@ def paired(values: Sequence[float]) -> Difference:
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """The mean of `second` minus that of `first`, two independent samples, by Welch's t."""
+    """Returns the mean of `second` minus that of `first`, two independent samples, with Welch's t."""
     first, second = (np.asarray(x, np.float64) for x in (first, second))
     mean = float(second.mean() - first.mean())
     if min(len(first), len(second)) < 2:
@@ -69,16 +68,16 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
-    """(ratio, low, high): the geometric mean of paired ratios, with its 95 % interval.
+    """Returns (ratio, low, high): the geometric mean of paired ratios, with its 95 % interval.
 
-    Student's t of the logarithms; infinite, and 0, from a single pair and from equal ratios.
+    The interval is Student's t on the logarithms; (0, infinity) for a single pair and for equal ratios.
     """
     logs = paired(np.log(np.asarray(numerators, float) / np.asarray(denominators, float)))
     return math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high)
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:
-    """The p values of a family, corrected by Holm (1979): a test survives if its own is below LEVEL."""
+    """Returns the p values of a family, corrected by Holm (1979); tests below LEVEL survive."""
     corrected, largest = {}, 0.0
     for rank, name in enumerate(sorted(p, key=p.get)):
         largest = max(largest, min(1.0, (len(p) - rank) * p[name]))
@@ -87,16 +86,16 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 
 
 def verdict(mean: float, corrected: float, words: tuple[str, str] = ('worse', 'better')) -> str:
-    """The word for a positive or a negative mean that survives Holm's correction; '' for others."""
+    """Returns the word for a positive or negative mean that survives Holm's correction, else ''."""
     return words[mean < 0] if corrected < LEVEL else ''
 
 
 def bootstrap(own: np.ndarray, reference: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval over pictures of the top-1 error of `own` minus that of `reference`, in points.
+    """Returns the 95 % interval over images of `own` minus `reference`, top-1 error in points.
 
-    own, reference: bool[seeds, pictures], which pictures were right, of the same seeds. The pictures
-    are drawn DRAWS times with replacement, the same for both. A picture counts by the mean of its
-    difference over the seeds, of which there are few values: so draws are of how often each occurs.
+    own, reference: bool[seeds, images], which images were classified correctly, for the same seeds. The
+    images are drawn DRAWS times with replacement, the same ones for both. Each image contributes its
+    difference summed over the seeds. This takes few values, so the draws are of how often each occurs.
     """
     misses = np.asarray(reference, np.int64).sum(0) - np.asarray(own, np.int64).sum(0)
     values, counts = np.unique(misses, return_counts=True)
@@ -108,20 +107,20 @@ def bootstrap(own: np.ndarray, reference: np.ndarray, seed: int = 0) -> tuple[fl
 
 
 def pack(hits: np.ndarray) -> str:
-    """bool[N] as text: np.packbits, in base64."""
+    """Encodes bool[N] as text: np.packbits, in base64."""
     return base64.b64encode(np.packbits(np.asarray(hits, bool)).tobytes()).decode()
 
 
 def unpack(text: str, count: int) -> np.ndarray:
-    """What `pack` was given, bool[count]."""
+    """Inverts `pack` -> bool[count]."""
     bits = np.frombuffer(base64.b64decode(text), np.uint8)
     return np.unpackbits(bits, count=count).astype(bool)
 
 
 def over_pictures(own: list[dict], reference: list[dict]) -> str:
-    """`bootstrap` of two lists of results, over the seeds that both have, as text.
+    """Formats the `bootstrap` interval of two lists of results, over the seeds that both have.
 
-    '—' where a result does not hold which pictures were right ('hits').
+    '—' if a result lacks 'hits', which images were classified correctly.
     """
     both = [
         {result['seed']: result for result in results if not result['diverged']}
@@ -139,14 +138,14 @@ def over_pictures(own: list[dict], reference: list[dict]) -> str:
 
 
 def between(low: float, high: float, digits: int, sign: str = '+') -> str:
-    """'+0.12 to +3.40'; sign='-' for numbers that are no differences."""
+    """Formats '+0.12 to +3.40'; sign='-' for numbers that are not differences."""
     return f'{low:{sign}.{digits}f} to {high:{sign}.{digits}f}'
 
 
 def interval(difference: Difference, digits: int = 2) -> str:
-    """'+2.40 (-2.16 to +6.96)', the mean and its 95 % interval; only the mean of a single pair.
+    """Formats '+2.40 (-2.16 to +6.96)', a mean and its 95 % interval.
 
-    Of values without spread: '+2.40 (no spread)'.
+    Only the mean for a single pair; '+2.40 (no spread)' for values without spread.
     """
     mean = f'{difference.mean:+.{digits}f}'
     if math.isinf(difference.low):
@@ -154,23 +153,23 @@ def interval(difference: Difference, digits: int = 2) -> str:
     return f'{mean} ({between(difference.low, difference.high, digits)})'
 
 
-def family(tests: int, of: str, by: str = "Student's t over pairs of one seed") -> str:
-    """What a table says about its family of tests."""
+def family(tests: int, of: str, by: str = "Student's t on pairs with the same seed") -> str:
+    """Describes a table's family of tests."""
     return (
-        f'Family of tests: {of}, {tests} test{"s" * (tests != 1)}. p: two-sided, by {by}, corrected by Holm '
-        f'over the family; a verdict only where it is below {LEVEL:g}. In brackets: 95 % intervals, not '
+        f"Family of tests: {of}, {tests} test{'s' * (tests != 1)}. p: two-sided, {by}, corrected with Holm's "
+        f'method over the family; a verdict only below {LEVEL:g}. In parentheses: 95 % intervals, not '
         'corrected.'
     )
 
 
 def mean_std(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± sample standard deviation, with so many decimals."""
+    """Formats mean ± sample standard deviation, with `digits` decimals."""
     spread = f' ± {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
     return f'{np.mean(values):.{digits}f}{spread}'
 
 
 def _equal(values: np.ndarray) -> bool:
-    """Whether some values differ by no more than rounding."""
+    """Returns whether values differ only by rounding."""
     return bool(np.ptp(values) <= EQUAL * np.abs(values).max())
 
 
@@ -181,11 +180,11 @@ def _student(mean: float, error: float, freedom: float) -> Difference:
 
 
 def scipy(module: str) -> ModuleType:
-    """A module of scipy, which takes a second to import; UserError where it is not installed."""
+    """Imports a module of scipy, which takes a second; UserError if scipy is not installed."""
     try:
         return importlib.import_module(f'scipy.{module}')
     except ImportError:
         raise UserError(
-            'the tables of experiments need scipy, which is not installed: '
+            'the experiment tables need scipy, which is not installed: '
             'pip install -r requirements-dev.txt -c constraints.txt'
         ) from None

@@ -1,18 +1,18 @@
-"""Table 1: errors on the test set of ILSVRC-2010, with one crop and with ten (§6).
+"""Table 1: errors on the ILSVRC-2010 test set, with one crop and with ten (§6).
 
     python -m alexnet_jax.prepare --source=/data/ilsvrc2010
     python -m experiments.table1 --scale=full --seeds=1 -- --config.data.source=/data/ilsvrc2010
 
-The folder has train/ and test/ and no val/: errors are of test/ then, as in the paper. The net is
+The folder has train/ and test/ but no val/, so errors are measured on test/, as in the paper. The network is
 `configs/original.py:2010`, the run behind the paper's numbers. The small scale is that of
-`experiments/ablations.py`, on any folder of pictures, with this run's schedule; beside its errors the
-paper's say nothing.
+`experiments/ablations.py`, on any folder of images, with this run's schedule; its errors are not comparable
+with the paper's.
 """
 
 from experiments import ablations, statistics
 from experiments import lab as labs
 
-TITLE = 'Table 1: one crop and ten, beside what came before (§6)'
+TITLE = 'Table 1: one crop and ten, compared with earlier methods (§6)'
 CONFIG = 'configs/original.py:2010'
 PAPER = {  # top-1 and top-5 error, %, ILSVRC-2010 test
     'sparse coding': (47.1, 28.2),
@@ -21,7 +21,7 @@ PAPER = {  # top-1 and top-5 error, %, ILSVRC-2010 test
     'CNN, ten crops': (37.5, 17.0),
 }
 VIEWS = {'CNN, one crop': 'centre', 'CNN, ten crops': 'ten'}
-SCALES = {  # changes, and the part of the source's 93 epochs
+SCALES = {  # changes, and the fraction of the original run's 93 epochs
     'smoke': (ablations.TINY, 0.008 / 93),
     'small': (ablations.SMALL, 30 / 93),
     'full': ({}, 1),
@@ -55,7 +55,7 @@ def report(results) -> str:
         lines.append(f'| {name} | {first} %, {fifth} % | {ours} |')
     diverged = len(results) - len(runs)
     seeds = f'{labs.count(len(runs), "seed")}' + (
-        f', and {diverged} that diverged' if diverged else ''
+        f', plus {diverged} that diverged' if diverged else ''
     )
     return '\n'.join([*lines, '', f'{seeds}; mean ± standard deviation.'])
 

@@ -1,21 +1,19 @@
-"""Table 2: one network, several, and networks trained on more classes before (CNN*), §6.
+"""Table 2: one network, ensembles, and networks pre-trained on more classes (CNN*), §6.
 
     python -m experiments.table2 --scale=small --seeds=5 -- --config.data.source=FOLDER
 
-`--seeds` is the number of CNNs; there are two CNN*, as in the paper, or one with --seeds=1. Its "5
-CNNs" were of different architectures (`docs/original.md` §7); ours are seeds of `configs/original.py`. "7
-CNNs*" are the two and the five together, of either those that did not diverge. Probabilities are
-averaged, ten crops each. With another number of seeds other networks go together, for which the run
-directories must still be there.
+`--seeds` is the number of CNNs. There are two CNN*, as in the paper, or one with --seeds=1. The paper's "5
+CNNs" had different architectures (`docs/original.md` §7); ours are seeds of `configs/original.py`. "7 CNNs*"
+combines the two CNN* and the five CNNs, without runs that diverged. Ensembles average the probabilities of
+all networks over ten crops. A different number of seeds needs new ensembles, so keep the run directories.
 
-CNN* (`configs/cnn_star.py`, a sixth convolutional layer) is trained on more classes, then its last
-layer is replaced and all of it trained on the fewer classes of the table, with the rates that the source
-had for it (`:finetune`). At the small scale (that of `experiments/ablations.py`) FOLDER holds the more
-classes, and the fewer are the first half of them, a folder of links that is made here. So unlike the
-paper's, CNN* sees no other pictures of these classes than the CNNs do, but those of the other half, and
-more epochs. The smoke scale does the same with sixty pictures of the embedded set. At full scale the
-fewer are ILSVRC-2012, and the pre-trained networks are to be there: for seeds 0 and 1, with FALL2011 the
-folder of the larger set,
+CNN* (`configs/cnn_star.py`, a sixth convolutional layer) is pre-trained on the larger set of classes. Then
+its last layer is replaced and all layers are trained on the classes of the table, with the learning rates of
+the 2012 source code (`:finetune`). At the small scale (that of `experiments/ablations.py`) FOLDER is the
+larger set, and the table uses the first half of its classes, through a folder of links created here. So
+unlike in the paper, CNN* sees the same images of these classes as the CNNs do, plus those of the other half,
+for more epochs. The smoke scale does the same with sixty images of the embedded set. At full scale the table
+uses ILSVRC-2012, and the pre-trained networks must exist for seeds 0 and 1. With the larger set in FALL2011:
 
     python -m alexnet_jax.prepare --source=FALL2011
     python -m alexnet_jax.main --config=configs/cnn_star.py --config.data.source=FALL2011 \\
@@ -35,18 +33,18 @@ from alexnet_jax.training import evaluation, metrics
 from experiments import ablations, statistics
 from experiments import lab as labs
 
-TITLE = 'Table 2: ensembles, and networks trained on more classes before (§6)'
+TITLE = 'Table 2: ensembles, and networks pre-trained on more classes (§6)'
 CNN, STAR, FINETUNE = 'configs/original.py', 'configs/cnn_star.py', 'configs/cnn_star.py:finetune'
 STARS = 2
-SIFT = 'SIFT + FVs'  # what came before
-PAPER = {  # top-1 and top-5 error, %, on ILSVRC-2012 validation; top-5 error on its test set
+SIFT = 'SIFT + FVs'  # an earlier method
+PAPER = {  # ILSVRC-2012: top-1 and top-5 validation error, top-5 test error
     SIFT: ('–', '–', '26.2 %'),
     '1 CNN': ('40.7 %', '18.2 %', '–'),
     '5 CNNs': ('38.1 %', '16.4 %', '16.4 %'),
     '1 CNN*': ('39.0 %', '16.6 %', '–'),
     '7 CNNs*': ('36.7 %', '15.4 %', '15.3 %'),
 }
-SHAPES = {'train': 40, 'validation': 20}  # pictures of the embedded set in a smoke run
+SHAPES = {'train': 40, 'validation': 20}  # images of the embedded set in a smoke run
 NOTES = ablations.NOTES
 plot = None
 
@@ -54,7 +52,7 @@ plot = None
 def run(lab):
     changes, part = ablations.SCALES[lab.scale]
     finetune = changes
-    more, fewer = {}, {}  # where the pictures are
+    more, fewer = {}, {}  # the location of the images
     if lab.scale != 'full':
         changes, finetune = (
             {**changes, **labs.shortened(config, part)} for config in (CNN, FINETUNE)
@@ -64,11 +62,11 @@ def run(lab):
             source = draw(lab.folder / 'shapes')
             more = {'data.source': source, 'data.store': f'{source}-store'}
         if not source:
-            raise UserError('table2: give a folder of pictures, -- --config.data.source=FOLDER')
+            raise UserError('table2: give a folder of images, -- --config.data.source=FOLDER')
         if lab.value_given('data.val_fraction'):
             raise UserError(
-                'table2: data.val_fraction would be of the more classes only; leave it out, '
-                'and give a folder with train/ and val/ where it matters'
+                'table2: data.val_fraction would only apply to the larger set of classes; omit it, '
+                'and give a folder with train/ and val/ if the split matters'
             )
         half = first_half(source, lab.folder / f'half-of-{pathlib.Path(source).name}')
         fewer = {'data.source': half, 'data.store': f'{half}-store'}
@@ -78,8 +76,8 @@ def run(lab):
     for first in pretrained if lab.scale == 'full' else ():
         if not first.exists():
             raise UserError(
-                f'{first}: a network trained on more classes is to be there; '
-                'python -m experiments.table2 --help has the commands'
+                f'{first}: needs a network pre-trained on more classes; '
+                'see python -m experiments.table2 --help for the commands'
             )
 
     for seed in range(lab.seeds):
@@ -101,20 +99,20 @@ def run(lab):
 
 
 def sound(lab, name: str, seeds: int) -> dict[str, pathlib.Path]:
-    """The run directories of the first seeds, by key, without those that diverged."""
+    """Returns the run directories of the first seeds, by key, without those that diverged."""
     found = {f'{name}-{seed}': lab.workdir(name, seed) for seed in range(seeds)}
     return {key: workdir for key, workdir in found.items() if not lab.results[key]['diverged']}
 
 
 def together(lab, label: str, runs: dict[str, pathlib.Path]) -> None:
-    """Several networks as one; kept with the first of them."""
+    """Evaluates several networks as an ensemble and stores the errors with the first of them."""
     if len(runs) > 1:
         lab.extend(next(iter(runs)), f'{len(runs)} {label}', errors, *runs.values())
 
 
 def errors(*workdirs) -> dict:
-    """Ten-crop errors, in percent, of the mean of some networks."""
-    *_, sums = evaluation.compare(workdirs, views=('ten',)).values()  # the last are of all together
+    """Returns the ten-crop errors, in percent, of the averaged predictions of some networks."""
+    *_, sums = evaluation.compare(workdirs, views=('ten',)).values()  # the last is the ensemble's
     return metrics.values(sums)
 
 
@@ -123,7 +121,7 @@ def alone(label: str, workdir) -> dict:
 
 
 def draw(folder: pathlib.Path) -> str:
-    """Some pictures of the embedded set, as a folder."""
+    """Writes some images of the embedded set to a folder."""
     for split, count in SHAPES.items():
         for index in range(count):
             data, label, _ = shapes.render(shapes.SEED, shapes.SPLITS[split][0], index)
@@ -134,17 +132,17 @@ def draw(folder: pathlib.Path) -> str:
 
 
 def first_half(source: str, folder: pathlib.Path) -> str:
-    """A folder with links to the pictures of the first half of a folder's classes."""
+    """Creates a folder of links to the images of the first half of a folder's classes."""
     if folder.exists():
         link, root = next(folder.glob('*/*/*')), os.path.abspath(os.path.expanduser(source))
         if not os.readlink(link).startswith(f'{root}/'):
             raise UserError(
-                f'{folder}: holds links to other pictures than {root}; '
-                'give another folder for results, --results=DIR'
+                f'{folder}: holds links to images outside {root}; '
+                'store the results in another folder, --results=DIR'
             )
         return str(folder)
     if not sources.is_path(source):
-        raise UserError(f'{source}: half of its classes are to be linked to, it must be a folder')
+        raise UserError(f'{source}: must be a folder, since half of its classes will be linked')
     opened = sources.open_source(source)
     begun = folder.with_name(f'{folder.name}.begun')
     shutil.rmtree(begun, ignore_errors=True)
@@ -159,13 +157,13 @@ def first_half(source: str, folder: pathlib.Path) -> str:
 
 
 def report(results) -> str:
-    found = {}  # by row, the errors of every run or of the runs together
+    found = {}  # by row, the errors of every run or of the ensemble
     for result in results.values():
         for name, values in (result['extra'] or {}).items():
             found[name] = [*found.get(name, []), values] if name.startswith('1 ') else [values]
     pictures = sorted({result['data']['source'] for result in results.values() if result['extra']})
     lines = [
-        '| model | the paper, ILSVRC-2012 validation: top-1, top-5 error | its test set: top-5 error '
+        '| model | the paper, ILSVRC-2012 validation: top-1, top-5 error | the paper, test: top-5 error '
         f'| ours, {", ".join(pictures)}: top-1, top-5 error | runs |',
         '|---|---|---|---|---|',
     ]
@@ -181,11 +179,11 @@ def report(results) -> str:
             if values
             else ''
         )
-        ours = 'not measurable here' if name == SIFT else ours
+        ours = 'not measured' if name == SIFT else ours
         lines.append(
             f'| {name} | {", ".join(validation)} | {test} | {ours} | {len(values) or ""} |'
         )
-    lines += ['', 'Errors on the test set are not measurable here: its labels are not public.']
+    lines += ['', 'Test errors cannot be measured here: the labels of the test set are not public.']
     diverged = sum(result['diverged'] for result in results.values())
     return '\n'.join(
         [*lines, *(['', f'{labs.count(diverged, "run")} diverged.'] if diverged else [])]

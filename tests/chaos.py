@@ -1,26 +1,25 @@
-"""Kills a training with SIGKILL again and again, and compares its end with an uninterrupted run.
+"""Repeatedly kills a training run with SIGKILL, and compares its end with an uninterrupted run.
 
     python -m tests.chaos --kills=15
 
-A small net learns made-up pictures, with dropout, colour noise and crops in chunks, started as a user
-starts it. It is killed at seeded random moments: while training, while a checkpoint is being written,
-or before the first step of a start. The same command resumes it until it is done. The starts take
-turns in how they save (`config.run.saves`): 'wait', 'background', 'wait', ...
+A small network trains on synthetic images, with dropout, colour noise and crops in chunks, started as a user
+would. It is killed at seeded random moments: while training, while writing a checkpoint, or before the first
+step of a start. The same command resumes it until it is done. The starts alternate between the values of
+`config.run.saves`: 'wait', 'background', 'wait', ...
 
-    same mesh     Every start is on 2x2. The last checkpoint and the rows of metrics.jsonl, except for
-                  their times, must be those of an uninterrupted run, bit for bit.
-    other meshes  Every start is on a random mesh out of 1x1, 1x2, 2x1 and 2x2. Rounding differs, so
-                  with d, the relative L2 distance of the final parameters between uninterrupted runs
-                  on 1x1 and on 2x2, the killed run must lie within 3d of both.
+    same mesh     Every start uses 2x2. The last checkpoint and the rows of metrics.jsonl, except for times,
+                  must match those of an uninterrupted run bit for bit.
+    other meshes  Every start uses a random mesh out of 1x1, 1x2, 2x1 and 2x2. Rounding differs: if d is the
+                  relative L2 distance of the final parameters between uninterrupted runs on 1x1 and 2x2, the
+                  killed run must be within 3d of both.
 
-Every start must resume from the newest checkpoint that was ever finished. A kill must not cost more
-than the steps since the last checkpoint was due or, where checkpoints are saved in the background,
-since the one before it. No half-written folder may be left at the end. Exit code 1, with a line for
-each promise that is broken.
+Every start must resume from the newest checkpoint that was ever finished. A kill must not cost more than the
+steps since the last checkpoint was due or, if checkpoints are saved in the background, since the one before
+it. No half-written folder may remain at the end. Exits with 1, and one line per broken promise.
 
-The net has tanh: where a ReLU switches by the last bit gradients jump, and training makes so much of
-it that in the end a wrong batch is no further away than rounding. Measured on 744 steps at this rate:
-with ReLU d = 0.031, and 0.019 for one batch with wrong labels; with tanh 3e-8, and 2e-3.
+The network uses tanh. With ReLU, a unit that switches because of rounding makes gradients jump, and training
+amplifies this until a wrong batch is no further away than rounding. Measured over 744 steps at this learning
+rate: with ReLU d = 0.031, and 0.019 for one batch with wrong labels; with tanh 3e-8, and 2e-3.
 """
 
 import argparse
@@ -46,8 +45,8 @@ from tests.helpers import ROOT
 from tests.helpers.commands import outcome
 from tests.helpers.processes import compilation_cache
 
-CLASSES, EXAMPLES, BATCH = 4, 60, 8  # 7.5 steps an epoch
-STEPS = 24  # from one kill to the next, about
+CLASSES, EXAMPLES, BATCH = 4, 60, 8  # 7.5 steps per epoch
+STEPS = 24  # approximate distance between kills
 CHECKPOINT_EVERY, LOG_EVERY, EVAL_EVERY = 15, 2, 5.0  # steps, steps, epochs
 FIELDS = (
     '--config.model.activation=tanh',
@@ -63,42 +62,42 @@ FIELDS = (
 )
 MESHES = ((1, 1), (1, 2), (2, 1), (2, 2))
 SAVES = ('wait', 'background')
-# What a kill waits for, in the shares of `plan`.
+# What kills wait for, in these proportions.
 KINDS = ('saving', 'training', 'saving', 'training', 'starting', 'training')
 PATIENCE = 600  # seconds for one start to reach its kill, or its end
-ROUNDED = ('loss', 'top1_error', 'top5_error')  # of a row: what another mesh rounds otherwise
+ROUNDED = ('loss', 'top1_error', 'top5_error')  # fields that depend on the mesh through rounding
 
-Outcome = tuple[int, dict[str, bytes], dict, list[dict]]  # of `tests.helpers.commands.outcome`
+Outcome = tuple[int, dict[str, bytes], dict, list[dict]]  # from `tests.helpers.commands.outcome`
 
 
 class Kill(NamedTuple):
-    """When a start is killed; 'saving' and 'training' never before a step of its own was seen."""
+    """When to kill a start; 'saving' and 'training' only after it has written a row."""
 
     kind: str
-    step: int  # the row of this step or a later one must have been written, and then
-    delay: float  # seconds, after that, or after the beginning of a checkpoint
-    share: float  # 'starting': of the time until the first row
+    step: int  # wait for the row of this step or a later one (and for 'saving', for a checkpoint to begin)
+    delay: float  # seconds to wait after that
+    share: float  # for 'starting': when to kill, as a fraction of the usual time to the first row
 
     def due(self, waited: float, steps: list[int], saving: bool) -> bool:
-        """waited: as a share of the usual time to the first row; steps: rows written since."""
+        """waited: time as a fraction of that usual time; steps: rows written by this start."""
         if self.kind == 'starting':
             return waited >= self.share or bool(steps)
         return bool(steps) and steps[-1] >= self.step and (saving or self.kind == 'training')
 
 
 class Start(NamedTuple):
-    """One start of a run that was killed or came to its end."""
+    """One start of a run, which was killed or finished."""
 
     saves: str
     killed: bool
     wait: float | None  # seconds to the first row
-    resumed: int  # the newest checkpoint as it began, 0 without one
+    resumed: int  # the newest checkpoint at its beginning, 0 if none
     steps: list[int]  # of the train rows that it wrote
-    newest: int  # the newest checkpoint as it ended
+    newest: int  # the newest checkpoint at its end
 
 
 def plan(kills: int, rng: np.random.Generator) -> list[Kill]:
-    """One kill about every STEPS steps."""
+    """Plans one kill about every STEPS steps."""
     kinds = rng.permutation([KINDS[i % len(KINDS)] for i in range(kills)])
     return [
         Kill(
@@ -112,7 +111,7 @@ def plan(kills: int, rng: np.random.Generator) -> list[Kill]:
 
 
 def due_steps(total: int) -> list[int]:
-    """The steps at which a run of `total` steps begins a checkpoint, ascending."""
+    """Returns the steps at which a run of `total` steps begins a checkpoint, in ascending order."""
     evaluations = itertools.takewhile(
         lambda step: step < total,
         (optim.steps_per(n * EVAL_EVERY, EXAMPLES, BATCH) for n in itertools.count(1)),
@@ -121,17 +120,17 @@ def due_steps(total: int) -> list[int]:
 
 
 def problems(start: Start, due: list[int]) -> list[str]:
-    """The promises that one start has broken."""
+    """Returns the promises that one start broke."""
     found = []
     if start.newest < start.resumed:
         found.append(
-            f'the checkpoint of step {start.resumed} was lost, {start.newest} is the newest'
+            f'the checkpoint of step {start.resumed} was lost; the newest is {start.newest}'
         )
     first = start.resumed + (LOG_EVERY - 1 - start.resumed) % LOG_EVERY
     if start.steps and start.steps[0] != first:
         found.append(
-            f'it resumed with a row of step {start.steps[0]}, not {first}, as the checkpoint of '
-            f'step {start.resumed} asks'
+            f'it resumed with a row of step {start.steps[0]}, not {first}, from the checkpoint of '
+            f'step {start.resumed}'
         )
     reached = start.steps[-1] + 1 if start.steps else 0
     later = [step for step in due if step > start.newest]
@@ -139,37 +138,37 @@ def problems(start: Start, due: list[int]) -> list[str]:
     later = later[: 1 if start.saves == 'wait' else 2]
     if reached > max(later, default=start.newest):
         found.append(
-            f'it reached step {reached}, and the newest checkpoint is that of step {start.newest}, '
-            f'though others were due at {" and ".join(map(str, later))}'
+            f'it reached step {reached}, but the newest checkpoint is that of step {start.newest}, '
+            f'although others were due at {" and ".join(map(str, later))}'
         )
     return found
 
 
 def own_rows(before: list[dict], now: list[dict]) -> list[int]:
-    """The steps of the train rows that were written since `before` (two never have equal times)."""
+    """Returns the steps of the train rows written since `before` (no two rows have equal times)."""
     pairs = zip(before, now, strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return [row['step'] for row in now[same:] if row['kind'] == 'train']
 
 
 def unfinished(run_dir: pathlib.Path) -> set[tuple[str, int]]:
-    """What is not a finished checkpoint in checkpoints/: (name, time of its last change in ns)."""
+    """Returns entries of checkpoints/ that are not finished checkpoints: (name, last change in ns)."""
     found = set()
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(run_dir / 'checkpoints'):
             if not entry.name.isdigit():
-                with contextlib.suppress(FileNotFoundError):  # finished just now
+                with contextlib.suppress(FileNotFoundError):  # it has just been finished
                     found.add((entry.name, entry.stat().st_ctime_ns))
     return found
 
 
 def newest(run_dir: pathlib.Path) -> int:
-    """The step of the newest finished checkpoint, 0 without one."""
+    """Returns the step of the newest finished checkpoint, 0 if none."""
     return max(checkpoint.Checkpoints(run_dir / 'checkpoints').steps(), default=0)
 
 
 def draw_pictures(folder: pathlib.Path, rng: np.random.Generator) -> None:
-    """Writes train/CLASS/ and val/CLASS/ with blurred patches of colour."""
+    """Writes train/CLASS/ and val/CLASS/ with images of blurred colour patches."""
     for split, count in (('train', EXAMPLES), ('val', EXAMPLES // 3)):
         for i in range(count):
             path = folder / split / f'class_{i % CLASSES}' / f'{i:03}.png'
@@ -179,9 +178,9 @@ def draw_pictures(folder: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 class Job(NamedTuple):
-    """What all runs of one comparison have in common."""
+    """What all runs of one comparison share."""
 
-    folder: pathlib.Path  # with pictures/, and all that the runs make
+    folder: pathlib.Path  # contains pictures/ and everything that the runs write
     kills: int
     seed: int
     program: tuple[str, ...] = ('-m', 'alexnet_jax.main')
@@ -215,7 +214,7 @@ class Job(NamedTuple):
         kill: Kill | None = None,
         usual: float = math.inf,
     ) -> Start:
-        """Starts the run `name`, and waits for its end, or kills it at its moment."""
+        """Starts the run `name`, and waits for its end or kills it when `kill` is due."""
         run_dir = self.folder / name
         rows, there, steps = metrics.read(run_dir), unfinished(run_dir), []
         resumed = newest(run_dir)
@@ -249,14 +248,14 @@ class Job(NamedTuple):
         return Start(saves, killed, wait, resumed, steps, newest(run_dir))
 
     def alone(self, mesh: tuple[int, int]) -> Outcome:
-        """The outcome of an uninterrupted run, 'alone-DATAxMODEL'."""
+        """Returns the outcome of an uninterrupted run, 'alone-DATAxMODEL'."""
         name = 'alone-{}x{}'.format(*mesh)
         self.start(name, mesh)
         print(f'{name}: {self.total} steps', flush=True)
         return outcome(self.folder / name)
 
     def killed(self, name: str, meshes: list[tuple[int, int]]) -> list[str]:
-        """Kills and resumes the run `name` until its end, one start a mesh -> the promises broken."""
+        """Kills and resumes the run `name` until its end, one start per mesh -> the promises it broke."""
         due, deaths, broken, usual = due_steps(self.total), 0, [], math.inf
         kills = [*plan(self.kills, np.random.default_rng([self.seed, 1])), None]
         for i, (kill, mesh) in enumerate(zip(kills, meshes, strict=True)):
@@ -276,18 +275,18 @@ class Job(NamedTuple):
             broken.append(f'{name}: it ended after {deaths} of {self.kills} kills')
         left = sorted(entry for entry, _ in unfinished(self.folder / name))
         if left:
-            broken.append(f'{name}: left half-written in checkpoints/: {", ".join(left)}')
+            broken.append(f'{name}: half-written entries left in checkpoints/: {", ".join(left)}')
         return broken
 
 
 def same_mesh(job: Job, alone: Outcome) -> list[str]:
-    """Kills a run on 2x2, where `alone` ran -> the promises that it broke."""
+    """Kills a run on 2x2, the mesh of `alone` -> the promises it broke."""
     broken = job.killed('same', [(2, 2)] * (job.kills + 1))
     return broken + [f'same: {x}' for x in differences(outcome(job.folder / 'same'), alone)]
 
 
 def other_meshes(job: Job, one: Outcome, four: Outcome) -> list[str]:
-    """Kills a run whose starts are on random meshes -> the promises that it broke.
+    """Kills a run whose starts use random meshes -> the promises it broke.
 
     one, four: the outcomes of uninterrupted runs on 1x1 and on 2x2.
     """
@@ -298,7 +297,7 @@ def other_meshes(job: Job, one: Outcome, four: Outcome) -> list[str]:
 
 
 def differences(found: Outcome, expected: Outcome) -> list[str]:
-    """What differs between two runs on the same mesh, a line each."""
+    """Returns the differences between two runs on the same mesh, one line each."""
     lines = [f'{name} differs' for name, bits in expected[1].items() if found[1].get(name) != bits]
     if found[2] != expected[2]:
         lines.append(f'history and sums are {found[2]}, not {expected[2]}')
@@ -306,18 +305,18 @@ def differences(found: Outcome, expected: Outcome) -> list[str]:
 
 
 def too_far(found: Outcome, one: Outcome, four: Outcome) -> list[str]:
-    """What differs from uninterrupted runs on 1x1 and on 2x2 by more than rounding, a line each."""
+    """Returns what differs from uninterrupted runs on 1x1 and 2x2 by more than rounding, one line each."""
     d = distance(four, one)
     lines = []
     for mesh, alone in (('1x1', one), ('2x2', four)):
         value = distance(found, alone)
-        if not value <= 3 * d:  # NaN is none
+        if not value <= 3 * d:  # also true for NaN
             lines.append(f'the distance from {mesh} is {value:.3g}, more than 3 x {d:.3g}')
     return [*lines, *differing_rows(found, one, ignore=ROUNDED)]
 
 
 def differing_rows(a: Outcome, b: Outcome, ignore: tuple[str, ...] = ()) -> list[str]:
-    """The last step and the rows where they differ, `ignore` aside, a line each."""
+    """Returns differences in the last step and the rows, without the fields in `ignore`, one line each."""
     lines = [] if a[0] == b[0] else [f'the last step is {a[0]}, not {b[0]}']
     for x, y in itertools.zip_longest(a[3], b[3], fillvalue={}):
         x, y = ({k: v for k, v in row.items() if k not in ignore} for row in (x, y))
@@ -327,7 +326,7 @@ def differing_rows(a: Outcome, b: Outcome, ignore: tuple[str, ...] = ()) -> list
 
 
 def distance(a: Outcome, b: Outcome) -> float:
-    """Relative L2 distance of the parameters: |a - b| / |b|."""
+    """Returns the relative L2 distance of the parameters: |a - b| / |b|."""
     names = sorted(name for name in b[1] if name.startswith('params/'))
     x, y = (
         np.concatenate([np.frombuffer(outcome[1][name], np.float32) for name in names])
@@ -338,7 +337,7 @@ def distance(a: Outcome, b: Outcome) -> float:
 
 
 def _state(path: pathlib.Path):
-    """What is another after a file has changed."""
+    """Returns a value that changes whenever a file does."""
     with contextlib.suppress(FileNotFoundError):
         state = path.stat()
         return state.st_ino, state.st_size, state.st_mtime_ns
@@ -350,15 +349,15 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--kills', type=int, default=15, help='of each of the two runs')
-    parser.add_argument('--seed', type=int, default=0, help='of the moments and the meshes')
-    parser.add_argument('--workdir', default='runs/chaos', help='new folder for everything')
+    parser.add_argument('--kills', type=int, default=15, help='kills for each of the two runs')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the moments and meshes')
+    parser.add_argument('--workdir', default='runs/chaos', help='a new folder for all files')
     args = parser.parse_args()
     folder = pathlib.Path(args.workdir).absolute()
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f'--workdir={args.workdir}: {error.strerror}; give another') from error
+        raise UserError(f'--workdir={args.workdir}: {error.strerror}; choose another') from error
     draw_pictures(folder / 'pictures', np.random.default_rng([args.seed, 0]))
     job = Job(folder, args.kills, args.seed)
     one, four = job.alone((1, 1)), job.alone((2, 2))

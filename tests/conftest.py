@@ -1,4 +1,4 @@
-"""Every test sees eight CPU devices, set up as the commands do, and no silent rank promotion."""
+"""All tests run on eight CPU devices, set up like the commands, without silent rank promotion."""
 
 import os
 import signal
@@ -10,24 +10,24 @@ import jaxlib
 from alexnet_jax.devices import mesh
 from tests.helpers.processes import compilation_cache
 
-# Tests mostly wait for the compiler, and the programs they start inherit this. Without the emitters
-# of fusions it needs two thirds of the time; an XLA that does not know a flag aborts.
+# Tests mostly wait for the compiler. Without fusion emitters it needs two thirds of the time; XLA aborts
+# on unknown flags. Programs started by tests inherit this.
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=1'
 if jaxlib.__version__.startswith('0.10.'):
     os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
-# Each worker of pytest keeps to its share of the cores, with all that it starts: programs that take
-# turns on a core lose less than programs whose threads wait for one another on all of them.
+# Each pytest worker, with everything it starts, gets its own share of the cores: programs that take turns
+# on one core lose less time than programs whose threads wait for each other on all cores.
 worker, workers = (os.environ.get(f'PYTEST_XDIST_WORKER{end}') for end in ('', '_COUNT'))
 if worker and hasattr(os, 'sched_setaffinity'):  # Linux
     cores = sorted(os.sched_getaffinity(0))[int(worker.removeprefix('gw')) :: int(workers)]
     os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
 mesh.configure(cpu_devices=8)
-# A shell makes what it starts in the background ignore Ctrl-C, and programs would inherit that, too.
+# Shells make background jobs ignore Ctrl-C, and programs started here would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What is the same program is compiled once, by each worker of pytest and all that it starts. Another
-# folder every time: nothing old is tested.
+# Each pytest worker, with everything it starts, compiles equal programs once. The folder is new each
+# time, so that nothing old is tested.
 if worker:
     programs = os.path.join(os.environ['JAX_COMPILATION_CACHE_DIR'], worker)
 else:
@@ -39,7 +39,7 @@ for name, value in compilation_cache(programs).items():
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-# Files are shared out one by one: the last ones should be short.
+# Files are handed out one by one, so the last ones should be short.
 LONGEST_FIRST = (
     'test_parallel',
     'test_main',

@@ -1,4 +1,4 @@
-"""`tests.chaos`: that it sees what it looks for, and a short run of it."""
+"""Tests that `tests.chaos` detects what it checks for, and runs it briefly."""
 
 import concurrent.futures
 import re
@@ -14,7 +14,7 @@ DUE = [15, 30, 38, 45, 60, 75, 90]
 
 
 def a_start(**changes):
-    """Resumed at 15, killed after step 33, while the checkpoint of 30 was being written."""
+    """A start that resumed at 15 and was killed after step 33, while writing the checkpoint of 30."""
     start = chaos.Start(
         saves='background',
         killed=True,
@@ -27,7 +27,7 @@ def a_start(**changes):
 
 
 def test_checkpoints_are_due():
-    """Every 15 steps, after every 5 epochs of 7.5 steps, and at the end."""
+    """They are due every 15 steps, after every 5 epochs of 7.5 steps, and at the end."""
     assert chaos.due_steps(90) == DUE
     assert chaos.due_steps(135)[-4:] == [105, 113, 120, 135]
 
@@ -54,14 +54,14 @@ def test_steps_that_a_kill_may_cost(last, newest, saves):
     [
         ({'steps': list(range(15, 39))}, 'reached step 39, .* of step 15, .* due at 30 and 38'),
         ({'resumed': 0, 'newest': 0, 'steps': list(range(1, 32, 2))}, 'reached step 32, .* step 0'),
-        ({'newest': 0}, 'the checkpoint of step 15 was lost, 0 is the newest'),
+        ({'newest': 0}, 'the checkpoint of step 15 was lost; the newest is 0'),
         ({'resumed': 30, 'newest': 30}, 'with a row of step 15, not 31'),
         ({'steps': [19, 21]}, 'with a row of step 19, not 15'),
     ],
     ids=str,
 )
 def test_broken_promises_of_a_start_are_seen(changes, message):
-    """One step too many is done again, a checkpoint is lost, steps are left out."""
+    """One step too many is repeated, a checkpoint is lost, steps are skipped."""
     assert chaos.problems(a_start(), DUE) == []
     assert chaos.problems(a_start(steps=list(range(15, 38))), DUE) == []
     assert re.search(message, '\n'.join(chaos.problems(a_start(**changes), DUE)))
@@ -73,7 +73,7 @@ def test_rows_of_one_start():
 
     before = [row('train', 1, 5.0), row('train', 3, 6.0), row('eval', 4, 0.0), row('train', 5, 7.0)]
     assert chaos.own_rows(before, before) == []
-    assert chaos.own_rows(before, before[:2]) == []  # it has removed what it will do again
+    assert chaos.own_rows(before, before[:2]) == []  # it has removed rows that it will repeat
     assert chaos.own_rows(before, [*before[:3], row('train', 5, 7.5)]) == [5]
     assert chaos.own_rows([], before) == [1, 3, 5]
 
@@ -109,7 +109,7 @@ def outcome(scale=1.0, **changes):
 
 
 def test_what_differs_is_seen():
-    """One bit, a row that is changed, missing or too many, another history, another end."""
+    """One bit, a row that is changed, missing or extra, a different history, a different end."""
     _, arrays, _, rows = alone = outcome()
     assert chaos.differences(alone, alone) == []
     for name, bits in arrays.items():
@@ -139,7 +139,7 @@ def test_what_differs_by_more_than_rounding_is_seen():
     ('times', 'lines'), [(0.0, 0), (-1.9, 0), (2.9, 0), (-2.1, 1), (3.1, 1), (5.0, 2)]
 )
 def test_distances(times, lines):
-    """1x1, 2x2 and the killed run on one line, at 0, d and times * d."""
+    """1x1, 2x2 and the killed run lie on a line, at 0, d and times * d."""
     one, four, found = (outcome(scale=1 + x * 1e-3) for x in (0, 1, times))
     assert chaos.distance(four, one) == pytest.approx(1e-3, rel=1e-3)
     assert chaos.distance(found, one) == pytest.approx(abs(times) * 1e-3, rel=1e-3)
@@ -147,15 +147,15 @@ def test_distances(times, lines):
 
 
 def test_what_is_left_of_a_run(tmp_path, monkeypatch):
-    """It ended early, lost a checkpoint and left a half-written one."""
+    """A run that ended early, lost a checkpoint and left a half-written one."""
     starts = [a_start(), a_start(killed=False, newest=0, steps=[])]
     monkeypatch.setattr(chaos.Job, 'start', lambda *_: starts.pop(0))
     for name in ('38', '45', '30.orbax-checkpoint-tmp'):
         (tmp_path / 'same' / 'checkpoints' / name).mkdir(parents=True)
     assert chaos.Job(tmp_path, kills=2, seed=0).killed('same', [(1, 2)] * 3) == [
-        'same, start 2: the checkpoint of step 15 was lost, 0 is the newest',
+        'same, start 2: the checkpoint of step 15 was lost; the newest is 0',
         'same: it ended after 1 of 2 kills',
-        'same: left half-written in checkpoints/: 30.orbax-checkpoint-tmp',
+        'same: half-written entries left in checkpoints/: 30.orbax-checkpoint-tmp',
     ]
 
 
@@ -166,22 +166,22 @@ def test_a_start_that_fails_is_seen(tmp_path):
 
 
 def test_command(tmp_path, monkeypatch):
-    """It ends with 1 and a line if a promise is broken."""
+    """It exits with 1 and a line if a promise is broken."""
     monkeypatch.setattr(chaos.Job, 'alone', lambda job, mesh: mesh)
     monkeypatch.setattr(chaos, 'same_mesh', lambda job, alone: [f'{job.kills} {alone}'])
     monkeypatch.setattr(chaos, 'other_meshes', lambda job, *alone: [str(alone)])
     monkeypatch.setattr(sys, 'argv', ['chaos', '--kills=3', f'--workdir={tmp_path}/new'])
     with pytest.raises(SystemExit) as stopped:
         chaos.main()
-    # Python's exit code for a text is 1
+    # Python exits with 1 if given a text
     assert stopped.value.code == 'broken: 3 (2, 2)\nbroken: ((1, 1), (2, 2))'
-    with pytest.raises(UserError, match='File exists; give another'):
+    with pytest.raises(UserError, match='File exists; choose another'):
         chaos.main()
 
 
 @pytest.fixture(scope='module')
 def broken(tmp_path_factory):
-    """Both comparisons, short, at the same time; without TensorFlow, whose import takes seconds."""
+    """Runs both comparisons briefly and in parallel; without TensorFlow, whose import takes seconds."""
     driver = (
         'import sys; sys.modules["tensorflow"] = None\n'
         'from alexnet_jax import command, main\n'

@@ -1,4 +1,4 @@
-"""Every preset and every ablation has its number of parameters in this table, layer by layer."""
+"""The number of parameters of every preset and ablation, layer by layer."""
 
 import importlib
 import pathlib
@@ -65,7 +65,7 @@ TABLE = {
     ('paper', (('remove', 'conv3'),)): (changed(conv3=0, conv4=885_120), 60_301_288),
     ('paper', (('remove', 'conv4'),)): (changed(conv4=0), 60_301_288),
     ('paper', (('remove', 'conv5'),)): (changed(conv5=0, fc6=56_627_200), 79_396_968),
-    # Groups see what the layer before them saw, if that is removed: as towers do.
+    # If the layer before is removed, groups see what it saw, like towers.
     ('caffe', (('remove', 'conv1'),)): (changed(conv1=0, conv2=19_456), 60_642_280),
     ('caffe', (('remove', 'conv3'),)): (changed(conv3=0, conv4=885_120), 60_301_288),
     ('cifar10:80sec', ()): ((2_432, 25_632, 51_264, 65_600, 650), 145_578),
@@ -119,7 +119,7 @@ def test_parameter_counts(preset, overrides):
 
 @pytest.mark.parametrize('preset', [preset for preset, overrides in TABLE if not overrides])
 def test_names_in_checkpoints(preset):
-    """They are part of the format: with other names no earlier run could be resumed."""
+    """They are part of the format: after a renaming, no earlier run could be resumed."""
     config = load(*preset.split(':'))
     net, _ = shapes(config)
     if config.model.net == 'alexnet':
@@ -144,7 +144,7 @@ def test_every_preset_is_in_the_table():
 
 
 def test_every_switch_of_the_model_is_in_the_table():
-    """Each value that a switch can take, but those which only scale numbers."""
+    """Every value of every switch, except those that only scale numbers."""
     tried = {name: {value} for name, value in base.get_config().model.items()}
     for _, overrides in TABLE:
         for name, value in overrides:
@@ -188,8 +188,8 @@ def test_an_unknown_variant_is_named():
         ({'initial': 'torch'}, 'unknown: initial'),
         ({'towers': 3}, '256 kernels .* cannot be divided over towers=3'),
         ({'width': 0.3}, '96 kernels .* width=0.3 cannot be divided'),
-        ({'after': ('act',)}, '1 values, but 5 layers'),
-        ({'std': (0.01,)}, '1 values, but 8 layers'),
+        ({'after': ('act',)}, 'must have 5 values, one per layer, not 1'),
+        ({'std': (0.01,)}, 'must have 8 values, one per layer, not 1'),
         ({'exchange': ('conv9',)}, 'exchange'),
         ({'after': ('act pool2', 'act', 'act', 'act', 'act')}, 'after'),
         ({'kernels': (96, 256)}, '5 or 6'),

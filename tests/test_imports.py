@@ -1,8 +1,7 @@
-"""Who imports whom: the order of the rooms, and where each heavy dependency may appear.
+"""Tests the layering of the library's rooms, and where each heavy dependency may be imported.
 
-A module imports from its own room and from lower ones, so that one room can be read, tested and
-replaced without those that use it. The imports are read from the source, including those inside
-functions.
+A module imports only from its own room and from lower ones, so that a room can be read, tested and replaced
+without those that use it. Imports are read from the source, including those inside functions.
 """
 
 import ast
@@ -17,16 +16,16 @@ from tests.helpers import ROOT
 
 PACKAGE = 'alexnet_jax'
 
-# From the bottom up: a room imports from those below it, never from its neighbours on the same floor.
+# From the bottom up: a room imports from those below it, never from others on the same floor.
 FLOORS = (
     ('common',),
     ('devices',),
     ('input',),
     ('rundir', 'nets'),
     ('training',),
-    ('shared',),  # what the commands share
+    ('shared',),  # shared by the commands
     ('commands',),
-    ('package',),  # the package's own short list of names; nobody imports it
+    ('package',),  # alexnet_jax/__init__.py; no module imports it
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SINGLE = {
@@ -34,10 +33,10 @@ SINGLE = {
     '__main__': 'package',  # finds the commands by name
     'figures': 'shared',
     'command': 'shared',
-}  # modules outside the rooms; all others are commands
+}  # modules outside the rooms; all other such modules are commands
 
 
-# Outside module -> (the rooms that may import it, whether only inside functions).
+# External module -> (the rooms that can import it, whether only inside functions).
 OUTSIDE = {
     'tensorflow': ({'input'}, True),
     'tensorflow_datasets': ({'input'}, True),
@@ -47,7 +46,7 @@ OUTSIDE = {
     'clu': (set(), False),
     'clu.parameter_overview': ({'training'}, False),
     'tensorboard': ({'rundir'}, False),
-    'matplotlib': ({'commands'}, True),  # for what draws
+    'matplotlib': ({'commands'}, True),  # for drawing
     'etils': ({'common'}, False),  # paths are `common.paths.Path`
     'pathlib': (set(), False),
     'google.cloud': ({'common'}, True),
@@ -57,20 +56,18 @@ OUTSIDE = {
     'experiments': (set(), False),
     'tests': (set(), False),
 }
-# Its class is made from one of TFDS: it imports TFDS at the top, and is itself imported on demand.
+# Its class derives from one of TFDS, so it imports TFDS at the top, and is itself imported on demand.
 ON_DEMAND = 'alexnet_jax.input.sources.shapes_builder'
 
 
 class Import(NamedTuple):
-    name: (
-        str  # absolute and dotted, down to what is imported: 'alexnet_jax.common.errors.UserError'
-    )
+    name: str  # absolute and dotted, including the imported name: 'alexnet_jax.common.errors.UserError'
     line: int
     in_function: bool
 
 
 def imports(source: str, package: str = '') -> list[Import]:
-    """All imports in a module of this package, in the order of `ast.walk`."""
+    """Returns all imports in a module of this package, in the order of `ast.walk`."""
     tree = ast.parse(source)
     inside = {
         id(node)
@@ -93,19 +90,19 @@ def imports(source: str, package: str = '') -> list[Import]:
 
 
 def room(module: str) -> str:
-    """The room of a dotted module: 'alexnet_jax.nets.layers' -> 'nets'; commands are one room."""
+    """Returns the room of a dotted module: 'alexnet_jax.nets.layers' -> 'nets'; commands are one room."""
     name = [*module.split('.'), '__init__'][1]
     return name if name in FLOOR else SINGLE.get(name, 'commands')
 
 
 def violations(source: str, module: str) -> list[str]:
-    """What the rules have against the imports of a module of the library."""
+    """Returns the imports of a library module that break the rules, one line each."""
     found = []
     here, package = room(module), module.rpartition('.')[0]
     for name, line, in_function in imports(source, package):
         parts = name.split('.')
         if parts[0] == PACKAGE:
-            # `from alexnet_jax import load` names no module: it is the package's own.
+            # `load` in `from alexnet_jax import load` is not a module but a name in the package.
             there = room(name) if len(parts) < 2 or _exists(parts[1]) else 'package'
             if FLOOR[there] > FLOOR[here] or (FLOOR[there] == FLOOR[here] and there != here):
                 found.append(f'line {line}: {name} is not below {here}')

@@ -1,4 +1,4 @@
-"""What the classes of ImageNet are called: its data sets know them by WordNet's numbers, as n01440764.
+"""Readable names for ImageNet's classes, which its data sets list by WordNet ID, such as n01440764.
 
 `imagenet_words.txt` has the first word of each of the 1,000 synsets of ILSVRC-2012 (WordNet 3.0,
 copyright 2006 by Princeton University).
@@ -24,9 +24,9 @@ def _table() -> dict[str, str]:
 
 
 def shown(names: Sequence[str]) -> list[str]:
-    """Names of classes for people: a number of WordNet becomes its word; other names stay.
+    """Class names for display: WordNet IDs become words; other names stay.
 
-    Two classes of ILSVRC-2012 are called crane and two maillot: they keep their numbers behind it.
+    ILSVRC-2012 has two classes named crane and two named maillot; these keep their IDs as a suffix.
     """
     return [printable(_table().get(name, name)) for name in names]
 

@@ -1,12 +1,12 @@
-"""How a command ends: the exit codes, and the errors that are no bugs.
+"""How commands end: exit codes, and errors that are not bugs.
 
 0    done
 1    a bug, with a traceback
-2    a mistake of the user's, in one line (`UserError`)
-75   stopped before the end, with a checkpoint: run the same command to resume (`Stopped`)
-76   another process of the run was lost: start all of them again (`distributed.py`)
+2    a user error, in one line (`UserError`)
+75   stopped early with a checkpoint: run the same command to resume (`Stopped`)
+76   another process of the run was lost: restart all of them (`distributed.py`)
 130  Ctrl-C, twice
-141  the output pipe was closed, as by `| head`
+141  the output pipe was closed, for example by `| head`
 """
 
 import errno
@@ -22,19 +22,19 @@ class UserError(Exception):
 
 
 def choose(name: str, value, choices) -> None:
-    """UserError if a field's value is none of the choices."""
+    """Raises UserError if a field's value is not one of the choices."""
     if value not in choices:
         raise UserError(f'{name}={value!r}: choose one of {", ".join(choices)}')
 
 
 def one_each(name: str, values, layers: int) -> None:
-    """UserError unless a field has one value for each of so many layers."""
+    """Raises UserError unless a field has one value for each layer."""
     if len(values) != layers:
-        raise UserError(f'{name} has {len(values)} values, but {layers} layers need one each')
+        raise UserError(f'{name}: must have {layers} values, one per layer, not {len(values)}')
 
 
 def printable(text: str) -> str:
-    """A text that is safe on a terminal: control characters, line breaks and the like are escaped.
+    """Escapes everything in a text that is not safe on a terminal, such as control characters.
 
     Bytes of a file name that are not UTF-8 appear as \\xNN.
     """
@@ -54,16 +54,16 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The same for a message that names the file: of a failed system call only why it failed."""
+    """Like `one_line`, but only the cause of a failed system call: the message names the file itself."""
     return getattr(error, 'strerror', None) or one_line(error)
 
 
 class Stopped(Exception):
-    """Asked to stop, and stopped: one line that says where, and how to resume."""
+    """Stopped on request: one line that says where, and how to resume."""
 
 
 def end(error: BaseException) -> tuple[str, int]:
-    """What to print about an exception, one line where it is no bug, and the exit code."""
+    """What to print for an exception (one line unless it is a bug), and the exit code."""
     text, code = _end(error)
     lines = text.split('\n') if code == BUG else [text]
     return '\n'.join(map(printable, lines)), code
@@ -76,12 +76,12 @@ def _end(error: BaseException) -> tuple[str, int]:
         return str(error), STOPPED
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return (
-            f'error: {error.filename or "writing"}: {error.strerror}; make room, and start again',
+            f'error: {error.filename or "cannot write"}: {error.strerror}; free some space and try again',
             MISTAKE,
         )
     if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
         return (
-            f'error: {error.filename}: {error.strerror}; give another path, or get access to it',
+            f'error: {error.filename}: {error.strerror}; give another path or make this one accessible',
             MISTAKE,
         )
     if isinstance(error, KeyboardInterrupt):

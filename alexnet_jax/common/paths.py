@@ -1,7 +1,7 @@
-"""Paths of run directories: on a disk, or in a bucket of Google Cloud Storage, gs://BUCKET/RUN.
+"""Paths of run directories: on disk, or in a Google Cloud Storage bucket, gs://BUCKET/RUN.
 
-All are etils.epath's, which has pathlib's methods for both. In a bucket nothing can be appended to,
-locked or renamed, but an object appears whole or not at all.
+Both are `etils.epath` paths, with pathlib's methods. Objects in a bucket cannot be appended to, locked
+or renamed, but each appears whole or not at all.
 """
 
 import errno
@@ -19,12 +19,12 @@ Path = epath.Path
 
 
 def path(name: str | os.PathLike) -> Path:
-    """A path; UserError for a URL other than gs://..."""
+    """Makes a path; UserError for URLs other than gs://..."""
     text = os.fspath(name)
     if '://' in text and not text.startswith(BUCKET):
-        raise UserError(f'{text}: give a folder, or {BUCKET}BUCKET/RUN')
+        raise UserError(f'{text}: not supported; give a folder or {BUCKET}BUCKET/RUN')
     if text.startswith(('/gs/', '/s3/')):
-        raise UserError(f'{text}: etils takes this for a bucket; give another folder')
+        raise UserError(f'{text}: etils would treat this as a bucket; give another folder')
     return Path(text)
 
 
@@ -34,21 +34,21 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def absolute(path: Path) -> Path:
-    """The same without regard to the current folder."""
+    """The absolute path; paths in a bucket already are."""
     return path if is_remote(path) else path.absolute()
 
 
 def existing(path: Path) -> Path:
-    """The nearest that is there, `path` or a folder above it; a bucket has no folders: `path`."""
+    """`path` or its nearest parent that exists; always `path` in a bucket, which has no folders."""
     if is_remote(path):
         return path
     return next(there for there in (path, *path.absolute().parents) if there.exists())
 
 
 def replace(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Writes a file whole or not at all: after a kill the old one or the new one is there.
+    """Writes a file atomically: after a kill, either the old or the new one exists.
 
-    content: the bytes, or a function that writes them to a file on a disk, such as np.save.
+    content: the bytes or, on disk only, a function that writes them to an open file.
     """
     if is_remote(path):
         Path(path).write_bytes(content)
@@ -65,20 +65,20 @@ def replace(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], None]
 
 
 def failures(path: Path) -> type[Exception]:
-    """What to catch where a path is used: the libraries for buckets have errors of their own."""
+    """The exception to catch when using a path: bucket libraries raise errors of their own."""
     return Exception if is_remote(path) else OSError
 
 
 def full(error: Exception) -> str:
-    """The start of a message about an error of writing: what to do if the disk is full, or ''."""
+    """A prefix for the message of a write error: what to do if the disk is full, else ''."""
     texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-    return 'the disk is full, make room: ' if any(text in str(error) for text in texts) else ''
+    return 'disk full, free some space: ' if any(text in str(error) for text in texts) else ''
 
 
 def try_bucket(path: Path) -> None:
-    """UserError if nothing can be written to and removed from `path`, or a package is missing."""
+    """Raises UserError if files cannot be written to and removed from `path`, or a package is missing."""
     try:
-        from google.cloud import storage  # orbax asks it for the kind of the bucket
+        from google.cloud import storage  # orbax uses it to query the type of bucket
 
         storage.Client().get_bucket(str(path).removeprefix(BUCKET).partition('/')[0])
         probe = path / f'.alexnet_jax-{uuid.uuid4().hex}'
@@ -86,11 +86,11 @@ def try_bucket(path: Path) -> None:
         probe.unlink()
     except ImportError as error:
         raise UserError(
-            f'--workdir={path}: a bucket needs more packages ({reason(error)}): '
-            'pip install google-cloud-storage, and gcsfs where TensorFlow is not installed'
+            f'--workdir={path}: buckets need more packages ({reason(error)}): '
+            'pip install google-cloud-storage, and gcsfs if TensorFlow is not installed'
         ) from error
     except Exception as error:
         raise UserError(
             f'--workdir={path}: cannot be written to ({reason(error)}); give another, or get '
-            'access to it (gcloud auth application-default login)'
+            'access (gcloud auth application-default login)'
         ) from error

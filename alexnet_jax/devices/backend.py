@@ -1,7 +1,7 @@
-"""What CPUs do otherwise than accelerators, for speed: every such choice of form, in one place.
+"""How CPUs and accelerators compute differently, for speed: all such choices in one place.
 
-Both compute the same function. What is decided by other facts than the kind of device stands where it
-is used: flags of XLA in `mesh.py`.
+Both compute the same function. Choices that depend on anything but the kind of device are made where
+they are used, such as XLA flags in `mesh.py`.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 
 
 class Backend(NamedTuple):
-    blocks: bool  # strided convolutions on blocks of pixels: matrix units want many channels
-    # a step destroys the state it is given; CPUs copy it first: the update reads it twice
+    blocks: bool  # strided convolutions on blocks of pixels, since matrix units need many channels
+    # donate the state to a step; CPUs would copy it first, since the update reads it twice
     donate: bool
-    # several steps as a loop; within one, XLA's convolutions on CPUs are many times slower
+    # several steps in one loop, in which XLA's convolutions on CPUs are many times slower
     loop: bool
-    # several programs in flight: virtual CPU devices could wait for each other for ever
+    # several programs in flight, with which virtual CPU devices could deadlock
     overlap: bool
-    keep_programs: bool  # compiled programs on disk; on CPUs compiling takes seconds
+    keep_programs: bool  # cache compiled programs on disk; compiling for CPUs takes seconds
 
 
 CPU = Backend(blocks=False, donate=False, loop=False, overlap=False, keep_programs=False)
@@ -26,6 +26,6 @@ ACCELERATOR = Backend(blocks=True, donate=True, loop=True, overlap=True, keep_pr
 
 
 def choices(mesh: Mesh | None = None) -> Backend:
-    """Those for a mesh, or, where none is known, for JAX's default devices; commands use no others."""
+    """The choices for a mesh or, without one, for JAX's default devices; commands use no others."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return CPU if platform == 'cpu' else ACCELERATOR

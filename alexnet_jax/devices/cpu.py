@@ -1,11 +1,11 @@
-"""The machine that a process runs on."""
+"""The CPU that this process runs on."""
 
 import os
 import platform
 
 
 def cores() -> int:
-    """The cores that this process may use: fewer than there are where it is bound to some."""
+    """The number of cores this process can use, which its CPU affinity may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 

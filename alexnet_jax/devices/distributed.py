@@ -1,7 +1,7 @@
-"""Several processes of one run: how they find each other, agree, and end.
+"""Multi-process runs: how the processes find each other, agree, and exit.
 
-JAX's own runtime connects them. A process that fails ends at once, without waiting for the others;
-they notice at their next exchange or, where they wait for none, when its heartbeats stay out.
+JAX's runtime connects them. A process that fails exits immediately, without waiting for the others. They
+notice at their next collective operation or, if they wait for none, when its heartbeats stop.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from jax.experimental import multihost_utils
 from alexnet_jax.common import errors, paths
 from alexnet_jax.common.errors import UserError, one_line
 
-OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX's errors of one process
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
+OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX errors of one process
+HEARTBEAT = 30  # seconds; a process that is silent for longer is lost
 
 
 def start(
@@ -31,17 +31,17 @@ def start(
     distributed: bool,
     connect_timeout: int,
 ) -> None:
-    """Joins the other processes of the run, before JAX is used; a single process joins none.
+    """Joins the other processes of the run, if any. Call this before using JAX.
 
     Args:
       coordinator: HOST:PORT where process 0 listens.
-      num_processes: how many there are; 0: not given.
-      process_id: the number of this one, from 0; -1: not given.
-      distributed: find all three through SLURM, Open MPI, a TPU pod or Kubernetes.
-      connect_timeout: seconds to wait for all of them.
+      num_processes: number of processes; 0: not given.
+      process_id: index of this process, counting from 0; -1: not given.
+      distributed: detect all three through SLURM, Open MPI, a TPU pod or Kubernetes.
+      connect_timeout: seconds to wait for all processes.
 
     Raises:
-      UserError: the values are incomplete or impossible, or not all processes arrived in time.
+      UserError: the values are incomplete or invalid, or not all processes connected in time.
     """
     for name, value, least in (
         ('num_processes', num_processes, 0),
@@ -53,8 +53,8 @@ def start(
     given = (bool(coordinator), num_processes > 0, process_id >= 0)
     if distributed and any(given):
         raise UserError(
-            '--distributed finds all by itself: leave --coordinator, --num_processes '
-            'and --process_id out'
+            '--distributed detects these settings: remove --coordinator, --num_processes '
+            'and --process_id'
         )
     if not distributed and not any(given):
         return
@@ -62,15 +62,15 @@ def start(
         if not all(given):
             raise UserError(
                 '--coordinator, --num_processes and --process_id belong together: give '
-                'all three, or --distributed where SLURM or a TPU pod started this'
+                'all three, or --distributed under SLURM or on a TPU pod'
             )
         host, _, port = coordinator.rpartition(':')
         if not host or not port.isdigit():
-            raise UserError(f'--coordinator={coordinator}: give HOST:PORT, as in node1:12345')
+            raise UserError(f'--coordinator={coordinator}: give HOST:PORT, such as node1:12345')
         if process_id >= num_processes:
             raise UserError(
-                f'--process_id={process_id}: with --num_processes={num_processes} the numbers '
-                f'are 0 to {num_processes - 1}'
+                f'--process_id={process_id}: with --num_processes={num_processes} it must be '
+                f'0 to {num_processes - 1}'
             )
     arguments = (
         {}
@@ -83,10 +83,10 @@ def start(
     )
     message = (
         f'{coordinator or "--distributed"}: the processes of this run did not find each other within '
-        f'{connect_timeout} s; start all of them, with the same --num_processes, numbers from 0 on, '
-        'and a free port that the others can reach on the machine of process 0'
+        f'{connect_timeout} s; start all of them with the same --num_processes, a --process_id counting '
+        'from 0, and a free port on the machine of process 0 that the others can reach'
     )
-    # When its own time is over, JAX aborts the process, with a stack.
+    # At a timeout of its own, JAX aborts the process with a stack trace.
     clock = threading.Timer(connect_timeout, _give_up, [message])
     clock.daemon = True
     clock.start()
@@ -104,12 +104,12 @@ def start(
     counts = multihost_utils.process_allgather(np.int32(num_processes)).tolist()
     if len({*counts}) > 1:
         raise UserError(
-            f'--num_processes is {counts} in the processes of this run: give all the same'
+            f'--num_processes is {counts} in the processes of this run: give all the same number'
         )
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and logs; the only one of a run of one process is."""
+    """Whether this process writes and logs: process 0, or the only one."""
     return jax.process_index() == 0
 
 
@@ -121,10 +121,10 @@ def _give_up(message: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around a command: a process that fails ends at once, and does not wait for the others."""
+    """Wraps a command: a process that fails exits immediately, without waiting for the others."""
     try:
         yield
-    except errors.Stopped:  # all have stopped, and take leave of each other
+    except errors.Stopped:  # all have stopped, and disconnect normally
         raise
     except BaseException as error:
         leave(error)
@@ -132,24 +132,24 @@ def together() -> Iterator[None]:
 
 
 def leave(error: BaseException) -> None:
-    """Ends this process, one of several, with the exit code of an error; a single one returns."""
+    """Exits with the exit code of an error if this is one process of several; otherwise returns."""
     if jax.process_count() == 1:
         return
     line, code = errors.end(error)
     own = str(error).startswith(OWN)
     if isinstance(error, jax.errors.JaxRuntimeError) and not own:
         line, code = (
-            f'error: another process of this run was lost, or failed ({one_line(error)}); start all of '
-            'them again to resume from the last checkpoint',
+            f'error: another process of this run was lost or failed ({one_line(error)}); restart all of '
+            'them to resume from the last checkpoint',
             errors.LOST,
         )
     print(f'process {jax.process_index()}: {line}', file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(code)  # at a usual end JAX and orbax would wait for processes that wait for this one
+    os._exit(code)  # a normal exit of JAX and orbax would wait for processes that wait for this one
 
 
 def agree(what: dict) -> None:
-    """UserError unless `what`, a JSON object, is the same in all processes."""
+    """Raises UserError unless `what`, a JSON object, is the same in all processes."""
     if jax.process_count() == 1:
         return
     text = np.frombuffer(json.dumps(what, sort_keys=True).encode(), np.uint8)
@@ -160,7 +160,7 @@ def agree(what: dict) -> None:
     first, *others = (json.loads(bytes(x[:n])) for x, n in zip(padded, lengths, strict=True))
     for process, other in enumerate(others, start=1):
         differing = [
-            f'{name}: {first.get(name)!r} in process 0, {other.get(name)!r} in {process}'
+            f'{name}: {first.get(name)!r} in process 0, {other.get(name)!r} in process {process}'
             for name in sorted({*first, *other})
             if first.get(name) != other.get(name)
         ]
@@ -169,7 +169,7 @@ def agree(what: dict) -> None:
 
 
 def check_shared(workdir: paths.Path) -> None:
-    """UserError unless all processes see what process 0 writes to the work directory."""
+    """Raises UserError unless all processes see files that process 0 writes to the work directory."""
     token = np.frombuffer(uuid.uuid4().bytes, np.uint8)
     token = bytes(multihost_utils.broadcast_one_to_all(token)).hex()
     file = paths.existing(workdir) / f'.alexnet_jax-{token}'
@@ -185,6 +185,6 @@ def check_shared(workdir: paths.Path) -> None:
     if not found.all():
         blind = ', '.join(map(str, np.flatnonzero(~found)))
         raise UserError(
-            f'--workdir={workdir}: process {blind} does not see what process 0 writes '
-            'there; give a folder that all of them share'
+            f'--workdir={workdir}: process {blind} cannot see the files that process 0 '
+            'writes there; give a folder that all of them share'
         )

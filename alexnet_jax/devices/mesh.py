@@ -1,6 +1,6 @@
-"""Devices: the ('data', 'model') mesh, and how a process's rows become one global batch.
+"""The ('data', 'model') mesh of devices, and global batches made from the rows of each process.
 
-The axis `model` divides the towers, the axis `data` the images of a batch.
+The axis `model` shards the towers, the axis `data` the images of a batch.
 """
 
 import os
@@ -16,10 +16,10 @@ from alexnet_jax.devices.backend import choices
 
 
 def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
-    """Sets JAX up; only before anything else has used it.
+    """Configures JAX. Call this before anything uses JAX.
 
-    cpu_devices: make so many virtual ones; deterministic: the same bits again on GPUs, where the
-    fastest forms of some operations add in any order (CPUs give the same bits anyway).
+    cpu_devices: how many virtual CPU devices to create; deterministic: reproduce the same bits on GPUs,
+    where the fastest kernels of some operations add in any order (CPUs reproduce them anyway).
     """
     flags = []
     if deterministic:
@@ -27,18 +27,18 @@ def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
     if cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', cpu_devices)
-    # jaxlib 0.10 sends convolutions on CPUs to a library that is slower for this network than
-    # Eigen's; an XLA that does not know a flag aborts, so only where it exists.
+    # jaxlib 0.10 runs convolutions on CPUs in a library that is slower than Eigen for this network.
+    # XLA aborts on unknown flags, so set this one only where it exists.
     if jaxlib.__version__.startswith('0.10.'):
         flags.append('--xla_cpu_experimental_ynn_fusion_type=-individual_convolution')
     os.environ['XLA_FLAGS'] = ' '.join([*flags, os.environ.get('XLA_FLAGS', '')]).strip()
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs for the next start, on accelerators, where compiling takes long.
+    """Caches compiled programs for later starts on accelerators, where compilation is slow.
 
-    They lie in alexnet_jax/programs below $XDG_CACHE_HOME or ~/.cache. JAX's own settings go before:
-    JAX_COMPILATION_CACHE_DIR, also on CPUs, and JAX_ENABLE_COMPILATION_CACHE=false.
+    The cache is alexnet_jax/programs in $XDG_CACHE_HOME or ~/.cache. JAX's own settings take
+    precedence: JAX_COMPILATION_CACHE_DIR, also on CPUs, and JAX_ENABLE_COMPILATION_CACHE=false.
     """
     if choices().keep_programs and not jax.config.jax_compilation_cache_dir:
         base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
@@ -47,9 +47,9 @@ def keep_programs() -> None:
 
 
 def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mesh:
-    """The mesh of shape (data, model); a 0 is chosen: a device per tower, the rest for the data.
+    """Makes a mesh of shape (data, model); 0 means automatic: one device per tower, the rest for data.
 
-    batches: images a step by config field; each must be divisible over `data`. Raises UserError for
+    batches: images per step, by config field; each must be divisible by `data`. Raises UserError for
     a shape that the devices, the towers or a batch do not allow.
     """
     devices = jax.device_count()
@@ -68,8 +68,8 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
     if data == 0:
         if devices % model and not chosen:
             raise UserError(
-                f'config.run.mesh: model={model} cannot divide {devices} devices; choose model=1, '
-                'name both numbers, or use another number of devices (--cpu_devices=N)'
+                f'config.run.mesh: {devices} devices cannot be divided by model={model}; choose model=1, '
+                'give both numbers, or use another number of devices (--cpu_devices=N)'
             )
         fits = (
             n for n in range(devices // model, 0, -1) if not any(b % n for b in batches.values())
@@ -77,14 +77,14 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
         data = next(fits)
     if data * model > devices:
         raise UserError(
-            f'config.run.mesh: {data} x {model} needs {data * model} devices and there are '
-            f'{devices}; --cpu_devices=N makes N virtual ones'
+            f'config.run.mesh: {data} x {model} needs {data * model} devices, but there are '
+            f'{devices}; --cpu_devices=N creates N virtual ones'
         )
     for field, batch in batches.items():
         if batch % data:
             raise UserError(
                 f'{field}={batch} cannot be divided over {data} devices along data; '
-                'choose a multiple, or another config.run.mesh'
+                f'choose a multiple of {data} or another config.run.mesh'
             )
     keep_programs()
     return jax.make_mesh(
@@ -96,6 +96,7 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
 
 
 def describe(mesh: Mesh) -> str:
+    """The mesh in one line, for the log."""
     data, model = mesh.shape['data'], mesh.shape['model']
     kind = mesh.devices.flat[0].device_kind
     towers = 'each tower on its own device' if model > 1 else 'the whole network on each device'
@@ -109,7 +110,7 @@ def rows(mesh: Mesh, batch: int) -> np.ndarray:
 
 
 def global_batch(mesh: Mesh, batch: int, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows -> arrays over all devices, divided over `data`."""
+    """This process's rows -> arrays over all devices, sharded over `data`."""
     sharding = NamedSharding(mesh, P('data'))
     return {
         name: jax.make_array_from_process_local_data(sharding, x, (batch, *x.shape[1:]))
@@ -120,7 +121,7 @@ def global_batch(mesh: Mesh, batch: int, local: dict[str, np.ndarray]) -> dict[s
 def global_batches(
     mesh: Mesh, batch: int, local: list[dict[str, np.ndarray]]
 ) -> dict[str, jax.Array]:
-    """This process's rows of several batches -> arrays [batches, rows, ...]; of one: as `global_batch`."""
+    """This process's rows of several batches -> arrays [batches, rows, ...]; for one, `global_batch`."""
     if len(local) == 1:
         return global_batch(mesh, batch, local[0])
     sharding = NamedSharding(mesh, P(None, 'data'))
@@ -137,7 +138,7 @@ def shardings(mesh: Mesh, specs):
 
 
 def place(mesh: Mesh, shapes, specs):
-    """A tree of shapes and the same tree of partition specs -> jax.ShapeDtypeStructs on the mesh."""
+    """Equal trees of shapes and of partition specs -> a tree of jax.ShapeDtypeStructs on the mesh."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,

@@ -1,4 +1,4 @@
-"""When a run is stopped before its end: SIGTERM, Ctrl-C, a number of steps or a time."""
+"""Stops a run early: on SIGTERM or Ctrl-C, after a number of steps or a time."""
 
 import contextlib
 import itertools
@@ -24,8 +24,8 @@ def parse(stop_after: str) -> tuple[int | None, float | None]:
     match = re.fullmatch(r'(\d+)([smhd]?)', stop_after)
     if not match or not int(match[1]):
         raise UserError(
-            f'config.run.stop_after={stop_after!r}: give a number of steps, as in 1000, or a time, '
-            'as in 90s, 45m, 23h or 2d'
+            f'config.run.stop_after={stop_after!r}: give a number of steps, such as 1000, or a '
+            'time, such as 90s, 45m, 23h or 2d'
         )
     number, unit = int(match[1]), match[2]
     return (None, number * SECONDS[unit]) if unit else (number, None)
@@ -33,23 +33,23 @@ def parse(stop_after: str) -> tuple[int | None, float | None]:
 
 @contextlib.contextmanager
 def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
-    """stop(step) -> why to stop before this step, or ''; to be called at every dispatch, from `start` on.
+    """Yields stop(step) -> why to stop before this step, or ''. Call it at each dispatch from `start` on.
 
-    On several processes, of which any may be asked, all stop at the same step: JAX's preemption
-    service agrees on it, also if one was asked while it started. Another Ctrl-C after the first one
-    is a KeyboardInterrupt at once.
+    In a multi-process run, any process can be asked to stop, and all stop at the same step: JAX's
+    preemption service coordinates them, even if one was asked during start-up. A second Ctrl-C raises
+    KeyboardInterrupt immediately.
     """
     steps, seconds = parse(stop_after)
     began, several = time.monotonic(), jax.process_count() > 1
     asked = []
-    # The service stops everyone where its counter is one above the highest that it was told, 0 at
-    # first: a counter that starts higher, as the steps of a resumed run, could be past that.
+    # The service stops all processes at one more than the highest count it was given, initially 0. A
+    # count that starts higher, like the steps of a resumed run, could already be past that.
     calls = itertools.count(1)
 
     def ask(reason: str) -> None:
         if not asked:
             asked.append(reason)
-            log.info('%s: stopping at the next step, with a checkpoint', reason)
+            log.info('%s: stopping at the next step with a checkpoint', reason)
             if several:  # JAX's own handler passes it on to the other processes
                 signal.raise_signal(signal.SIGTERM)
 
@@ -69,7 +69,7 @@ def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
 
     numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
     before = {}
-    with contextlib.suppress(ValueError):  # only the main thread has handlers
+    with contextlib.suppress(ValueError):  # only the main thread can set handlers
         before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield stop

@@ -1,7 +1,7 @@
-"""The paper's network and its relatives: convolutions, two hidden layers and a softmax, in towers.
+"""The paper's network and its variants: convolutions, two hidden layers and a softmax, in towers.
 
-Parameters carry a leading axis over the towers, which the mesh axis `model` may divide; activations
-are tuples with the arrays of this device's towers.
+Parameters have a leading tower axis, which the mesh axis `model` can shard; activations are tuples with
+one array per tower of this device.
 """
 
 import flax.linen as nn
@@ -13,20 +13,20 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.common.errors import UserError, choose, one_each
 from alexnet_jax.nets import blocks, layers, network
 
-# Kernel sizes of conv1 to conv6, pixels (§3.5; conv6: the source's #146).
+# Kernel sizes of conv1 to conv6 in pixels (§3.5; conv6: net #146 of the 2012 source code).
 SIZES = (11, 5, 3, 3, 3, 3)
-PADDINGS = (None, 2, 1, 1, 1, 1)  # pixels on every side; conv1's is a field
-# Run #147: pooling without overlap comes with less padding, so that layer 5 again ends at 6 x 6.
+PADDINGS = (None, 2, 1, 1, 1, 1)  # pixels on each side; conv1's is a field
+# Net #147 pools without overlap and pads less, so that layer 5 again ends at 6 x 6.
 DISJOINT_PADDINGS = (None, 1, 1, 1, 0, 1)
 POOLING = {'overlapping': (3, 2), 'disjoint': (2, 2)}  # window and stride (§3.4)
 MAP_NORM = {'alpha': 0.001 / 25, 'k': 1.0, 'n': 5, 'beta': 0.75}  # the source's `cnorm2`, #145
-GROUPED = ('conv2', 'conv4', 'conv5')  # what sees only half of the maps in the paper's network
-UNGROUPED = (('conv1', 'conv2'), ('conv3', 'conv4'))  # without the first, the second sees them all
+GROUPED = ('conv2', 'conv4', 'conv5')  # layers that see half of the maps in the paper's network
+UNGROUPED = (('conv1', 'conv2'), ('conv3', 'conv4'))  # without the first, the second sees all maps
 
 
 def padding_of(i: int, pooling: str, size: int, first: int) -> int:
-    """Padding of conv{i + 1}, i > 0, pixels, where it reads `size` rows and conv1 gives `first`."""
-    # From 112-pixel crops #147 would end at 2 x 2, not at 3 x 3 as with overlap: conv5 keeps its padding.
+    """Padding of conv{i + 1}, i > 0, in pixels, if it reads `size` rows and conv1 outputs `first`."""
+    # With 112-pixel crops #147 would end at 2 x 2, not 3 x 3 as with overlap, so conv5 keeps its padding.
     small = i == 4 and (size + 2 * DISJOINT_PADDINGS[i] - 1) // 2 < first // 8
     return (PADDINGS if small or pooling == 'overlapping' else DISJOINT_PADDINGS)[i]
 
@@ -34,8 +34,8 @@ def padding_of(i: int, pooling: str, size: int, first: int) -> int:
 class AlexNet(network.Network):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every activation by name).
 
-    The fields are those of `config.model`; `configs/base.py` says what each does. `local_towers`
-    counts the towers of this device, `model_axis` is the mesh axis over which the others lie.
+    The fields are those of `config.model`, documented in `configs/base.py`. `local_towers` is the number
+    of towers on this device, `model_axis` the mesh axis that has the others.
     """
 
     classes: int
@@ -83,12 +83,12 @@ class AlexNet(network.Network):
 
     @nn.nowrap
     def partition(self, path: network.Path) -> P:
-        """Over the towers: all but the one bias of the last layer."""
+        """Shards everything over the towers except the single bias of the last layer."""
         return P() if path == ('fc8', 'bias') else P('model')
 
     @nn.nowrap
     def local(self, shards: int, data_axis: str | None) -> 'AlexNet':
-        del data_axis  # every image is processed on its own
+        del data_axis  # images are processed independently
         if shards == 1:
             return self
         return self.clone(local_towers=self.towers // shards, model_axis='model')
@@ -97,7 +97,7 @@ class AlexNet(network.Network):
     def __call__(self, images, train=None):
         out = {}
         xs = (images.astype(self.dtype),) * self._count
-        first = 0  # rows that conv1 gives
+        first = 0  # rows that conv1 outputs
         for i, features in enumerate(self.kernels):
             name, after = f'conv{i + 1}', self.ops(i)
             if name in self.exchange:
@@ -111,8 +111,8 @@ class AlexNet(network.Network):
                 padding = (
                     (padding_of(i, self.pooling, size, first),) * 2 if i else self.conv1_padding
                 )
-                # After conv1 or conv3, which read everything, conv2 and conv4 read halves of it.
-                # Without them they read everything themselves.
+                # conv2 and conv4 read half of the maps, after conv1 and conv3, which read everything.
+                # If one of those is removed, the layer after it reads everything instead.
                 halves = name in GROUPED and (self.remove, name) not in UNGROUPED
                 xs = blocks.Conv(
                     self.per_tower(features),
@@ -144,7 +144,7 @@ class AlexNet(network.Network):
 
     @property
     def _count(self) -> int:
-        """The towers of this device."""
+        """The number of towers on this device."""
         return self.local_towers or self.towers
 
     @nn.nowrap
@@ -155,7 +155,7 @@ class AlexNet(network.Network):
 
     @nn.nowrap
     def per_tower(self, channels: int) -> int:
-        """How many of some kernels or units, counted at width 1 over all towers, one tower has."""
+        """One tower's share of `channels` kernels or units, counted at width 1 over all towers."""
         each = channels * self.width / self.towers / self.groups
         if each < 1 or each != int(each):
             raise UserError(
@@ -178,9 +178,9 @@ class AlexNet(network.Network):
 
     @nn.nowrap
     def _common(self, i: int, name: str) -> dict:
-        """What every layer is given; i: its place in `std` and `bias`."""
+        """The arguments that all layers share; i: the layer's index in `std` and `bias`."""
         std, bias = self.std[i], self.bias[i]
-        if name != 'conv1':  # a narrow network must compensate for its smaller fan-in, or is dead
+        if name != 'conv1':  # narrow networks must compensate for a smaller fan-in, or are dead
             std *= self.width**-0.5
         if self.initial == 'torch':
             inits = {'kernel_init': blocks.uniform, 'bias_init': blocks.uniform}
@@ -210,19 +210,19 @@ class AlexNet(network.Network):
         return tuple(lax.dynamic_slice_in_dim(x, start, c, axis=3) for start in starts)
 
     def _centres(self, x):
-        """What stands in for a removed conv1: the pixels at the centres of its windows."""
+        """Replaces a removed conv1: the pixels at the centres of its windows."""
         start = SIZES[0] // 2 - self.conv1_padding[0]
         height, width = ((n + sum(self.conv1_padding) - SIZES[0]) // 4 + 1 for n in x.shape[1:3])
         return x[:, start::4, start::4][:, :height, :width]
 
     def _tower(self, t):
-        """The number, in the whole network, of this device's tower t."""
+        """The index in the whole network of this device's tower t."""
         return lax.axis_index(self.model_axis) * self._count + t if self.model_axis else t
 
     def _dropout(self, xs, i, train):
-        """§4.2: in training half of the units are 0, at test time all are halved; nothing rescaled.
+        """As in §4.2, zeroes half of the units in training without rescaling, and halves all at test time.
 
-        'inverted', Caffe's and torchvision's form, doubles in training and does nothing at test time.
+        'inverted', as in Caffe and torchvision, doubles in training and does nothing at test time.
         """
         if self.dropout == 'none':
             return xs
@@ -242,7 +242,7 @@ class AlexNet(network.Network):
     def check(self) -> None:
         convs = tuple(f'conv{i + 1}' for i in range(len(self.kernels)))
         if len(convs) not in (5, 6) or len(self.hidden) != 2:
-            raise UserError('config.model: 5 or 6 numbers of kernels and 2 numbers of hidden units')
+            raise UserError('config.model: kernels must have 5 or 6 values, and hidden must have 2')
         for name, choices in {
             'activation': blocks.ACTIVATIONS,
             'pooling': POOLING,
@@ -279,5 +279,5 @@ class AlexNet(network.Network):
 
 
 def build(**fields) -> AlexNet:
-    """The network that the fields of `config.model` in `configs/base.py` describe."""
+    """Builds the network described by the fields of `config.model` in `configs/base.py`."""
     return network.make(AlexNet, renamed={'init': 'initial'}, **fields)

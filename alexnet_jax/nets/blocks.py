@@ -1,7 +1,6 @@
-"""What the networks share: initializers, and layers in towers as Flax modules.
+"""Shared by the networks: initializers, and layers in towers as Flax modules.
 
-Parameters carry a leading axis over the towers; activations are tuples with the arrays of this
-device's towers.
+Parameters have a leading tower axis; activations are tuples with one array per tower of this device.
 """
 
 import math
@@ -18,12 +17,12 @@ ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
 
 
 def dtypes() -> tuple[str, ...]:
-    """The compute dtypes; float64 for tests, since JAX has it off by default."""
+    """The available compute dtypes; float64 only where JAX enables it, as in tests."""
     return ('float32', 'bfloat16', *(('float64',) if jax.config.jax_enable_x64 else ()))
 
 
 def params_of(module, kernel_shape, bias_shape=None):
-    """A layer's kernel [towers,...,I,O] in the compute dtype, and its bias, [towers,O] unless given."""
+    """A layer's kernel [towers,...,I,O] in the compute dtype, and its bias [towers,O] or `bias_shape`."""
     fan_in = math.prod(kernel_shape[1:-1])
     bias_shape = bias_shape or (kernel_shape[0], kernel_shape[-1])
     kernel = module.param('kernel', module.kernel_init(fan_in), kernel_shape)
@@ -32,7 +31,7 @@ def params_of(module, kernel_shape, bias_shape=None):
 
 
 def of_towers(x):
-    """[towers,...] -> [...] of each. Split, not indexed: gradients are then joined, not added up."""
+    """[towers,...] -> [...] of each. Splits, so that gradients are concatenated; indexing sums them."""
     return tuple(part[0] for part in lax.split(x, (1,) * x.shape[0]))
 
 
@@ -42,17 +41,17 @@ def uniform(fan_in: int):
 
 
 def gaussian(std: float):
-    """Normal, untruncated, of mean 0."""
+    """An untruncated normal distribution with mean 0."""
     return _drawn(lambda key, shape: std * jax.random.normal(key, shape))
 
 
 def _drawn(draw):
-    """An initializer that draws flat: the same numbers, and compiled five times as fast."""
+    """An initializer that draws a flat array: the same numbers, but it compiles five times as fast."""
     return lambda key, shape: draw(key, (math.prod(shape),)).reshape(shape)
 
 
 class Conv(nn.Module):
-    """One convolutional layer of every local tower: n x [B,H,W,C] -> n x [B,H',W',features]."""
+    """One convolutional layer in each local tower: n x [B,H,W,C] -> n x [B,H',W',features]."""
 
     features: int
     size: int
@@ -72,7 +71,7 @@ class Conv(nn.Module):
             return layers.conv(x, kernel, bias, stride=self.stride, padding=self.padding)
 
         def one(x, kernel, bias):
-            # Groups are slices: a grouped convolution is many times slower on a CPU.
+            # Convolve slices, since a grouped convolution is many times slower on CPUs.
             parts = [
                 conv(
                     x[..., g * c : (g + 1) * c],
@@ -91,7 +90,7 @@ class Conv(nn.Module):
 
 
 class Hidden(nn.Module):
-    """One fully-connected hidden layer of every local tower: n x [B,I] -> n x [B,features]."""
+    """One fully connected hidden layer in each local tower: n x [B,I] -> n x [B,features]."""
 
     features: int
     kernel_init: Any
@@ -101,12 +100,12 @@ class Hidden(nn.Module):
     @nn.compact
     def __call__(self, xs):
         kernels, biases = params_of(self, (len(xs), xs[0].shape[-1], self.features))
-        # One product for all towers: nothing of these large kernels and gradients is copied.
+        # One product for all towers avoids copying these large kernels and gradients.
         return of_towers(layers.dense(jnp.stack(xs), kernels, biases))
 
 
 class Logits(nn.Module):
-    """The last layer: a partial product per device, summed over all towers; one bias -> f32[B,K]."""
+    """The last layer: one partial product per device, summed over all towers, plus a bias -> f32[B,K]."""
 
     classes: int
     kernel_init: Any

@@ -1,4 +1,4 @@
-"""The network that a config names."""
+"""Builds the network that a config names."""
 
 import importlib
 import pkgutil
@@ -9,9 +9,9 @@ from alexnet_jax.nets.network import Network
 
 
 def build(*, net: str, classes: int, **fields) -> Network:
-    """The network that `config.model` describes; net: a module of `nets/` with a function `build`.
+    """Builds the network described by `config.model`; net: a module in `nets/` with a `build` function.
 
-    Raises UserError for an unknown network, for fields of another one, and for impossible values.
+    Raises UserError for an unknown network, fields of another network, or invalid values.
     """
     builders = _builders()
     choose('config.model.net', net, builders)

@@ -1,6 +1,6 @@
-"""The CIFAR-10 networks of cuda-convnet, on which the paper tried its ideas (§3.1, §3.3).
+"""The CIFAR-10 networks of cuda-convnet, on which the paper tested its ideas (§3.1, §3.3).
 
-`configs/cifar10.py` has them by name; `docs/original.md` §8 says where each number comes from.
+`configs/cifar10.py` lists them by name; `docs/original.md` §8 says where each number comes from.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from alexnet_jax.common.errors import UserError, choose, one_each
 from alexnet_jax.nets import blocks, network
 from alexnet_jax.nets import layers as ops
 
-CONV, LOCAL = 5, 3  # pixels, sides of the kernels; padded to the same size
+CONV, LOCAL = 5, 3  # kernel sizes in pixels; padding keeps the size
 POOL = {'window': 3, 'stride': 2}
 BETA, K = 0.75, 1.0  # of all norms
 
@@ -42,9 +42,9 @@ class Local(nn.Module):
 class CudaConvnet(network.Network):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every activation by name).
 
-    The fields are those of `config.model` in `configs/cifar10.py`. Arrays and parameters are those of
-    `alexnet.AlexNet` with one tower. Layers are called by kind and number (conv1, local3, fc4), the
-    last one fc10, as in cuda-convnet.
+    The fields are those of `config.model` in `configs/cifar10.py`. Arrays and parameters are laid out
+    as in `alexnet.AlexNet` with one tower. As in cuda-convnet, layers are named by kind and number
+    (conv1, local3, fc4), the last one fc10.
     """
 
     classes: int
@@ -77,7 +77,7 @@ class CudaConvnet(network.Network):
 
     @nn.nowrap
     def each(self) -> list[tuple[str, int, list[str]]]:
-        """Kind, units and the operations after it, of every layer but the last."""
+        """The kind, units and following operations of every layer but the last."""
         operations = [
             [op for op in after.split() if op != 'norm' or self.norms == 'all']
             for after in self.after
@@ -114,7 +114,7 @@ class CudaConvnet(network.Network):
 
     @nn.nowrap
     def _common(self, i: int, name: str) -> dict:
-        """What every layer is given; i: its place in `std`."""
+        """The arguments that all layers share; i: the layer's index in `std`."""
         std = self.std[i]
         return {
             'kernel_init': lambda fan_in: blocks.gaussian(std),
@@ -134,7 +134,7 @@ class CudaConvnet(network.Network):
     @nn.nowrap
     def check(self) -> None:
         if self.towers != 1:
-            raise UserError(f'config.model.towers={self.towers}: these networks have 1')
+            raise UserError(f'config.model.towers={self.towers}: must be 1 for these networks')
         if not self.layers:
             raise UserError('config.model.layers: name at least one layer')
         one_each('config.model.units', self.units, len(self.layers))
@@ -147,7 +147,7 @@ class CudaConvnet(network.Network):
                 choose('config.model.after', op, allowed)
         hidden = self.layers[self.layers.index('fc') :] if 'fc' in self.layers else ()
         if any(kind != 'fc' for kind in hidden):
-            raise UserError('config.model.layers: after an fc layer there can only be fc layers')
+            raise UserError('config.model.layers: only fc layers can follow an fc layer')
         for name, choices in {
             'norms': ('all', 'none'),
             'norm_window': ('channels', 'map'),
@@ -156,9 +156,9 @@ class CudaConvnet(network.Network):
         }.items():
             choose(f'config.model.{name}', getattr(self, name), choices)
         if self.norm_n % 2 == 0:
-            raise UserError(f'config.model.norm_n={self.norm_n}: a window of an odd size')
+            raise UserError(f'config.model.norm_n={self.norm_n}: must be odd')
 
 
 def build(**fields) -> CudaConvnet:
-    """The network that the fields of `config.model` in `configs/cifar10.py` describe."""
+    """Builds the network described by the fields of `config.model` in `configs/cifar10.py`."""
     return network.make(CudaConvnet, **fields)

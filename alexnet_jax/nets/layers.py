@@ -1,7 +1,7 @@
-"""The operations of the network, on the arrays of one tower, and the exchange between towers.
+"""The network's operations on the arrays of one tower, and the exchange between towers.
 
-Arrays are NHWC: B images, H rows, W columns, C channels. Section numbers are those of the paper
-(Krizhevsky, Sutskever, Hinton, 2012); "the source" is the code of 2012, released in 2025.
+Arrays are NHWC: B images, H rows, W columns, C channels. Section numbers refer to the paper
+(Krizhevsky, Sutskever, Hinton, 2012); "the source" is its 2012 source code, released in 2025.
 """
 
 import functools
@@ -21,10 +21,10 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 def conv(x, kernel, bias, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0))) -> jax.Array:
     """Cross-correlates and adds a bias.
 
-    x[B,H,W,C], kernel[k,k,C,O], bias[O] -> [B,H',W',O]; the padding is (top, bottom), (left, right),
-    in pixels. The source's first layer pads ((0, 3), (0, 3)): its last window reaches 3 pixels
-    beyond the right and lower edges of the 224-pixel crop. Whether it is made on blocks is decided by
-    JAX's default devices: a layer does not know its mesh.
+    x[B,H,W,C], kernel[k,k,C,O], bias[O] -> [B,H',W',O]; padding is ((top, bottom), (left, right)) in
+    pixels. The source's first layer pads ((0, 3), (0, 3)): its last window extends 3 pixels beyond
+    the right and lower edges of the 224-pixel crop. JAX's default devices decide whether it runs on
+    blocks, since a layer does not know its mesh.
     """
     if stride > 1 and choices().blocks:
         x, kernel = _blocks(x, kernel, stride, padding)
@@ -36,10 +36,10 @@ def conv(x, kernel, bias, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0)
 
 
 def _blocks(x, kernel, stride: int, padding: Padding):
-    """The same convolution with stride 1 on blocks of stride x stride pixels, taken as channels.
+    """The same convolution with stride 1, with blocks of stride x stride pixels as channels.
 
-    Exact: the kernel gets rows and columns of zeros up to a multiple of the stride. Matrix units get
-    48 channels instead of 3 in conv1; CPUs are faster without.
+    It is exact: the kernel is padded with zeros to a multiple of the stride. In conv1, matrix units
+    get 48 channels instead of 3; CPUs are faster without it.
     """
     k, cells = kernel.shape[0], -(-kernel.shape[0] // stride)
     pads = [(0, 0, 0)]
@@ -57,10 +57,10 @@ def _blocks(x, kernel, stride: int, padding: Padding):
 
 
 def local(x, kernel, bias) -> jax.Array:
-    """A locally connected layer: a convolution whose weights and biases differ from place to place.
+    """A locally connected layer: a convolution with separate weights and biases at each position.
 
     x[B,H,W,C], kernel[H,W,k*k*C,O] with rows in the order (row, column, channel), bias[H,W,O]
-    -> [B,H,W,O]; stride 1, padded with zeros to the same size (`docs/original.md` §8).
+    -> [B,H,W,O]; stride 1, zero padding that keeps the size (`docs/original.md` §8).
     """
     height, width, channels = x.shape[1:]
     size = round((kernel.shape[2] // channels) ** 0.5)
@@ -70,19 +70,19 @@ def local(x, kernel, bias) -> jax.Array:
 
 
 def dense(x, kernel, bias=None, *, dtype=None) -> jax.Array:
-    """x[B,I], kernel[I,O], bias[O] or None -> [B,O]; all may have one more axis in front, the towers.
+    """x[B,I], kernel[I,O], bias[O] or None -> [B,O]; all can have a leading tower axis.
 
-    dtype: of the result, that of x if None; a wider one is not rounded to x's in between.
+    dtype: of the result; None: that of x. A wider result is never rounded to the dtype of x.
     """
     y = jnp.matmul(x, kernel, preferred_element_type=dtype)
     return y if bias is None else add(y, bias[..., None, :])
 
 
 def add(y, bias) -> jax.Array:
-    """y + bias in the dtype of y, added in that of the bias where it is wider.
+    """y + bias in the dtype of y, added in the dtype of the bias if that is wider.
 
-    So the bias's gradient is summed in the wider one: in bfloat16 a long sum stops growing once an
-    addend is less than half a unit in its last place.
+    The gradient of the bias is then summed in the wider dtype: in bfloat16 a long sum stops growing
+    once an addend is less than half a unit in its last place.
     """
     return (y + bias).astype(y.dtype)
 
@@ -100,7 +100,7 @@ def lrn(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
 def map_norm(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
     """The same normalization over an n x n square of each channel's own map, clipped at its borders.
 
-    x[B,H,W,C] -> [B,H,W,C]. The source has it in layer 2, the paper does not mention it.
+    x[B,H,W,C] -> [B,H,W,C]. The source has it in layer 2; the paper does not mention it.
     """
     return _normalize(functools.partial(_window_sum, n=n, axes=(1, 2)), alpha, k, beta, x)
 
@@ -115,20 +115,20 @@ def _window_sum(x, n: int, axes: tuple[int, ...]):
 
 
 def _wide(x):
-    """In float32 at least: in bfloat16 the denominator, near 2, would have steps of 1/64."""
+    """Converts to at least float32: in bfloat16 the denominator, near 2, would have steps of 1/64."""
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
 def _powers(s, beta: float):
-    """s^-beta and 1/s; for the paper's 0.75 by square roots, many times faster than a power."""
+    """s^-beta and 1/s; for the paper's beta of 0.75 from square roots, many times faster than a power."""
     if beta == 0.75:
         r = lax.rsqrt(s)
         return r * jnp.sqrt(r), r * r
     return s**-beta, 1 / s
 
 
-# Its own gradient: it recomputes the denominator instead of storing it, and the adjoint of a
-# symmetric window sum is the same window sum, which autodiff does not know.
+# The custom gradient recomputes the denominator instead of storing it, and exploits what autodiff does
+# not know: the adjoint of a symmetric window sum is the same window sum.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _normalize(window_sum: Callable, alpha: float, k: float, beta: float, x):
     wide = _wide(x)
@@ -158,11 +158,11 @@ def _max_pool(x, window: int, stride: int):
 
 
 def max_pool(x, *, window: int, stride: int) -> jax.Array:
-    """Max-pooling in the source's ceil mode.
+    """Max pooling in ceil mode, as in the source.
 
-    x[B,H,W,C] -> [B,H',W',C], H' = 1 + ceil((H - window) / stride); windows that reach beyond the
-    lower and right edges use the pixels that exist. Of equal maxima the first one in reading order
-    gets the gradient (the source gives it to each of them).
+    x[B,H,W,C] -> [B,H',W',C], H' = 1 + ceil((H - window) / stride); windows that extend beyond the
+    lower and right edges use the pixels that exist. Among equal maxima, the first in reading order
+    gets the gradient (in the source, each of them gets it).
     """
     return _max_pool(x, window, stride)
 
@@ -172,31 +172,31 @@ def _pool_size(size: int, window: int, stride: int) -> int:
 
 
 def avg_pool(x, *, window: int, stride: int) -> jax.Array:
-    """Average-pooling in the source's ceil mode, over the pixels of each window that exist.
+    """Average pooling in ceil mode, as in the source, over the pixels of each window that exist.
 
-    x[B,H,W,C] -> [B,H',W',C], sizes as of `max_pool` (`docs/original.md` §1).
+    x[B,H,W,C] -> [B,H',W',C], with the sizes of `max_pool` (`docs/original.md` §1).
     """
     count = sum(_pool_slices(jnp.ones((1, *x.shape[1:3], 1), x.dtype), window, stride, 0))
     return sum(_pool_slices(x, window, stride, 0)) / count
 
 
 def _pool_slices(x, window, stride, fill):
-    """The window's window² shifted views of x, in reading order, each [B,H',W',C].
+    """Yields the window² shifted views of x in reading order, each [B,H',W',C].
 
-    fill: what a window reads beyond the lower and right edges.
+    fill: the value beyond the lower and right edges.
     """
     out = [_pool_size(size, window, stride) for size in x.shape[1:3]]
     ends = [(n - 1) * stride + window - size for n, size in zip(out, x.shape[1:3], strict=True)]
     pads = ((0, 0, 0), (0, ends[0], 0), (0, ends[1], 0), (0, 0, 0))
-    x = lax.pad(x, jnp.array(fill, x.dtype), pads)  # a negative end crops: unused pixels
+    x = lax.pad(x, jnp.array(fill, x.dtype), pads)  # a negative end crops unused pixels
     for i in range(window):
         for j in range(window):
             limits = (x.shape[0], i + (out[0] - 1) * stride + 1, j + (out[1] - 1) * stride + 1)
             yield lax.slice(x, (0, i, j, 0), (*limits, x.shape[3]), (1, stride, stride, 1))
 
 
-# Its own gradient, from one byte per output that names the winner: on a CPU many times faster than the
-# compiler's select-and-scatter, and deterministic on a GPU.
+# The custom gradient stores the index of the winner, one byte per output: many times faster on CPUs than
+# the compiler's select-and-scatter, and deterministic on GPUs.
 def _max_pool_forward(x, window, stride):
     best, winner = None, None
     for index, view in enumerate(_pool_slices(x, window, stride, -jnp.inf)):
@@ -205,19 +205,19 @@ def _max_pool_forward(x, window, stride):
         else:
             winner = jnp.where(view > best, jnp.uint8(index), winner)
             best = jnp.maximum(best, view)
-    return best, (winner, x)  # of x only the shape is used: the compiler drops the rest
+    return best, (winner, x)  # only the shape of x is used: the compiler drops the rest
 
 
 def _max_pool_backward(window, stride, residual, g):
     winner, x = residual
     batch, height, width, channels = x.shape
-    # Pixel stride * a + p is at offset p + stride * d of window a - d. So the pixels with one p are a
-    # sum of whole arrays, and the gradient is those arrays interleaved.
+    # Pixel stride * a + p is at offset p + stride * d of window a - d. So the pixels with the same p are
+    # a sum of whole arrays, and the gradient interleaves those arrays.
     before = -(-window // stride) - 1
     cells = [-(-n // stride) for n in (height, width)]
     pads = [(before, max(n - m, 0)) for n, m in zip(cells, g.shape[1:3], strict=True)]
     g = jnp.pad(g, ((0, 0), *pads, (0, 0)))
-    winner = jnp.pad(winner, ((0, 0), *pads, (0, 0)), constant_values=window * window)  # nobody
+    winner = jnp.pad(winner, ((0, 0), *pads, (0, 0)), constant_values=window * window)  # no winner
 
     def window_of(x, down, right):
         y0, x0 = before - down, before - right
@@ -244,17 +244,17 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def dropout_mask(key, rows, tower, units: int) -> jax.Array:
-    """Which units stay, each with probability 1/2 (§4.2): bool[B,units].
+    """Which units to keep, each with probability 1/2 (§4.2): bool[B,units].
 
-    rows i32[B]: the images' rows in the global batch; tower: counted over the whole network. Both
-    are folded into the key, so that the mask of an image does not depend on the devices.
+    rows i32[B]: the images' rows in the global batch; tower: its index in the whole network. Both are
+    folded into the key, so that the mask of an image does not depend on the devices.
     """
 
     def words(row):
         row_key = jax.random.fold_in(jax.random.fold_in(key, row), tower)
         return jax.random.bits(row_key, (-(-units // 32),), jnp.uint32)
 
-    # One random bit decides about one unit: thirty-two times less work than one uniform number each.
+    # One random bit per unit: 32 times less work than one uniform number per unit.
     bits = jax.vmap(words)(rows)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]
     return (bits & 1).astype(bool).reshape(rows.shape[0], -1)[:, :units]
 
@@ -262,7 +262,7 @@ def dropout_mask(key, rows, tower, units: int) -> jax.Array:
 def exchange(towers: tuple[jax.Array, ...], axis: str | None = None) -> jax.Array:
     """Concatenates the channels of all towers in tower order: n x [B,...,C] -> [B,...,T*C].
 
-    towers: those of this device; axis: the mesh axis over which the others lie, if any.
+    towers: those of this device; axis: the mesh axis that has the others, if any.
     """
     x = jnp.concatenate(towers, axis=-1) if len(towers) > 1 else towers[0]
     return lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True) if axis else x
@@ -271,14 +271,14 @@ def exchange(towers: tuple[jax.Array, ...], axis: str | None = None) -> jax.Arra
 class BatchNorm(nn.Module):
     """Batch normalization over the global batch (Ioffe and Szegedy, 2015).
 
-    x [B,...,C], or a tuple with this device's towers -> the same shapes. Each tower is normalized on
-    its own; parameters and statistics then have a leading tower axis. In training the mean and the
-    biased variance are those of the batch, and the running ones move: running = momentum * running +
-    (1 - momentum) * batch (Flax's convention; PyTorch's `momentum` is 1 - ours, and its running
-    variance is unbiased). At test time, and in a frozen layer, the running ones are used. All
-    statistics are float32.
+    x [B,...,C], or a tuple with one such array per tower of this device -> the same shapes. Towers are
+    normalized independently; parameters and statistics then have a leading tower axis. Training uses
+    the mean and the biased variance of the batch, and updates the running ones: running = momentum *
+    running + (1 - momentum) * batch (Flax's convention; PyTorch's `momentum` is 1 - ours, and its
+    running variance is unbiased). Test time and frozen layers use the running ones. All statistics
+    are float32.
 
-    data_axis: the mesh axis that divides the batch; None where a device has all of it.
+    data_axis: the mesh axis that shards the batch; None if each device has the whole batch.
     """
 
     data_axis: str | None = None

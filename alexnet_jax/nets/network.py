@@ -1,9 +1,9 @@
-"""The network contract: all that the rest of the program knows of a network.
+"""The network contract: all that the rest of the program knows about a network.
 
-A network is a module of `nets/`, named by `config.model.net`, with `build(classes, **fields)`, which
-returns a `Network`. `config.model` holds its fields; the preset that introduces the network lists
-them. Variables are {'params': ..., 'batch_stats': ...}, nested to any depth; `batch_stats` is {} for
-a network without running statistics. A path is a tuple of names, ('conv1', 'kernel').
+A network is a module in `nets/`, named by `config.model.net`, whose `build(classes, **fields)` returns
+a `Network`. `config.model` holds its fields; the preset that introduces the network lists them.
+Variables are {'params': ..., 'batch_stats': ...}, nested to any depth; `batch_stats` is {} for a
+network without running statistics. A path is a tuple of names, such as ('conv1', 'kernel').
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ Path = tuple[str, ...]
 class Training(NamedTuple):
     """Inputs that only training needs.
 
-    key: the key of this step's dropout; rows i32[B]: the images' rows in the global batch, by which
-    masks are keyed; frozen: layers whose running statistics stay as they are ('block/norm1').
+    key: the dropout key of this step; rows i32[B]: the images' rows in the global batch, which key
+    their masks; frozen: layers whose running statistics do not change, such as 'block/norm1'.
     """
 
     key: jax.Array
@@ -33,28 +33,28 @@ class Training(NamedTuple):
 
 
 class Network(nn.Module):
-    """The base of all networks. Their own fields are those of `config.model`, without defaults.
+    """The base class of all networks. Their fields are those of `config.model`, without defaults.
 
-    A subclass has the fields `classes` and `towers` (1 unless the mesh axis `model` may divide the
-    network; a constant will do), the property `names`, and (with batch normalization) `local`, and
+    A subclass has the fields `classes` and `towers` (1 unless the mesh axis `model` can divide the
+    network; a constant will do), the property `names`, `local` if it has batch normalization, and
 
         __call__(images f32[B,H,W,3], train: Training | None = None) -> (logits f32[B,K], out)
 
-    where `out` maps names to activations in the order of the forward pass: arrays, or tuples with
-    this device's towers.
+    where `out` maps names to activations in the order of the forward pass: arrays, or tuples with one
+    array per tower of this device.
     """
 
     @property
     def names(self) -> list[str]:
-        """Every activation in the order of the forward pass, and the last layer.
+        """The names of all activations in the order of the forward pass, then of the last layer.
 
-        Each top-level layer of `params` is among them.
+        They include every top-level layer of `params`.
         """
         raise NotImplementedError
 
     @property
     def head(self) -> Path:
-        """The last layer, which `init_from` renews where the classes differ."""
+        """The last layer, which `init_from` reinitializes if the classes differ."""
         return (self.names[-1],)
 
     @property
@@ -64,12 +64,12 @@ class Network(nn.Module):
 
     @nn.nowrap
     def role(self, path: Path) -> str:
-        """What rates and weight decay go by: 'kernel', 'bias', 'scale', ..."""
+        """What determines a parameter's learning rate and weight decay: 'kernel', 'bias', 'scale', ..."""
         return path[-1]
 
     @nn.nowrap
     def partition(self, path: Path) -> P:
-        """How several devices along the mesh axis `model` divide a parameter or statistic."""
+        """How the mesh axis `model` shards a parameter or statistic."""
         del path
         return P()
 
@@ -77,29 +77,29 @@ class Network(nn.Module):
     def local(self, shards: int, data_axis: str | None) -> 'Network':
         """The network as one of `shards` devices along `model` sees it.
 
-        data_axis: the mesh axis that divides the batch, over which statistics are averaged; None
-        where a device has the whole batch.
+        data_axis: the mesh axis that shards the batch, over which statistics are averaged; None if
+        each device has the whole batch.
         """
         del shards, data_axis
         return self
 
     @nn.nowrap
     def first_kernels(self, params: dict) -> jax.Array | None:
-        """What Figure 3 draws, f32[T,h,w,3,C]; None if the first layer is not a convolution."""
+        """The kernels of Figure 3, f32[T,h,w,3,C]; None if the first layer is not a convolution."""
         del params
         return None
 
     @nn.nowrap
     def check(self) -> None:
-        """UserError if a field has a value that does not exist or that the others exclude."""
+        """Raises UserError if the value of a field is invalid or conflicts with other fields."""
 
 
 def make(
     cls: type[Network], *, classes: int, renamed: dict[str, str] | None = None, **fields
 ) -> Network:
-    """A checked network of a class; UserError for fields that it lacks or does not have.
+    """Makes and checks a network of class `cls`; UserError for missing or unknown fields.
 
-    renamed: {name in `config.model`: name in the class}, where Flax has taken the first one.
+    renamed: {name in `config.model`: name in the class}, for names that Flax has taken.
     """
     renamed = renamed or {}
     names = {inner: outer for outer, inner in renamed.items()}
@@ -113,10 +113,10 @@ def make(
         words = [f'missing: {", ".join(missing)}'] * bool(missing)
         words += [f'unknown: {", ".join(unknown)}'] * bool(unknown)
         raise UserError(
-            f'config.model does not have the fields of {cls.__name__} ({"; ".join(words)}): start from '
+            f'config.model does not match the fields of {cls.__name__} ({"; ".join(words)}): start from '
             'a preset of this network'
         )
-    # A config that was read back from JSON has lists, which would make the network unhashable.
+    # A config read back from JSON has lists, which would make the network unhashable.
     values = {renamed.get(name, name): _tuples(value) for name, value in fields.items()}
     net = cls(classes=classes, **values)
     net.check()
@@ -128,7 +128,7 @@ def _tuples(value):
 
 
 def init(net: Network, key: jax.Array, crop: int) -> dict[str, Any]:
-    """Fresh variables, float32, for images of crop x crop pixels: a pure function of the key."""
+    """Fresh float32 variables for images of crop x crop pixels: a pure function of the key."""
     return {'batch_stats': {}, **net.init(key, jnp.zeros((1, crop, crop, 3)))}
 
 
@@ -142,7 +142,7 @@ def apply(
 ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
     """images f32[B,H,W,3] -> (logits f32[B,K], activations by name, new batch_stats).
 
-    Without `train` as at test time, where the statistics stay as they are.
+    Without `train`, runs as at test time, and the statistics do not change.
     """
     if train is None:
         logits, out = net.apply(variables, images)
@@ -152,12 +152,12 @@ def apply(
 
 
 def names_of(path) -> Path:
-    """The path of a leaf as JAX gives it -> its names."""
+    """The path of a leaf in JAX's form -> its names."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def inside(path: Path, layers: Sequence[str]) -> bool:
-    """Whether a path is one of some layers ('conv1', 'block/norm1'), or below one."""
+    """Whether a path is one of `layers`, such as 'conv1' or 'block/norm1', or inside one."""
     return any(path[: len(parts)] == parts for parts in (tuple(x.split('/')) for x in layers))
 
 
@@ -167,7 +167,7 @@ def in_head(net: Network, path: Path) -> bool:
 
 
 def specs(net: Network, tree: Any, shards: int) -> Any:
-    """The partition spec of every leaf of `params` or `batch_stats`; with one shard P()."""
+    """The partition spec of every leaf of `params` or `batch_stats`; P() for one shard."""
     return jax.tree.map_with_path(
         lambda path, _: net.partition(names_of(path)) if shards > 1 else P(), tree
     )

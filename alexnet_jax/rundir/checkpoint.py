@@ -1,16 +1,15 @@
-"""Checkpoints: asynchronous saves through orbax, and restores that check every bit.
+"""Checkpoints: asynchronous saves through orbax, and restores that verify every bit.
 
-A checkpoint is a folder named by its step, `<directory>/<step>/`, with the arrays of the state in
-`state/` (orbax's own format, the same whatever the mesh) and one JSON object in `meta/metadata`:
+A checkpoint is a folder named after its step, `<directory>/<step>/`, with the arrays of the state in
+`state/` (orbax's format, independent of the mesh) and one JSON object in `meta/metadata`:
 
-    meta     what the caller gave: the history of errors and whatever else the run must remember
-    leaves   for every leaf of the state, by its name ('params/conv1/kernel'): shape, dtype and
-             fingerprint
-    crc32    of the two above, so that a digit changed in the history does not pass for another
+    meta     from the caller: the history of errors and anything else the run must remember
+    leaves   shape, dtype and fingerprint of every leaf of the state, by name ('params/conv1/kernel')
+    crc32    of the two above, so that a changed digit in the history is detected
 
-A folder appears under its final name only when it is complete; in a bucket (`common/paths.py`), where
-nothing can be renamed, it counts only with the object commit_success.txt, the last to be written.
-What is damaged later is found by the CRC, by orbax, or by the fingerprints, and never used.
+A folder gets its final name only once it is complete. In a bucket (`common/paths.py`), where nothing can
+be renamed, it counts only if it has the object commit_success.txt, which is written last. The CRC, orbax
+or the fingerprints detect later damage; a damaged checkpoint is never used.
 """
 
 import contextlib
@@ -34,21 +33,21 @@ log = logging.getLogger(__name__)
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written, for example on a full disk; those before it are intact."""
+    """A checkpoint could not be written, for example to a full disk; earlier ones are intact."""
 
 
 class Checkpoints:
-    """The checkpoints of one run in `directory`: the latest `keep` and the one of the lowest error.
+    """The checkpoints of one run in `directory`: the latest `keep` and the one with the lowest error.
 
-    The error of a step is `meta['history'][str(step)]` as it was saved with that very step; a step
-    saved without its own entry is never the best one. Nothing is written, and no folder made,
-    before the first `save`. With several processes, all of them call every method.
+    The error of a step is `meta['history'][str(step)]` as saved with that step; a step saved without
+    that entry is never the best. Nothing is written, and no folder created, before the first `save`.
+    In a multi-process run, all processes must call every method.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
         if keep < 1:
-            raise UserError(f'{directory}: {keep} checkpoints to keep; it must be at least 1')
-        self.directory = paths.absolute(paths.path(directory))  # orbax refuses relative ones
+            raise UserError(f'{directory}: cannot keep {keep} checkpoints; keep at least 1')
+        self.directory = paths.absolute(paths.path(directory))  # orbax rejects relative paths
         self._policy = _LatestAndBest(keep)
         self._manager: _Manager | None = None
         logging.getLogger('absl').addFilter(_without_chatter)
@@ -60,7 +59,7 @@ class Checkpoints:
         return sorted(ocp.utils.checkpoint_steps(self.directory))
 
     def best_step(self) -> int | None:
-        """The step with the lowest error among those there; None if none was evaluated."""
+        """The step with the lowest error; None if no step was evaluated."""
         return _best({step: self._error(step) for step in self.steps()})
 
     def shapes(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -74,14 +73,14 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts saving `state`, a pytree of jax.Arrays, and `meta`, a JSON object without NaN.
 
-        Both are copied before this returns: the arrays may be donated and `meta` changed at once.
-        Checkpoints of this step or later ones belong to a future that is being run again (after a
-        fallback to an earlier step, or a restore of one) and are removed, so that a damaged one
-        can never take the place of a good one among the latest. Raises SaveError if this save or
-        the one before it cannot be written.
+        Both are copied before this returns, so the arrays can be donated and `meta` changed right
+        away. Existing checkpoints of this or later steps are removed: they are from steps that are
+        being repeated (after a fallback to an earlier step, or a restore of one), and a damaged
+        one must never displace a good one among the latest. Raises SaveError if this save or the
+        previous one cannot be written.
         """
         content = {'meta': meta, 'leaves': fingerprint.describe(state)}
-        # Through JSON and back: a copy, and the same object that a restore will return.
+        # A JSON round trip makes a copy, and the same object that a restore will return.
         content = json.loads(json.dumps(content, allow_nan=False))
         record = {**content, 'crc32': fingerprint.crc32(content)}
         self.wait()
@@ -97,57 +96,57 @@ class Checkpoints:
                     state=ocp.args.StandardSave(fingerprint.named_leaves(state)),
                     meta=ocp.args.JsonSave(record),
                 ),
-                force=True,  # the caller decides when to save; orbax's own rules do not apply
+                force=True,  # the caller decides when to save, not orbax's own rules
             )
         except paths.failures(self.directory) as error:
             _raise_if_lost(error)
             raise self._failed(f'cannot save step {step}', error) from error
 
     def restore(self, target: Any, step: int | None = None) -> tuple[int, Any, dict]:
-        """Restores a whole state -> (step, state, meta); `target` has its structure.
+        """Restores a whole state with the structure of `target` -> (step, state, meta).
 
-        The leaves of `target` are jax.ShapeDtypeStructs with the shardings wanted, on any mesh.
-        Without `step` it is the latest good one: a damaged one is passed over with a warning that
-        names the step and the leaf or file, and is left where it is. Raises UserError if there is
-        no checkpoint, if none (or not the one asked for) is intact, or if names, shapes or dtypes
-        are not those of `target`, which means another model.
+        The leaves of `target` are jax.ShapeDtypeStructs with the desired shardings, on any mesh.
+        Without `step`, restores the latest good checkpoint: damaged ones are skipped, with a warning
+        that names the step and the leaf or file, and left in place. Raises UserError if there is no
+        checkpoint, if none (or not the requested one) is intact, or if names, shapes or dtypes
+        differ from those of `target`, which means another model.
         """
         step, state, record = self._restore(target, step, whole=True)
         return step, state, record['meta']
 
     def restore_part(self, target: dict, step: int | None = None) -> tuple[int, Any, dict]:
-        """Restores some leaves of a saved state, by name -> (step, the same, meta).
+        """Restores some leaves of a saved state, by name -> (step, leaves, meta).
 
-        As `restore`, but `target` is nested ({'params': {'conv1': ...}}) or flat
-        ({'params/conv1/kernel': ...}), and whatever it leaves out is not read.
+        Like `restore`, but `target` is nested ({'params': {'conv1': ...}}) or flat
+        ({'params/conv1/kernel': ...}), and leaves that it omits are not read.
         """
         step, state, record = self._restore(target, step, whole=False)
         return step, state, record['meta']
 
     def wait(self) -> None:
-        """Waits until the save under way is on disk; SaveError if it could not be written."""
+        """Waits until the current save is on disk; SaveError if it could not be written."""
         if self._manager is None:
             return
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # a full disk comes as one of several types
+        except Exception as error:  # a full disk raises one of several types
             _raise_if_lost(error)
             raise self._failed('saving failed', error) from error
 
     def _failed(self, what: str, error: Exception) -> SaveError:
         self._manager, failed = None, self._manager
-        if jax.process_count() == 1:  # several end now: a manager would wait for all of them
+        if jax.process_count() == 1:  # several exit now: a manager would wait for all of them
             with contextlib.suppress(Exception):  # it reports the same failure again
                 failed.close()
-            with contextlib.suppress(Exception):  # a new one removes what is half-written
+            with contextlib.suppress(Exception):  # a new one removes half-written files
                 self._open()
-        intact = f'the checkpoints here are intact: {self.steps()}'
+        intact = f'intact checkpoints: {self.steps()}'
         return SaveError(
             f'{self.directory}: {what}: {paths.full(error)}{one_line(error)}; {intact}'
         )
 
     def close(self) -> None:
-        """Waits, and ends orbax's threads."""
+        """Waits for the current save and ends orbax's threads."""
         self.wait()
         if self._manager is not None:
             self._manager.close()
@@ -171,35 +170,35 @@ class Checkpoints:
         return step, state, record
 
     def _first_good(self, step: int | None, load: Callable[[int], Any]) -> tuple[int, Any]:
-        """(step, load(step)) for `step`, or for the latest one where `load` finds no damage."""
+        """(step, load(step)) for `step`, or for the latest one that `load` finds undamaged."""
         self.wait()
         steps = self.steps()
         if not steps:
             raise UserError(f'{self.directory}: there is no checkpoint here')
         if step is not None:
             if step not in steps:
-                raise UserError(f'{self.directory}: no checkpoint of step {step}, only of {steps}')
+                raise UserError(
+                    f'{self.directory}: no checkpoint of step {step}; available: {steps}'
+                )
             try:
                 return step, load(step)
             except _Damaged as damage:
                 raise UserError(
-                    f'{self.directory}/{step} is damaged: {damage}; the steps here are {steps}'
+                    f'{self.directory}/{step} is damaged: {damage}; available: {steps}'
                 ) from damage
         for candidate in reversed(steps):
             try:
                 return candidate, load(candidate)
             except _Damaged as damage:
-                log.warning(
-                    '%s/%d is damaged and passed over: %s', self.directory, candidate, damage
-                )
+                log.warning('%s/%d is damaged, skipping it: %s', self.directory, candidate, damage)
                 last = damage
         raise UserError(
             f'{self.directory}: every checkpoint here is damaged ({steps}); '
-            f'remove the folder to start again; {steps[0]}: {last}'
+            f'remove the folder to start over; {steps[0]}: {last}'
         ) from last
 
     def _record(self, step: int) -> dict:
-        """The checked JSON object of a step; _Damaged if it is not as it was written."""
+        """The JSON object of a step; _Damaged if it has changed since it was written."""
         path = self._at(step) / 'meta' / 'metadata'
         try:
             record = json.loads(path.read_bytes())
@@ -212,7 +211,7 @@ class Checkpoints:
         return record
 
     def _agreed_record(self, step: int) -> dict:
-        """The same; _Damaged in all processes if it is damaged for one."""
+        """Like `_record`, but raises _Damaged in all processes if it does in one."""
         record, damage = None, None
         try:
             record = self._record(step)
@@ -239,7 +238,7 @@ class Checkpoints:
                 value = self._read(step, name, leaf)
             except MemoryError:
                 raise
-            except Exception as error:  # whatever orbax, tensorstore, zstd make of damaged bytes
+            except Exception as error:  # orbax, tensorstore, zstd: damaged bytes raise anything
                 problem = one_line(error)
             if not _all_processes(problem is None):
                 raise _Damaged(f'{name} cannot be read ({problem or "in another process"})')
@@ -255,10 +254,10 @@ class Checkpoints:
         return state
 
     def _read(self, step: int, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        """The whole of one leaf, on the host."""
-        # One by one, straight from orbax's handler. Around it, Checkpointer.restore ends in a
-        # barrier, where the others would hang if only one process met the damage; and of several
-        # reads under way, the first to fail leaves the others to print tracebacks.
+        """Reads one whole leaf to the host."""
+        # One at a time, directly through orbax's handler. Checkpointer.restore would end in a barrier,
+        # where the others would hang if only one process met damage; and if one of several
+        # concurrent reads fails, the others print tracebacks.
         value = ocp.PyTreeCheckpointHandler().restore(
             self._at(step) / 'state',
             args=ocp.args.PyTreeRestore(
@@ -267,7 +266,7 @@ class Checkpoints:
                 partial_restore=True,
             ),
         )[name]
-        # A leaf that is missing from orbax's own list comes back as it went in, a ShapeDtypeStruct.
+        # A leaf missing from orbax's own list comes back unchanged, as a ShapeDtypeStruct.
         if not isinstance(value, np.ndarray):
             raise ValueError('it is not among the arrays')
         if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
@@ -276,7 +275,7 @@ class Checkpoints:
 
 
 class _Damaged(Exception):
-    """A checkpoint is not as it was saved; the message names the leaf or file."""
+    """A checkpoint has changed since it was saved; the message names the leaf or file."""
 
 
 def _own_error(step: int, record: dict) -> float | None:
@@ -290,11 +289,11 @@ def _all_processes(good: bool) -> bool:
 
 
 def _raise_if_lost(error: Exception) -> None:
-    """Raises what is behind an error if that is the loss of another process, no matter of this disk."""
+    """Raises the cause of an error if that is the loss of another process, not this disk."""
     while error is not None and jax.process_count() > 1:
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise error
-        error = error.__cause__ or error.__context__  # orbax says that it has waited too long
+        error = error.__cause__ or error.__context__  # orbax reports a timeout
 
 
 class _LatestAndBest:
@@ -317,9 +316,9 @@ def _best(errors: dict[int, float | None]) -> int | None:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Saves in the background whenever it is told to; keeps what `policy` says.
+    """Saves in the background on every call; keeps what `policy` selects.
 
-    Making one makes the folder and removes unfinished saves: not for a run that is only being read.
+    Its constructor creates the folder and removes unfinished saves, so create one only to save.
     """
 
     def __init__(self, directory: str | os.PathLike, policy: _LatestAndBest):
@@ -331,11 +330,11 @@ class _Manager(ocp.CheckpointManager):
         super().__init__(directory, options=options)
 
     def reached_preemption(self, step: int) -> bool:
-        # orbax would tell JAX's preemption service the steps that it saves, and `devices/preemption.py` tells
-        # it a count: a lower number in between can make all pass the one at which they are to stop.
+        # orbax would report the steps it saves to JAX's preemption service, but `devices/preemption.py`
+        # reports a count: a lower number in between can make all processes miss where they should stop.
         return False
 
 
 def _without_chatter(record: logging.LogRecord) -> bool:
-    """Drops what orbax logs, dozens of lines a save, below the level of an error."""
+    """Drops orbax's log messages below error level, dozens of lines per save."""
     return record.levelno >= logging.ERROR or '/orbax/' not in record.pathname

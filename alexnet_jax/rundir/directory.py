@@ -1,14 +1,14 @@
-"""A run directory: one config's run, with all that is needed to go on with it or to use it.
+"""The run directory: the run of one config, with everything needed to resume or use it.
 
-    config.json     the config; a later start must have the same, `config.run` aside
-    run.json        one entry a start: time, command, commit, versions, devices, processor
-    store.json      the store's description,
-    names.txt       its classes, and
+    config.json     the config; later starts must have the same, except for `config.run`
+    run.json        one entry per start: time, command, commit, versions, devices, processor
+    store.json      description of the store
+    names.txt       its class names
     stats.npz       its mean image and colour PCA
-    metrics.jsonl   and TensorBoard files (`metrics.py`)
+    metrics.jsonl   metrics, also in tensorboard/ (`metrics.py`)
     checkpoints/    (`checkpoint.py`)
 
-It may be in a bucket (`common/paths.py`), but for the lock.
+It can be in a bucket (`common/paths.py`), where it is not locked.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.devices import cpu
 from alexnet_jax.input.store import Store
 
-LATER = {  # fields that older runs do not have, with what they mean by it
+LATER = {  # fields that older runs lack, and the values that they imply
     'data': {'exif': 'auto'},
     'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': []},
     'model': {'net': 'alexnet'},
@@ -41,15 +41,15 @@ LATER = {  # fields that older runs do not have, with what they mean by it
 
 
 class Facts(NamedTuple):
-    """What a network must be used with."""
+    """What is needed to use a network, besides its parameters."""
 
-    names: list[str]  # of the classes, by label
+    names: list[str]  # class names, by label
     mean: np.ndarray  # f32[S,S,3]
     exif: bool = False  # images are turned upright as their EXIF orientation says
 
 
 def read_config(path: str | os.PathLike) -> dict:
-    """The config of a run directory; UserError if it is none."""
+    """Reads the config of a run directory; UserError if `path` is not one."""
     file = paths.path(path) / 'config.json'
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
@@ -57,12 +57,12 @@ def read_config(path: str | os.PathLike) -> dict:
     except (paths.failures(file), ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{path}: not a run directory ({file} cannot be read: {reason(error)}); give one that '
-            'alexnet_jax.main made, such as runs/paper'
+            'alexnet_jax.main created, such as runs/paper'
         ) from error
 
 
 def read_facts(path: str | os.PathLike) -> Facts:
-    """The class names, the mean image and what store.json says; UserError if they are missing."""
+    """Reads the class names, the mean image and store.json; UserError if they are missing."""
     path = paths.path(path)
     try:
         names = (path / 'names.txt').read_text(encoding='utf-8').splitlines()
@@ -84,22 +84,20 @@ def _plain(config) -> dict:
 
 
 def _free(field: str, config) -> bool:
-    """Whether a field may change between two starts of a run."""
-    # Under the plateau rule the evaluations decide the rates.
+    """Whether a field can change between two starts of a run."""
+    # Under the plateau rule, evaluations determine the learning rates.
     decides = field == 'config.run.eval_every' and config.optim.schedule == 'plateau'
     return field.startswith('config.run.') and not decides
 
 
 def check(config, workdir: paths.Path) -> None:
-    """A work directory belongs to one config; only `config.run` may change between starts."""
+    """Raises UserError if `workdir` is not writable or holds a run that differs beyond `config.run`."""
     if paths.is_remote(workdir):
         paths.try_bucket(workdir)
     else:
         there = paths.existing(workdir)
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(
-                f'--workdir={workdir}: {there} is not a folder that can be written to; give another'
-            )
+            raise UserError(f'--workdir={workdir}: {there} is not a writable folder; give another')
     if not (workdir / 'config.json').exists():
         return
     there, here = (configfile.fields(ConfigDict(c)) for c in (read_config(workdir), _plain(config)))
@@ -111,19 +109,19 @@ def check(config, workdir: paths.Path) -> None:
     if fields:
         raise UserError(
             f'{workdir} holds a run of another config ({"; ".join(fields)}); '
-            'give another --workdir, or remove it'
+            'give another --workdir or remove this one'
         )
 
 
 def write(config, workdir: paths.Path, store: Store) -> None:
-    """Writes everything but metrics and checkpoints; a later start adds itself to `run.json`."""
+    """Writes everything except metrics and checkpoints; later starts append to `run.json`."""
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / 'run.json'
     try:
         starts = json.loads(file.read_text(encoding='utf-8')) if file.exists() else []
     except ValueError as error:
-        raise UserError(f'{file}: not JSON ({error}); mend or remove it') from error
-    # stats.npz last of the three: `check_store` takes it for the sign that they are there.
+        raise UserError(f'{file}: not JSON ({error}); repair or remove it') from error
+    # stats.npz comes last of the three: `check_store` takes it as a sign that all are there.
     paths.replace(workdir / 'store.json', (store.path / 'store.json').read_bytes())
     paths.replace(workdir / 'names.txt', ''.join(f'{name}\n' for name in store.names).encode())
     paths.replace(workdir / 'stats.npz', (store.path / 'stats.npz').read_bytes())
@@ -157,9 +155,9 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this program, with '-dirty' if its code is another now; 'unknown' without git.
+    """The commit of this program, plus '-dirty' if its code has changed since; 'unknown' without git.
 
-    Its code: the library, the presets, and the Python files of the experiments, new ones included.
+    Its code is the library, the presets, and the Python files of the experiments, including new ones.
     """
 
     def git(*arguments):
@@ -170,7 +168,7 @@ def commit() -> str:
 
     try:
         described = git('describe', '--always').stdout.strip()
-        # Not of everything: the results of experiments change while they are measured.
+        # Only code, since results of experiments change while they are measured.
         code = (':/alexnet_jax', ':/configs', ':/experiments/*.py')
         changed = git('status', '--porcelain', '--', *code).stdout != ''
     except OSError:  # no git here
@@ -180,10 +178,10 @@ def commit() -> str:
 
 @contextlib.contextmanager
 def locked(workdir: paths.Path):
-    """Makes the directory, and keeps other starts out of it; UserError if one is under way.
+    """Creates the directory and locks it against other starts; UserError if one is running.
 
-    The kernel releases the lock of a process that ends, however it ends. A file system without
-    locks does not keep anyone out, and neither does a bucket: there, start no run twice.
+    The kernel releases the lock when the process exits, however it exits. File systems without
+    locks and buckets keep nobody out: never start a run there twice.
     """
     if paths.is_remote(workdir):
         yield
@@ -198,7 +196,7 @@ def locked(workdir: paths.Path):
     except BlockingIOError as error:
         os.close(directory)
         raise UserError(
-            f'{workdir}: another process is training here; wait, or give another --workdir'
+            f'{workdir}: another process is training here; wait or give another --workdir'
         ) from error
     except OSError:
         pass
@@ -213,20 +211,20 @@ def _json(value) -> bytes:
 
 
 def check_store(workdir: paths.Path, store: Store) -> None:
-    """UserError if the run in `workdir` began with other pictures than those of `store`."""
+    """Raises UserError if the run in `workdir` started with other pictures than those of `store`."""
     if not (workdir / 'stats.npz').exists():
         return
     facts, counts = read_facts(workdir), _read_store(workdir).get('counts')
     same = facts.names == store.names and np.array_equal(facts.mean, store.mean)
     if not same or counts not in (None, store.counts):
         raise UserError(
-            f'{workdir} began with other pictures than {store.path} now has; '
-            'restore them, or give another --workdir'
+            f'{workdir} started with other pictures than those now in {store.path}; '
+            'restore them or give another --workdir'
         )
 
 
 def _read_store(workdir: paths.Path) -> dict:
-    """The store's description as the run began; {} in a run directory without store.json."""
+    """The store's description when the run started; {} in a run directory without store.json."""
     try:
         description = json.loads((workdir / 'store.json').read_text(encoding='utf-8'))
         return {'counts': description['counts'], **description}

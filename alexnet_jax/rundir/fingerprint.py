@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of its arrays: names, shapes, dtypes, and a fingerprint of the bits."""
+"""What a checkpoint records about its arrays: names, shapes, dtypes, and a fingerprint of the bits."""
 
 import json
 import zlib
@@ -12,7 +12,7 @@ from alexnet_jax.common.paths import Path
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their path, as in 'params/conv1/kernel'."""
+    """The leaves of a pytree by path, such as 'params/conv1/kernel'."""
     return {
         jax.tree_util.keystr(path, simple=True, separator='/'): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -20,10 +20,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def fingerprints(tree: Any) -> dict[str, int]:
-    """A 32-bit fingerprint of every leaf of a pytree of jax.Arrays, by its name.
+    """A 32-bit fingerprint of every leaf of a pytree of jax.Arrays, by name.
 
-    The sum of the leaf's 32-bit patterns mod 2^32, each times an odd number made from its place:
-    so any single changed bit changes it, and values in the wrong place do too. Integer sums do not
+    It is the sum mod 2^32 of the leaf's 32-bit words, each times an odd number derived from its
+    position. Any single changed bit changes it, and so do misplaced values. Integer sums do not
     depend on their order, so it is the same on every mesh.
     """
     leaves = named_leaves(tree)
@@ -38,7 +38,7 @@ def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
             x = x.astype(jnp.uint8)
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
         words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        # The flat index, axis by axis: flattening a sharded array would move it.
+        # The flat index, axis by axis, since flattening a sharded array would move it.
         place = jnp.zeros(words.shape, jnp.uint32)
         for axis, size in enumerate(words.shape):
             place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
@@ -68,21 +68,23 @@ def crc32(content: dict) -> int:
 
 
 def check_same_model(where: Path, stored: dict, target: Any, *, whole: bool) -> None:
-    """UserError if the leaves `stored` at `where` have not the names, shapes and dtypes of `target`.
+    """Raises UserError unless the leaves `stored` at `where` match `target` by name, shape and dtype.
 
-    With `whole`, they may not have any other leaves either.
+    With `whole`, there must be no other leaves either.
     """
     wanted = named_leaves(target)
     for name, leaf in wanted.items():
         if name not in stored:
-            raise UserError(f"{where}: no {name} in it; it is another model's")
+            raise UserError(f'{where}: has no {name}; it belongs to another model')
         there = (tuple(stored[name]['shape']), stored[name]['dtype'])
         here = (tuple(leaf.shape), str(leaf.dtype))
         if there != here:
             raise UserError(
                 f'{where}: {name} is {there[1]}{list(there[0])} there and '
-                f"{here[1]}{list(here[0])} here; it is another model's"
+                f'{here[1]}{list(here[0])} here; it belongs to another model'
             )
     left_over = [name for name in stored if name not in wanted]
     if whole and left_over:
-        raise UserError(f"{where}: {left_over[0]} in it is not here; it is another model's")
+        raise UserError(
+            f'{where}: has {left_over[0]}, which this model lacks; it belongs to another model'
+        )

@@ -1,4 +1,4 @@
-"""The rows of a run: `metrics.jsonl`, one JSON object a row, and its TensorBoard mirror."""
+"""The metrics of a run: `metrics.jsonl`, one JSON object per row, and its TensorBoard mirror."""
 
 import contextlib
 import io
@@ -22,20 +22,20 @@ FILE = 'metrics.jsonl'
 
 
 class Writer:
-    """Appends rows to `<workdir>/metrics.jsonl`, and mirrors them in `<workdir>/tensorboard/`.
+    """Appends rows to `<workdir>/metrics.jsonl` and mirrors them in `<workdir>/tensorboard/`.
 
-    A run that resumes at step `start` repeats what came after it. So opening removes, in one
-    atomic replacement, the train rows of steps >= start (row s is of the update from s to s + 1),
-    all other rows of steps > start, and a torn last line; a start of -1 removes every row. The
-    TensorBoard files are only a mirror: events of removed rows stay in them, and repeated steps are
-    there twice.
+    A run that resumes at step `start` repeats everything after it. Opening therefore removes, in one
+    atomic replacement, the train rows of steps >= start (row s is the update from s to s + 1), all
+    other rows of steps > start, and a torn last line; a start of -1 removes every row. The
+    TensorBoard files are only a mirror: they keep the events of removed rows, so repeated steps
+    appear twice.
 
-    A float is written in the shortest form that reads back to the same bits. JSON has no NaN and no
-    infinities: they are null. A Writer that is not `active` (every process but the first) does
-    nothing. Raises UserError if a line of the file, other than the last, is not a row.
+    Floats are written in the shortest form that reads back to the same bits. NaN and infinities,
+    which JSON lacks, become null. A Writer that is not `active` (every process but the first) does
+    nothing. Raises UserError if any line of the file but the last is not a row.
 
-    In a bucket nothing can be appended to. There, both files grow in a temporary folder of this
-    machine, and `sync` and `close` write them to the bucket, whole.
+    Objects in a bucket cannot be appended to, so there both files grow in a local temporary folder,
+    and `sync` and `close` write them to the bucket whole.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, start: int, active: bool = True):
@@ -54,10 +54,10 @@ class Writer:
         self._events = _Events(folder / 'tensorboard')
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Writes the row {'kind': kind, 'step': step, **values}; on return it is on the disk.
+        """Writes the row {'kind': kind, 'step': step, **values}, which is on disk when this returns.
 
-        A value is a number (Python's, NumPy's or a scalar array), a string, or a list or dict of
-        them. TensorBoard gets the numbers, as '<kind>/<name>'.
+        A value is a number (Python, NumPy or a scalar array), a string, or a list or dict of these.
+        TensorBoard gets the numbers, as '<kind>/<name>'.
         """
         if not self._active:
             return
@@ -66,7 +66,7 @@ class Writer:
         try:
             self._file.write(json.dumps(row, allow_nan=False) + '\n')
             self._file.flush()
-            os.fsync(self._file.fileno())  # a checkpoint must not outlive the rows before it
+            os.fsync(self._file.fileno())  # no checkpoint without the rows before it
             self._events.add(
                 row['step'],
                 [
@@ -82,7 +82,7 @@ class Writer:
             ) from error
 
     def image(self, name: str, step: int, image: np.ndarray) -> None:
-        """Adds a picture, u8[H,W,3], to TensorBoard under `name`."""
+        """Adds an image u8[H,W,3] to TensorBoard under `name`."""
         if not self._active:
             return
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -96,8 +96,8 @@ class Writer:
         self._events.add(int(step), [summary_pb2.Summary.Value(tag=name, image=picture)])
 
     def sync(self) -> None:
-        """To be called before a checkpoint is saved: it must not outlive the rows before it."""
-        if not self._active or self._scratch is None:  # on a disk they are there already
+        """Call this before saving a checkpoint, which must not exist without the rows before it."""
+        if not self._active or self._scratch is None:  # on disk the rows are there already
             return
         folder = paths.Path(self._scratch.name)
         try:
@@ -111,29 +111,29 @@ class Writer:
             ) from error
 
     def close(self) -> None:
-        """Closes both files; more calls do nothing."""
+        """Closes both files; further calls do nothing."""
         if self._active:
-            with contextlib.suppress(UserError):  # of rows after the last checkpoint
+            with contextlib.suppress(UserError):  # only rows after the last checkpoint
                 self.sync()
             self._active = False
             for file in (self._file, self._events):
-                with contextlib.suppress(OSError):  # of a row that could not be written
+                with contextlib.suppress(OSError):  # a row that could not be written
                     file.close()
             if self._scratch is not None:
                 self._scratch.cleanup()
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of `<workdir>/metrics.jsonl` in order, null as None; [] where there is no file.
+    """Reads the rows of `<workdir>/metrics.jsonl` in order, null as None; [] if there is no file.
 
-    A torn last line (the run was killed while writing it, or is writing it now) is left out.
-    Raises UserError if another line is not a row.
+    Skips a torn last line (the run was killed while writing it, or is writing it now). Raises
+    UserError if any other line is not a row.
     """
     return [row for _, row in _rows(paths.path(workdir) / FILE)]
 
 
 def _rows(path: paths.Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """(line, row) of every whole line."""
+    """(line, row) of every complete line."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -148,7 +148,7 @@ def _rows(path: paths.Path) -> list[tuple[bytes, dict[str, Any]]]:
         if whole:
             rows.append((line, row))
         elif number < len(lines):
-            raise UserError(f'{path}: line {number} is not a row of metrics; remove or mend it')
+            raise UserError(f'{path}: line {number} is not a row of metrics; repair or remove it')
     return rows
 
 
@@ -165,7 +165,7 @@ def _remove_repeated(path: paths.Path, start: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same in JSON's types, None for what JSON has no number for."""
+    """Converts a value to JSON types, with None for numbers that JSON lacks."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -180,13 +180,13 @@ def _plain(value: Any) -> Any:
 class _Events:
     """A TensorBoard file, written without TensorFlow.
 
-    tensorboard's EventFileWriter imports TensorFlow (seconds) wherever it is installed, and
-    clu.metric_writers needs it; the records alone need neither, and are the same everywhere.
+    tensorboard's EventFileWriter imports TensorFlow (seconds) if it is installed, and
+    clu.metric_writers needs it. Writing the records directly needs neither and is the same everywhere.
     """
 
     def __init__(self, folder: paths.Path):
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names: time first.
+        # TensorBoard reads the files of a folder in order of their names, so the time comes first.
         name = f'events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}'
         self.file = open(folder / name, 'xb')
         self._records = record_writer.RecordWriter(self.file)

@@ -1,1 +1,1 @@
-"""How fast it is: `python -m experiments.benchmark` (see `__main__.py`)."""
+"""Measures training and prediction speed: `python -m experiments.benchmark` (see `__main__.py`)."""

@@ -1,17 +1,16 @@
-"""Measures how fast the network trains and predicts here, against ceilings, other forms and PyTorch.
+"""Measures training and prediction speed against hardware ceilings, other implementations and PyTorch.
 
     python -m experiments.benchmark                                     # training and prediction
-    python -m experiments.benchmark --layers --plain --two_devices      # what each form gains
+    python -m experiments.benchmark --layers --plain --two_devices      # compare implementations
     python -m experiments.benchmark --peer=torch --peer_python=~/torch/bin/python --out=runs/torch
     python -m experiments.benchmark --tasks=input,both --store=data/flowers-256-u8 --out=runs/input
 
-Everything that is compared stays ready in a process of its own and takes its turn, in rotating
-order, `--repeats` times: the ratios are taken within a round, so that a machine whose speed drifts
-does not decide them. Printed are medians, with the least and the largest; FLOP/s and bytes/s as
-shares of what large matrix products and copies reach in the same rounds. Bytes are the compiler's
-estimate. On Linux CPUs every process has the settings of malloc that README.md recommends, except
-the plain form and the forms of PyTorch without "our malloc" in their name. The results go to `--out`,
-a folder without earlier ones: benchmark.json and benchmark.png.
+Every contestant stays ready in its own process, and they take turns in rotating order, `--repeats` times.
+Ratios are computed within a round, so that drifts in machine speed do not bias them. The tables show medians,
+minima and maxima; FLOP/s and bytes/s are fractions of what large matrix products and copies reach in the same
+rounds. Bytes are the compiler's estimate. On Linux CPUs all processes use the malloc settings of README.md,
+except the plain form and PyTorch forms without "our malloc" in their name. Results are written to
+benchmark.json and benchmark.png in `--out`, a folder that must not contain earlier ones.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from alexnet_jax.rundir import directory
 from experiments.benchmark import report
 from experiments.benchmark.protocol import Worker, WorkerError, drained
 
-# What README.md recommends on CPUs: malloc keeps its memory.
+# The settings that README.md recommends on CPUs, with which malloc keeps its memory.
 MALLOC = (
     'glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1'
     ':glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1'
@@ -49,7 +48,7 @@ FORMS = {
     'lrn': ('builtin', 'slices'),
 }
 TASKS = ('train', 'infer', 'input', 'both')
-# What only makes sense for some of them.
+# Options that only apply to some tasks.
 NEEDS = {
     'layers': {'train'},
     'dispatch': {'train', 'both'},
@@ -57,10 +56,10 @@ NEEDS = {
     **dict.fromkeys(('store', 'cold'), {'input', 'both'}),
 }
 DETERMINISTIC = 'alexnet_jax, deterministic'
-# How far a peer's logits and gradients may lie from ours in full float32, relative L2: ReLUs that switch
-# by the last bit change gradients by some thousandths.
+# Maximum relative L2 distance of a peer's logits and gradients from ours in full float32. ReLUs that switch
+# on rounding errors change gradients by a few thousandths.
 TOLERANCE = {'float32': 0.02, 'bfloat16': 0.2}
-# A gradient as long as the true one, but unrelated, is sqrt(2) away, and none at all 1.
+# An unrelated gradient of the right norm has distance sqrt(2); a zero gradient has 1.
 UNRELATED = 0.7
 
 
@@ -91,7 +90,7 @@ def main() -> None:
     print(f'{args.config}, batch {args.batch}, {args.dtype}, {record["machine"]}', flush=True)
     if spec['malloc']:
         forms = 'the plain form and PyTorch without "our malloc"'
-        print(f'GLIBC_TUNABLES={MALLOC}, except for {forms}', flush=True)
+        print(f'GLIBC_TUNABLES={MALLOC}, except {forms}', flush=True)
     title = f'{args.config}, batch {args.batch}, {args.dtype}: {record["machine"]["device"]}'
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         reference = {}
@@ -132,42 +131,48 @@ def _arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--config', default='configs/paper.py', help='a preset')
-    parser.add_argument('--tasks', default='train,infer', help=f'some of {",".join(TASKS)}')
-    parser.add_argument('--batch', type=int, default=128, help='images')
-    parser.add_argument('--dtype', default='float32', choices=TOLERANCE, help='of the arithmetic')
+    parser.add_argument('--tasks', default='train,infer', help=f'any of {",".join(TASKS)}')
+    parser.add_argument('--batch', type=int, default=128, help='images per batch')
+    parser.add_argument('--dtype', default='float32', choices=TOLERANCE, help='compute dtype')
     parser.add_argument('--classes', type=int, default=1000)
-    parser.add_argument('--repeats', type=int, default=10, help='rounds')
-    parser.add_argument('--seconds', type=float, default=2.0, help='of a turn, at least')
+    parser.add_argument('--repeats', type=int, default=10, help='number of rounds')
+    parser.add_argument('--seconds', type=float, default=2.0, help='minimum length of a turn')
     parser.add_argument(
         '--patience',
         type=float,
         default=30.0,
-        help='minutes that a worker may take to be ready, and for each answer',
+        help='minutes to wait for a worker to be ready, and for each answer',
     )
-    parser.add_argument('--layers', action='store_true', help='time every operation alone as well')
-    parser.add_argument('--plain', action='store_true', help='against the form one writes first')
-    parser.add_argument('--two_devices', action='store_true', help='against a tower on each of two')
+    parser.add_argument('--layers', action='store_true', help='also time every operation alone')
+    parser.add_argument(
+        '--plain', action='store_true', help='compare with a straightforward implementation'
+    )
+    parser.add_argument(
+        '--two_devices', action='store_true', help='compare with one tower on each of two devices'
+    )
     parser.add_argument(
         '--deterministic',
         action='store_true',
-        help='against the GPU mode that gives the same bits again',
+        help='compare with the bitwise reproducible GPU mode',
     )
     parser.add_argument(
         '--dispatch',
         type=int,
         default=1,
-        help='against so many training steps as one program, config.run.dispatch',
+        help='compare with this many training steps per program, config.run.dispatch',
     )
     parser.add_argument(
-        '--store', default='', help='folders that prepare wrote, for input and both'
+        '--store', default='', help='folders written by prepare, for input and both'
     )
     parser.add_argument(
         '--cold',
         action='store_true',
-        help='each turn of input and both begins without the store in the page cache (Linux)',
+        help='start each turn of input and both with the store not in the page cache (Linux)',
     )
-    parser.add_argument('--peer', choices=('torch',), help='against the same network in PyTorch')
-    parser.add_argument('--peer_python', default=sys.executable, help='a Python that has it')
+    parser.add_argument(
+        '--peer', choices=('torch',), help='compare with the same network in PyTorch'
+    )
+    parser.add_argument('--peer_python', default=sys.executable, help='a Python with PyTorch')
     parser.add_argument(
         '--peer_form',
         default='',
@@ -179,21 +184,23 @@ def _arguments():
     args.tasks = args.tasks.split(',')
     for task in args.tasks:
         if task not in TASKS:
-            raise UserError(f'--tasks={task}: choose some of {",".join(TASKS)}')
+            raise UserError(f'--tasks={task}: choose from {",".join(TASKS)}')
     if {'input', 'both'} & {*args.tasks} and not args.store:
-        raise UserError('--tasks=input and both need --store=DIR, which alexnet_jax.prepare writes')
+        raise UserError(
+            '--tasks=input and both need --store=DIR, a folder written by alexnet_jax.prepare'
+        )
     for name, tasks in NEEDS.items():
         if getattr(args, name) != parser.get_default(name) and not tasks & {*args.tasks}:
-            raise UserError(f'--{name} is for --tasks={" and ".join(sorted(tasks))}')
+            raise UserError(f'--{name} needs --tasks={" or ".join(sorted(tasks))}')
     for name in ('peer_form', 'peer_python'):
         if getattr(args, name) != parser.get_default(name) and not args.peer:
-            raise UserError(f'--{name} is for --peer')
+            raise UserError(f'--{name} needs --peer')
     config = configfile.load(args.config)
     if args.two_devices and config.model.towers == 1:
-        raise UserError(f'--config={args.config}: --two_devices needs a net of two towers')
+        raise UserError(f'--config={args.config}: --two_devices needs a network with two towers')
     if config.model.net != 'alexnet' and (args.plain or args.peer):
         raise UserError(
-            f"--config={args.config}: --plain and --peer know only nets like the paper's"
+            f"--config={args.config}: --plain and --peer only support networks like the paper's"
         )
     args.store = [os.path.abspath(os.path.expanduser(s)) for s in args.store.split(',') if s]
     for store in args.store:
@@ -207,36 +214,36 @@ def _arguments():
     args.peer_form = args.peer_form.split(',') if args.peer_form else []
     if not all(value in FORMS[name] for name, value in zip(FORMS, args.peer_form, strict=False)):
         choices = ', '.join(' or '.join(values) for values in FORMS.values())
-        raise UserError(f'--peer_form={",".join(args.peer_form)}: choose {choices}, in this order')
+        raise UserError(f'--peer_form={",".join(args.peer_form)}: give {choices}, in this order')
     args.peer_python = os.path.expanduser(args.peer_python)
     return args
 
 
 def _folder(name: str) -> pathlib.Path:
-    """The folder for the results, made if it is not there; UserError if it holds some already."""
+    """Creates the folder for the results; UserError if it already holds some."""
     out = pathlib.Path(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / 'benchmark.json').touch()
     except OSError as error:
-        raise UserError(f'--out={out}: cannot be written: {error.strerror}') from error
+        raise UserError(f'--out={out}: cannot write there: {error.strerror}') from error
     if (out / 'benchmark.json').stat().st_size:
         raise UserError(
-            f'--out={out}: holds the results of an earlier command; give another folder, or '
+            f'--out={out}: holds the results of an earlier command; choose another folder, or '
             'remove them'
         )
     return out
 
 
 def _device() -> tuple[str, str]:
-    """JAX's backend and kind of device, asked in another process: this one must not hold it."""
+    """Returns JAX's backend and device kind, queried in another process so that this one holds no device."""
     script = 'import jax; print(jax.default_backend(), jax.devices()[0].device_kind)'
     done = subprocess.run(
         [sys.executable, '-c', script], capture_output=True, text=True, check=False
     )
     if done.returncode:
         (*_, said) = done.stderr.strip().splitlines() or [f'exit code {done.returncode}']
-        raise UserError(f'JAX does not start here: {said}')
+        raise UserError(f'JAX does not start on this machine: {said}')
     backend, _, kind = done.stdout.strip().splitlines()[-1].partition(' ')
     return backend, kind
 
@@ -262,7 +269,7 @@ def _facts(spec: dict) -> dict:
 
 def _start(name: str, module: str, python: str, spec: dict) -> Worker:
     environment = {'GLIBC_TUNABLES': MALLOC if spec['malloc'] else ''}
-    if module == PEER:  # compiling is timed: nothing that another worker compiled
+    if module == PEER:  # compilation is timed, so workers must not share compiled kernels
         folder = tempfile.mkdtemp(prefix='inductor-', dir=os.path.dirname(spec['file']))
         environment['TORCHINDUCTOR_CACHE_DIR'] = folder
     try:
@@ -273,9 +280,9 @@ def _start(name: str, module: str, python: str, spec: dict) -> Worker:
 
 
 def _pace(worker: Worker, count: int = 1) -> float:
-    """Seconds of a repetition, the mean over enough of them for the wait for a device not to count.
+    """Returns the mean seconds per repetition, over enough of them to hide the cost of synchronization.
 
-    count: how many are made at once.
+    count: the smallest number of repetitions.
     """
     while (seconds := worker.ask(count)['seconds']) < 0.3:
         count *= 2
@@ -283,7 +290,7 @@ def _pace(worker: Worker, count: int = 1) -> float:
 
 
 def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str, dict]]:
-    """Name -> (module, Python, spec); the first is what the others are compared with."""
+    """Returns {name: (module, Python, spec)}; the others are compared with the first."""
     ours = sys.executable
     if spec['task'] in ('input', 'both'):
         chosen = {}
@@ -310,9 +317,9 @@ def _contestants(args, spec: dict, reference: dict) -> dict[str, tuple[str, str,
 
 
 def _limits(task: str, tolerance: float, own: float) -> dict[str, float]:
-    """How far a peer's facts may be from 0: gradients twice as far as ours (own), if that is more.
+    """Returns the limits on a peer's distances; for gradients, twice our own distance if that is larger.
 
-    Those only for `train`: some of PyTorch's compiled forms predict well and give no gradients.
+    Gradients only count for `train`: some of PyTorch's compiled forms predict correctly without gradients.
     """
     limits = {'logits_difference': tolerance}
     if task == 'train':
@@ -321,11 +328,11 @@ def _limits(task: str, tolerance: float, own: float) -> dict[str, float]:
 
 
 def _agrees(name: str, facts: dict, limits: dict[str, float]) -> bool:
-    """Whether a peer computes our function; says so if it does not."""
+    """Returns whether a peer computes the same function as ours; prints a line if not."""
     for kind, limit in limits.items():
         if not facts[kind] < limit:
             print(
-                f'{name}: left out, it computes another function: {kind} {facts[kind]:.2g}',
+                f'{name}: skipped, it computes a different function: {kind} {facts[kind]:.2g}',
                 flush=True,
             )
             return False
@@ -333,10 +340,10 @@ def _agrees(name: str, facts: dict, limits: dict[str, float]) -> bool:
 
 
 def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
-    """PyTorch's stock form, and its fastest eager and compiled forms, found by trying them all."""
+    """Returns PyTorch's stock form, and its fastest eager and compiled forms, after trying them all."""
 
     def try_out(mode, layout, lrn, kept):
-        """(time as a multiple of ours in the same minute, name, spec) of a form."""
+        """Returns (time as a multiple of ours in the same minute, name, spec) for a form."""
         form = {
             **spec,
             'mode': mode,
@@ -357,8 +364,8 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
             worker.close()
         ratio = statistics.median(ratios[1:])
         print(
-            f'{name}: {ratio:.2f} times our time, logits within {worker.facts["logits_difference"]:.0e} '
-            f'of ours, gradients {worker.facts["gradients_difference"]:.0e}',
+            f'{name}: {ratio:.2f} times our time; distance from ours: logits '
+            f'{worker.facts["logits_difference"]:.0e}, gradients {worker.facts["gradients_difference"]:.0e}',
             flush=True,
         )
         return ratio, name, form
@@ -380,11 +387,13 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
         for mode in modes:
             tried = [try_out(mode, *form, kept) for form in itertools.product(layouts, norms)]
             best = min(tried, key=lambda one: one[0])[2]
-            if kept:  # whether it gains by it, too
+            if kept:  # also without the malloc settings, in case it is faster
                 tried.append(try_out(mode, best['layout'], best['lrn'], False))
             ratio, name, form = min(tried, key=lambda one: one[0])
             if ratio == math.inf:
-                raise UserError(f'torch {mode}: none of its forms computes our function')
+                raise UserError(
+                    f'torch {mode}: none of its forms computes the same function as ours'
+                )
             chosen[name] = form
     finally:
         ours.close()
@@ -392,7 +401,7 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
 
 
 def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
-    """Rows of results, the ceilings last; and the table of operations, if it is wanted."""
+    """Returns the rows of results, ceilings last, and those of the operations with --layers."""
     spec = next(iter(contestants.values()))[2]
     ceilings = {'ceiling: products': 'matmul', 'ceiling: copies': 'copy'}
     entries = dict(contestants)
@@ -408,7 +417,7 @@ def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
                 workers.pop(name).close()
                 continue
             workers[name].ask(1)
-            # Enough for what lies ready at the beginning of a turn not to decide.
+            # Enough that batches ready at the start of a turn do not matter.
             ready = drained(one['threads'])
             least = {'input': 10 * ready, 'both': ready}.get(one['task'], 1)
             count = max(least, math.ceil(args.seconds / _pace(workers[name], one['dispatch'])))

@@ -1,6 +1,6 @@
-"""The operations of a network, one by one: how much arithmetic each is, and how long it takes.
+"""Counts the FLOPs of each operation of a network, and times it alone.
 
-And what a compiled program asks of libraries, whose traffic its compiler does not count.
+Also counts the memory traffic of library calls in a compiled program, which its compiler does not.
 """
 
 import math
@@ -22,7 +22,7 @@ NAMES = ('conv', 'local', 'lrn', 'map_norm', 'max_pool', 'avg_pool', 'dropout_ma
 
 
 class Operation(NamedTuple):
-    """A call of a function of `layers`."""
+    """One call of a function in `layers`."""
 
     name: str  # layer and function, 'conv1 lrn'
     function: Any
@@ -31,8 +31,8 @@ class Operation(NamedTuple):
 
 
 def operations(net: alexnet.AlexNet, batch: int, crop: int) -> list[Operation]:
-    """All calls of `layers` in one training pass, in order; a layer has one for each tower."""
-    calls, layer = [], ['images']  # what comes before the first layer works on them
+    """Returns all calls of `layers` in one training pass, in order; some layers have one per tower."""
+    calls, layer = [], ['images']  # the name for calls before the first layer
 
     def abstract(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
@@ -72,12 +72,12 @@ def operations(net: alexnet.AlexNet, batch: int, crop: int) -> list[Operation]:
 
 
 def flops(operation: Operation) -> int:
-    """Multiplications and additions of one call forward; 0 for all but products."""
+    """Returns the multiplications and additions of one forward call; 0 for all but matrix products."""
     name = operation.name.split()[1]
     if name == 'dense':
         x, kernel = operation.args[:2]
         return 2 * math.prod(x.shape) * kernel.shape[-1]
-    if name == 'local':  # a kernel of its own for every place
+    if name == 'local':  # a separate kernel for every position
         x, kernel = operation.args[:2]
         return 2 * x.shape[0] * math.prod(kernel.shape)
     if name == 'conv':
@@ -89,7 +89,7 @@ def flops(operation: Operation) -> int:
 
 
 def totals(net: alexnet.AlexNet, batch: int, crop: int) -> dict[str, int]:
-    """FLOP of a batch, by task: the first layer needs no gradient of its input."""
+    """Returns the FLOPs of a batch, by task; the first layer needs no gradient of its input."""
     ops = operations(net, batch, crop)
     forward, first = sum(map(flops, ops)), first_product(ops)
     return {
@@ -99,16 +99,16 @@ def totals(net: alexnet.AlexNet, batch: int, crop: int) -> dict[str, int]:
 
 
 def first_product(ops: list[Operation]) -> str:
-    """The name of the first product, whose input, the images, needs no gradient."""
+    """Returns the name of the first product, whose input (the images) needs no gradient."""
     return next(op.name for op in ops if flops(op))
 
 
 def table(net: alexnet.AlexNet, batch: int, crop: int, repeats: int = 5) -> list[dict]:
-    """Times every operation alone: rows of name, calls, flops, products, forward and backward in seconds.
+    """Times every operation alone -> rows of name, calls, flops, products, forward_s and backward_s.
 
-    `products`: how many of `flops` a training step makes, 2 where the input needs no gradient, else 3.
-    `backward` is forward and backward together minus forward. Medians over rounds in which every
-    operation has its turn.
+    `products`: how many times `flops` a training step computes, 2 if the input needs no gradient, else 3.
+    `backward_s` is the time of forward and backward together minus forward. Times are medians over rounds
+    that time every operation in turn.
     """
     kinds, calls = {}, operations(net, batch, crop)
     first = first_product(calls)
@@ -140,7 +140,7 @@ def table(net: alexnet.AlexNet, batch: int, crop: int, repeats: int = 5) -> list
 
 
 def _programs(op: Operation, first: bool):
-    """{'forward': (compiled, arguments), 'both': ...} of a call, on random numbers."""
+    """Returns {'forward': (compiled, arguments), 'both': ...} for a call, on random numbers."""
     rng = np.random.default_rng(0)
     dynamic = [i for i, x in enumerate(op.args) if isinstance(x, jax.ShapeDtypeStruct)]
 
@@ -176,13 +176,13 @@ def _programs(op: Operation, first: bool):
 
 
 def _time(function, args) -> float:
-    """Seconds of a call, the mean over about a tenth of a second."""
+    """Returns the seconds per call, averaged over about a tenth of a second."""
 
     def run(count):
         began = time.perf_counter()
         for _ in range(count):
             out = function(*args)
-        # once: small operations take less time than to hear of their end
+        # only once: synchronizing takes longer than a small operation
         jax.block_until_ready(out)
         return time.perf_counter() - began
 
@@ -192,9 +192,9 @@ def _time(function, args) -> float:
 
 
 def library_bytes(text: str) -> int:
-    """Bytes that a program's calls of libraries (cuDNN, cuBLAS) read and write, from its HLO text.
+    """Returns the bytes that a program's library calls (cuDNN, cuBLAS) read and write, from its HLO text.
 
-    Without their scratch memory, bytes that are a result beside the real one: it need not be touched.
+    Excludes their scratch memory, byte arrays returned beside the actual result: it may remain unused.
     """
     sizes, total = {}, 0
     for name, result, kind, operands in re.findall(

@@ -1,6 +1,6 @@
-"""The benchmark's worker for JAX: makes one task ready, with the library's own steps, and repeats it.
+"""The benchmark's JAX worker: prepares one task, with the library's own steps, and repeats it.
 
-`__main__` starts it as a process of its own for every task; `protocol` says how they talk.
+`__main__` starts one process per task; see `protocol` for how they communicate.
 """
 
 import math
@@ -23,14 +23,14 @@ from alexnet_jax.training import optim, steps
 from alexnet_jax.training.setup import make_optimizer
 from experiments.benchmark import operations, plain, protocol
 
-MEAN = 120.0  # of every pixel, where there is no store
+MEAN = 120.0  # of every pixel, without a store
 
 
 def prepare(spec: dict):
-    """What `protocol.serve` wants, of the task that spec['task'] names."""
+    """Prepares the task spec['task'] for `protocol.serve`."""
     if spec['task'] == 'input':
         return _input(spec)
-    if spec['form'] != 'plain':  # which is as one writes it, and runs it, first
+    if spec['form'] != 'plain':  # the baseline runs with JAX's defaults
         meshes.configure(
             spec['devices'] if spec['devices'] > 1 and spec['cpu'] else 0,
             deterministic=spec['deterministic'],
@@ -61,7 +61,7 @@ def _mean(config):
 
 
 def _training(spec, config, net, mesh):
-    """(compiled step, state, rates, facts)."""
+    """Returns (compiled step, state, batch, rates, facts)."""
     crop = config.augment.crop
     optimizer = make_optimizer(config, net, mesh)
     state = steps.init_state(net, optimizer, mesh, seed=0, crop=crop)
@@ -92,7 +92,7 @@ def _training(spec, config, net, mesh):
 
 
 def _train(spec, config, net):
-    """The training step, on a batch that stays on the device."""
+    """Prepares the training step, on a batch that stays on the device."""
     compiled, state, batch, rates, facts = _training(spec, config, net, _mesh(spec, config))
 
     def repeat(count):
@@ -111,10 +111,10 @@ def _train(spec, config, net):
 
 
 def repeats(step, state) -> bool:
-    """Whether three steps from one state give the same bits twice; step(state) -> (state, sums)."""
+    """Returns whether three steps from one state give the same bits twice; step(state) -> (state, sums)."""
     ends = []
     for _ in range(2):
-        now = jax.tree.map(jnp.copy, state)  # what a step is given it may destroy
+        now = jax.tree.map(jnp.copy, state)  # a step may donate its input
         for _ in range(3):
             now, sums = step(now)
         ends.append([np.asarray(x).tobytes() for x in jax.tree.leaves((now, sums))])
@@ -122,7 +122,7 @@ def repeats(step, state) -> bool:
 
 
 def _both(spec, config, net):
-    """The training step fed by the real pipeline, as the training loop does it."""
+    """Prepares the training step fed by the real input pipeline, as in the training loop."""
     mesh = _mesh(spec, config)
     compiled, state, _, rates, facts = _training(spec, config, net, mesh)
     pipeline = Pipeline(spec, config)
@@ -145,7 +145,7 @@ def _both(spec, config, net):
         for left in reversed(range(math.ceil(count / spec['dispatch']))):
             state, sums = compiled(state, batch, rates)
             batch = fetch() if left else None
-            jax.block_until_ready(before)  # the step before: never more than two in flight
+            jax.block_until_ready(before)  # at most two steps in flight
             before = sums
         jax.block_until_ready((state, sums))
         pipeline.rest()
@@ -155,7 +155,7 @@ def _both(spec, config, net):
 
 
 class Pipeline:
-    """Augmented batches of a store, whose pages can be cold at the beginning of a turn."""
+    """Augmented batches from a store, optionally with a cold page cache at the start of a turn."""
 
     def __init__(self, spec, config):
         self._spec, self._config, self._batches = spec, config, None
@@ -180,7 +180,7 @@ class Pipeline:
         )
 
     def drain(self):
-        """Before a turn: takes away what lies ready, or what the page cache holds."""
+        """Before a turn: consumes batches that are ready, or empties the page cache."""
         if self._spec['cold']:
             self.rest()
             evict(self._spec['store'])
@@ -190,26 +190,26 @@ class Pipeline:
         return {}
 
     def rest(self):
-        """After a turn: a file that any worker holds mapped would stay in the page cache."""
+        """After a turn: unmaps the store; a file mapped by any worker would stay in the page cache."""
         if self._spec['cold'] and self._batches:
             self._batches.close()
             self._batches = None
             for thread in threading.enumerate():
-                if thread.name.startswith('batches'):  # it may still read
+                if thread.name.startswith('batches'):  # it may still be reading
                     thread.join()
 
 
 def evict(store: str) -> None:
-    """Takes the files of a store out of the page cache (Linux); pages mapped elsewhere stay."""
+    """Evicts the files of a store from the page cache (Linux); pages mapped elsewhere stay."""
     for file in os.scandir(store):
         if file.is_file():
             with open(file, 'rb') as opened:
-                os.fsync(opened.fileno())  # what is not yet written stays as well
+                os.fsync(opened.fileno())  # dirty pages would stay as well
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _input(spec):
-    """Augmented batches u8 in host memory, from a store."""
+    """Prepares reading augmented u8 batches from a store into host memory."""
     pipeline = Pipeline(spec, configfile.load(spec['config']))
 
     def repeat(count):
@@ -221,7 +221,7 @@ def _input(spec):
 
 
 def _infer(spec, config, net):
-    """Probabilities of the centre crop, of pictures that stay on the device."""
+    """Prepares prediction: centre-crop probabilities of images that stay on the device."""
     mesh, crop = _mesh(spec, config), config.augment.crop
     target = steps.abstract_variables(net, mesh, crop)
     shardings = jax.tree.map(lambda x: x.sharding, target)
@@ -245,10 +245,10 @@ def _infer(spec, config, net):
 
 
 def _reference(spec, config, net):
-    """Writes spec['file'], npz: parameters, pictures, and the logits and gradients in float32, for a peer.
+    """Writes spec['file'] (npz) for a peer: parameters, images, and float32 logits and gradients.
 
-    Without dropout's masks: units are halved as at test time. Gradients of the mean cross-entropy.
-    Facts: `net`, what it is; `own`, how far our gradients are from these as they are timed.
+    There are no dropout masks: units are halved as at test time. The gradients are of the mean cross-entropy.
+    Facts: `net`, its description; `own`, the distance of our gradients, in the timed precision, from these.
     """
     params = network.init(net, jax.random.key(0), config.augment.crop)['params']
     batch = _batch(spec, config)
@@ -261,7 +261,7 @@ def _reference(spec, config, net):
 
         return jax.jit(jax.grad(loss, has_aux=True))(params, x, batch['label'])
 
-    with jax.default_matmul_precision('highest'):  # else float32 is TF32 on a GPU
+    with jax.default_matmul_precision('highest'):  # a GPU would use TF32 for float32
         gradients, logits = gradients_of(net.clone(dtype='float32'))
     own, own_logits = gradients, logits
     if net.dtype != 'float32' or not spec['cpu']:
@@ -269,7 +269,7 @@ def _reference(spec, config, net):
     if spec['plain']:
         same = plain.logits(net, params, x)
         if protocol.distance(same, own_logits) > spec['tolerance']:
-            raise ValueError('the plain form computes another function')
+            raise ValueError('the plain form computes a different function')
     flat = {
         f'{kind}/{layer}/{name}': np.asarray(value)
         for kind, tree in (('params', params), ('gradients', gradients))
@@ -297,22 +297,22 @@ def _reference(spec, config, net):
 
 
 def _compile(function, *args, devices: int):
-    """The compiled program, and what its compiler says of it."""
+    """Returns the compiled program, and facts from its compiler."""
     began = time.monotonic()
     compiled = function.lower(*args).compile()
     seconds = time.monotonic() - began
     moved = (compiled.cost_analysis() or {}).get('bytes accessed', 0.0)
-    if jax.default_backend() == 'gpu':  # where the compiler counts -1 for each call of a library
+    if jax.default_backend() == 'gpu':  # the compiler counts -1 bytes for each library call
         moved += operations.library_bytes(compiled.as_text())
     return compiled, {
         'compile_s': seconds,
-        'bytes': moved * devices,  # the program is that of one
+        'bytes': moved * devices,  # the program is for one device
         'device': jax.devices()[0].device_kind,
     }
 
 
 def _matmul(spec):
-    """The ceiling of arithmetic: products of large matrices in the compute dtype."""
+    """Prepares the arithmetic ceiling: products of large matrices in the compute dtype."""
     size = 3072 if spec['cpu'] else 8192
     x, y = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(spec['dtype']))
     product = jax.jit(lambda x, y: x @ y)
@@ -326,7 +326,7 @@ def _matmul(spec):
 
 
 def _copy(spec):
-    """The ceiling of memory traffic: an array too large for caches, read and written."""
+    """Prepares the memory ceiling: reading and writing an array too large for caches."""
     x = jnp.zeros(2**26 if spec['cpu'] else 2**28, jnp.float32)
     bytes_ = 2 * x.nbytes
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -341,7 +341,7 @@ def _copy(spec):
 
 
 def _peak():
-    """The device's peak where it reports one, else the process's; bytes."""
+    """Returns the peak memory of the device if it reports one, else of the process, in bytes."""
     stats = jax.devices()[0].memory_stats()
     return {'peak_bytes': stats['peak_bytes_in_use']} if stats else protocol.peak_memory()
 

@@ -1,7 +1,7 @@
-"""The benchmark's worker for PyTorch: the same network, from our parameters, in its own best forms.
+"""The benchmark's PyTorch worker: the same network with the same parameters, in several PyTorch variants.
 
-It runs in a Python that has PyTorch and NumPy, and imports nothing of the library. Activations are
-[B,C,H,W] with the channels of all towers, tower by tower; parameters come in the library's layout.
+It runs in a Python with PyTorch and NumPy and imports nothing from the library. Activations are [B,C,H,W]
+with the channels of all towers, tower by tower; parameters arrive in the library's layout.
 """
 
 import time
@@ -16,7 +16,7 @@ GROUPED = ('conv2', 'conv4', 'conv5')
 
 
 def weights(layer: str, name: str, x: np.ndarray, side: int) -> np.ndarray:
-    """The library's array of a parameter, in PyTorch's layout; side: of the maps that fc6 reads."""
+    """Converts a parameter from the library's layout to PyTorch's; side: size of the maps that fc6 reads."""
     if name == 'bias':
         return x.reshape(-1)
     if layer.startswith('conv'):  # [T,k,k,I,O] -> [T*O,I,k,k]
@@ -30,7 +30,7 @@ def weights(layer: str, name: str, x: np.ndarray, side: int) -> np.ndarray:
 
 
 class Net(torch.nn.Module):
-    """The network that `net` describes, with the fields of `alexnet_jax.nets.alexnet.AlexNet`."""
+    """The network described by `net`, which has the fields of `alexnet_jax.nets.alexnet.AlexNet`."""
 
     def __init__(
         self, net: dict, params: dict[str, np.ndarray], lrn: str, layout: torch.memory_format
@@ -111,7 +111,7 @@ class Net(torch.nn.Module):
         return x * self.factor(r * torch.sqrt(r) if beta == 0.75 else r ** (2 * beta), x)
 
     def factor(self, factor, x):
-        """Of a normalization: on GPUs autocast takes roots and powers in float32, and x would follow."""
+        """Casts a norm's factor: autocast on GPUs makes roots and powers float32, and x would follow."""
         return factor if self.lrn == 'builtin' else factor.to(x.dtype)
 
     def dropout(self, x, training):
@@ -120,11 +120,11 @@ class Net(torch.nn.Module):
             return x
         if kind == 'inverted':
             return F.dropout(x, 0.5, training)
-        return 0.5 * (F.dropout(x, 0.5) if training else x)  # PyTorch's doubles in training
+        return 0.5 * (F.dropout(x, 0.5) if training else x)  # PyTorch scales by 2 in training
 
 
 def prepare(spec: dict):
-    """What `protocol.serve` wants: a training step, or prediction."""
+    """Prepares a training step, or prediction, for `protocol.serve`."""
     torch.set_num_threads(spec['threads'])
     torch.manual_seed(0)
     device = 'cpu' if spec['cpu'] else 'cuda'
@@ -132,9 +132,9 @@ def prepare(spec: dict):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
     if spec['net']['activation'] not in ('relu', 'tanh'):
-        raise SystemExit(f'the peer has no activation {spec["net"]["activation"]}')
+        raise SystemExit(f'the peer does not support the activation {spec["net"]["activation"]}')
     if spec['net']['remove'] != 'none' or spec['net']['pooling'] != 'overlapping':
-        raise SystemExit('the peer has no networks with a layer removed or disjoint pooling')
+        raise SystemExit('the peer does not support removed layers or disjoint pooling')
     with np.load(spec['file']) as file:
         arrays = dict(file)
     params = {k.removeprefix('params/'): v for k, v in arrays.items() if k.startswith('params/')}
@@ -151,7 +151,7 @@ def prepare(spec: dict):
     def forward_backward():
         F.cross_entropy(run(images, True), labels).backward()
 
-    # Timed before `_check`, which compiles many of the same kernels.
+    # Compilation is timed before `_check`, which compiles many of the same kernels.
     began = time.monotonic()
     if spec['task'] == 'train':
         forward_backward()
@@ -197,7 +197,7 @@ def prepare(spec: dict):
 
 
 def _check(run, net, arrays, images, labels) -> dict:
-    """Distances of our logits, and of the gradients that are furthest away, from the library's."""
+    """Returns the distance of our logits, and of the worst gradient, from the library's."""
     logits = run(images, False)
     F.cross_entropy(logits, labels).backward()
     worst = 0.0

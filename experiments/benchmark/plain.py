@@ -1,7 +1,7 @@
-"""The network as one writes it first in JAX: the yardstick for the forms that the library uses.
+"""A straightforward JAX implementation of the network, as a baseline for the library's optimized one.
 
-Both towers in one array with grouped convolutions, pooling by `reduce_window` with the compiler's
-gradient, normalization by a window sum and a power, and a random number for every unit of dropout.
+Both towers are in one array with grouped convolutions, pooling is `reduce_window` with the compiler's
+gradient, normalization is a window sum and a power, and dropout draws a random number for every unit.
 """
 
 import jax
@@ -15,10 +15,10 @@ from alexnet_jax.nets import alexnet, blocks
 
 
 def logits(net: alexnet.AlexNet, params: dict, images, key=None):
-    """What `net.apply` gives, from the same parameters; with a key as in training."""
+    """Computes the logits of `net.apply` from the same parameters; as in training if given a key."""
     same = net.exchange == ('conv3', 'fc6', 'fc7') and net.remove == 'none' and net.groups == 1
     if not same or net.norm_window != 'tower' or net.dropout_at != 'outputs':
-        raise UserError('--plain knows only the networks of configs/paper.py and original.py')
+        raise UserError('--plain supports only the networks of configs/paper.py and original.py')
     x = images.astype(net.dtype)
     for i in range(len(net.kernels)):
         kernel, bias = (params[f'conv{i + 1}'][name].astype(x.dtype) for name in ('kernel', 'bias'))
@@ -71,7 +71,7 @@ def _after(net, op, x):
 
 
 def make_train_step(net: alexnet.AlexNet, optimizer, mean):
-    """As `steps.make_train_step`, on one device and without colour noise."""
+    """Like `steps.make_train_step`, but on one device and without colour noise."""
 
     def step(state, batch, rates):
         x = batch['image'].astype(jnp.float32) - mean
@@ -92,7 +92,7 @@ def make_train_step(net: alexnet.AlexNet, optimizer, mean):
 
 
 def make_predict(net: alexnet.AlexNet, mean):
-    """As `steps.make_predict` of the centre crop, on one device."""
+    """Like `steps.make_predict` for the centre crop, but on one device."""
     return jax.jit(
         lambda variables, images: jax.nn.softmax(
             logits(net, variables['params'], images.astype(jnp.float32) - mean)

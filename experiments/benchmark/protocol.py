@@ -1,8 +1,8 @@
-"""Workers: processes that each hold one thing ready and repeat it when they are told to.
+"""Workers: processes that each keep one task ready and repeat it on request.
 
-Only the standard library, since a worker may run in another Python. A line of standard input is a
-JSON number, how often to repeat, or a string, the name of another command; a line of output is a
-JSON object. Whatever else a worker prints goes to its standard error.
+Uses only the standard library, since a worker may run in another Python. Each line of standard input is a
+JSON number, how often to repeat, or a JSON string, the name of another command. Each line of output is a JSON
+object. Anything else that a worker prints goes to its standard error.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def drained(threads: int) -> int:
-    """So many batches are more than lie ready when a turn begins: two more than there are threads."""
+    """Returns a number of batches that exceeds those ready when a turn begins (`threads` + 2)."""
     return threads + 4
 
 
 def distance(x, y) -> float:
-    """How far an array is from another, |x - y| / |y|."""
+    """Returns the relative distance of two arrays, |x - y| / |y|."""
     return float(((x - y) ** 2).sum() ** 0.5 / (y**2).sum() ** 0.5)
 
 
 class WorkerError(Exception):
-    """A worker ended instead of answering, or took too long: one line, with its name and its last words."""
+    """A worker exited instead of answering, or timed out: one line, with its name and last output."""
 
 
 class Worker:
-    """One worker, from the side of who asks; `facts` is what it says once it is ready.
+    """A handle to one worker; `facts` is what it reports once it is ready.
 
-    patience: minutes that it may take for that, and for every answer. Raises WorkerError, here and
-    when asked.
+    patience: timeout in minutes, for becoming ready and for every answer. The constructor and `ask` raise
+    WorkerError.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Worker:
             env={
                 **os.environ,
                 **environment,
-                'JAX_ENABLE_COMPILATION_CACHE': 'false',  # compiling is timed, too
+                'JAX_ENABLE_COMPILATION_CACHE': 'false',  # compilation is timed too
                 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',  # several processes share a GPU
             },
         )
@@ -77,14 +77,14 @@ class Worker:
             self._process.stdin.write(json.dumps(command) + '\n')
             self._process.stdin.flush()
         except OSError:
-            pass  # it has ended: `_answer` says why
+            pass  # it has exited: `_answer` reports why
         return self._answer()
 
     def _answer(self) -> dict:
         if not select.select([self._process.stdout], [], [], 60 * self._patience)[0]:
             self._process.kill()
             raise WorkerError(
-                f'{self._name}: no answer in {self._patience:g} minutes; give more, --patience'
+                f'{self._name}: no answer in {self._patience:g} minutes; allow more with --patience'
             )
         line = self._process.stdout.readline()
         if not line:
@@ -96,7 +96,7 @@ class Worker:
                 or text.splitlines()
             )
             said = lines[-1] if lines else f'exit code {self._process.returncode}'
-            raise WorkerError(f'{self._name}: it ended: {said}')
+            raise WorkerError(f'{self._name}: worker exited: {said}')
         return json.loads(line)
 
     def close(self) -> None:
@@ -112,10 +112,10 @@ class Worker:
 
 
 def serve(prepare) -> None:
-    """A worker's whole life: prepare(spec) -> (repeat(count), facts, commands), then answer.
+    """Runs a worker: calls prepare(spec) -> (repeat(count), facts, commands), then answers requests.
 
-    repeat may return an object to be added to its answer; commands: {name: function without
-    arguments that returns an object}.
+    repeat can return an object to add to its answer. commands: {name: function without arguments that
+    returns an object}.
     """
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
@@ -125,7 +125,7 @@ def serve(prepare) -> None:
         answers.flush()
 
     repeat, facts, commands = prepare(json.loads(sys.argv[1]))
-    repeat(1)  # warm
+    repeat(1)  # warm up
     answer(facts)
     for line in sys.stdin:
         command = json.loads(line)
@@ -138,6 +138,6 @@ def serve(prepare) -> None:
 
 
 def peak_memory() -> dict:
-    """The largest resident set of this process so far, bytes."""
+    """Returns the peak resident set size of this process, in bytes."""
     unit = 1 if sys.platform == 'darwin' else 1024
     return {'peak_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

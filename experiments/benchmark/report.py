@@ -1,4 +1,4 @@
-"""What the benchmark prints, and its picture."""
+"""The tables and the plot of the benchmark."""
 
 import pathlib
 import statistics
@@ -9,10 +9,10 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def rows(facts: dict, answers: dict, counts: dict, contestants, batch: int) -> list[dict]:
-    """The results of one task: a row for each worker, by name; ratios to the first, shares of ceilings.
+    """Returns the results of one task, one row per worker, with ratios to the first and shares of ceilings.
 
-    facts: what is known of it; answers: of its turns; counts: the repetitions of one; contestants:
-    which workers are not ceilings.
+    All by worker name: facts, what each reported; answers, those of its turns; counts, its repetitions per
+    turn; contestants, the workers that are not ceilings.
     """
     rows = []
     for name, known in facts.items():
@@ -46,7 +46,7 @@ def rows(facts: dict, answers: dict, counts: dict, contestants, batch: int) -> l
 
 
 def lines(results: list[dict], classes: int) -> list[str]:
-    """The results of one task as a table."""
+    """Returns the results of one task as a table."""
     out = [
         f'{"":<34}{"images/s":>10}{"min-max":>18}{"ratio":>8}{"min-max":>14}'
         f'{"ms":>9}{"compile":>9}{"peak":>9}{"FLOP/s":>9}{"bytes/s":>9}{"waiting":>9}'
@@ -70,8 +70,8 @@ def lines(results: list[dict], classes: int) -> list[str]:
         out.append(''.join(cells).rstrip())
     for row in results:
         if 'repeats' in row:
-            bits = 'the same bits' if row['repeats'] else 'other bits'
-            out.append(f'{row["name"]}: three steps from one state, once more, give {bits}')
+            bits = 'the same bits' if row['repeats'] else 'different bits'
+            out.append(f'{row["name"]}: repeating three steps from the same state gives {bits}')
         if 'waiting' in row and classes == 1000:
             hours = 90 * 1_281_167 / row['rate']['median'] / 3600
             out.append(
@@ -85,7 +85,7 @@ def _rate(value: float) -> str:
 
 
 def _share(row, kind):
-    """The share of a measured ceiling; for the ceiling itself, what it is, in units of 1e9 a second."""
+    """Formats the share of a measured ceiling; for the ceiling itself, its rate in 1e9 per second."""
     if not row.get(f'{kind}_rate'):
         return f'{"":>9}'
     if row.get(f'{kind}_share') is None:
@@ -94,7 +94,7 @@ def _share(row, kind):
 
 
 def layer_lines(rows: list[dict], batch: int, ceiling: float, step_s: float) -> list[str]:
-    """The table of operations, each timed alone, beside the whole step."""
+    """Returns a table of operations, each timed alone, and of the whole step."""
     out = [
         f'{"each alone, batch " + str(batch):<24}{"calls":>6}{"GFLOP":>9}{"forward ms":>12}'
         f'{"backward ms":>13}{"share of the ceiling":>22}'
@@ -116,7 +116,7 @@ def layer_lines(rows: list[dict], batch: int, ceiling: float, step_s: float) -> 
 
 
 def draw(tasks: dict[str, list[dict]], title: str, out: pathlib.Path) -> None:
-    """One panel a task: every repetition a dot, the median a bar."""
+    """Draws one panel per task: a mark for every round, a bar for the median."""
     import matplotlib
 
     matplotlib.use('Agg')

@@ -1,1 +1,1 @@
-"""What parallel training moves between devices, counted: `python -m experiments.scaling`."""
+"""Counts what parallel training moves between devices: `python -m experiments.scaling`."""

@@ -3,11 +3,10 @@
     python -m experiments.scaling                          # configs/paper.py, up to 64 devices
     python -m experiments.scaling --max_devices=8 --dtype=bfloat16 --config=configs/original.py
 
-Compiles the training step for meshes of virtual CPU devices from shapes alone, without running it,
-and prints for each mesh the collectives in the compiled program, their bytes beside the formula
-(`formula.py`), and FLOPs and memory of one device. Then what the formula of `accelerators.py`
-predicts, as tables and as a picture. Exit code 1 if a program moves anything else than the formula
-says.
+Compiles the training step for meshes of virtual CPU devices from shapes alone, without running it. For each
+mesh it prints the collectives in the program, their bytes beside those of the formula (`formula.py`), and the
+FLOPs and memory of one device. Then it prints and plots the predictions of `accelerators.py`. Exits with 1 if
+a program moves anything that the formula does not predict.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from experiments.scaling import formula, hlo, programs, report
 from experiments.scaling.accelerators import ACCELERATORS
 
 MAX_DEVICES = 64
-OPTIONS = {'xla_backend_optimization_level': 0}  # machine code, which nobody runs: half the time
+OPTIONS = {'xla_backend_optimization_level': 0}  # halves compile time; the code never runs
 
 
 def main() -> None:
@@ -35,13 +34,13 @@ def main() -> None:
     net, crop = programs.make_net(config, args.classes), config.augment.crop
     counts = [2**i for i in range(args.max_devices.bit_length())]
     wanted = list(dict.fromkeys(s for count in counts for s in report.schemes(count, net).values()))
-    print(f'{args.config}, {config.model.dtype}, {args.images} images a device', flush=True)
+    print(f'{args.config}, {config.model.dtype}, {args.images} images per device', flush=True)
     began = time.perf_counter()
     different = [mesh for mesh in wanted if not _count(mesh, config, args, net)]
     print(f'\n{len(wanted)} programs in {time.perf_counter() - began:.0f} s', flush=True)
 
     predicted = {}
-    print(f'\npredicted, at {args.share:.0%} of the peak')
+    print(f'\npredicted, at {args.share:.0%} of peak')
     for key, accelerator in ACCELERATORS.items():
         for images in args.predict:
             points = report.curves(
@@ -52,19 +51,19 @@ def main() -> None:
                 predicted[key, images] = points
     out = pathlib.Path(args.out)
     title = (
-        f'{args.config}: predicted images/s over those of one device, at {args.share:.0%} of the '
-        'peak\nWith markers: nothing overlaps. Thin: all sums of gradients do'
+        f'{args.config}: predicted scaling efficiency, at {args.share:.0%} of peak\n'
+        'With markers: no overlap. Thin: all gradient sums overlap'
     )
     if args.max_devices > 1:
         report.draw(predicted, title, out)
         print(f'\nwrote {out}')
     if different:
-        print(f'{len(different)} programs do not move what the formula says', file=sys.stderr)
+        print(f'programs that do not match the formula: {len(different)}', file=sys.stderr)
         sys.exit(1)
 
 
 def _count(mesh, config, args, net) -> bool:
-    """Compiles and prints the step on one mesh; whether it moves what the formula says."""
+    """Compiles the step on one mesh and prints its counts; returns whether they match the formula."""
     crop = config.augment.crop
     began = time.perf_counter()
     lowered = programs.train_step(config, args.classes, mesh, args.images)
@@ -74,7 +73,7 @@ def _count(mesh, config, args, net) -> bool:
     written = programs.written(lowered, mesh)
     text = compiled.as_text()
     made = programs.found(text, mesh)
-    exact = net.dtype == 'float32'  # what XLA's CPU backend leaves as it is
+    exact = net.dtype == 'float32'  # XLA's CPU backend converts bfloat16 collectives
     right = programs.same(written, wanted), programs.same(made, wanted, dtypes=exact)
     instructions = collections.Counter(
         {c.instruction: c.kind for c in hlo.collectives(text)}.values()
@@ -82,13 +81,13 @@ def _count(mesh, config, args, net) -> bool:
     listed = ', '.join(f'{count} {kind}' for kind, count in sorted(instructions.items()))
     memory = compiled.memory_analysis()
     print(
-        f'\n{mesh[0]}x{mesh[1]}: compiled in {took:.1f} s; a device has '
+        f'\n{mesh[0]}x{mesh[1]}: compiled in {took:.1f} s; per device: '
         f'{compiled.cost_analysis()["flops"] / 1e9:.1f} GFLOP '
         f'(formula: {formula.flops(net, crop) * args.images / 1e9:.1f}), '
         f'{memory.argument_size_in_bytes / 2**20:,.0f} MiB of arguments, '
         f'{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries',
         *report.count_lines(written, wanted),
-        f'  compiled: {listed or "nothing"}{"" if right[1] else "  DIFFERENT ELEMENTS"}',
+        f'  compiled: {listed or "no collective"}{"" if right[1] else "  DIFFERENT ELEMENTS"}',
         sep='\n',
         flush=True,
     )
@@ -106,26 +105,26 @@ def _arguments():
         '--dtype',
         default='',
         choices=('', 'float32', 'bfloat16'),
-        help="of the arithmetic; '': the preset's",
+        help="dtype of the computation; '': the preset's",
     )
     parser.add_argument('--classes', type=int, default=1000)
-    parser.add_argument('--images', type=int, default=64, help='a device, in what is compiled')
+    parser.add_argument('--images', type=int, default=64, help='per device, in compiled programs')
     parser.add_argument('--max_devices', type=int, default=MAX_DEVICES, help='virtual CPU devices')
-    parser.add_argument('--share', type=float, default=0.3, help='of the peak that is reached')
-    parser.add_argument('--predict', default='16,64,512', help='images a device')
-    parser.add_argument('--out', default='runs/scaling/scaling.png', help='the picture')
+    parser.add_argument('--share', type=float, default=0.3, help='fraction of peak FLOP/s reached')
+    parser.add_argument('--predict', default='16,64,512', help='images per device, in predictions')
+    parser.add_argument('--out', default='runs/scaling/scaling.png', help='file for the plot')
     args = parser.parse_args()
     try:
         args.predict = [int(n) for n in args.predict.split(',')]
     except ValueError:
-        raise UserError(f'--predict={args.predict}: numbers with commas, as 16,64') from None
+        raise UserError(f'--predict={args.predict}: must be numbers, as in 16,64') from None
     if min(args.predict) < 1:
         raise UserError(f'--predict={args.predict}: must be at least 1')
     for name in ('classes', 'images', 'max_devices'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name}={getattr(args, name)}: must be at least 1')
     if args.max_devices > MAX_DEVICES:
-        raise UserError(f'--max_devices={args.max_devices}: at most {MAX_DEVICES}')
+        raise UserError(f'--max_devices={args.max_devices}: must be at most {MAX_DEVICES}')
     if not 0 < args.share <= 1:
         raise UserError(f'--share={args.share}: must be above 0 and at most 1')
     return args

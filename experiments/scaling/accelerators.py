@@ -1,17 +1,16 @@
-"""From bytes and FLOPs to predicted efficiency on named accelerators, by one formula.
+"""Predicts scaling efficiency on named accelerators from bytes and FLOPs.
 
     compute = FLOPs / (share * peak)
-    a collective = the bytes that each device sends in a ring / bandwidth:
+    a collective = bytes that each device sends in a ring / bandwidth:
         2 (n-1)/n S for an all-reduce of S bytes over n devices,
         (n-1)/n S for an all-gather to S bytes or a reduce-scatter from S bytes
-    efficiency, nothing overlaps = compute / (compute + gradients + exchanges)
-    efficiency, all gradients do = compute / (max(compute, gradients) + exchanges)
+    efficiency without overlap          = compute / (compute + gradients + exchanges)
+    efficiency, all gradients overlap   = compute / (max(compute, gradients) + exchanges)
 
-Gradients can be summed while the layers below still compute; for an exchange the next layer waits.
-Every device computes equally much on every mesh, so the efficiency is images/s of N devices over N
-times those of one that has as many images. Assumed: the same share of the peak everywhere; rings at
-the full speed of the links. Left out: latency, waiting for the slowest, the input pipeline, and the
-update of the parameters.
+Gradients can be summed while earlier layers are still computing; an exchange blocks the next layer. Every
+device does the same amount of work on every mesh, so the efficiency is the images/s of N devices divided by N
+times those of one device with as many images. Assumptions: the same share of peak everywhere, and rings that
+run at full link speed. Not modeled: latency, stragglers, the input pipeline, and the parameter update.
 """
 
 import math
@@ -22,15 +21,15 @@ from experiments.scaling.formula import Move
 
 
 class Accelerator(NamedTuple):
-    """Vendor's public figures; bytes/s in one direction."""
+    """The vendor's public figures; bytes/s in one direction."""
 
     name: str
-    dtype: str  # of the arithmetic
+    dtype: str  # of the computation
     peak: float  # FLOP/s, dense
     pair: float  # bytes/s from one device to a single neighbour
-    ring: float  # bytes/s that a device of a larger group sends
-    domain: int  # devices joined that way
-    network: float  # bytes/s of each device beyond; 0: there is none
+    ring: float  # bytes/s that each device of a larger group sends
+    domain: int  # number of devices connected this way
+    network: float  # bytes/s per device beyond the domain; 0: none
     source: str
 
 
@@ -54,8 +53,8 @@ ACCELERATORS = {
         450e9,
         8,
         50e9,
-        '1,979 TFLOP/s "with sparsity", half without; NVLink 900 GB/s, both ways together, among '
-        'the 8 of a machine (nvidia.com/en-us/data-center/h100); a 400 Gb/s ConnectX-7 for each GPU '
+        '1,979 TFLOP/s "with sparsity", half without; NVLink 900 GB/s in both directions combined, among '
+        'the 8 GPUs of a machine (nvidia.com/en-us/data-center/h100); one 400 Gb/s ConnectX-7 per GPU '
         '(docs.nvidia.com/dgx-basepod)',
     ),
     'v5e': Accelerator(
@@ -66,17 +65,17 @@ ACCELERATORS = {
         100e9,
         256,
         0,
-        '197 TFLOP/s; 400 GB/s per chip, both ways and four links together; a 2D torus, whose slices '
-        'below 16x16 have corners with only two links (cloud.google.com/tpu/docs/v5e)',
+        '197 TFLOP/s; 400 GB/s per chip, both directions and all four links combined; a 2D torus; in slices '
+        'below 16x16 the corners have only two links (cloud.google.com/tpu/docs/v5e)',
     ),
 }
 
 
 def bandwidth(accelerator: Accelerator, axis: str, mesh: tuple[int, int]) -> float:
-    """Bytes/s that each device of a group over `axis` sends; 0 where the groups cannot be reached.
+    """Returns the bytes/s that each device of a group over `axis` sends; 0 if nothing connects the group.
 
-    Devices are numbered along `model` first. A group that spans several machines has the network
-    links of its own members there: a ring for each.
+    Devices are numbered along `model` first. A group that spans several machines uses the network links of
+    its own members, with one ring per link.
     """
     count = formula.members(axis, mesh)
     stride = mesh[1] if axis == 'data' else 1
@@ -86,7 +85,7 @@ def bandwidth(accelerator: Accelerator, axis: str, mesh: tuple[int, int]) -> flo
 
 
 def seconds(accelerator: Accelerator, moves: list[Move], mesh: tuple[int, int]) -> float:
-    """The time of all moves one after the other; infinite where there is no link."""
+    """Returns the total time of all moves in sequence; infinite if there is no link."""
     total = 0.0
     for move in moves:
         speed = bandwidth(accelerator, move.axis, mesh)
@@ -98,7 +97,7 @@ def seconds(accelerator: Accelerator, moves: list[Move], mesh: tuple[int, int]) 
 def efficiency(
     accelerator: Accelerator, moves: list[Move], mesh: tuple[int, int], flops: float, share: float
 ) -> tuple[float, float]:
-    """(nothing overlaps, all gradients do), in 0..1; flops: of one device in one step."""
+    """Returns efficiencies in 0..1: (no overlap, all gradients overlap); flops: per device and step."""
     compute = flops / (share * accelerator.peak)
     waited = seconds(accelerator, [m for m in moves if m.use == 'exchange'], mesh)
     behind = seconds(accelerator, [m for m in moves if m.use != 'exchange'], mesh)

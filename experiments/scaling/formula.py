@@ -1,7 +1,6 @@
-"""What a training step must move between devices and compute, worked out from the architecture alone.
+"""Derives what a training step must move between devices and compute, from the architecture alone.
 
-Nothing here looks at a program. Per image and layer it is arithmetic; sizes are of the whole array,
-as in `hlo.Collective`. Towers T, devices (data, model).
+No program is inspected. Sizes are those of the whole array, as in `hlo.Collective`.
 """
 
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from alexnet_jax.nets import alexnet
 from alexnet_jax.training import metrics
 from experiments.scaling.hlo import BYTES
 
-# How many sums a step adds up over the devices, f32 each.
+# METRICS: how many f32 sums a step reduces over the devices.
 _IMAGE, _INDEX = jax.ShapeDtypeStruct((1,), 'float32'), jax.ShapeDtypeStruct((1,), 'int32')
 _SCORES = jax.ShapeDtypeStruct((1, 10), 'float32')
 METRICS = len(jax.eval_shape(metrics.count, _SCORES, _IMAGE, _INDEX, _IMAGE))
@@ -24,25 +23,25 @@ class Layer(NamedTuple):
     name: str
     kernel: int  # parameters over all towers
     bias: int
-    macs: int  # multiply-adds an image, forward
-    gathered: tuple[int, ...]  # elements an image of what all towers exchange in this layer
+    macs: int  # multiply-adds per image, forward
+    gathered: tuple[int, ...]  # elements per image of each array that the towers exchange here
 
 
 class Move(NamedTuple):
-    """What one collective must move; elements as in `hlo.Collective`."""
+    """One array that a collective must move; elements as in `hlo.Collective`."""
 
     kind: str
     axis: str  # of the mesh: 'data', 'model' or 'both'
     dtype: str
     elements: int
-    use: str = ''  # 'exchange', for which the next layer waits; 'gradient', 'metrics', 'norm'
+    use: str = ''  # 'exchange', which blocks the next layer; 'gradient', 'metrics', 'norm'
 
 
 def layers(net: alexnet.AlexNet, crop: int) -> list[Layer]:
-    """The layers of a network for crops of so many pixels."""
+    """Returns the layers of a network for crops of `crop` pixels."""
     towers = net.towers
     out = []
-    size, channels = crop, 3  # of what one tower reads
+    size, channels = crop, 3  # of one tower's input
     window, stride = alexnet.POOLING[net.pooling]
     for i, features in enumerate(map(net.per_tower, net.kernels)):
         name, k = f'conv{i + 1}', alexnet.SIZES[i]
@@ -79,10 +78,10 @@ def layers(net: alexnet.AlexNet, crop: int) -> list[Layer]:
 
 
 def flops(net: alexnet.AlexNet, crop: int) -> int:
-    """Floating-point operations of training on one image: products and sums, forward and backward.
+    """Returns the FLOPs of training on one image: multiplications and additions, forward and backward.
 
-    The first layer needs no gradient of its input. Of the products alone, not of normalization,
-    pooling, activations, masks, the loss, or the update.
+    Counts only matrix products and convolutions, not normalization, pooling, activations, masks, the loss or
+    the update. The first layer needs no gradient of its input.
     """
     macs = [layer.macs for layer in layers(net, crop) if layer.macs]
     return 2 * (3 * sum(macs) - macs[0])
@@ -91,13 +90,12 @@ def flops(net: alexnet.AlexNet, crop: int) -> int:
 def train_step(
     net: alexnet.AlexNet, crop: int, images: int, mesh: tuple[int, int], *, lars: bool = False
 ) -> list[Move]:
-    """What `steps.make_train_step` must move on a (data, model) mesh, `images` for each device.
+    """Returns what `steps.make_train_step` must move on a (data, model) mesh, `images` per device.
 
-    The gradient of every parameter is summed over `data`, in the dtype of the arithmetic (that of
-    biases in float32, in which they are added), and the metrics. With a tower on each
-    device of `model`: what the towers exchange is gathered forward, its gradient is reduced and
-    scattered backward, and the logits are summed, in float32. LARS sums two squared norms for each
-    parameter that is divided over `model`.
+    The gradients are summed over `data` in the compute dtype (those of biases in float32, in which biases are
+    added), as are the metrics. With one tower per device of `model`, the exchanged maps are all-gathered
+    forward, their gradients reduce-scattered backward, and the logits summed in float32. LARS sums two
+    squared norms for each parameter that is sharded over `model`.
     """
     data, shards = mesh
     dtype, rows = _dtype(net), images * shards
@@ -121,7 +119,7 @@ def train_step(
 
 
 def gradients(axis: str, dtype: str, plan: list[Layer], shards: int = 1) -> list[Move]:
-    """Sums of the gradients of some layers, each divided over `shards` devices; biases' in float32."""
+    """Returns the gradient sums of some layers, sharded over `shards` devices; biases in float32."""
     kernels, biases = sum(layer.kernel for layer in plan), sum(layer.bias for layer in plan)
     return [
         Move('all-reduce', axis, dtype, kernels // shards, 'gradient'),
@@ -130,13 +128,13 @@ def gradients(axis: str, dtype: str, plan: list[Layer], shards: int = 1) -> list
 
 
 def sent(move: Move, devices: int) -> float:
-    """Bytes that each of so many devices sends in a ring for a move."""
+    """Returns the bytes that each of `devices` devices sends in a ring for a move."""
     share = (devices - 1) / devices
     return (2 if move.kind == 'all-reduce' else 1) * share * move.elements * BYTES[move.dtype]
 
 
 def members(axis: str, mesh: tuple[int, int]) -> int:
-    """How many devices exchange with each other over an axis."""
+    """Returns how many devices form a group over an axis."""
     return {'data': mesh[0], 'model': mesh[1], 'both': mesh[0] * mesh[1]}[axis]
 
 

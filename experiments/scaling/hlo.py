@@ -1,4 +1,4 @@
-"""Reads the collectives out of a program's HLO text: what one device takes part in, and with whom."""
+"""Reads the collectives from a program's HLO text: what they move, and between which devices."""
 
 import math
 import re
@@ -44,33 +44,33 @@ PAIRS = re.compile(r'source_target_pairs=\{((?:\{[0-9,]*\},?)+)\}')
 class Collective(NamedTuple):
     """One array that goes through one collective.
 
-    elements: of the whole array, which is what an all-gather leaves on every device, what a
-    reduce-scatter begins with on every device, and both for an all-reduce.
+    elements: of the whole array, which is the output of an all-gather, the input of a reduce-scatter, and
+    both for an all-reduce.
     """
 
-    instruction: int  # the number of its line: one instruction may take several arrays
+    instruction: int  # line number: one instruction can take several arrays
     kind: str
     dtype: str  # HLO's name, 'f32' or 'bf16'
     elements: int
-    groups: frozenset[frozenset[int]]  # device numbers in the mesh's order, who exchanges with whom
+    groups: frozenset[frozenset[int]]  # device numbers, in the mesh's order
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives in HLO text, in its order; one of several arrays gives an entry for each.
+    """Returns all collectives in HLO text, in order, with one entry per array.
 
-    Those of a single device, which move nothing, are left out. An instruction within a loop counts
-    once. Raises ValueError for a form that is not understood, so that none is overlooked.
+    Skips collectives over a single device, which move nothing. Counts an instruction within a loop once.
+    Raises ValueError for forms that it cannot parse, so that none is missed.
     """
     found = []
     for number, line in enumerate(text.splitlines()):
         match = INSTRUCTION.match(line)
         if not match:
-            # A name may stand in metadata or among operands; an operation has its bracket at once.
+            # Metadata and operands can contain the name; only an operation is followed by a parenthesis.
             if re.search(rf' (?:{"|".join(KINDS)})(?:-start)?\(', line):
-                raise ValueError(f'a collective that cannot be read: {line.strip()[:200]}')
+                raise ValueError(f'cannot read this collective: {line.strip()[:200]}')
             continue
         if match['form']:
-            raise ValueError(f'asynchronous collectives are not read: {line.strip()[:200]}')
+            raise ValueError(f'cannot read asynchronous collectives: {line.strip()[:200]}')
         groups = _groups(match['rest'])
         size = max(map(len, groups))
         if size == 1:
@@ -97,11 +97,11 @@ def _groups(attributes: str) -> frozenset[frozenset[int]]:
         numbers = np.arange(math.prod(counted)).reshape(counted)
         rows = (numbers.transpose(order) if order else numbers).reshape(shape)
         return frozenset(frozenset(map(int, row)) for row in rows)
-    raise ValueError(f'the groups of a collective cannot be read: {attributes[:200]}')
+    raise ValueError(f'cannot read the groups of a collective: {attributes[:200]}')
 
 
 def axis(groups: frozenset[frozenset[int]], mesh: tuple[int, int]) -> str:
-    """Over which axis of a (data, model) mesh the groups lie: 'data', 'model', 'both', or 'other'."""
+    """Returns the axis of a (data, model) mesh that the groups span: 'data', 'model', 'both' or 'other'."""
     numbers = np.arange(math.prod(mesh)).reshape(mesh)
     for name, rows in (('data', numbers.T), ('model', numbers), ('both', numbers.reshape(1, -1))):
         if groups == frozenset(frozenset(map(int, row)) for row in rows):

@@ -1,4 +1,4 @@
-"""The programs that are counted, lowered for a mesh from shapes alone: nothing runs, nothing is allocated."""
+"""Lowers training steps for a mesh from shapes alone, without running or allocating anything."""
 
 import collections
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ def _array(shape, dtype, mesh, spec):
 
 
 def make_mesh(shape: tuple[int, int]) -> jax.sharding.Mesh:
-    """A mesh of the first devices, as training makes it."""
+    """Makes a mesh of the first devices, as training does."""
     return meshes.make(shape, towers=shape[1], batches={})
 
 
@@ -34,7 +34,7 @@ def make_net(config, classes: int) -> alexnet.AlexNet:
 
 
 def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax.stages.Lowered:
-    """The step of `steps.make_train_step`, with so many images for each device."""
+    """Lowers the step of `steps.make_train_step`, with `images` per device."""
     mesh, net, crop = make_mesh(shape), make_net(config, classes), config.augment.crop
     optimizer = make_optimizer(config, net, mesh)
     step = steps.make_train_step(
@@ -59,22 +59,22 @@ def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax
 
 
 def written(lowered: jax.stages.Lowered, shape: tuple[int, int]) -> list[Move]:
-    """What a program moves as it is given to the compiler, in its order.
+    """Returns what a program moves before compilation, in order.
 
-    Here dtypes are read: XLA's CPU backend sends bfloat16 as float32, accelerators do not.
+    Dtypes are read here because XLA's CPU backend sends bfloat16 as float32, which accelerators do not.
     """
     return found(lowered.as_text(dialect='hlo'), shape)
 
 
 def found(text: str, shape: tuple[int, int]) -> list[Move]:
-    """The collectives of HLO text as moves on a (data, model) mesh."""
+    """Returns the collectives of HLO text as moves on a (data, model) mesh."""
     return [
         Move(c.kind, hlo.axis(c.groups, shape), c.dtype, c.elements) for c in hlo.collectives(text)
     ]
 
 
 def totals(moves: Iterable[Move]) -> Total:
-    """How many arrays and bytes there are of each kind, axis and dtype."""
+    """Returns the number of arrays and bytes of each kind, axis and dtype."""
     total: Total = {}
     for move in moves:
         entry = total.setdefault((move.kind, move.axis, move.dtype), [0, 0])
@@ -84,7 +84,7 @@ def totals(moves: Iterable[Move]) -> Total:
 
 
 def same(one: Iterable[Move], other: Iterable[Move], *, dtypes: bool = True) -> bool:
-    """Whether equally many elements of each kind go over each axis, in the same dtypes if asked."""
+    """Returns whether both move the same number of elements by kind and axis (and dtype, if `dtypes`)."""
 
     def count(moves):
         total = collections.Counter()

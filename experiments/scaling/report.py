@@ -1,4 +1,4 @@
-"""What the command prints, and its picture."""
+"""The tables and the plot of the command."""
 
 import math
 import pathlib
@@ -9,7 +9,7 @@ from experiments.scaling import formula, programs
 from experiments.scaling.accelerators import ACCELERATORS, Accelerator, efficiency
 from experiments.scaling.formula import Move
 
-# Of Okabe and Ito's colours that also differ in grey, each with its own line and marker.
+# Colours of Okabe and Ito that also differ in grey, with distinct lines and markers.
 STYLES = {
     'data parallel': ('#000000', '-', 'o'),
     "the paper's split": ('#d55e00', '--', 's'),
@@ -20,13 +20,13 @@ class Point(NamedTuple):
     """One scheme on one number of devices."""
 
     devices: int
-    megabytes: float  # that each device sends in a step
-    none: float  # efficiency if nothing overlaps, 0..1
-    full: float  # if all sums of gradients do
+    megabytes: float  # sent by each device per step
+    none: float  # efficiency without overlap, 0..1
+    full: float  # efficiency if all gradient sums overlap
 
 
 def schemes(devices: int, net: alexnet.AlexNet) -> dict[str, tuple[int, int]]:
-    """The meshes that are compared on this many devices: {name: (data, model)}."""
+    """Returns the meshes to compare on this many devices: {name: (data, model)}."""
     out = {'data parallel': (devices, 1)}
     if net.towers > 1 and devices % net.towers == 0:
         out["the paper's split"] = (devices // net.towers, net.towers)
@@ -36,7 +36,7 @@ def schemes(devices: int, net: alexnet.AlexNet) -> dict[str, tuple[int, int]]:
 def curves(
     net, crop: int, accelerator: Accelerator, *, images: int, devices: list[int], share: float
 ) -> dict[str, list[Point]]:
-    """The predicted curve of every scheme; numbers of devices that nothing joins are left out."""
+    """Returns the predicted curve of every scheme, without device counts that no network connects."""
     net = net.clone(dtype=accelerator.dtype)
     out: dict[str, list[Point]] = {}
     for count in devices:
@@ -51,7 +51,7 @@ def curves(
 
 
 def count_lines(moved: list[Move], wanted: list[Move]) -> list[str]:
-    """Beside each other what a program moves and what it must move."""
+    """Returns a table of what a program moves beside what it must move."""
     counted, expected = programs.totals(moved), programs.totals(wanted)
     out = [f'  {"kind":<16}{"axis":<7}{"dtype":<6}{"arrays":>7}{"bytes":>16}{"formula":>16}']
     for key in sorted(counted.keys() | expected.keys()):
@@ -65,11 +65,11 @@ def count_lines(moved: list[Move], wanted: list[Move]) -> list[str]:
 
 
 def curve_lines(accelerator: Accelerator, images: int, points: dict[str, list[Point]]) -> list[str]:
-    """The predicted table of one accelerator."""
+    """Returns the table of predictions for one accelerator."""
     names = list(points)
     out = [
-        f'{accelerator.name}, {accelerator.dtype}, {images} images a device: MB sent by each '
-        'device, efficiency if nothing overlaps, if all gradients do'
+        f'{accelerator.name}, {accelerator.dtype}, {images} images per device: MB sent by each '
+        'device, efficiency without overlap, and if all gradients overlap'
     ]
     out.append(f'  {"devices":<9}' + ''.join(f'{name:>28}' for name in names))
     for count in sorted({p.devices for line in points.values() for p in line}):
@@ -86,7 +86,7 @@ def curve_lines(accelerator: Accelerator, images: int, points: dict[str, list[Po
 def draw(
     predicted: dict[tuple[str, int], dict[str, list[Point]]], title: str, out: pathlib.Path
 ) -> None:
-    """Efficiency over devices, a panel for each accelerator and number of images a device."""
+    """Plots efficiency over devices, with a panel per accelerator and number of images per device."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -119,7 +119,7 @@ def draw(
             axes.set_xticks(x, [str(n) for n in x])
             axes.set_ylim(bottom, 102)
             axes.grid(color='#dddddd', linewidth=0.6)
-            axes.set_title(f'{ACCELERATORS[key].name}, {images} images a device', fontsize=9)
+            axes.set_title(f'{ACCELERATORS[key].name}, {images} images per device', fontsize=9)
     for axes in panels[-1]:
         axes.set_xlabel('devices')
     for axes in panels[:, 0]:

@@ -1,4 +1,4 @@
-"""The commands as users start them: what they refuse, and one small run from end to end."""
+"""The commands as users run them: what they refuse, and one small run from end to end."""
 
 import json
 import os
@@ -33,7 +33,7 @@ SMALL = {
     'optim.epochs': 1.0,
 }
 
-# As `python -m alexnet_jax.prepare`, on a disk with a megabyte left.
+# Like `python -m alexnet_jax.prepare` on a disk with one free megabyte.
 SMALL_DISK = """
 import collections, shutil, sys
 shutil.disk_usage = lambda path: collections.namedtuple('usage', 'free')(10**6)
@@ -43,7 +43,7 @@ command.run(prepare.main)
 
 
 def flags(**fields):
-    """--config.NAME=VALUE; in the names, two underscores stand for a dot."""
+    """--config.NAME=VALUE; two underscores in a name stand for a dot."""
     return [f'--config.{name.replace("__", ".")}={value}' for name, value in fields.items()]
 
 
@@ -59,14 +59,18 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def no_jax(tmp_path_factory):
-    """A folder to import from, whose jax cannot be imported: for what must be answered at once."""
+    """An import path where importing jax fails: for answers that must come immediately."""
     folder = tmp_path_factory.mktemp('no_jax')
     (folder / 'jax.py').write_text('raise AssertionError("JAX was imported")\n')
     return folder
 
 
 class Place:
+<<<<<<< HEAD
     """A folder to start commands in, without any data set."""
+=======
+    """A folder to run commands in, with the repository's `configs/` and no data sets."""
+>>>>>>> 924ba40e8b7a210fde9671d199eef47604b68570
 
     def __init__(self, folder, cache):
         self.folder, self.cache = folder, cache
@@ -103,7 +107,7 @@ class Place:
         return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
     def refuses(self, command, *parts, first_path=None):
-        """Asserts that a command ends with one line that has all `parts`, and changes nothing."""
+        """Asserts that a command fails with one line that has all `parts`, and changes no file."""
         before = self.files()
         done = self.run(*command, first_path=first_path)
         assert done.returncode == 2, done.stdout[-1000:] + done.stderr[-3000:]
@@ -130,8 +134,8 @@ def place(tmp_path, cache):
     [
         ('print("line")', 141, ''),
         ('print(100_000 * "line\\n")', 141, ''),
-        ('[logging.warning("line") for _ in range(3)]', 0, ''),  # a training goes on
-        # of something else
+        ('[logging.warning("line") for _ in range(3)]', 0, ''),  # training continues
+        # another pipe
         ('raise BrokenPipeError(32, "Broken pipe", "gs://bucket")', 1, 'gs://bucket'),
     ],
 )
@@ -153,7 +157,7 @@ def test_output_that_nobody_reads(line, code, words):
     assert process.wait(60) == code and words in said and bool(said) == bool(words), said
 
 
-# What is wrong with the flags or the config file is said before JAX is imported
+# Mistakes in flags or the config file are reported before JAX is imported
 
 PAPER = '--config=configs/paper.py'
 CONFIG_FILES = {
@@ -347,7 +351,7 @@ def test_impossible_values(place, case):
 
 @pytest.mark.slow
 def test_towers_on_devices_that_do_not_fit(place):
-    odd = [*small('never_read', run__mesh='(0,2)'), '--cpu_devices=3']  # the later flag counts
+    odd = [*small('never_read', run__mesh='(0,2)'), '--cpu_devices=3']  # the last flag wins
     place.refuses(('main', *odd), 'config.run.mesh', 'model=2', '3 devices', 'model=1')
     single = [PAPER.replace('paper', 'one_gpu'), '--cpu_devices=2', '--config.run.mesh=(1,2)']
     place.refuses(('main', *single), 'config.run.mesh', 'model=2', '1 tower:', 'model=1')
@@ -357,7 +361,7 @@ def test_towers_on_devices_that_do_not_fit(place):
 
 
 def test_paper_without_imagenet(place):
-    """Which two files go where, how large they are, and what needs none of this."""
+    """The error says which two files go where, how large they are, and what works without them."""
     line = place.refuses(('main', PAPER), 'imagenet2012', '`make quickstart`', 'data.dir')
     nothing = place.folder / 'nothing'
     for tar in (r'ILSVRC2012_img_train\.tar \(138 GB\)', r'ILSVRC2012_img_val\.tar \(6\.3 GB\)'):
@@ -412,7 +416,7 @@ def test_labels_outside_the_class_count(place):
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory, cache):
-    """A place with a store, and in it a finished run, `run`."""
+    """A place with a store and a finished run, `run`."""
     place = Place(tmp_path_factory.mktemp('world'), cache)
     counts = {'train': 16, 'val': 11}
     place.pictures = write_store(
@@ -424,7 +428,7 @@ def world(tmp_path_factory, cache):
 
 @pytest.fixture
 def copied(world, tmp_path):
-    """The same, in a folder of its own."""
+    """A copy of `world` in its own folder."""
     shutil.copytree(world.folder, tmp_path / 'copy', symlinks=True)
     (tmp_path / 'copy' / 'nothing').rmdir()
     return Place(tmp_path / 'copy', world.cache)
@@ -515,16 +519,18 @@ def test_init_from_another_network(world):
 @pytest.mark.slow
 def test_a_work_directory_that_cannot_be(world):
     world.refuses(
-        ('main', *small('tiny'), '--workdir=run/run.json'), 'run/run.json', 'not a folder'
+        ('main', *small('tiny'), '--workdir=run/run.json'), 'run/run.json', 'not a writable folder'
     )
     world.refuses(
-        ('main', *small('tiny'), '--workdir=run/run.json/a'), 'run/run.json', 'not a folder'
+        ('main', *small('tiny'), '--workdir=run/run.json/a'),
+        'run/run.json',
+        'not a writable folder',
     )
 
 
 @pytest.fixture(scope='module')
 def second(world):
-    """Another run, `again`: from `run`'s parameters, on four classes, at a rate of 0."""
+    """Another run, `again`: from the parameters of `run`, on four classes, at learning rate 0."""
     counts = {'train': 16, 'val': 8}
     write_store(world.folder / 'four', format='u8', size=72, classes=4, counts=counts, seed=1)
     command = ('main', *small('four', train__init_from='run', optim__rate=0.0), '--workdir=again')
@@ -535,7 +541,7 @@ SIDES = [(100, 80), (72, 72), (40, 90)]  # width and height
 
 
 def table(text):
-    """Rows of the printed table, {(name, crops): (top-1, top-5, per-class error, pictures)}."""
+    """The rows of the printed table, {(name, crops): (top-1, top-5, per-class error, pictures)}."""
     lines = text.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith('Model ')]
     assert lines[heads[0]].split() == [
@@ -548,7 +554,7 @@ def table(text):
 
 @pytest.mark.slow
 def test_evaluating_and_loading_agree(world):
-    """On 11 pictures in batches of 4: an odd number, so that counting twice would show."""
+    """On 11 pictures in batches of 4: not a multiple, so that counting twice would show."""
     shutil.copytree(world.folder / 'run', world.folder / 'twin', dirs_exist_ok=True)
     try:
         said = world.succeeds(
@@ -576,7 +582,7 @@ def test_evaluating_and_loading_agree(world):
             0.0,
             round(np.mean(each), 2),
             11,
-        )  # of three, all are in the top 5
+        )  # all three classes are in the top 5
         for name in names:
             assert rows[name, crops] == expected
         column = [
@@ -592,7 +598,7 @@ def test_evaluating_and_loading_agree(world):
             loss = -np.log(probabilities[np.arange(11), labels]).mean()
             assert evaluated['loss'] == pytest.approx(loss, rel=1e-4)
             centre = probabilities
-    assert np.abs(probabilities - centre).max() > 1e-4  # ten crops are not the centre one
+    assert np.abs(probabilities - centre).max() > 1e-4  # ten crops differ from the centre crop
     several = [np.asarray(fixtures.picture(i, *side)) for i, side in enumerate(SIDES)]
     mixed = classify([*several, *world.pictures['val'][:8]])
     np.testing.assert_allclose(mixed.sum(axis=1), 1.0, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What the command says about pictures is what the loaded network computes, in the right order."""
+"""The command prints what the loaded network computes, in the right order."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from alexnet_jax.training import inference
 from tests.helpers.run_dirs import CLASSES, call, refuses, write_run
 
 NAMES = list('abcdefg')
-load = functools.cache(inference.load)  # the commands and the tests compile one program
+load = functools.cache(inference.load)  # commands and tests share one compiled program
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +29,7 @@ def prediction():
 
 
 def test_describe(prediction):
-    """Most probable first, of equal ones the first label; the correct one is marked."""
+    """Most probable first, ties in label order; the correct class is marked."""
     expected = ['   40.0 %  b', '   30.0 %  f', '   20.0 %  e  <', '    5.0 %  a', '    5.0 %  d']
     lines = predict.describe(prediction, NAMES).splitlines()
     assert lines == ['x/y.png (correct: e)', *expected]
@@ -38,8 +38,8 @@ def test_describe(prediction):
 
 
 def test_figure(prediction):
-    """Bars from the top down as long as probable; the correct one alone is hatched and coloured."""
-    names = [*NAMES[:4], '$_{e$', *NAMES[5:]]  # which matplotlib could take for a formula
+    """Bars from the top, as long as the probabilities; only the correct one is hatched and coloured."""
+    names = [*NAMES[:4], '$_{e$', *NAMES[5:]]  # matplotlib could mistake it for a formula
     unknown = prediction._replace(label=None, title='folder/$_{y$.png')
     drawn = predict.figure([prediction, unknown], names)
     drawn.draw_without_rendering()
@@ -57,7 +57,7 @@ def test_figure(prediction):
 
 
 def parse(said):
-    """The lines of a command -> {title: [(percent, name and mark)]}."""
+    """The output of a command -> {title: [(percent, name and mark)]}."""
     found, title = {}, None
     for line in said.splitlines():
         if line.startswith('  '):
@@ -70,7 +70,7 @@ def parse(said):
 
 
 def test_files(run, tmp_path, monkeypatch, capsys):
-    """Read by content; the folder's name tells the class."""
+    """Files are read by content; the name of the folder gives the class."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inference, 'load', load)
     (tmp_path / 'class 2').mkdir()
@@ -118,7 +118,7 @@ def test_a_phone_photo_is_turned_as_the_run_was_trained(run, tmp_path, monkeypat
 def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inference, 'load', load)
-    monkeypatch.setattr(predict, 'BATCH', 2)  # so in two batches
+    monkeypatch.setattr(predict, 'BATCH', 2)  # to need two batches
     call(monkeypatch, predict, run.path, '--val=4', '--views=centre')
     found = parse(capsys.readouterr().out)
     records = [int(title.split()[2]) for title in found]
@@ -135,8 +135,8 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
     ('arguments', 'message'),
     [
         (['nowhere', 'text.jpg'], 'nowhere: not a run directory'),
-        (['RUN'], 'give pictures, or --val=N'),
-        (['RUN', 'text.jpg', '--val=1'], 'give pictures, or --val=N'),
+        (['RUN'], 'give either picture files or --val=N'),
+        (['RUN', 'text.jpg', '--val=1'], 'give either picture files or --val=N'),
         (['RUN', '--val=0'], '--val=0: the validation split of .* has 12 pictures'),
         (['RUN', '--val=13'], '--val=13: the validation split of .* has 12 pictures'),
         (['RUN', '--val=1', '--step=7'], 'no checkpoint of step 7'),
@@ -146,9 +146,9 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
             ['RUN', 'text.jpg'],
             'text.jpg: cannot be decoded .not an image that Pillow can read.; repair',
         ),
-        (['RUN', '--val=1', '--output=nowhere/p.png'], 'nowhere is not a folder'),
+        (['RUN', '--val=1', '--output=nowhere/p.png'], 'nowhere is not a writable folder'),
         (['RUN', '--val=1', '--views=two'], 'invalid choice'),
-        # first of all
+        # checked first
         (['nowhere', 'text.jpg', '--output='], '--output=: pictures are written as PNG'),
     ],
 )
@@ -162,7 +162,7 @@ def test_refusals(run, tmp_path, monkeypatch, arguments, message):
     [
         [],
         ['picture.jpg'],
-        np.zeros((64, 64, 3), np.uint8),  # without the list
+        np.zeros((64, 64, 3), np.uint8),  # not in a list
         [np.zeros((64, 64), np.uint8)],
         [np.zeros((64, 64, 3), np.float32)],
         [np.zeros((64, 64, 4), np.uint8)],

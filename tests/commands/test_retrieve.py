@@ -1,4 +1,4 @@
-"""Neighbours by the last hidden layer, against plain NumPy over all features at once."""
+"""Neighbours by the last hidden layer, compared with plain NumPy over all features at once."""
 
 import re
 
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def fc7(run):
-    """Of both splits, f32[N,F]: the network on one device, without the library's steps."""
+    """The activations of both splits, f32[N,F], on one device, without the library's steps."""
     forward = jax.jit(lambda x: run.net.apply({'params': run.params}, x)[1]['fc7'])
     return {
         split: np.concatenate(forward((pictures - run.mean[None])[:, 4:68, 4:68]), axis=1)
@@ -32,7 +32,7 @@ def fc7(run):
 
 
 def brute_force(queries, rows, k):
-    """(the k nearest rows of each query, their distances)."""
+    """-> (the k nearest rows of each query, their distances)."""
     difference = queries[:, None].astype(np.float64) - rows[None]
     distances = np.sqrt((difference**2).sum(-1))
     order = distances.argsort(axis=1, kind='stable')[:, :k]
@@ -41,7 +41,7 @@ def brute_force(queries, rows, k):
 
 def test_nearest_in_batches():
     rng = np.random.default_rng(0)
-    rows = rng.integers(0, 3, (50, 4)).astype(np.float32)  # many equal distances, exact ones
+    rows = rng.integers(0, 3, (50, 4)).astype(np.float32)  # many distances are exactly equal
     queries = rng.integers(0, 3, (20, 4)).astype(np.float32)
     batches = [rows[:3], rows[3:30], rows[30:]]
     found, distances = retrieve.nearest(queries, iter(batches), 7)
@@ -51,7 +51,7 @@ def test_nearest_in_batches():
 
 
 def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
-    """Eight devices, each tower on its own: labels, fractions and pixels are those of NumPy."""
+    """On eight devices, each tower on its own: labels, fractions and pixels match NumPy."""
     output = tmp_path / 'n.png'
     options = ['--queries=4', '--neighbours=3', '--batch=8', '--score', '--seed=1']
     call(monkeypatch, retrieve, run.path, *options, f'--output={output}')
@@ -62,7 +62,7 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
     assert queries == figures.choose(np.arange(VAL) % CLASSES, 4, seed=1).tolist()
     same = 0
     picture = np.asarray(Image.open(output))
-    assert picture.shape == (4 * 172 + 4, 4 * 148 + 4 + 16, 3)  # of pictures enlarged to 144
+    assert picture.shape == (4 * 172 + 4, 4 * 148 + 4 + 16, 3)  # pictures are enlarged to 144
     captions = {}
     for i, (line, query) in enumerate(zip(lines, queries, strict=False)):
         nearest = zip(found[query], distances[query], strict=True)
@@ -78,7 +78,7 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
             caption = picture[y + 144 : y + 168, x : x + 144].tobytes()
             assert captions.setdefault(record % CLASSES, caption) == caption
     assert len({*captions.values()}) == len(captions) > 2  # each class has its own
-    words = 'neighbours are of the class of their query'
+    words = 'neighbours share the class of their query'
     assert lines[4] == f'{same} of 12 {words}: {100 * same / 12:.1f} %'
     same = (found % CLASSES == np.arange(VAL)[:, None] % CLASSES).sum()
     assert lines[5] == (
@@ -88,7 +88,7 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
 
 
 def test_pictures_from_files(run, tmp_path, monkeypatch, capsys):
-    """A training picture finds itself; only in a folder called like a class is its class known."""
+    """A training picture finds itself; its class is known only from a folder named after a class."""
     monkeypatch.chdir(tmp_path)
     for name, record in (('class 1/a.bin', 13), ('other/b.bin', 8)):
         (tmp_path / name).parent.mkdir()
@@ -107,14 +107,14 @@ def test_pictures_from_files(run, tmp_path, monkeypatch, capsys):
     assert found[0][:2] == ('class 1/a.bin (class 1)', 'class 1')
     assert found[1][:2] == ('other/b.bin', 'class 2')
     assert max(float(distance) for *_, distance in found) < 1e-4
-    assert share == '1 of 1 neighbours are of the class of their query: 100.0 %'
+    assert share == '1 of 1 neighbours share the class of their query: 100.0 %'
     pictures, names = run.pictures['train'][[13, 8]], [['class 1'] * 2, ['b.bin', 'class 2']]
     drawn = retrieve.draw(pictures, pictures[:, None], names)
     np.testing.assert_array_equal(np.asarray(Image.open('neighbours.png')), drawn)
 
 
 def test_names_stay_below_their_pictures():
-    """What is wider is cut, what has more lines is put on one, and nothing is written for no name."""
+    """Wide names are cut, line breaks become spaces, and an empty name leaves no ink."""
 
     def below(*names):
         black = np.zeros((1, 3, 32, 32, 3), np.uint8)
@@ -134,7 +134,7 @@ def test_names_stay_below_their_pictures():
 
 
 class Maps(network.Network):
-    """A network whose last intermediate is a map of two towers."""
+    """A network whose last activation is a map of two towers."""
 
     towers = 2
 
@@ -187,7 +187,7 @@ def test_padded():
 
 
 def test_choose():
-    """One of each class before a second of any; another seed chooses others."""
+    """One of each class before a second of any; another seed chooses different ones."""
     labels = np.array([0] * 20 + [1] * 2 + [2] * 5)
     for seed in range(5):
         records = figures.choose(labels, 8, seed)
@@ -199,7 +199,7 @@ def test_choose():
 
 
 def test_the_folder_of_a_class():
-    """The nearest of a file's folder and the one above it; not the file, and none further up."""
+    """A file's folder, else the one above it, but neither the file nor folders further up."""
     names = ['cat', 'dog', 'images']
     found = {
         path: figures.label_of(path, names)
@@ -225,9 +225,9 @@ def test_the_folder_of_a_class():
         (['RUN', '--neighbours=21'], '21 pictures are too many for one figure; give at most 20'),
         (['RUN', '--queries=13'], '--queries=13: the validation split of .* has 12 pictures'),
         (['RUN', '--queries=0'], '--queries=0'),
-        (['RUN', '--queries=2', 'a.jpg'], '--queries is for the validation split'),
+        (['RUN', '--queries=2', 'a.jpg'], '--queries picks validation pictures'),
         (['RUN', '--batch=0'], '--batch=0: must be at least 1'),
-        (['RUN', '--threads=-1'], '--threads'),
+        (['RUN', '--threads=-1'], '--threads=-1'),
         (['RUN', '--seed=-1'], '--seed'),
         (['RUN', 'nowhere.jpg'], 'nowhere.jpg: cannot be read: No such file'),
         (
@@ -235,8 +235,8 @@ def test_the_folder_of_a_class():
             'text.jpg: cannot be decoded .not an image that Pillow can read.; repair',
         ),
         (['RUN', *['text.jpg'] * 21], '21 pictures are too many'),
-        (['RUN', '--output=nowhere/n.png'], 'nowhere is not a folder'),
-        (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # first of all
+        (['RUN', '--output=nowhere/n.png'], 'nowhere is not a writable folder'),
+        (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # checked first
     ],
 )
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):

@@ -1,4 +1,4 @@
-"""The picture of conv1's kernels, weight for weight."""
+"""The picture of conv1's kernels, weight by weight."""
 
 from types import SimpleNamespace
 
@@ -18,11 +18,11 @@ def run(tmp_path_factory):
 
 
 def test_two_towers_by_hand():
-    """18 kernels a tower: rows of 16 and 2, a white line around each, a gap between the towers."""
+    """18 kernels per tower: rows of 16 and 2, a white line around each, a gap between the towers."""
     kernels = np.zeros((2, 4, 4, 3, 18), np.float32)
-    kernels[0, 0, 1, :, 0] = -1, 0, 0.6  # the least weight of both towers is here: black
+    kernels[0, 0, 1, :, 0] = -1, 0, 0.6  # the smallest weight of both towers is black
     kernels[0, ..., 17] = 0.2
-    kernels[1, 3, 3, :, 17] = 1, -0.5, 0  # and here the greatest: white
+    kernels[1, 3, 3, :, 17] = 1, -0.5, 0  # and the largest is white
     picture = kernel_picture(kernels)
     tower = 2 * (4 + 1) + 1
     assert picture.shape == (2 * tower + 2, 16 * 5 + 1, 3)
@@ -44,7 +44,7 @@ def test_one_tower_enlarged():
 
 
 def test_per_kernel():
-    """A kernel with another mean and contrast looks the same then, and only then."""
+    """Only with this option does a kernel with another mean and contrast look the same."""
     one = np.random.default_rng(0).normal(size=(5, 5, 3))
     kernels = np.stack([one, 0.1 * one + 7], axis=-1)[None].astype(np.float32)
     for per_kernel in (True, False):
@@ -79,14 +79,17 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
     ('arguments', 'message'),
     [
         (['nowhere'], 'nowhere: not a run directory'),
-        (['RUN', '--step=7'], r'no checkpoint of step 7, only of \[3\]'),
+        (['RUN', '--step=7'], r'no checkpoint of step 7; available: \[3\]'),
         (['RUN', '--step=last'], 'no checkpoint of step last'),
         (['RUN', '--step=best'], 'no evaluated checkpoint .*; use latest'),
-        (['RUN', '--output=nowhere/k.png'], '--output=nowhere/k.png: nowhere is not a folder'),
+        (
+            ['RUN', '--output=nowhere/k.png'],
+            '--output=nowhere/k.png: nowhere is not a writable folder',
+        ),
         (['RUN', '--output=k.jpg'], '--output=k.jpg: pictures are written as PNG'),
         (['RUN', '--output=folder.png'], '--output=folder.png: this is a folder'),
-        (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # first of all
-        (['RUN', '--scale=0'], '--scale=0: give a number'),
+        (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # checked first
+        (['RUN', '--scale=0'], '--scale=0: must be 1 to 100'),
         (['RUN', '--cpu_devices=-1'], '--cpu_devices'),
         (['RUN', '--unknown'], 'unrecognized arguments'),
         ([], 'RUN'),

@@ -8,7 +8,7 @@ from alexnet_jax.common import class_names
 def test_the_1000_classes_have_names_of_their_own():
     file = pathlib.Path(class_names.__file__).with_name('imagenet_words.txt')
     numbers = [line.split('\t')[0] for line in file.read_text().splitlines()]
-    assert (len(numbers), numbers) == (1000, sorted(numbers))  # in the order of the labels
+    assert (len(numbers), numbers) == (1000, sorted(numbers))  # in label order
     assert len({*class_names.shown(numbers)}) == 1000
 
 

@@ -1,4 +1,4 @@
-"""How commands end: one line for what is the user's to mend, a traceback for a bug."""
+"""How commands end: one line for what the user can fix, a traceback for a bug."""
 
 import errno
 import io
@@ -18,7 +18,8 @@ from experiments import lab
 def test_a_path_without_access_is_one_line(number):
     line, code = errors.end(OSError(number, os.strerror(number), pathlib.Path('folder/file')))
     assert (
-        line == f'error: folder/file: {os.strerror(number)}; give another path, or get access to it'
+        line
+        == f'error: folder/file: {os.strerror(number)}; give another path or make this one accessible'
     )
     assert code == errors.MISTAKE
     line, code = errors.end(OSError(number, os.strerror(number)))  # of a process, say
@@ -56,7 +57,7 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch, encoding):
 def test_a_full_disk_is_one_line():
     line, code = errors.end(OSError(errno.ENOSPC, 'No space left on device'))
     assert (line, code) == (
-        'error: writing: No space left on device; make room, and start again',
+        'error: cannot write: No space left on device; free some space and try again',
         2,
     )
 

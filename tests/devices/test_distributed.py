@@ -1,4 +1,4 @@
-"""Several processes: the bits of one, and what happens when they disagree, stop or die."""
+"""Multi-process runs: the same bits as one process, and what happens on disagreement, stops and kills."""
 
 import signal
 import subprocess
@@ -27,7 +27,7 @@ from tests.helpers.processes import free_port
 
 MESH = '--config.run.mesh=(2,2)'
 EPOCHS, STEPS = '--config.optim.epochs=8.0', 40
-# of an epoch's five steps two pairs
+# two pairs of an epoch's five steps
 GROUPS = ('--config.run.dispatch=2', '--config.run.checkpoint_every=4')
 
 
@@ -38,7 +38,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def start_all():
-    """Starts one process per list of arguments, two devices each, and sees that none stays."""
+    """Starts one process per list of arguments, with two devices each; kills them all at the end."""
     started = []
 
     def start(workdir, store, *arguments, processes=(2, 2), events=('never', 'never'), number=1):
@@ -86,7 +86,7 @@ def ends(processes, timeout=200):
 
 
 def evaluated_by_two(workdir, store):
-    """What `alexnet_jax.evaluate` prints as two processes of two devices."""
+    """What `alexnet_jax.evaluate` prints when run as two processes with two devices each."""
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -117,7 +117,7 @@ def evaluated_by_two(workdir, store):
     return '\n'.join(own[0])
 
 
-# (the victim, how it saves) of each kill; the signals to one as it starts; the other ways to stop
+# (victim, how it saves) of each kill; signals to one process as it starts; other ways to stop
 SOME = ((), (), ())
 ALL = (
     ((1, 'background'), (1, 'wait'), (0, 'wait')),
@@ -139,7 +139,7 @@ ALL = (
 def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
     store, tmp_path, start_all, kills, starts, stops
 ):
-    """SIGTERM to one, each killed while saving, one stopped as it starts, Ctrl-C, a time, to the end."""
+    """SIGTERM to one, kills while saving, a stop during start-up, Ctrl-C, a time limit, then to the end."""
     line = command(tmp_path / 'alone', store, '--cpu_devices=4', MESH, EPOCHS, *GROUPS)
     subprocess.run(line, cwd=ROOT, env=environment(store), check=True, capture_output=True)
     alone = outcome(tmp_path / 'alone')
@@ -151,9 +151,9 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
     for code, output in stopped:
         assert (code, f'stopped at step {step} (' in output) == (75, True), output[-2000:]
 
-    # Killed while its part of the second checkpoint from here is being written: the other finds out
-    # in a step, or, when it waits for the checkpoint, by the heartbeats, where JAX may be the first
-    # to notice, and abort.
+    # Kill one while it writes its part of the second checkpoint from here. The other notices within a
+    # step or, if it is waiting for the checkpoint, when the heartbeats stop; JAX may notice first, and
+    # abort.
     lost = {76: 'another process of this run was lost'}
     aborted = {-signal.SIGABRT: 'another task died'}
     for victim, saves in kills:
@@ -185,7 +185,7 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
         assert code == 0, output[-2000:]
     assert_same(outcome(workdir), alone)
 
-    # Evaluated by two processes, and here, by all devices and by one.
+    # Evaluate with two processes and, in this process, with all devices and with one.
     printed = evaluated_by_two(workdir, store)
     assert printed == evaluation.table(evaluation.compare([workdir], batch=4))
     mesh = meshes.make((1, 1), towers=2, batches={})
@@ -205,9 +205,9 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
         (
             ('--config.train.batch=4', '--workdir={}/other'),
             'never',
-            "differ: --workdir: '{}/run' in process 0, '{}/other' in 1; config.train.batch: 8 in process",
+            "differ: --workdir: '{}/run' in process 0, '{}/other' in process 1; config.train.batch: 8 in",
         ),
-        ((), 'blind', 'process 1 does not see'),
+        ((), 'blind', 'process 1 cannot see'),
     ],
 )
 def test_processes_that_disagree(store, tmp_path, start_all, second, event, message):
@@ -268,8 +268,8 @@ def test_a_coordinator_that_is_not_there(store, tmp_path):
         (('', 2, 0, False, 1), 'belong together'),
         (('localhost:1', 2, -1, False, 1), 'belong together'),
         (('localhost', 2, 0, False, 1), 'HOST:PORT'),
-        (('localhost:1', 2, 2, False, 1), 'the numbers are 0 to 1'),
-        (('localhost:1', 2, 0, True, 1), 'leave --coordinator'),
+        (('localhost:1', 2, 2, False, 1), 'it must be 0 to 1'),
+        (('localhost:1', 2, 0, True, 1), 'remove --coordinator'),
         (('localhost:1', -2, 0, False, 1), 'num_processes=-2: must be at least 0'),
         (('', 0, -1, False, 0), 'connect_timeout=0: must be at least 1'),
     ],

@@ -1,4 +1,4 @@
-"""Being asked to stop: in steps, in time, by signals."""
+"""Requests to stop: after steps, after a time, by signals."""
 
 import signal
 import subprocess

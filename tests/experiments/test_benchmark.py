@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, that its forms compute one function, and the command itself."""
+"""Tests the benchmark: its counts, that all forms compute the same function, and the command."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def make_net(preset, **changes):
 
 
 def test_arithmetic_of_the_paper_s_network():
-    """`docs/performance.md`, ceilings: 1.449 GFLOP an image forward, 4.136 in training."""
+    """`docs/performance.md`: 1.449 GFLOP per image forward, 4.136 in training."""
     totals = operations.totals(make_net(paper), batch=2, crop=224)
     assert totals['infer'] / 2e9 == pytest.approx(1.449, abs=5e-4)
     assert totals['train'] / 2e9 == pytest.approx(4.136, abs=5e-4)
@@ -76,7 +76,7 @@ def test_arithmetic_of_locally_connected_layers():
 
 
 def test_operations_are_timed_without_waiting_for_each():
-    """Of a device that takes no time, but whose answer takes 10 ms."""
+    """Times a device that takes no time, but 10 ms to synchronize."""
 
     class Answer:
         def block_until_ready(self):
@@ -93,7 +93,7 @@ def test_table_times_every_operation():
 
 @pytest.mark.full
 def test_plain_form_is_the_same_function():
-    """Logits and gradients in float64, of `original`, which has every operation; the loss depends on all."""
+    """Logits and gradients agree in float64 for `original`, which has every operation."""
     crop = 96
     net = make_net(original, width=0.125)
     params = network.init(net, jax.random.key(0), crop)['params']
@@ -105,7 +105,7 @@ def test_plain_form_is_the_same_function():
         def loss(function):
             return lambda params: jnp.sum(jnp.sin(100 * function(params)))
 
-        with jax.numpy_rank_promotion('allow'):  # the plain form is written as one writes
+        with jax.numpy_rank_promotion('allow'):  # the plain form broadcasts implicitly
             ours, theirs = (
                 jax.jit(jax.value_and_grad(loss(function)))(params)
                 for function in (
@@ -118,7 +118,7 @@ def test_plain_form_is_the_same_function():
 
 
 def test_reference_is_in_full_float32(tmp_path, monkeypatch):
-    """TF32, a GPU's default, is what is timed there: how far that is from the reference is its `own`."""
+    """A GPU is timed with TF32, its default; `own` is how far that is from the reference."""
     precisions = []
 
     def grad(loss, has_aux):
@@ -145,13 +145,13 @@ def test_peers_must_agree(capsys):
     assert benchmark._limits('infer', 0.02, 0.0) == {'logits_difference': 0.02}
     assert benchmark._limits('train', 0.02, 0.0)['gradients_difference'] == 0.02
     assert benchmark._limits('train', 0.2, 0.15)['gradients_difference'] == 0.3
-    # what no gradient at all has
+    # a zero gradient has 1
     assert benchmark._limits('train', 0.2, 0.6)['gradients_difference'] < 1
     limits = benchmark._limits('train', 0.02, 0.0)
     for distance, agrees in ((0.01, True), (0.03, False), (float('nan'), False)):
         facts = {'logits_difference': 0.0, 'gradients_difference': distance}
         assert benchmark._agrees('peer', facts, limits) == agrees
-    assert capsys.readouterr().out.count('another function') == 2
+    assert capsys.readouterr().out.count('a different function') == 2
 
 
 def test_bytes_of_library_calls():
@@ -171,7 +171,7 @@ def test_repeats_compares_bits():
     state = jnp.ones(3)
     assert ours.repeats(step, state)
     assert not ours.repeats(lambda x: (x, next(noise)), state)
-    assert state.sum() == 3  # still there
+    assert state.sum() == 3  # not donated
 
 
 def test_peers_compile_anew(tmp_path, monkeypatch):
@@ -188,7 +188,9 @@ def test_peers_compile_anew(tmp_path, monkeypatch):
 def test_workers_have_the_settings_of_malloc(monkeypatch, wanted):
     environments = []
     monkeypatch.setattr(benchmark, 'Worker', lambda *args: environments.append(args[4]))
-    monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=3')  # not those of the shell
+    monkeypatch.setenv(
+        'GLIBC_TUNABLES', 'glibc.malloc.check=3'
+    )  # the shell's settings do not apply
     benchmark._start('worker', benchmark.OURS, 'python', {'malloc': wanted, 'patience': 1})
     assert environments == [{'GLIBC_TUNABLES': benchmark.MALLOC if wanted else ''}]
 
@@ -206,7 +208,7 @@ def test_spread():
 
 
 def test_worker_that_ends_says_why():
-    with pytest.raises(WorkerError, match='^ours: it ended: KeyError'):
+    with pytest.raises(WorkerError, match='^ours: worker exited: KeyError'):
         Worker('ours', sys.executable, 'experiments.benchmark.ours', {}, {}, patience=5)
 
 
@@ -232,7 +234,7 @@ def test_a_worker_that_hangs_is_named(tmp_path, ready):
 
 
 def test_workers_compile_anew(tmp_path):
-    """What is timed must not be what another worker kept."""
+    """A worker must not time programs that another one cached."""
     environment = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'programs')}
     spec = {'task': 'copy', 'form': 'plain', 'cpu': True}
     Worker(
@@ -242,7 +244,7 @@ def test_workers_compile_anew(tmp_path):
 
 
 def test_pace_does_not_count_the_wait():
-    class Device:  # a step takes 1 ms, and to hear of the last one's end 20
+    class Device:  # a step takes 1 ms, and synchronizing 20
         def ask(self, count):
             return {'seconds': 0.02 + 0.001 * count}
 
@@ -279,10 +281,10 @@ def test_a_turn_begins_without_what_lay_ready(tmp_path, monkeypatch, cold, reade
     pipeline = ours.Pipeline(spec, config)
     first = next(pipeline)['image']
     pipeline.rest()
-    if os.path.exists('/proc/self/maps'):  # a page that is mapped stays in the cache
+    if os.path.exists('/proc/self/maps'):  # a mapped page stays in the cache
         assert (spec['store'] in pathlib.Path('/proc/self/maps').read_text()) != cold
     pipeline.drain()
-    again = next(pipeline)['image']  # cold: opened anew, from its beginning
+    again = next(pipeline)['image']  # cold: reopened at the start
     assert np.array_equal(first, again) == cold
 
 
@@ -298,7 +300,7 @@ def test_the_input_is_that_of_the_preset(tmp_path, monkeypatch, random):
     images = next(ours.Pipeline(spec, config))['image']
     pixels = open_store(spec['store']).pixels('train')
     unchanged = {image.tobytes() for image in images} == {image.tobytes() for image in pixels}
-    assert unchanged != random  # flipped, half of them
+    assert unchanged != random  # half of them are flipped
 
 
 def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
@@ -372,21 +374,21 @@ def test_every_task_makes_what_it_counts(tmp_path, monkeypatch, changes):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--tasks=fly'], 'choose some of train,infer,input,both'),
+        (['--tasks=fly'], 'choose from train,infer,input,both'),
         (['--tasks=input'], '--store'),
         (['--tasks=input', '--store=/nowhere'], '/nowhere'),
         (['--batch=0'], 'at least 1'),
         (['--dispatch=0'], 'at least 1'),
         (['--seconds=nan'], '--seconds'),
         (['--patience=0'], '--patience=0.0: must be above 0'),
-        (['--peer_form=compile'], '--peer_form is for --peer'),
-        (['--peer_python=/usr/bin/python'], '--peer_python is for --peer'),
+        (['--peer_form=compile'], '--peer_form needs --peer'),
+        (['--peer_python=/usr/bin/python'], '--peer_python needs --peer'),
         (
             ['--peer=torch', '--peer_form=fast'],
-            '--peer_form=fast: choose eager or compile, contiguous',
+            '--peer_form=fast: give eager or compile, contiguous',
         ),
-        (['--layers', '--tasks=infer'], '--layers is for --tasks=train'),
-        (['--cold'], '--cold is for --tasks=both and input'),
+        (['--layers', '--tasks=infer'], '--layers needs --tasks=train'),
+        (['--cold'], '--cold needs --tasks=both or input'),
         (['--two_devices', '--config=configs/one_gpu.py'], 'two towers'),
         (['--config=configs/nothing.py'], 'configs/nothing.py'),
         (['--config=configs/cifar10.py:13pct', '--plain'], '--plain and --peer'),
@@ -407,7 +409,7 @@ def test_earlier_results_stay(tmp_path, monkeypatch):
     file.write_text('{}')
     monkeypatch.setattr(sys, 'argv', ['benchmark', f'--out={tmp_path}'])
     with pytest.raises(
-        UserError, match='holds the results of an earlier command; give another folder'
+        UserError, match='holds the results of an earlier command; choose another folder'
     ):
         benchmark.main()
     assert file.read_text() == '{}'

@@ -1,4 +1,4 @@
-"""The experiments on training, ablations and tables: their arithmetic, and each on a handful of pictures."""
+"""Tests the experiments on training, ablations and tables: their arithmetic, and tiny runs of each."""
 
 import math
 import os
@@ -50,7 +50,7 @@ def store(tmp_path_factory):
 
 
 def builds(config, changes):
-    """Whether a config with its changes is a network of integer widths that fits small crops."""
+    """Returns whether a config with changes builds a network with integer widths that fits small crops."""
     config = configfile.load(config)
     config.update_from_flattened_dict({**changes, 'model.width': 0.0625})
     net = build(classes=10, **config.model)
@@ -58,7 +58,7 @@ def builds(config, changes):
 
 
 def losses(*values):
-    """Rows of training; the unit is the loss of chance, of ten classes."""
+    """Returns train rows; values are in units of the loss of chance for ten classes."""
     return [{'step': 10 * i + 9, 'loss': value * math.log(10)} for i, value in enumerate(values)]
 
 
@@ -76,7 +76,7 @@ def test_does_it_train(tmp_path, store):
 
     trial = make(tmp_path, store, start=start)
     does_it_train.run(trial)
-    assert ends == [None, None]  # no run is stopped before the end of its schedule
+    assert ends == [None, None]  # no run stops before the end of its schedule
     assert list(trial.results) == ['paper-0', 'original-0']
     result = trial.results['original-0']
     assert [row['step'] for row in result['train']] == [0, 1, 2, 3]
@@ -128,7 +128,7 @@ def test_what_is_said_about_training():
 
 
 def test_the_figure_of_does_it_train(drawn, tmp_path):
-    """Losses of every seed and chance; of seed 0 the first layer-by-layer values, and those over training."""
+    """Losses of every seed and chance; initial values by layer and those over training for seed 0."""
     results = {}
     for seed, end in enumerate((1.0, 3.0)):
         measured = {
@@ -164,7 +164,7 @@ def test_every_ablation_builds():
 
 
 def ablated(**rows):
-    """Results whose ten-crop top-1 errors are those named; top-5 half, one crop 1 point more."""
+    """Returns results with these ten-crop top-1 errors; top-5 is half, one crop 1 point more."""
     results = {}
     for name, values in rows.items():
         for seed, error in enumerate(values):
@@ -204,7 +204,7 @@ def test_what_differences_show():
 
 
 def test_the_family_of_the_ablations():
-    """Every row with several pairs, one crop too, by the top-1 error with ten crops."""
+    """It has every row with several pairs, including one crop, by the top-1 error with ten crops."""
     results = ablated(
         reference=[40, 44, 42], no_norms=[43, 47, 45.1], no_dropout=[42, 47, 46], tanh=[80]
     )
@@ -214,7 +214,7 @@ def test_the_family_of_the_ablations():
         name: stats.ttest_1samp(ablations.differences(results, name, 'top1_error'), 0).pvalue
         for name in ('no norms', 'no dropout')
     }
-    # one crop, of no spread, comes last
+    # one crop has no spread and comes last
     assert found['no norms'][1] == pytest.approx(3 * p['no norms'])
     assert found['no dropout'][1] == pytest.approx(2 * p['no dropout'])
 
@@ -233,7 +233,7 @@ def test_the_table_of_ablations():
     table = ablations.report(results)
     assert '3 seeds: top-1 error 42.0 ± 2.0 %, top-5 error 21.0 ± 1.0 %' in table
     assert (
-        # 0.0351 by a table of Student's t, times 3, is below what tanh has: 0.0303 times 4
+        # 0.0351 by a table of Student's t, times 3, is less than tanh's 0.0303 times 4
         '| no norms | 3, 1 diverged | +3.00 (+0.52 to +5.48) | 0.12 |  | +1.4 / +1.2 | +1.37 / +1.15 | ? '
         '| +1.50 (+0.26 to +2.74) | +3.00 (+0.52 to +5.48) | — |'
     ) in table
@@ -241,12 +241,12 @@ def test_the_table_of_ablations():
     assert (
         '| one crop | 3 | +1.00 (no spread) | 1 |  | +1.5 / +1.3 | +1.55 / +1.30 | ? |'
     ) in table
-    assert '| tanh | 2, 1 at chance at the end | +52.50' in table
+    assert '| tanh | 2, 1 still at chance | +52.50' in table
     assert '| without conv2 | 0 | not measured |  |  | ≈ 2 |' in table
-    # the paper: training error
+    # the paper only has the training error
     assert '| no weight decay | 0 | not measured |  |  |  |' in table
-    assert 'by the same 1,000 pictures' in table and 'over pictures is 1.6 points' in table
-    assert 'of every row with several pairs, 4 tests.' in table
+    assert 'on the same 1,000 images' in table and 'over images is 1.6 points' in table
+    assert 'ten crops, every row with several pairs, 4 tests.' in table
     assert 'has not been run' in ablations.report({})
     single = ablated(reference=[40], no_norms=[43])
     assert 'ten crops, 1 seed: ' in (table := ablations.report(single)) and 'Family' not in table
@@ -258,13 +258,13 @@ def test_the_error_over_pictures_in_the_table():
     for result in results.values():
         result['hits'] = statistics.pack(np.array(right[result['name']], bool))
     (row,) = (line for line in ablations.report(results).splitlines() if '| no norms' in line)
-    # A tenth of 1,000 pictures changed sides: 10 points, ± 1.96 times 0.95
+    # A tenth of 1,000 images changed: 10 points, ± 1.96 times 0.95
     assert re.search(r'\| \+8\.\d+ to \+1[12]\.\d+ \|$', row)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are drawn."""
+    """Collects the figures that are drawn."""
     figures = []
     monkeypatch.setattr(
         'matplotlib.figure.Figure.savefig', lambda figure, *_, **__: figures.append(figure)
@@ -282,7 +282,7 @@ def test_one_pair_has_no_bar_in_the_figure(drawn, tmp_path):
 
 
 def test_the_paper_in_the_figure(drawn, tmp_path):
-    """Its numbers as marks, what is not quite one beside it, and 'worse' where it has none."""
+    """Numbers are markers, inexact ones are text, and rows without a number say 'worse'."""
     results = ablated(
         reference=[40, 44], no_norms=[43, 46], no_colour_noise=[41, 44], no_dropout=[42, 46]
     )
@@ -316,12 +316,12 @@ def test_table_1():
     assert '| CNN, one crop | 39.0 %, 18.3 % | 49.0 ± 1.4 %, 28.5 ± 2.1 % |' in table
     assert '| CNN, ten crops | 37.5 %, 17.0 % | 46.5 ± 2.1 %, 26.0 ± 1.4 % |' in table
     assert '| sparse coding | 47.1 %, 28.2 % |  |' in table
-    assert '2 seeds, and 1 that diverged' in table
+    assert '2 seeds, plus 1 that diverged' in table
 
 
 @pytest.mark.full
 def test_which_networks_go_together(tmp_path, monkeypatch):
-    """All that did not diverge, also where the last did; when more were run, these."""
+    """All that did not diverge, even if the last one did; later also those added since."""
     compared = []
 
     def compare(paths, views):
@@ -358,7 +358,7 @@ def test_which_networks_go_together(tmp_path, monkeypatch):
     results, again = run(6)
     assert again == [[*cnns, 'cnn-5'], ['star-1', *cnns, 'cnn-5']]
     table = table2.report(results)
-    assert '| SIFT + FVs | –, – | 26.2 % | not measurable here |  |' in table
+    assert '| SIFT + FVs | –, – | 26.2 % | not measured |  |' in table
     assert '| 1 CNN | 40.7 %, 18.2 % | – | 40.0 ± 0.0 %, 20.0 ± 0.0 % | 5 |' in table
     assert '| 4 CNNs |  |  | 40.0 %, 20.0 % | 1 |' in table
     assert '| 5 CNNs | 38.1 %, 16.4 % | 16.4 % | 40.0 %, 20.0 % | 1 |' in table
@@ -377,15 +377,15 @@ def test_what_table_2_needs(tmp_path):
             start=lambda *args: True,
         )
 
-    with pytest.raises(UserError, match='give a folder of pictures'):
+    with pytest.raises(UserError, match='give a folder of images'):
         table2.run(table('small'))
-    with pytest.raises(UserError, match='val_fraction would be of the more classes only'):
+    with pytest.raises(UserError, match='val_fraction would only apply to the larger set'):
         table2.run(table('small', '--config.data.source=a', '--config.data.val_fraction=0.2'))
     with pytest.raises(UserError, match='must be a folder'):
         table2.first_half('cifar10', tmp_path / 'half')
     half = table2.first_half(table2.draw(tmp_path / 'a'), tmp_path / 'half')
-    assert table2.first_half(str(tmp_path / 'a'), tmp_path / 'half') == half  # it is there
-    with pytest.raises(UserError, match=f'half: holds links to other pictures than {tmp_path}/b'):
+    assert table2.first_half(str(tmp_path / 'a'), tmp_path / 'half') == half  # it already exists
+    with pytest.raises(UserError, match=f'half: holds links to images outside {tmp_path}/b'):
         table2.first_half(table2.draw(tmp_path / 'b'), tmp_path / 'half')
 
 
@@ -398,8 +398,8 @@ def test_what_is_kept_besides_is_found_in_a_process_of_its_own():
 
 @pytest.fixture
 def smoke(tmp_path, store):
-    """smoke(name, arguments, ...) runs an experiment as users do -> its results, and what it printed."""
-    (tmp_path / 'path').mkdir()  # all stores are raw: importing TensorFlow would only take its time
+    """smoke(name, arguments, ...) runs an experiment as users do -> its results and output."""
+    (tmp_path / 'path').mkdir()  # all stores are raw, so importing TensorFlow would only waste time
     (tmp_path / 'path/sitecustomize.py').write_text("import sys; sys.modules['tensorflow'] = None")
     environment = os.environ | {'PYTHONPATH': str(tmp_path / 'path')}
 
@@ -426,7 +426,9 @@ def smoke(tmp_path, store):
 
 @pytest.mark.full
 def test_a_smoke_run_of_the_ablations(smoke, store, tmp_path):
-    results, out = smoke('ablations', *store, only=['reference', 'one gpu-0'])  # all take a minute
+    results, out = smoke(
+        'ablations', *store, only=['reference', 'one gpu-0']
+    )  # all would take a minute
     assert list(results) == ['reference-0', 'one gpu-0']
     command = results['one gpu-0']['command']
     assert '--config.optim.conv1=((0.00589, 1e-05), (0.00633, 0.0))' in command
@@ -454,7 +456,7 @@ def test_a_smoke_run_of_table_1(smoke, store):
 
 @pytest.mark.full
 def test_a_smoke_run_of_table_2(tmp_path):
-    """In this process, unlike the others: it needs three runs, of two kinds of pictures."""
+    """Runs in this process, unlike the others: it needs three runs on two datasets."""
     trial = make(tmp_path, SIZES)
     table2.run(trial)
     results, folder = trial.results, trial.folder
@@ -497,7 +499,7 @@ def test_a_smoke_run_of_the_cifar_pair(smoke, tmp_path):
 
 
 def test_the_intervals_of_steps_and_the_p_of_the_controls():
-    """README's numbers: 2.4 (1.3 to 3.5), p = 0.024; and steps later than `paper`, by seed."""
+    """Checks README's 2.4 (1.3 to 3.5), p = 0.024, and the steps relative to `paper`, by seed."""
     quick, plain = 'the quickstart', 'without crops and flips'
     frozen = {'its conv layers frozen': [89.8, 81.8, 83.2]}
     p = embedded_controls.corrected(

@@ -1,4 +1,4 @@
-"""What the experiments share: finished runs are kept, others go on; and Figure 1 on a handful of pictures."""
+"""Tests what experiments share: finished runs are stored, others resume; and Figure 1 on a few images."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_figure_1(tmp_path, store):
     }
     table = fig1_relu_tanh.report(trial.results)
     assert '| tanh | 0.00' in table and 'not reached' in table
-    again = make(tmp_path, store, start=None)  # nothing is left to start
+    again = make(tmp_path, store, start=None)  # nothing left to start
     fig1_relu_tanh.run(again)
     assert again.results == json.loads(json.dumps(trial.results))
 
@@ -87,20 +87,22 @@ def test_the_ratio_and_the_best_rate():
                 'diverged': False,
                 'train': rows(*errors),
             }
-    assert fig1_relu_tanh.best_rate(results, 'ReLU') == 0.004  # the best one diverged
+    assert fig1_relu_tanh.best_rate(results, 'ReLU') == 0.004  # the best rate diverged
     table = fig1_relu_tanh.report(results)
-    assert 'The paper does not name its network. Ours' in table
-    # Between 50 and 20 % the target lies 5/6 of an epoch on: 3.8, 4.8; 11.8, 12.8. A row is an epoch.
-    for over in ('the epoch before', 'the block before'):
+    assert 'The paper does not name its network. Our choice' in table
+    # From 50 to 20 % the target is reached after 5/6 of an epoch: 3.8, 4.8; 11.8, 12.8. A row is an epoch.
+    for over in ('the last epoch', 'the last block'):
         assert (
             f'| ReLU | 0.004 (at the edge of the sweep) | {over} | 3.8, 4.8 | 4.3 ± 0.7 | 20.0, 20.0 |'
         ) in table
-        # The root of 11.8 / 3.8 and 12.8 / 4.8, and 12.7 times half the spread of their logarithms.
-        assert f'By the error over {over} tanh needs 2.9 times the epochs of ReLU (95 %' in table
+        # The geometric mean of 11.8 / 3.8 and 12.8 / 4.8, ± 12.7 times half the spread of their logarithms.
+        assert (
+            f'By the error over {over}, tanh needs 2.9 times as many epochs as ReLU (95 %' in table
+        )
     assert '0.002: diverged' in table
     single = {key: result for key, result in results.items() if key not in ('ReLU-1', 'tanh-1')}
     # 11.8 / 3.8
-    assert 'needs 3.1 times the epochs of ReLU (one seed; the' in fig1_relu_tanh.report(single)
+    assert 'needs 3.1 times as many epochs as ReLU (one seed; the' in fig1_relu_tanh.report(single)
 
 
 def fifths(*errors):
@@ -108,7 +110,7 @@ def fifths(*errors):
 
 
 def test_the_training_error_over_an_epoch():
-    """What comes first in an epoch has the lowest error: one block of it says less than the whole."""
+    """The start of an epoch has the lowest error: one block says less than the whole epoch."""
     rows = fifths(40, 40, 40, 40, 40, 24, 30, 30, 30, 30, 19, 25, 25)
     over = fig1_relu_tanh.over_an_epoch(rows)
     assert [row['top1_error'] for row in over] == [
@@ -143,7 +145,7 @@ def test_when_figure_1_stops_a_run():
 
     fig1_relu_tanh.run(Lab())
     assert ends.pop('ReLU')(fifths(*[24] * 5)) and not ends.pop('tanh')(fifths(*[26] * 5, 22))
-    assert {*ends.values()} == {None}  # those of the sweep go to their end
+    assert {*ends.values()} == {None}  # those of the sweep run to the end
     assert swept == [*fig1_relu_tanh.RATES, 0.004] * 2
 
 
@@ -188,7 +190,7 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
     trial = make(tmp_path, start=start)
     changes = {'optim.rate': 1.0}
     result = trial.run('a', 0, 'configs/paper.py', changes)
-    # torn: left out
+    # the torn row is dropped
     assert (result['train'], result['eval']) == ([{'kind': 'train', 'step': 1}], [])
     assert result['diverged'] and result['data']['source'] == 'b'
     assert make(tmp_path, start=start).run('a', 0, 'configs/paper.py', changes) == result
@@ -197,7 +199,7 @@ def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
         make(tmp_path, start=empty).run('b', 0, 'configs/paper.py')
     with pytest.raises(UserError, match='a-0 was run as .*rate=1.0.*, not as .*rate=2.0'):
         make(tmp_path, start=start).run('a', 0, 'configs/paper.py', {'optim.rate': 2.0})
-    # how it is run decides nothing
+    # how a machine runs it does not matter
     elsewhere = make(tmp_path, ['--config.run.threads=2'], start=start)
     assert elsewhere.run('a', 0, 'configs/paper.py', changes) == result and len(made) == 1
     moved = lab.Lab(
@@ -222,14 +224,14 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
         'stops', 0, 'configs/cifar10.py:fig1', changes, until=lambda rows: len(rows) > 3
     )
     assert 3 < len(result['train']) < 10000 and not result['diverged']
-    del trial.results['stops-0']  # its rows are there: it makes new ones before it can be stopped
+    del trial.results['stops-0']  # old rows exist: it must write new ones before it stops
     again = trial.run(
         'stops', 0, 'configs/cifar10.py:fig1', changes, until=lambda rows: len(rows) > 3
     )
     assert len(again['train']) > len(result['train'])
     result = trial.run('diverges', 0, 'configs/cifar10.py:fig1', {**changes, 'optim.rate': 1e9})
     assert result['diverged']
-    with pytest.raises(UserError, match=r'fails-0: the run ended with 2 \(error: .*norm_n'):
+    with pytest.raises(UserError, match=r'fails-0: the run exited with 2 \(error: .*norm_n'):
         trial.run('fails', 0, 'configs/cifar10.py:fig1', {'model.norm_n': 2})
     assert list(trial.results) == ['stops-0', 'diverges-0']
 
@@ -247,12 +249,12 @@ def test_what_results_were_measured_on():
         'starts': [first, second],
     }
     assert lab.measured_on({'a': result}) == (
-        '1 run on a (1,000 training and 10 validation pictures); devices: cpu:0; processors: Z80 (1 core), '
+        '1 run on a (1,000 training and 10 validation images); devices: cpu:0; processors: Z80 (1 core), '
         'Z80 (2 cores); jax 1; commit b, c.'
     )
     result |= {'uncommitted': True, 'fingerprint': {'code': 'abc'}}
     assert lab.measured_on({'a': result}).endswith(
-        'commit b, c; 1 run of uncommitted code; training code abc.'
+        'commit b, c; 1 run with uncommitted code; training code abc.'
     )
 
 
@@ -285,11 +287,11 @@ def test_a_run_that_never_learnt():
 
 @pytest.mark.slow
 def test_what_looks_at_a_run_may_be_killed_or_stopped():
-    with pytest.raises(UserError, match='killed, perhaps for want of memory'):
+    with pytest.raises(UserError, match='killed, perhaps because memory ran out'):
         lab.apart(signal.raise_signal, signal.SIGKILL)
     threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
     begun = time.monotonic()
-    with pytest.raises(Stopped, match='the same command goes on'):
+    with pytest.raises(Stopped, match='repeat the command to resume'):
         lab.apart(time.sleep, 600)
     assert time.monotonic() - begun < 60
 
@@ -308,12 +310,12 @@ def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
     kept = json.loads((tmp_path / 'results' / 'trial-smoke.json').read_text())
     assert [*kept] == ['a-1', 'b-0', 'b-1']
     with pytest.raises(
-        UserError, match=r'trial-smoke.json: a-1 was run with nothing after --; a-0 is to be'
+        UserError, match=r'trial-smoke.json: a-1 was run with nothing after --, and a-0 will be'
     ):
         make(tmp_path, ['--config.data.source=other'], start=leave).run('a', 0, 'configs/paper.py')
     with pytest.raises(UserError, match='--only=c'):
         make(tmp_path, start=leave, seeds=2).choose(run, ['c', 'a'])
-    # it was found before anything was run
+    # it was rejected before anything was run
     assert len([*(tmp_path / 'runs' / 'trial-smoke').glob('*/config.json')]) == 3
 
 
@@ -345,7 +347,7 @@ def test_rows_of_another_command_are_found_where_only_names_others(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """command(arguments, ...) runs an experiment of one run of each seed, in `tmp_path`."""
+    """command(arguments, ...) runs an experiment with one run per seed, in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
     monkeypatch.setattr(lab, 'RESULTS', tmp_path / 'committed')
@@ -370,7 +372,7 @@ def command(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_command_and_another_folder_for_results(command, tmp_path, capsys):
-    with pytest.raises(UserError, match='trial, full: nothing has been run'):
+    with pytest.raises(UserError, match='trial, full: no results yet'):
         command('--scale=full', '--report')
     command('--seeds=1', '--', '--config.data.source=a')
     assert {*(tmp_path / 'committed').iterdir()} >= {
@@ -393,7 +395,7 @@ def test_a_command_and_another_folder_for_results(command, tmp_path, capsys):
 
 @pytest.mark.parametrize('text', ['--config.seed=5', '--workdir=x', '--config', '-workdir'])
 def test_what_every_run_has_of_its_own_cannot_be_given(command, tmp_path, text):
-    with pytest.raises(UserError, match=f'{text}: every run has its own'):
+    with pytest.raises(UserError, match=f'{text}: set by each run itself'):
         command('--', '--config.data.source=a', text, 'x')
     assert [path.name for path in tmp_path.iterdir()] == ['configs']
 

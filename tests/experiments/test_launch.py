@@ -1,4 +1,4 @@
-"""The batch script for SLURM: what it does when tasks end, by whatever code; and what it passes on.
+"""Tests the SLURM batch script: how it reacts to exit codes and signals, and what it passes on.
 
 Small scripts stand in for SLURM's commands and for the tasks; nothing here imports JAX.
 """
@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 
 
 class Slurm:
-    """The batch script, with stand-ins for SLURM's commands; `srun` does what it is told, in turn."""
+    """The batch script with stand-ins for SLURM's commands; `srun` runs the given scripts in turn."""
 
     def __init__(self, folder: Path):
         self.folder, self.log = folder, folder / 'log'
@@ -34,7 +34,7 @@ class Slurm:
         (self.folder / name).chmod(0o755)
 
     def latest(self, *steps: str) -> None:
-        """What the steps of the latest checkpoint are, one time after the other; then the last."""
+        """Sets the steps of the latest checkpoint, for successive calls; the last one repeats."""
         self._in_turn('python', [f'echo {step}' for step in steps])
 
     def srun(self, *scripts: str) -> None:
@@ -53,7 +53,7 @@ exec {self.folder}/{name}$i""",
         )
 
     def run(self, *arguments: str, cwd: Path = ROOT) -> tuple[int, list[str]]:
-        """(exit code, the commands of SLURM that were given)."""
+        """Runs the script -> (exit code, the SLURM commands it issued)."""
         done = subprocess.run(
             [
                 'bash',
@@ -100,7 +100,7 @@ def test_the_batch_script_goes_by_the_code_of_srun(tmp_path, codes, steps, code,
 def test_the_batch_script_passes_sigterm_on_and_requeues(tmp_path, code):
     slurm = Slurm(tmp_path)
     fifo = tmp_path / 'fifo'
-    # As if SLURM had sent it; the tasks take their time.
+    # As if SLURM had sent it; the tasks take a while to end.
     asked = f'kill -TERM $PPID; read < {fifo}; sleep 0.2; echo saved >> {slurm.log}; exit {code}'
     slurm.srun('exit 76', asked)
     slurm.command('scancel', f'echo scancel "$@" >> {slurm.log}; echo > {fifo}')
@@ -136,7 +136,7 @@ def test_a_cancelled_job_does_not_come_back(tmp_path):
     ],
 )
 def test_the_batch_script_finds_the_checkpoints(tmp_path, arguments, run):
-    """Of six starts the second and the fourth save one; the last two end it."""
+    """The second and fourth of six starts save one; the last two make it give up."""
     slurm = Slurm(tmp_path)
     slurm.command('python', f'PYTHONPATH={ROOT} exec {sys.executable} "$@"')
     save = f'mkdir -p {tmp_path / run}/checkpoints; cd {tmp_path / run}/checkpoints; mkdir'

@@ -1,4 +1,4 @@
-"""What rows of one table must share, and what an experiment refuses to run."""
+"""Tests what rows of one table must share, and what an experiment refuses to run."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ from tests.helpers.stores import write_store
 
 @pytest.fixture
 def package(tmp_path):
-    """A copy of the library's sources."""
+    """Copies the library's sources."""
     return shutil.copytree(
         provenance.PACKAGE, tmp_path / 'package', ignore=shutil.ignore_patterns('__pycache__')
     )
@@ -32,13 +32,13 @@ def rewrite(file, old, new):
 
 
 def test_the_training_code(package):
-    """Comments, docstrings and formatting do not count, nor do files that cannot change a result."""
+    """Ignores comments, docstrings, formatting, and files that cannot change a result."""
     before = provenance.code(package)
     assert before == provenance.code(package) == provenance.code()
     layers = package / 'nets/layers.py'
     text = layers.read_text()
     layers.write_text('# a comment\n' + text.replace('\n\n\n', '\n\n\n\n# another\n\n\n'))
-    rewrite(package / 'training/evaluation.py', 'every picture once', 'each picture once')
+    rewrite(package / 'training/evaluation.py', '"""', '"""Other words. ')
     rewrite(package / 'training/evaluation.py', "('centre', 'ten')", '("centre", "ten")')
     for name in ('main.py', 'devices/preemption.py', 'input/sources/folder.py'):
         rewrite(package / name, 'import', 'import os\nimport')
@@ -51,7 +51,7 @@ def test_the_training_code(package):
 
 
 def test_the_presets_of_a_row(tmp_path):
-    """Those that its config imports count, without comments; so rows of different presets share some."""
+    """Imported presets count, without comments, so rows of different presets share some."""
     shutil.copytree(provenance.ROOT / 'configs', tmp_path / 'configs')
     preset = tmp_path / 'configs/one_gpu.py'
 
@@ -76,9 +76,9 @@ def test_presets_that_were_edited_between_two_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(
         provenance, 'presets', lambda argument: presets(argument) | {'configs/base.py': 'other'}
     )
-    with pytest.raises(UserError, match='configs/base.py was another for each'):
+    with pytest.raises(UserError, match='configs/base.py differed between them'):
         trial.run('one gpu', 0, 'configs/one_gpu.py')
-    assert not trial.workdir('one gpu', 0).exists()  # it is known before
+    assert not trial.workdir('one gpu', 0).exists()  # refused before the run
 
 
 def test_configs_are_compared_before_anything_is_run(tmp_path):
@@ -104,7 +104,7 @@ def report():
 
 
 def test_what_looks_at_a_run(tmp_path, monkeypatch):
-    """The function counts, and what it names; not the rest of its module."""
+    """The function and what it refers to count, but not the rest of its module."""
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / 'looks_at_it.py'
     file.write_text(MODULE)
@@ -149,7 +149,7 @@ def test_the_checkpoint_that_a_run_starts_from(tmp_path):
     assert first and first == start('b')
     later = leave_checkpoint(tmp_path / 'a', 2, 6)
     assert start('a') not in ('', first)
-    later.write_text(later.read_text().replace('6', '7', 1))  # damaged: passed over
+    later.write_text(later.read_text().replace('6', '7', 1))  # damaged: skipped
     assert start('a') == first
 
 
@@ -172,7 +172,7 @@ def test_constants_and_names_count():
 def test_empty_parts_of_formatted_strings_do_not_count():
     plain, added = (provenance.ast.parse("f'{x:{y}}'") for _ in range(2))
     specification = added.body[0].value.values[0].format_spec
-    specification.values.append(provenance.ast.Constant(''))  # as Python 3.12.1 reads it
+    specification.values.append(provenance.ast.Constant(''))  # as Python 3.12.1 parses it
     assert provenance.normal(added) == provenance.normal(plain)
     other = provenance.ast.parse("f'{x:{y}} '")
     assert provenance.normal(other) != provenance.normal(plain)
@@ -198,14 +198,14 @@ def row(name='a', config=None, command=(), code='c', data='0', files=None, start
     [
         (row(), ''),
         (row(code='d'), r'their training code differs \(c and d\)'),
-        (row(data='1'), r'their pictures differ \(identity 0 and 1\)'),
+        (row(data='1'), r'their images differ \(identity 0 and 1\)'),
         (
             row('b', {'config.optim.rate': 0.02}),
             r'their configs differ in config.optim.rate \(0.01 and 0.02\)',
         ),
         # what the row is about
         (row('b', {'config.optim.rate': 0.02}, ['--config.optim.rate=0.02']), ''),
-        # but not from one seed to the next
+        # but seeds must not differ
         (
             row('a', {'config.optim.rate': 0.02}, ['--config.optim.rate=0.02']),
             'differ in config.optim.rate',
@@ -216,7 +216,7 @@ def row(name='a', config=None, command=(), code='c', data='0', files=None, start
         ({'name': 'a', 'command': []}, 'one has no fingerprint'),
         (
             row('b', command=['--config=x'], files={'configs/base.py': '6', 'x': '7'}),
-            r'configs/base.py was another for each \(5 and 6\)',
+            r'configs/base.py differed between them \(5 and 6\)',
         ),
         (row('b', command=['--config=x'], files={'configs/base.py': '5', 'x': '7'}), ''),
         (row('b', {'config.train.init_from': 'x'}, ['--config.train.init_from=x'], start='3'), ''),
@@ -225,7 +225,7 @@ def row(name='a', config=None, command=(), code='c', data='0', files=None, start
                 **row(),
                 'fingerprint': {k: v for k, v in row()['fingerprint'].items() if k != 'start'},
             },
-            'one has a fingerprint of an earlier version',
+            'one has a fingerprint from an earlier version',
         ),
     ],
 )
@@ -235,7 +235,7 @@ def test_which_rows_go_together(second, words):
     with pytest.raises(UserError, match=words) as error:
         provenance.check({'a-0': row(), 'x': second})
     said = str(error.value)
-    assert said.startswith('a-0 and x do not belong into one table: ') and '\n' not in said
+    assert said.startswith('a-0 and x do not belong in one table: ') and '\n' not in said
 
 
 def test_rows_that_start_from_one_checkpoint():
@@ -247,7 +247,7 @@ def test_rows_that_start_from_one_checkpoint():
     for name in ('a', 'b'):
         provenance.check({'a-0': one, 'x': fine_tuned(name, 'x', '3')})
         provenance.check({'a-0': one, 'x': fine_tuned(name, 'y', '4')})
-        with pytest.raises(UserError, match=r'x was another checkpoint for each \(3 and 4\)'):
+        with pytest.raises(UserError, match=r'x was a different checkpoint for each \(3 and 4\)'):
             provenance.check({'a-0': one, 'x': fine_tuned(name, 'x', '4')})
 
 
@@ -297,18 +297,20 @@ def test_rows_of_other_code_or_pictures_are_refused(tmp_path, monkeypatch):
     first = trial.run('a', 0, 'configs/original.py')
     with monkeypatch.context() as patch:
         patch.setattr(provenance, 'code', lambda: 'new')
-        assert trial.run('a', 0, 'configs/original.py') == first  # it is there
+        assert trial.run('a', 0, 'configs/original.py') == first  # stored
         old = first['fingerprint']['code']
-        with pytest.raises(UserError, match=rf'a-0 was made by other training code \({old}\) than'):
+        with pytest.raises(
+            UserError, match=rf'a-0 was made with different training code \({old}\) than'
+        ):
             trial.run('b', 0, 'configs/original.py')
         trial.results['a-0']['extra'] = {}
-        with pytest.raises(UserError, match='other training code'):
+        with pytest.raises(UserError, match='different training code'):
             trial.extend('a-0', 'more', dict)
     assert started == ['a-0']
     shutil.rmtree(tmp_path / 'runs/pictures')
     size = {'format': 'jpg', 'size': 256, 'counts': {'train': 1, 'val': 1}}
     write_store(tmp_path / 'runs/pictures', **size, seed=1)
-    with pytest.raises(UserError, match='a-0 and b-0 .*: their pictures differ'):
+    with pytest.raises(UserError, match='a-0 and b-0 .*: their images differ'):
         trial.run('b', 0, 'configs/original.py')
     assert [*json.loads((tmp_path / 'results/trial-smoke.json').read_text())] == ['a-0']
 
@@ -317,14 +319,16 @@ def test_a_run_goes_on_with_the_code_that_began_it(tmp_path, monkeypatch):
     trial = make(tmp_path, start=leave)
     workdir = trial.workdir('a', 0)
     provenance.note(workdir, 'older')
-    provenance.note(workdir, 'old')  # the start before made no run directory
+    provenance.note(workdir, 'old')  # the previous start made no run directory
     workdir.mkdir()
     provenance.note(workdir, 'old')
-    with pytest.raises(UserError, match=r'a-0: was begun by other training code .*\(old, now '):
+    with pytest.raises(
+        UserError, match=r'a-0: the run began with different training code .*\(old, now '
+    ):
         trial.run('a', 0, 'configs/original.py')
     trial.workdir('b', 0).mkdir(parents=True)
     with pytest.raises(
-        UserError, match=r'b-0: was begun by other training code .*\(not noted, now '
+        UserError, match=r'b-0: the run began with different training code .*\(not noted, now '
     ):
         trial.run('b', 0, 'configs/original.py')
 
@@ -345,7 +349,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_it_started_from(tmp_path):
         with pytest.raises(Stopped):
             run()
     leave_checkpoint(pretrained, 2, 6)
-    with pytest.raises(UserError, match='a-0: was begun by other .* from checkpoint'):
+    with pytest.raises(UserError, match='a-0: the run began with different .* from checkpoint'):
         run()
 
 
@@ -363,7 +367,7 @@ def test_uncommitted_code_is_refused(tmp_path, monkeypatch, commit):
         run('small')
     assert not (tmp_path / 'small').exists()
     made = run('small', allow_dirty=True)
-    assert made['uncommitted'] and '1 run of uncommitted code' in lab.measured_on({'a-0': made})
+    assert made['uncommitted'] and '1 run with uncommitted code' in lab.measured_on({'a-0': made})
     assert run('smoke')['uncommitted']
     monkeypatch.setattr(provenance.directory, 'commit', lambda: 'abc')
     made = run('full')
@@ -393,7 +397,7 @@ def looking(workdir):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Looks at a run leave out its validation pictures, which `leave` does not make."""
+    """Analyses skip the validation images, which `leave` does not create."""
     monkeypatch.setattr(lab, '_look', lambda after, workdir: (after(workdir), None))
 
 
@@ -402,15 +406,15 @@ def no_pictures(monkeypatch):
     [
         (
             'code',
-            'the training code, a preset or the checkpoint .* changed while it was made; remove',
+            'the training code, a preset or the initial checkpoint changed during the run; remove',
         ),
         (
             'presets',
-            'the training code, a preset or the checkpoint .* changed while it was made; remove',
+            'the training code, a preset or the initial checkpoint changed during the run; remove',
         ),
         (
             'look',
-            r'test_provenance.looking changed while it was made; the same command looks again',
+            r'test_provenance.looking changed during the run; repeat the command',
         ),
     ],
 )
@@ -430,7 +434,7 @@ def test_what_changes_while_a_run_is_made_refuses_it(
             monkeypatch.setattr(provenance, part, change)
 
     def look(after, workdir):
-        assert when == 'looked at'  # what has changed before is not looked at
+        assert when == 'looked at'  # after earlier changes there is no analysis
         monkeypatch.setattr(provenance, part, change)
         return after(workdir), None
 
@@ -443,7 +447,7 @@ def test_what_changes_while_a_run_is_made_refuses_it(
 
 @pytest.mark.slow
 def test_what_is_added_to_a_row_is_held_to_the_same(tmp_path, monkeypatch, no_pictures):
-    """Several runs looked at together: committed, by the code and the functions of the other rows."""
+    """An analysis of several runs needs committed code and the functions of the other rows."""
     monkeypatch.setattr(provenance.directory, 'commit', lambda: 'abc')
     folders = {'runs': tmp_path / 'runs', 'results': tmp_path / 'results'}
     trial = lab.Lab('trial', 'small', seeds=1, start=leave, **folders)
@@ -454,14 +458,14 @@ def test_what_is_added_to_a_row_is_held_to_the_same(tmp_path, monkeypatch, no_pi
             trial.extend('a-0', 'more', looking, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(provenance, 'look', lambda function: {f'{__name__}.looking': 'new'})
-        with pytest.raises(UserError, match='looking was another for each'):
+        with pytest.raises(UserError, match='looking differed between them'):
             trial.extend('a-0', 'more', looking, tmp_path)
     with monkeypatch.context() as patch:
 
         def changing():
             patch.setattr(provenance, 'code', lambda: 'new')
 
-        with pytest.raises(UserError, match='a-0: the code changed while its runs were looked at'):
+        with pytest.raises(UserError, match='a-0: the code changed during the analysis'):
             trial.extend('a-0', 'more', changing)
     assert 'more' not in trial.results['a-0']['extra']
 

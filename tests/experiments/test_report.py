@@ -1,4 +1,4 @@
-"""CIFAR-10 with and without norms, figures 3 and 4, and the report: arithmetic, and smoke runs."""
+"""Tests CIFAR-10 with and without norms, figures 3 and 4, and the report: arithmetic and smoke runs."""
 
 import copy
 import io
@@ -52,7 +52,7 @@ def tiny(folder, size, *options):
 
 
 def result(name, seed=0, *, diverged=False, **extra):
-    """A hand-made result, as `lab.Lab` keeps them."""
+    """Makes a result by hand, as `lab.Lab` stores it."""
     return {
         'name': name,
         'seed': seed,
@@ -80,7 +80,7 @@ def by_key(*results):
 
 @pytest.fixture
 def figure_of(tmp_path, monkeypatch):
-    """figure_of(experiment, results) -> its figure."""
+    """figure_of(experiment, results) returns its figure."""
     drawn = []
     monkeypatch.setattr(
         'matplotlib.figure.Figure.savefig', lambda figure, *_, **__: drawn.append(figure)
@@ -104,7 +104,7 @@ def test_cifar_lrn(tmp_path, monkeypatch):
     assert made['extra'].keys() == {'centre', 'ten'}
     # the run's own last evaluation
     assert made['extra']['centre'] == made['eval'][-1]['top1_error']
-    # One bit a picture, by its own computation here: of one program over the whole split
+    # One bit per image, compared with a single program over the whole split
     right = statistics.unpack(made['hits'], 20)
     classify = inference.load(trial.workdir('11pct_plain', 0), views='centre')
     store = inference.open_store([classify.run])
@@ -113,7 +113,7 @@ def test_cifar_lrn(tmp_path, monkeypatch):
     assert 100 * (1 - right.mean()) == pytest.approx(made['extra']['centre'])
     table = cifar_lrn.report(trial.results)
     assert f'| 11pct_plain | 0.625 of 520 |  | {made["extra"]["centre"]:.2f} | ' in table
-    assert '| 13pct | | 13 | not run | | 0 |' in table and 'norms alone bring: not run' in table
+    assert '| 13pct | | 13 | not run | | 0 |' in table and 'Effect of norms alone: not run' in table
 
 
 def test_all_schedules_are_shortened_alike(tmp_path):
@@ -131,7 +131,7 @@ def test_all_schedules_are_shortened_alike(tmp_path):
     assert (eleven['optim.epochs'], eleven['optim.drops']) == (12.0, (11.538462, 11.769231))
     assert eleven['run.eval_every'] == 1.0
     short = commands['configs/cifar10.py:80sec']
-    assert (short['optim.epochs'], short['optim.drops']) == (10.0, (8.0,))  # it has no more
+    assert (short['optim.epochs'], short['optim.drops']) == (10.0, (8.0,))  # its full schedule
     Lab.scale = 'full'
     cifar_lrn.run(Lab())
     eleven = commands['configs/cifar10.py:11pct']
@@ -157,18 +157,18 @@ def test_what_norms_bring_is_paired_by_seed():
     )
     assert cifar_lrn.gains(results, 'centre') == [3.0, 1.0, 2.0]  # seed 3 has no partner
     table = cifar_lrn.report(results)
-    # Three seeds: 4.303 standard errors; two tests: twice 0.074, and 1
+    # Three seeds: 4.303 standard errors. Two tests: twice 0.074, and 1
     assert 'centre crop: +2.00 (-0.48 to +4.48) points, 3 seeds, p = 0.15.' in table
     assert 'ten views: +0.00 (-4.97 to +4.97) points, 3 seeds, p = 1.' in table  # 0, 2 and -2
-    assert 'over pictures (bootstrap, centre crop, 95 %): —.' in table
-    assert 'what norms bring, by each kind of views, 2 tests.' in table
+    assert 'over images (bootstrap, centre crop, 95 %): —.' in table
+    assert 'the effect of norms, one test per kind of view, 2 tests.' in table
     assert '| 11pct | 52 of 520 | 11 | 25.00 ± 12.91 | 24.00 ± 12.91 | 4 |' in table
     assert '| 11pct_plain | 52 of 520 |  | 22.00 ± 9.54 | 19.00 ± 9.17 | 4, 1 diverged |' in table
     assert '| 18pct | 52 of 140 | 18 | 17.25 |  | 1 |' in table
 
 
 def test_the_figure_of_cifar_lrn(figure_of):
-    """A line for every seed, one name for each network, and a bar at the error that it is known for."""
+    """It has a line per seed, a label per network, and a bar at the published error."""
     (axes,) = figure_of(
         cifar_lrn,
         by_key(
@@ -197,14 +197,14 @@ def test_the_figure_of_cifar_lrn(figure_of):
     ],
 )
 def test_what_norms_bring_as_a_family(differences, words):
-    """With a second test that shows nothing, the first one's p counts twice."""
+    """A second test that shows nothing doubles the p of the first."""
     found = cifar_lrn.verdicts({'centre': differences, 'ten': [-1.0, 0.0, 1.0]})
     assert found['centre'] == words
 
 
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
-    """Results of figures 3 and 4, of one run; every validation picture is a training picture, too."""
+    """Makes results of figures 3 and 4 from one run; every validation image is a training image, too."""
     folder = tmp_path_factory.mktemp('figures')
     given = tiny(folder / 'store', 72, '--config.augment.crop=64', '--config.optim.epochs=0.5')
     labels = {'train': np.arange(64) % 10, 'val': np.arange(40, 60) % 10}
@@ -241,7 +241,7 @@ def test_figure_3(drawn, tmp_path):
     assert f'| original, seed 0 | 1 | 3 | {np.mean(extra["end"]["colour"][1]):.2f} | ' in table
     (axes,) = fig3_filters.figure(drawn.third.results).axes
     np.testing.assert_array_equal(axes.images[0].get_array(), kernel_picture(kernels))
-    assert axes.get_title('left') == ''  # of a single run
+    assert axes.get_title('left') == ''  # a single run
     fig3_filters.plot(drawn.third.results, tmp_path / 'figure.png')
     drawn = np.asarray(Image.open(tmp_path / 'figure.png').convert('RGB'))
     assert colours(kernel_picture(kernels)) <= colours(drawn)
@@ -252,7 +252,7 @@ def colours(picture):
 
 
 def test_figure_3_of_several_runs(tmp_path):
-    """Each by its name, its towers by theirs, with more room between runs than between towers."""
+    """Runs and towers have their names, with more space between runs than between towers."""
     rng = np.random.default_rng(0)
 
     def of(towers, count):
@@ -274,7 +274,7 @@ def test_figure_3_of_several_runs(tmp_path):
         '$_{x$, seed 0',
     ]
     first, second, single = drawn.axes
-    # Kernels are in the rows 1 to 11 and, two lines and a gap of 5 below, 19 to 29.
+    # Kernels are in rows 1 to 11 and, below two lines and a gap of 5, in rows 19 to 29.
     for axes, towers in (
         (first, {6: 'tower 0', 24: 'tower 1'}),
         (second, {6: 'tower 0', 24: 'tower 1'}),
@@ -293,7 +293,7 @@ def test_figure_3_of_several_runs(tmp_path):
 
 @pytest.mark.full
 def test_figure_4(drawn, tmp_path, monkeypatch):
-    """The nearest picture is the same picture: its class, its name, and nothing between them."""
+    """The nearest image is the same image: same class, same name, at distance 0."""
     extra = drawn.fourth.results['original-0']['extra']
     assert extra['same'][0] == 100.0 and len(extra['same']) == 6 and extra['same'][5] < 50
     assert extra['chance'] == pytest.approx(10.0)
@@ -313,7 +313,7 @@ def test_figure_4(drawn, tmp_path, monkeypatch):
     own, by_pixels = (np.mean(extra[kind]) for kind in ('same', 'same_by_pixels'))
     assert f'| {own:.1f} | 100.0 | {by_pixels:.1f} | 10.00 |' in table and '(runs: 1;' in table
 
-    # Drawn: eight pictures with their bars; below, pictures and classes of five queries.
+    # The figure: eight images with their bars; below, images and classes of five queries.
     results = copy.deepcopy(drawn.fourth.results)
     asked = results['original-0']['extra']['queries']
     asked[0]['name'] = 'n01440764'
@@ -336,12 +336,12 @@ def test_figure_4(drawn, tmp_path, monkeypatch):
     below = retrieve.draw(tiles[:, 0], tiles[:, 1:], names)
     drawn = np.asarray(Image.open(tmp_path / 'figure.png'))
     np.testing.assert_array_equal(drawn[-20 - len(below) : -20, : below.shape[1]], below)
-    assert len(drawn) == 860 + 20 + len(below)  # the part above is of that size
+    assert len(drawn) == 860 + 20 + len(below)  # the upper part has that height
 
 
 @pytest.mark.full
 def test_a_run_that_is_there_already(drawn, monkeypatch, capsys):
-    """Its table and its figure, and nothing is kept of it among results."""
+    """Its table and figure are made, but no results are stored."""
     monkeypatch.setattr(lab, 'apart', lambda look, run: look(run))
     monkeypatch.setattr(lab, 'Lab', None)
     monkeypatch.setattr('signal.signal', lambda *args: None)
@@ -359,7 +359,7 @@ def test_a_run_that_is_there_already(drawn, monkeypatch, capsys):
 @pytest.mark.full
 @pytest.mark.parametrize('module', [fig3_filters, fig4_retrieval])
 def test_a_run_in_a_bucket(drawn, monkeypatch, capsys, module):
-    """It is read from there, and its figure is put beside it."""
+    """It is read from there, and its figure is written there."""
     name = module.__name__.rpartition('.')[2]
     made = {fig3_filters: drawn.third, fig4_retrieval: drawn.fourth}[module].results['original-0']
     bucket, address = Bucket(), 'gs://bucket/run'
@@ -369,7 +369,7 @@ def test_a_run_in_a_bucket(drawn, monkeypatch, capsys, module):
         bucket.put(f'bucket/run/{file}', (drawn.third.workdir('original', 0) / file).read_bytes())
 
     def apart(look, path):
-        path = pickle.loads(pickle.dumps(path))  # on its way to another process
+        path = pickle.loads(pickle.dumps(path))  # as when sent to another process
         assert look == module.look and str(path / 'names.txt') == f'{address}/names.txt'
         return made['extra']
 
@@ -384,7 +384,7 @@ def test_a_run_in_a_bucket(drawn, monkeypatch, capsys, module):
 
 
 def gratings():
-    """Kernels f32[1,11,11,3,6]: three grey gratings, a coloured one, a grey spot, a grey chequerboard."""
+    """Makes kernels f32[1,11,11,3,6]: three grey gratings, a coloured one, a grey spot and a checkerboard."""
     y, x = np.mgrid[-5:6, -5:6]
     waves = [
         np.sin(1.7 * (np.cos(a) * x + np.sin(a) * y)) for a in np.pi / 180 * np.array([0, 90, 30])
@@ -425,15 +425,17 @@ def test_the_difference_between_towers():
             result('one tower', 0, **of([0.5, 0.5])),
             result('a', 3, diverged=True),
             result('a', 4, **of([0.0, 0.2], [0.6, 0.6])),
-            result('a', 5, **of([0.0, 0.0], [0.25, 0.75])),  # p is 0.04, of two that are left
+            result('a', 5, **of([0.0, 0.0], [0.25, 0.75])),  # p is 0.04, with two tests left
         )
     )
     assert '| a, seed 0 | 0 | 4 | 0.10 | 0.15 | 0.65 |' in table
-    # 0.2 / 12 ** 0.5 is its standard error, with three degrees of freedom
+    # its standard error is 0.2 / 12 ** 0.5, with three degrees of freedom
     assert 'a, seed 0, tower 1 minus tower 0: colour +0.70 (+0.52 to +0.88), p = 0.0048, ' in table
     assert 'a, seed 5, tower 1 minus tower 0: colour +0.50 (+0.04 to +0.96), p = 0.081, ' in table
-    assert 'than the other in 3 of 5 runs, by the corrected p (tower 0 in 1, tower 1 in 2)' in table
-    assert 'tower 1 minus tower 0, of each run, 5 tests.' in table
+    assert (
+        'colour-specific in 3 of 5 runs, by the corrected p (tower 0 in 1, tower 1 in 2)' in table
+    )
+    assert 'tower 1 minus tower 0, for each run, 5 tests.' in table
     assert '| a, seed 3 | diverged |' in table and 'one tower, seed 0, tower 1' not in table
     assert 'All kernels of a run share one scale' in table
     assert 'Figure' not in fig3_filters.report(by_key(result('a', 3, diverged=True)))
@@ -441,7 +443,7 @@ def test_the_difference_between_towers():
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """page() -> the report of what is in `results`, its sections by title."""
+    """page() returns the report of what is in `results`, its sections by title."""
     monkeypatch.setattr(report, 'PAGE', tmp_path / 'RESULTS.md')
     monkeypatch.setattr(lab, 'RESULTS', tmp_path / 'results')
     monkeypatch.setattr(lab, 'FIGURES', tmp_path / 'figures')
@@ -451,8 +453,8 @@ def page(tmp_path, monkeypatch):
     def make():
         report.main()
         intro, *sections = (tmp_path / 'RESULTS.md').read_text().split('\n## ')
-        pictures, *sections = sections
-        assert pictures.startswith('The pictures')
+        datasets, *sections = sections
+        assert datasets.startswith('Datasets')
         return {section.partition('\n')[0]: section for section in sections}
 
     return make
@@ -460,7 +462,7 @@ def page(tmp_path, monkeypatch):
 
 def test_a_report_of_nothing(page, capsys):
     sections = page()
-    assert len(sections) == len(report.EXPERIMENTS) == 8  # and no part of earlier results
+    assert len(sections) == len(report.EXPERIMENTS) == 8  # and no section of earlier results
     assert capsys.readouterr().out.startswith('wrote ')
     for section in sections.values():
         assert section.count('**Not run.**') == 2 and 'Measured' not in section
@@ -476,13 +478,13 @@ def test_a_report_of_nothing(page, capsys):
 
 
 def test_a_report_of_some_results(page, tmp_path):
-    """At one scale, trained with two seeds, and with a figure; smoke runs are not shown."""
+    """Results at one scale, with two seeds and a figure; smoke runs are not shown."""
     results = pair()
     lab.write(tmp_path / 'results/cifar_lrn-small.json', results)
     lab.write(tmp_path / 'results/cifar_lrn-smoke.json', results)
     lab.write(tmp_path / 'results/fig3_filters-smoke.json', results)
     figure = tmp_path / 'figures/cifar_lrn-small.png'
-    figure.touch()  # of other results: it is drawn anew
+    figure.touch()  # of other results: it is redrawn
     again = page()
     cifar_lrn.plot(results, tmp_path / 'same.png')
     assert figure.read_bytes() == (tmp_path / 'same.png').read_bytes()
@@ -496,7 +498,7 @@ def test_a_report_of_some_results(page, tmp_path):
     ) in small
     assert f'{cifar_lrn.NOTES["small"]}\n\n{cifar_lrn.report(results)}' in small
     assert '(figures/cifar_lrn-small.png)' in small
-    assert 'Measured: 4 runs on cifar (50,000 training and 10,000 validation pictures)' in small
+    assert 'Measured: 4 runs on cifar (50,000 training and 10,000 validation images)' in small
     assert (
         'GPU_0; processors: Z80 (1 core); jax 0.10.2; commit abc1234; training code c0de.' in small
     )
@@ -504,7 +506,7 @@ def test_a_report_of_some_results(page, tmp_path):
 
 
 def pair():
-    """Results of two seeds of the 11 % network with norms and without."""
+    """Makes results of two seeds of the 11 % network with and without norms."""
     fingerprint = {'code': 'c0de', 'files': {}, 'config': {}, 'start': '', 'data': '0'}
     made = by_key(
         *(
@@ -517,7 +519,7 @@ def pair():
 
 
 def test_earlier_results_stand_apart(page, tmp_path):
-    """They keep their table at the end, and none among the others; of those rows must belong together."""
+    """They have a table at the end and none among the others, whose rows must belong together."""
     rows = pair()
     old = {
         key: {name: row[name] for name in row if name != 'fingerprint'} for key, row in rows.items()
@@ -529,7 +531,7 @@ def test_earlier_results_stand_apart(page, tmp_path):
     assert cifar_lrn.report(old) in apart and 'commit abc1234.' in apart
     assert '(figures/earlier/cifar_lrn-small.png)' in apart
     new = sections[cifar_lrn.TITLE]
-    assert '**Not run** by this version of the code' in new and '| 11pct |' not in new
+    assert '**Not run** with this version of the code' in new and '| 11pct |' not in new
     lab.write(tmp_path / 'results/cifar_lrn-small.json', old)
     with pytest.raises(UserError, match='has rows without a fingerprint'):
         report.main()
@@ -549,7 +551,7 @@ def test_commands_of_several_arguments():
 
 
 def test_commands_name_the_runs_that_are_there():
-    """By name where all seeds are, by seed where some are; all of them need no name."""
+    """Runs are named if all seeds exist, with the seed if some do; if all runs exist, none is named."""
 
     def run(lab):
         for seed in range(lab.seeds):

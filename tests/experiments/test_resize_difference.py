@@ -1,4 +1,4 @@
-"""The comparison with OpenCV runs, and our squares are close to the source's."""
+"""Tests the comparison with OpenCV, and that our squares are close to those of the 2012 source code."""
 
 import sys
 
@@ -29,8 +29,8 @@ def test_our_squares_are_close_to_opencv(height, width):
 
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['resize_difference', str(tmp_path), '--size=32'])
-    with pytest.raises(UserError, match='no pictures'):
+    with pytest.raises(UserError, match='no images'):
         resize_difference.main()
     write_tree(tmp_path, {'train/a': 2, 'train/b': 1})
     resize_difference.main()
-    assert '3 pictures' in capsys.readouterr().out
+    assert '3 images' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What the training step moves between devices, read in the compiled program, and nothing else."""
+"""Tests that the training step moves what the formula says between devices, and nothing else."""
 
 import sys
 from functools import partial
@@ -20,7 +20,7 @@ from experiments.scaling.formula import Move
 
 CROP, CLASSES, IMAGES = 64, 10, 4
 HLO_NAMES = {'float32': 'f32', 'bfloat16': 'bf16'}
-# Of the narrow network: 12 maps of 3x3 before conv3, 1x1 before fc6, and 256 units, over both towers.
+# Elements exchanged in the narrow network, over both towers.
 CONV3, FC6, FC7 = 3 * 3 * 32, 1 * 1 * 32, 512
 
 
@@ -57,8 +57,8 @@ def test_data_parallel_step_sums_gradients_and_metrics_and_nothing_else(shape, d
     sizes = sum(x.size for x in jax.tree.leaves(params))
     metrics = len(('count', 'loss', 'top1', 'top5'))
     assert sum(m.elements for m in moves) == sizes + metrics
-    # Biases are added in float32, so their gradients are float32, as the metrics are.
-    # Those of layers that are computed for each tower alone come in two halves.
+    # Biases are added in float32, so their gradients are float32, like the metrics.
+    # In layers that compute each tower separately they come in two halves.
     halves = {name: 2 if name in alexnet.GROUPED else 1 for name in params}
     biases = [params[name]['bias'].size // n for name, n in halves.items() for _ in range(n)]
     other = [m.elements for m in moves if m.dtype != HLO_NAMES[dtype]]
@@ -68,7 +68,7 @@ def test_data_parallel_step_sums_gradients_and_metrics_and_nothing_else(shape, d
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_two_device_step_exchanges_each_tensor_once_each_way(dtype):
-    """`conv3`, `fc6` and `fc7` read both towers; the logits are summed in float32."""
+    """conv3, fc6 and fc7 read both towers; the logits are summed in float32."""
     rows, name = 2 * IMAGES, HLO_NAMES[dtype]
     forward = [Move('all-gather', 'model', name, rows * n) for n in (CONV3, FC6, FC7)]
     backward = [Move('reduce-scatter', 'model', name, rows * n) for n in (FC7, FC6, CONV3)]
@@ -86,7 +86,7 @@ def test_both_axes_at_once(dtype):
 
 @pytest.mark.parametrize('shape', [(8, 1), (2, 2)], ids=str)
 def test_the_compiler_adds_nothing(shape):
-    """The compiled program, in float32: XLA's CPU backend sends bfloat16 as float32."""
+    """Checks the compiled program in float32, since XLA's CPU backend sends bfloat16 as float32."""
     compiled = lower(narrow(), shape).compile(compiler_options=command.OPTIONS).as_text()
     assert programs.same(programs.found(compiled, shape), expected(narrow(), shape))
 
@@ -108,7 +108,7 @@ def test_lars_sums_the_norms_of_what_is_divided():
 
 
 def test_the_paper_s_step_at_full_width():
-    """128 images on two devices: 28,966,912 bytes gathered and as many scattered, in float32."""
+    """128 images on two devices: 28,966,912 bytes gathered and as many reduce-scattered, in float32."""
     config = paper.get_config()
     totals = programs.totals(
         programs.written(programs.train_step(config, 1000, (1, 2), 64), (1, 2))
@@ -121,7 +121,7 @@ def test_the_paper_s_step_at_full_width():
     }
 
 
-# --- the tests see what is added, dropped, or sent in another dtype
+# --- the tests detect what is added, dropped, or sent in another dtype
 
 
 def exchange_in_float32(real, towers, axis=None):
@@ -193,7 +193,7 @@ def test_the_formula_knows_every_layer(preset):
 
 
 def test_the_paper_s_arithmetic():
-    """`docs/original.md` §1: 724,406,816 multiply-adds; 4.136 GFLOP an image in training."""
+    """`docs/original.md` §1: 724,406,816 multiply-adds; 4.136 GFLOP per image in training."""
     net = programs.make_net(paper.get_config(), 1000)
     plan = formula.layers(net, 224)
     assert sum(layer.macs for layer in plan) == 724_406_816
@@ -253,8 +253,10 @@ def test_bytes_of_a_ring():
 def test_bandwidth_within_and_between_machines():
     h100, speed = ACCELERATORS['h100'], accelerators.bandwidth
     assert speed(h100, 'data', (8, 1)) == speed(h100, 'model', (32, 2)) == 450e9
-    assert speed(h100, 'data', (16, 1)) == 8 * 50e9  # a network link for each of a machine's eight
-    assert speed(h100, 'data', (32, 2)) == 4 * 50e9  # and half of them for each of two groups
+    assert (
+        speed(h100, 'data', (16, 1)) == 8 * 50e9
+    )  # one network link for each of a machine's eight
+    assert speed(h100, 'data', (32, 2)) == 4 * 50e9  # half of them for each of two groups
     assert speed(h100, 'data', (8, 8)) == 50e9
     assert speed(ACCELERATORS['gtx580'], 'data', (4, 1)) == 0
 
@@ -276,7 +278,7 @@ def test_efficiency_by_hand(compute, behind):
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
-    """Runs the command with arguments, on the devices of the tests and a narrow preset."""
+    """arguments(...) runs the command on the test devices with a narrow preset."""
     preset = tmp_path / 'narrow.py'
     preset.write_text(
         'from configs import paper\n\ndef get_config():\n    config = paper.get_config()\n'
@@ -302,7 +304,7 @@ def arguments(tmp_path, monkeypatch):
 
 
 def test_the_command(arguments, capsys, monkeypatch):
-    real, one = command._count, (1, 2)  # of its three programs one is enough
+    real, one = command._count, (1, 2)  # one of its three programs is enough
     monkeypatch.setattr(command, '_count', lambda mesh, *args: mesh != one or real(mesh, *args))
     out = arguments('--max_devices=2')
     text = capsys.readouterr().out
@@ -322,7 +324,7 @@ def test_the_command_fails_where_a_program_moves_something_else(arguments, capsy
     monkeypatch.setattr(command, '_count', lambda mesh, *args: mesh != (2, 1))
     with pytest.raises(SystemExit, match='1'):
         arguments('--max_devices=2')
-    assert capsys.readouterr().err == '1 programs do not move what the formula says\n'
+    assert capsys.readouterr().err == 'programs that do not match the formula: 1\n'
 
 
 def test_what_differs_is_marked():

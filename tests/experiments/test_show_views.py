@@ -1,4 +1,4 @@
-"""The picture of views shows what training and testing do, pixel for pixel."""
+"""Tests that the drawn views are those of training and testing, pixel for pixel."""
 
 import sys
 
@@ -63,5 +63,5 @@ def test_the_command(store, tmp_path, monkeypatch, capsys):
     with Image.open(out) as picture:
         assert picture.size == (1400, 1000)
     monkeypatch.setattr(sys, 'argv', [*command, '--index=12'])
-    with pytest.raises(UserError, match=r'--index=12: .* has training pictures 0\.\.11'):
+    with pytest.raises(UserError, match=r'--index=12: .* has training images 0\.\.11'):
         show_views.main()

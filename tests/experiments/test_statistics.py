@@ -1,4 +1,4 @@
-"""Statistics of the tables, each against another computation of the same."""
+"""Tests the statistics of the tables against independent computations."""
 
 import math
 import sys
@@ -55,7 +55,7 @@ def test_the_ratio_of_pairs():
 
 
 def test_holm_by_hand():
-    # Sorted: 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 * 1 is below the one before.
+    # Sorted: 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 * 1, which is below its predecessor.
     p = {'a': 0.01, 'b': 0.04, 'c': 0.03, 'd': 0.005}
     expected = {'a': 0.03, 'b': 0.06, 'c': 0.06, 'd': 0.02}
     assert statistics.holm(p) == pytest.approx(expected)
@@ -65,7 +65,7 @@ def test_holm_by_hand():
 
 
 def test_holm_rejects_as_its_steps_do():
-    """Holm's procedure in steps, and one test in twenty families that is rejected by chance."""
+    """Matches Holm's step-down procedure; one family in twenty has a rejection by chance."""
     rng = np.random.default_rng(0)
     families = rng.uniform(size=(4000, 6))
     wrong = 0
@@ -88,7 +88,7 @@ def test_verdicts():
 
 
 def correlated(seeds, pictures):
-    """Hits of two networks over some seeds: which pictures are hard is much the same for both."""
+    """Returns hits of two networks over some seeds; largely the same images are hard for both."""
     rng = np.random.default_rng(1)
     hard = rng.normal(size=pictures)
     own, reference = (rng.normal(more, 0.3, (seeds, pictures)) > hard for more in (0.0, 0.2))
@@ -107,13 +107,13 @@ def test_the_bootstrap_against_brute_force(seeds, pictures):
     expected = np.percentile(drawn, [2.5, 97.5])
     found = statistics.bootstrap(own, reference)
     np.testing.assert_allclose(found, expected, atol=0.06 * np.ptp(expected))
-    # Where pictures are not paired the interval is wider.
+    # Without paired images the interval is wider.
     unpaired = statistics.bootstrap(own, reference[:, ::-1])
     assert np.ptp(unpaired) > 1.1 * np.ptp(found)
 
 
 def test_the_bootstrap_of_large_splits_and_of_nothing():
-    """As wide as 50,000 pictures make it, and exactly 0 where no picture changed sides."""
+    """The interval is as wide as 50,000 images make it, and exactly 0 if no image changed."""
     own, reference = correlated(2, 50_000)
     each = 100 * (reference.mean(0) - own.mean(0))
     error = each.std() / 50_000**0.5

@@ -1,4 +1,4 @@
-"""What tests share: small sources, stores, run directories and whole runs of the commands."""
+"""Shared by tests: small sources, stores, run directories and whole runs of the commands."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A small run of the program as users start it: `from tests.helpers.commands import command, outcome`."""
+"""A small run of the program as users run it: `from tests.helpers.commands import command, outcome`."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from tests.helpers import ROOT
 from tests.helpers.processes import compilation_cache
 from tests.helpers.stores import write_store
 
-EXAMPLES, BATCH = 40, 8  # five steps an epoch, twenty steps in all
+EXAMPLES, BATCH = 40, 8  # five steps per epoch, twenty steps in total
 
-# As `python -m MODULE`; from raw stores, importing TensorFlow only takes seconds.
+# Like `python -m MODULE`, without TensorFlow, whose import takes seconds and raw stores do not need.
 WITHOUT_TENSORFLOW = """
 import runpy, sys
 sys.modules['tensorflow'] = None
@@ -23,7 +23,7 @@ del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
 """
 
-# The program as users start it, but for one event at which it kills itself.
+# The program as users run it, except that it kills itself at one event.
 DRIVER = """
 import os, pathlib, signal, sys, tempfile, time
 from alexnet_jax import main
@@ -50,11 +50,11 @@ read = batches.train_batches
 def train_batches(*args, **kwargs):
     kill_at('SIGTERM before the first step', signal.SIGTERM)
     for batch in read(*args, **kwargs):
-        kill_at('step')  # while the device computes the step before
+        kill_at('step')  # while the device computes the previous step
         kill_at('SIGTERM', signal.SIGTERM)
         kill_at('SIGINT', signal.SIGINT)
         if event == 'slow' or event.startswith('SIG') and count >= number:
-            time.sleep(0.3)  # with several processes it takes a second until all have agreed
+            time.sleep(0.3)  # several processes need a second to agree
         yield batch
 batches.train_batches = train_batches
 
@@ -62,7 +62,7 @@ saves, unfinished = 0, None
 rename = os.rename
 def rename_but_one(source, target, *args, **kwargs):
     if os.path.basename(target) == unfinished:
-        time.sleep(600)  # orbax's last act: it must not come before the kill
+        time.sleep(600)  # orbax's last action, which must not precede the kill
     rename(source, target, *args, **kwargs)
 os.rename = rename_but_one
 
@@ -105,7 +105,7 @@ run(main.main)
 
 
 def command(workdir, store, *more, event='never', number=1) -> list[str]:
-    """Twenty steps of the quickstart's recipe, five an epoch, each epoch evaluated."""
+    """Twenty steps of the quickstart's recipe, five per epoch, with an evaluation each epoch."""
     return [
         sys.executable,
         '-c',
@@ -135,14 +135,14 @@ def environment(store) -> dict[str, str]:
         os.environ
         | compilation_cache(store.parent / 'cache')
         | {
-            # Threads of a process: sums are split among them, and a process with two devices has fewer.
+            # Threads split sums, and a process with two devices would have fewer of them.
             'PJRT_NPROC': '4',
         }
     )
 
 
 def make_store(path):
-    """Forty pictures of noise to train with, twelve to evaluate."""
+    """Writes forty noise pictures for training and twelve for evaluation."""
     rng = np.random.default_rng(0)
     pictures = {
         split: rng.integers(0, 256, (n, 72, 72, 3), dtype=np.uint8)
@@ -153,7 +153,7 @@ def make_store(path):
 
 
 def outcome(workdir):
-    """The last checkpoint's step, arrays and meta (history and running sums); rows without times."""
+    """The last checkpoint's step, arrays and meta (history and running sums); the rows without times."""
     there = [p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()]  # not half-written
     folder = max(there, key=lambda p: int(p.name))
     record = json.loads((folder / 'meta' / 'metadata').read_text())

@@ -11,13 +11,13 @@ from tests.helpers.stores import write_store
 
 
 def in_process(command, workdir, until):
-    """A run as `lab.in_new_process` makes it, but here, and always to its end."""
+    """Like `lab.in_new_process`, but in this process, and always to the end."""
     loop.train(configured(command), workdir)
     return False
 
 
 def leave(command, workdir, until):
-    """What a start must leave, and nothing more. All starts have the same two pictures."""
+    """Leaves only the files that a start must leave. All starts have the same two pictures."""
     workdir.mkdir(parents=True)
     config, store = configured(command), workdir.parent.parent / 'pictures'
     config.data.store = str(store)
@@ -35,7 +35,7 @@ def leave(command, workdir, until):
 
 
 def leave_checkpoint(workdir, step=1, leaf=5):
-    """What a checkpoint says of its arrays, here of one with this fingerprint -> the file."""
+    """Writes the metadata of a checkpoint of one array with this fingerprint -> the file."""
     content = {'meta': {}, 'leaves': {'params/a': {'fingerprint': leaf}}}
     file = workdir / f'checkpoints/{step}/meta/metadata'
     file.parent.mkdir(parents=True)
@@ -44,7 +44,7 @@ def leave_checkpoint(workdir, step=1, leaf=5):
 
 
 def configured(command):
-    """The config that the arguments of `alexnet_jax.main` describe; of a field's values the last."""
+    """The config described by arguments of `alexnet_jax.main`; the last value of a field wins."""
     values = dict(argument.removeprefix('--').split('=', 1) for argument in command)
     config = configfile.load(values.pop('config'))
     values.pop('workdir')
@@ -60,7 +60,7 @@ def configured(command):
 
 
 def make(tmp_path, given=(), start=in_process, seeds=1, **others):
-    """A Lab of smoke runs, all of whose files are in a temporary folder."""
+    """A Lab of smoke runs with all its files in a temporary folder."""
     return lab.Lab(
         'trial',
         'smoke',

@@ -22,7 +22,7 @@ def encode(image: Image.Image, format: str = 'JPEG') -> bytes:
 
 
 def write_tree(tree: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """Writes tree/CLASS/NUMBER.jpg, so many pictures of each class, of several sizes."""
+    """Writes tree/CLASS/NUMBER.jpg, with `counts` pictures per class, in several sizes."""
     for label, (name, count) in enumerate(counts.items()):
         (tree / name).mkdir(parents=True)
         for number in range(count):
@@ -33,7 +33,7 @@ def write_tree(tree: Path, counts: dict[str, int], seed: int = 0) -> Path:
     return tree
 
 
-# TFDS mends these two of the real set; the miniature one has them too.
+# TFDS fixes these two files of the real set; the miniature set has them too.
 CMYK = 'n01739381_1309.JPEG'
 PNG = 'n02105855_2933.JPEG'
 

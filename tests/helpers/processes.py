@@ -1,11 +1,11 @@
-"""What the programs that tests start need: `from tests.helpers.processes import free_port`."""
+"""For programs that tests start: `from tests.helpers.processes import free_port`."""
 
 import os
 import socket
 
 
 def compilation_cache(folder: str | os.PathLike) -> dict[str, str]:
-    """Environment for programs that compile the same functions: only the first one compiles them."""
+    """An environment for programs that share functions, so that only the first compiles them."""
     return {
         'JAX_COMPILATION_CACHE_DIR': os.fspath(folder),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',

@@ -1,9 +1,9 @@
 """The layers of the network and their gradients as plain NumPy loops in float64.
 
-Written from the formulas, element by element, to share nothing with `alexnet_jax.nets.layers`: slow,
-for small arrays. Arrays are NHWC. `g` is the gradient of some scalar with respect to a layer's
+Written from the formulas, element by element, and independent of `alexnet_jax.nets.layers`; slow, so
+only for small arrays. Arrays are NHWC. `g` is the gradient of some scalar with respect to a layer's
 output, and every `*_grad` returns the gradient of that scalar with respect to the layer's inputs.
-`test_layers.py` checks the gradients by numerical differences and the values against SciPy.
+`test_layers.py` checks the gradients with numerical differences and the values against SciPy.
 """
 
 import math
@@ -89,7 +89,7 @@ def normalize(x, window, alpha, k, n, beta):
 
 
 def normalize_grad(x, g, window, alpha, k, n, beta):
-    """-> gradient of x: y = x * d^-beta has a share of its own x and one of each x inside its d."""
+    """-> gradient of x: y = x * d^-beta depends on its own x and on every x inside its d."""
     dx = np.zeros(x.shape)
     for at in np.ndindex(x.shape):
         d = k + alpha * sum(x[other] ** 2 for other in window(at, x.shape, n))
@@ -100,7 +100,7 @@ def normalize_grad(x, g, window, alpha, k, n, beta):
 
 
 def max_pool(x, window, stride):
-    """x[B,H,W,C] -> [B,H',W',C], H' = 1 + ceil((H - window) / stride); pixels that exist only."""
+    """x[B,H,W,C] -> [B,H',W',C], H' = 1 + ceil((H - window) / stride); existing pixels only."""
     rows, columns = (1 + math.ceil((size - window) / stride) for size in x.shape[1:3])
     y = np.zeros((x.shape[0], rows, columns, x.shape[3]))
     for b, r, c, channel in np.ndindex(y.shape):
@@ -110,7 +110,7 @@ def max_pool(x, window, stride):
 
 
 def max_pool_grad(x, g, window, stride):
-    """-> gradient of x; of equal maxima the first in reading order gets it."""
+    """-> gradient of x; among equal maxima, the first in reading order gets it."""
     dx = np.zeros(x.shape)
     for b, r, c, channel in np.ndindex(g.shape):
         pixels = pool_pixels(x, r, c, window, stride)
@@ -121,7 +121,7 @@ def max_pool_grad(x, g, window, stride):
 
 
 def avg_pool(x, window, stride):
-    """x[B,H,W,C] -> [B,H',W',C], sizes as of max_pool; the mean of the pixels that exist."""
+    """x[B,H,W,C] -> [B,H',W',C], sizes as for max_pool; the mean of the existing pixels."""
     rows, columns = (1 + math.ceil((size - window) / stride) for size in x.shape[1:3])
     y = np.zeros((x.shape[0], rows, columns, x.shape[3]))
     for b, r, c, channel in np.ndindex(y.shape):
@@ -141,7 +141,7 @@ def avg_pool_grad(x, g, window, stride):
 
 
 def local(x, kernel, bias):
-    """x[B,H,W,C], kernel[H,W,k*k*C,O], bias[H,W,O] -> [B,H,W,O]: its own weights at every place."""
+    """x[B,H,W,C], kernel[H,W,k*k*C,O], bias[H,W,O] -> [B,H,W,O]: separate weights at each position."""
     (height, width, channels), units = x.shape[1:], kernel.shape[3]
     size = math.isqrt(kernel.shape[2] // channels)
     y = np.zeros((*x.shape[:3], units)) + bias
@@ -156,7 +156,7 @@ def local(x, kernel, bias):
 
 
 def pool_pixels(x, row, column, window, stride):
-    """The pixels of the window of output (row, column), in reading order: those that exist."""
+    """The existing pixels in the window of output (row, column), in reading order."""
     top, left = row * stride, column * stride
     return [
         (h, w)

@@ -1,4 +1,4 @@
-"""A run directory without a training: `from tests.helpers.run_dirs import call, write_run`."""
+"""A run directory without training: `from tests.helpers.run_dirs import call, write_run`."""
 
 import math
 import os
@@ -24,7 +24,7 @@ SIZE, CROP, CLASSES, TRAIN, VAL, STEP = 72, 64, 6, 30, 12, 3
 
 
 class TinyRun(NamedTuple):
-    """What was written: the folder, the pictures by split, the network and its parameters."""
+    """What `write_run` wrote: the folders, the pictures by split, the network and its parameters."""
 
     path: Path
     store: Path
@@ -35,7 +35,7 @@ class TinyRun(NamedTuple):
 
 
 def write_run(folder: Path) -> TinyRun:
-    """The quickstart's network at a sixteenth of the width, with parameters from a generator."""
+    """The quickstart's network at a sixteenth of the width, with random parameters."""
     pictures = write_store(
         folder / 'store',
         format='u8',
@@ -62,7 +62,7 @@ def write_run(folder: Path) -> TinyRun:
 
 
 def random_params(net, crop: int, seed: int) -> dict:
-    """Parameters of a network, normal, of a size that keeps its activations near 1."""
+    """Normally distributed parameters, scaled to keep activations near 1."""
     rng = np.random.default_rng(seed)
 
     def draw(shape):
@@ -73,20 +73,20 @@ def random_params(net, crop: int, seed: int) -> dict:
 
 
 def save_params(run: Path, step: int, params: dict) -> None:
-    """A checkpoint with parameters alone."""
+    """Saves a checkpoint that has only parameters."""
     checkpoints = checkpoint.Checkpoints(run / 'checkpoints')
     checkpoints.save(step, {'params': params}, {'history': {}, 'running': {}})
     checkpoints.close()
 
 
 def without_tensorflow(monkeypatch) -> None:
-    """Pictures are read without TensorFlow, whose import would take most of a short test's time."""
+    """Reads pictures without TensorFlow, whose import would dominate a short test."""
     nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(batches, 'importlib', nothing)
 
 
 def refuses(monkeypatch, tmp_path, module, run, arguments, message) -> None:
-    """Asserts that a command, given the run for RUN, ends with one line, and writes nothing."""
+    """Asserts that a command, with the run in place of RUN, fails with one line and writes nothing."""
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=message) as error:
@@ -96,7 +96,7 @@ def refuses(monkeypatch, tmp_path, module, run, arguments, message) -> None:
 
 
 def call(monkeypatch, module, *arguments) -> None:
-    """A command's main(), in this process, which it would otherwise set up."""
+    """Calls a command's main() in this process, whose set-up stays."""
     without_tensorflow(monkeypatch)
     monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
     monkeypatch.setattr(sys, 'argv', [module.__name__, *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""Writes small stores, independently of prepare.py: `from tests.helpers.stores import write_store`."""
+"""Writes small stores independently of prepare.py: `from tests.helpers.stores import write_store`."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def write_store(
 ) -> dict[str, np.ndarray]:
     """Writes a store of smooth random pictures (or of `pictures` u8[N,size,size,3] by split).
 
-    Returns the pictures by split as a reader must give them: decoded, for a JPEG store.
+    Returns the pictures by split as a reader must return them: decoded, for a JPEG store.
     """
     counts = {s: len(p) for s, p in pictures.items()} if pictures else counts or {}
     counts = counts or {'train': 20, 'val': 7}

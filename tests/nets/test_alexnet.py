@@ -130,7 +130,7 @@ def test_a_removed_layer_passes_its_input_on(name):
 
 
 def test_the_towers_exchange_only_where_they_should():
-    """Which tower's kernels a change in tower 0's conv1 reaches, by layer."""
+    """Checks which layers of tower 1 a change in tower 0's conv1 reaches."""
 
     def reached(net):
         params = network.init(net, jax.random.key(0), 64)['params']
@@ -158,7 +158,7 @@ def test_fc6_reads_height_width_and_channels_over_both_towers_in_this_order():
 
 
 def test_dropout_forms():
-    """What fc8 reads: halved at test time, a mask of 0 and 1 in training; or the inverted form."""
+    """The inputs of fc8: halved at test time, masked by 0 and 1 in training; or the inverted form."""
 
     def logits(net, variables, train=None):
         return net.apply(variables, x, train)[0]
@@ -227,4 +227,4 @@ def test_bfloat16_is_only_the_arithmetic():
     assert (logits.dtype, out['fc7'][0].dtype) == (jnp.float32, jnp.bfloat16)
     plain, _ = make_net(width=0.25).apply(variables, images())
     np.testing.assert_allclose(logits, plain, atol=0.05)
-    assert (logits != logits.astype(jnp.bfloat16)).any()  # not rounded: there would be ties
+    assert (logits != logits.astype(jnp.bfloat16)).any()  # not rounded, which would make ties

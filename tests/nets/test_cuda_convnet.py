@@ -1,4 +1,4 @@
-"""The CIFAR-10 networks: shapes, order of operations, and what their switches refuse."""
+"""The CIFAR-10 networks: shapes, order of operations, and switch values that are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def applied(variant, **changes):
 
 @pytest.mark.slow
 def test_shapes_end_in_ceil_mode():
-    """32 -> 16 -> 8 -> 4 and 24 -> 12 -> 6; floor would give 15, 7, 3 (`docs/original.md` §8)."""
+    """32 -> 16 -> 8 -> 4 and 24 -> 12 -> 6; floor mode would give 15, 7, 3 (`docs/original.md` §8)."""
     *_, logits, out, net = applied('80sec')
     assert [out[name].shape[1:] for name in ('max1', 'avg2', 'avg3', 'fc4')] == [
         (16, 16, 32),
@@ -84,12 +84,15 @@ def test_a_net_with_the_fields_of_another():
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'towers': 2}, 'towers=2: these networks have 1'),
+        ({'towers': 2}, 'towers=2: must be 1'),
         ({'layers': ()}, 'at least one layer'),
-        ({'units': (32, 32)}, '2 values, but 3 layers'),
-        ({'std': (0.1,)}, 'std has 1 values, but 4 layers'),
+        ({'units': (32, 32)}, 'must have 3 values, one per layer, not 2'),
+        ({'std': (0.1,)}, 'std: must have 4 values, one per layer, not 1'),
         ({'layers': ('conv', 'dense', 'conv')}, "layers='dense'"),
-        ({'layers': ('conv', 'fc', 'conv'), 'after': ('act', 'act', 'act')}, 'after an fc layer'),
+        (
+            {'layers': ('conv', 'fc', 'conv'), 'after': ('act', 'act', 'act')},
+            'can follow an fc layer',
+        ),
         ({'layers': ('conv', 'conv', 'fc')}, "after='avg'"),
         ({'after': ('act pool', 'act', 'act')}, "after='pool'"),
         ({'norms': 'first'}, "norms='first'"),

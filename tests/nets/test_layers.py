@@ -1,4 +1,4 @@
-"""`layers.py` against plain NumPy references in float64, and those against other formulas."""
+"""`layers.py` against plain NumPy references in float64, and the references against other formulas."""
 
 import functools
 
@@ -97,7 +97,7 @@ class TestConv:
         g = normal(3, *references.conv(x, kernel, bias, stride, padding).shape)
         return x, kernel, bias, g, {'stride': stride, 'padding': padding}
 
-    @pytest.mark.parametrize('backend', ['cpu', 'gpu'])  # which take strides in different forms
+    @pytest.mark.parametrize('backend', ['cpu', 'gpu'])  # these compute strides differently
     def test_layer(self, case, backend, monkeypatch):
         monkeypatch.setattr(jax, 'default_backend', lambda: backend)
         x, kernel, bias, g, how = self.arrays(case)
@@ -119,7 +119,7 @@ class TestConv:
         x, kernel, bias, g, how = self.arrays(case)
         x, g = x[:1], g[:1]
         dx, dkernel, dbias = references.conv_grad(x, kernel, g, **how)
-        # The loss is linear in each input: one random direction per input, and every bias.
+        # The loss is linear in each input, so one random direction per input is enough.
         for change, gradient, moved in (
             (normal(4, *x.shape), dx, lambda c: (x + c, kernel, bias)),
             (normal(5, *kernel.shape), dkernel, lambda c: (x, kernel + c, bias)),
@@ -131,7 +131,7 @@ class TestConv:
 
 
 def test_conv1_reads_three_zeros_beyond_the_right_and_lower_edges():
-    """224 pixels give 55 x 55, and the last window sees 8 of 11 rows (docs/original.md §1)."""
+    """224 pixels give 55 x 55, and the last window covers 8 of 11 rows (docs/original.md §1)."""
     ones, kernel = np.ones((1, 224, 224, 1), np.float32), np.ones((11, 11, 1, 1), np.float32)
     y = layers.conv(ones, kernel, np.zeros(1, np.float32), stride=4, padding=((0, 3), (0, 3)))
     assert y.shape == (1, 55, 55, 1)
@@ -195,7 +195,7 @@ def test_dense_reference():
 
 @pytest.mark.parametrize(('layer', 'window', 'alpha', 'k', 'n', 'beta'), NORMS)
 class TestNorms:
-    # Values up to a hundred, as behind conv1, so that the small alphas weigh as much as k.
+    # Values up to a hundred, as after conv1, so that the small alphas matter as much as k.
     def test_layer(self, layer, window, alpha, k, n, beta):
         x, g = 60 * normal(0, 2, 6, 7, 8), normal(1, 2, 6, 7, 8)
         y, (dx,) = value_and_gradients(lambda x: layer(x, alpha=alpha, k=k, n=n, beta=beta), g, x)
@@ -241,7 +241,7 @@ def test_map_norm_of_ones():
 
 @pytest.mark.parametrize(('size', 'window', 'stride', 'out'), POOLS)
 class TestMaxPool:
-    # All values negative: a padding of zeros would win every partial window.
+    # All values are negative: zero padding would win every partial window.
     def test_layer(self, size, window, stride, out):
         x, g = normal(0, 1, size, size - 1, 2) - 10, normal(1, 1, out, out, 2)
         x = np.concatenate([x, x[:, :, :1] - 0.5], axis=2)
@@ -263,7 +263,7 @@ class TestMaxPool:
         )
         expected = everywhere[:, ::stride, ::stride][:, :out, :out]
         close(references.max_pool(x, window, stride), expected)
-        # A max-pool is linear around x: the gradient's product with a small change is the change.
+        # Max pooling is locally linear: the gradient times a small change gives the output's change.
         change = 1e-9 * normal(2, *x.shape)
         up, down = (references.max_pool(x + sign * change, window, stride) for sign in (1, -1))
         np.testing.assert_allclose(
@@ -288,7 +288,7 @@ def test_local():
     y, gradients = value_and_gradients(layers.local, g, x, kernel, bias)
     close(y, references.local(x, kernel, bias))
     for i, (value, gradient) in enumerate(zip((x, kernel, bias), gradients, strict=True)):
-        # It is linear in each: what a change does to the sum is its product with the gradient.
+        # It is linear in each input: a change in the sum is the change in the input times the gradient.
         change = normal(4 + i, *value.shape)
         moved = [x, kernel, bias]
         moved[i] = value + change
@@ -298,13 +298,13 @@ def test_local():
 
 @pytest.mark.parametrize(('size', 'window', 'stride', 'out'), POOLS[1::3])
 def test_max_pool_of_ties_loses_no_gradient(size, window, stride, out):
-    """Behind a ReLU most maxima are tied zeros: an output's gradient goes to one of its maxima."""
+    """After a ReLU most maxima are tied zeros: an output's gradient goes to one of its maxima."""
     x = np.random.default_rng(0).integers(0, 2, size=(2, size, size, 2)).astype(np.float64)
     x[1] = 0
     g = 1 + np.random.default_rng(1).random(size=(2, out, out, 2))
     y, (dx,) = value_and_gradients(lambda x: layers.max_pool(x, window=window, stride=stride), g, x)
     close(dx.sum(axis=(1, 2)), g.sum(axis=(1, 2)))
-    close(np.sum(dx * x), np.sum(g * y))  # no zero of a window with a one got anything
+    close(np.sum(dx * x), np.sum(g * y))  # in a window with a one, no zero got anything
     close(dx, references.max_pool_grad(x, g, window, stride))
 
 
@@ -396,7 +396,7 @@ def norm_variables(channels, seed=0):
 @pytest.mark.parametrize('shape', [(8, 5, 4, 3), (8, 6)], ids=str)
 @pytest.mark.parametrize('data', [None, 2, 4])
 def test_batch_norm_is_that_of_flax(shape, training, data):
-    """On several devices the batch's statistics, and their gradients, are those of one."""
+    """On several devices, the batch statistics and their gradients are the same as on one."""
     x, variables = 3 * normal(0, *shape).astype(np.float32) + 1, norm_variables(shape[-1])
     norm = layers.BatchNorm(data_axis='data' if data else None)
     train = TRAINING if training else None
@@ -423,7 +423,7 @@ def test_batch_norm_is_that_of_flax(shape, training, data):
 
 
 def test_batch_norm_of_towers_is_each_towers_own():
-    """Scales, biases and statistics are stacked in tower order; a frozen one uses the running ones."""
+    """Scales, biases and statistics are stacked in tower order."""
     towers = tuple(3 * normal(seed, 8, 5, 4, 3).astype(np.float32) + seed for seed in (1, 2))
     each = [norm_variables(3, seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)

@@ -1,9 +1,9 @@
-"""Run directories in a bucket: train, stop, resume, evaluate, and damage, against a fake one.
+"""Run directories in a fake bucket: train, stop, resume, evaluate, and damage.
 
-Two libraries reach a bucket. tensorstore, for the arrays of checkpoints, speaks HTTP: its own client
-talks to a small server here. etils.epath, for all other files, has a table of file systems: one that
-stands for TensorFlow's is put into it. Both work on the same dict, in which nothing can be appended
-or renamed. google-cloud-storage, which orbax asks for the kind of a bucket, is a fake as well.
+Two libraries access a bucket. tensorstore, for the arrays of checkpoints, speaks HTTP: its client talks
+to a small server here. etils.epath, for all other files, has a table of file systems, into which these
+tests put a stand-in for TensorFlow's. Both work on the same dict, in which nothing can be appended or
+renamed. google-cloud-storage, which orbax uses to query the type of bucket, is a fake as well.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from tests.training.test_loop import BATCH, EXAMPLES, make_config
 
 
 class Bucket:
-    """The objects of all buckets, by '<bucket>/<name>', and every write in its order."""
+    """The objects of all buckets, by '<bucket>/<name>', and every write in order."""
 
     def __init__(self):
         self.objects: dict[str, tuple[bytes, int]] = {}  # content, generation
@@ -63,7 +63,7 @@ class Bucket:
 
 
 class FileSystem(backend.Backend):
-    """What epath asks of a file system, as TensorFlow's for buckets does it."""
+    """The file system interface of epath, behaving like TensorFlow's for buckets."""
 
     def __init__(self, bucket: Bucket):
         self.bucket = bucket
@@ -99,7 +99,7 @@ class FileSystem(backend.Backend):
         if not exist_ok and self.exists(path):
             raise FileExistsError(path)
         if not self.exists(path):
-            self.bucket.put(_name(path) + '/', b'')  # TensorFlow's sign of a folder
+            self.bucket.put(_name(path) + '/', b'')  # how TensorFlow marks a folder
 
     mkdir = makedirs
 
@@ -131,10 +131,10 @@ def _name(path) -> str:
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """What tensorstore uses of the JSON API of Google Cloud Storage."""
+    """The part of Google Cloud Storage's JSON API that tensorstore uses."""
 
     protocol_version = 'HTTP/1.1'
-    disable_nagle_algorithm = True  # headers and content are sent apart: 40 ms each
+    disable_nagle_algorithm = True  # headers and content are sent separately: 40 ms each
     bucket: Bucket
 
     def handle_one(self):
@@ -216,7 +216,7 @@ def bucket():
 
 
 def truncate(bucket, prefix) -> str:
-    """Halves the largest object below a prefix; returns its name."""
+    """Halves the largest object with a prefix; returns its name."""
     name = max(bucket.names(prefix), key=lambda name: len(bucket.objects[name][0]))
     content, _ = bucket.objects[name]
     bucket.put(name, content[: len(content) // 2])
@@ -224,7 +224,7 @@ def truncate(bucket, prefix) -> str:
 
 
 def outcome(workdir):
-    """The last checkpoint's step, arrays and meta (history and running sums); rows without times."""
+    """The last checkpoint's step, arrays and meta (history and running sums); the rows without times."""
     checkpoints = Checkpoints(paths.path(workdir) / 'checkpoints')
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     step, state, meta = checkpoints.restore(
@@ -266,7 +266,7 @@ def store(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
-    """Stopped, its last checkpoint cut short, resumed: the same bits as on a disk, undisturbed."""
+    """Stopped, last checkpoint truncated, resumed: the same bits as an uninterrupted run on disk."""
     caplog.set_level('INFO', 'alexnet_jax')
     changes = {'optim.epochs': 2.0, 'run.eval_every': 1.0, 'run.checkpoint_every': 1}
     config, run = make_config(store, **changes), 'gs://bucket/run'
@@ -275,7 +275,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
         loop.train(make_config(store, **changes, **{'run.stop_after': '4'}), run)
     truncate(bucket, 'bucket/run/checkpoints/4/state/')
     loop.train(config, run)
-    assert 'gs://bucket/run/checkpoints/4 is damaged and passed over' in caplog.text
+    assert 'gs://bucket/run/checkpoints/4 is damaged, skipping it' in caplog.text
     assert 'resuming at step 3' in caplog.text
     expected = outcome(tmp_path / 'run')
     found = outcome(run)
@@ -283,7 +283,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     assert [name for name in expected[1] if found[1][name] != expected[1][name]] == []
     assert found[2:] == expected[2:]
 
-    # The same files are there (arrays and events have random names): what was removed is gone.
+    # The same files exist (arrays and events have random names), so removed ones are gone.
     names = [name.removeprefix('bucket/run') for name in bucket.names('bucket/run/')]
     files = [path for path in (tmp_path / 'run').rglob('*') if path.is_file()]
     there, here = (
@@ -299,7 +299,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     )
     assert there == here
     assert len(bucket.names('bucket/run/tensorboard/events')) == 2
-    # No checkpoint counts before the rows of its steps are there.
+    # No checkpoint counts before the rows of its steps exist.
     rows, seen = b'', []
     for name, content in bucket.written:
         if name == 'bucket/run/metrics.jsonl':
@@ -312,7 +312,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
             assert steps[: seen[-1]] == list(range(seen[-1]))
     assert seen == [1, 2, 3, 4, 4, 5]
 
-    # Whatever reads a run reads this one.
+    # Everything that reads a run reads this one.
     sums = evaluation.compare([run, tmp_path / 'run'], views=('centre',), batch=BATCH)
     there, here, _ = sums.values()
     assert list(sums)[0][0] == 'gs://bucket/run (step 5)'
@@ -326,7 +326,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     kernel = state.params['conv3']['kernel']
     assert np.asarray(kernel).tobytes() == expected[1]['params/conv3/kernel']
 
-    # Another config is refused, as on a disk.
+    # Another config is refused, as on disk.
     with pytest.raises(
         UserError, match='gs://bucket/run holds a run of another config .*optim.epochs'
     ):
@@ -381,7 +381,7 @@ def leave_unfinished(bucket, step):
     ],
 )
 def test_damage_in_a_bucket(bucket, caplog, damage, step, warning):
-    """What is damaged is passed over with a warning, what is unfinished without; then saves go on."""
+    """Damaged checkpoints are skipped with a warning, unfinished ones without; later saves work."""
     saved = Checkpoints(f'gs://bucket/{damage.__name__}/checkpoints')
     for number in (1, 2):
         saved.save(number, jax.tree.map(lambda x, n=number: x + n, STATE), {'history': {}})
@@ -390,9 +390,9 @@ def test_damage_in_a_bucket(bucket, caplog, damage, step, warning):
     found, state, _ = saved.restore(TARGET)
     assert found == step
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: (x == y + step).all(), state, STATE)))
-    passed_over = [r.getMessage() for r in caplog.records if 'damaged and passed over' in r.message]
-    assert len(passed_over) == (step == 1 and warning is not None)
-    assert all(warning in message for message in passed_over)
+    skipped = [r.getMessage() for r in caplog.records if 'damaged, skipping it' in r.message]
+    assert len(skipped) == (step == 1 and warning is not None)
+    assert all(warning in message for message in skipped)
     assert saved.steps() == ([1] if warning is None else [1, 2])
     saved.save(2, STATE, {'history': {}})
     saved.close()
@@ -427,18 +427,18 @@ def test_rows_reach_a_bucket_whole(bucket):
 
 
 def test_a_bucket_that_fails(bucket, monkeypatch):
-    """Whatever the libraries raise becomes one line."""
+    """Any exception from the libraries becomes one line."""
     with pytest.raises(UserError, match='gs://bucket/none: not a run directory .*404'):
         directory.read_config('gs://bucket/none')
-    with pytest.raises(UserError, match='s3://bucket/run: give a folder, or gs://BUCKET/RUN'):
+    with pytest.raises(UserError, match='s3://bucket/run: .* give a folder or gs://BUCKET/RUN'):
         paths.path('s3://bucket/run')
-    with pytest.raises(UserError, match='/gs/run: .*takes this for a bucket'):
+    with pytest.raises(UserError, match='/gs/run: .*would treat this as a bucket'):
         paths.path('/gs/run')
     workdir = paths.path('gs://bucket/new')
     before = dict(bucket.objects)
     directory.check(None, workdir)
     distributed.check_shared(workdir)
-    assert bucket.objects == before  # nothing is left of the trials
+    assert bucket.objects == before  # the trial files are gone
 
     class Denied(Exception):
         pass

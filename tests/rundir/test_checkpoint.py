@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back bit for bit on any mesh, and damage is never loaded."""
+"""Checkpoints: a state is restored bit for bit on any mesh, and damage is never loaded."""
 
 import logging
 import pathlib
@@ -32,7 +32,7 @@ class State:
 
 
 def make_state(*, data=1, model=2, seed=0, step=0):
-    """A small state: towers over 'model', the chain of the optimiser with its named tuples."""
+    """A small state: towers over 'model', an optimizer chain with its named tuples."""
     random = np.random.default_rng(seed)
     params = {
         'conv1': {
@@ -77,7 +77,7 @@ def contents(folder):
 
 @pytest.fixture
 def two_steps(tmp_path):
-    """Checkpoints of the steps 1 and 2, with other values in each."""
+    """Checkpoints of steps 1 and 2, with different values."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(seed=1, step=1), {'history': {'1': 50.5}})
     checkpoints.save(2, make_state(seed=2, step=2), {'history': {'1': 50.5, '2': 33.25}})
@@ -134,7 +134,7 @@ def test_the_latest_and_the_best_survive(tmp_path, keep):
         latest = list(range(1, step + 1))[-keep:]
         assert checkpoints.steps() == sorted({*latest, *([best] if best else [])})
         assert checkpoints.best_step() == best
-        if step % 5 == 0:  # another process goes on; what is best is read from the disk
+        if step % 5 == 0:  # another process continues; the best step is read from disk
             checkpoints.close()
             checkpoints = Checkpoints(tmp_path, keep=keep)
 
@@ -173,7 +173,7 @@ def test_a_state_donated_and_a_history_changed_right_after_save(tmp_path):
 
 
 def array_file(step_folder):
-    """The file with the values of the largest leaf."""
+    """The file that holds the values of the largest leaf."""
     return max((step_folder / 'state').rglob('d/*'), key=lambda path: path.stat().st_size)
 
 
@@ -276,7 +276,7 @@ def test_no_checkpoint_is_an_error_and_leaves_no_folder(tmp_path):
 
 
 def test_a_step_that_is_not_there(two_steps):
-    with pytest.raises(UserError, match=r'no checkpoint of step 7, only of \[1, 2\]'):
+    with pytest.raises(UserError, match=r'no checkpoint of step 7; available: \[1, 2\]'):
         Checkpoints(two_steps).restore(target_of(make_state()), step=7)
 
 
@@ -297,10 +297,10 @@ def test_another_model_is_an_error_that_names_the_leaf(two_steps, what, caplog):
         message = r'params/fc8/bias is float32\[10\] there and bfloat16\[10\] here'
     elif what == 'missing':
         target.params['fc9'] = {'bias': target.params['fc8']['bias']}
-        message = 'no params/fc9/bias in it'
+        message = 'has no params/fc9/bias'
     else:
         del target.params['fc8']
-        message = 'params/fc8/bias in it is not here'
+        message = 'has params/fc8/bias, which this model lacks'
     with pytest.raises(UserError, match=message):
         Checkpoints(two_steps).restore(target)
     assert not caplog.records  # not damage: no fallback
@@ -343,7 +343,7 @@ def test_the_steps_after_a_fallback_replace_damaged_ones(two_steps, keep):
     again = make_state(seed=5, step=2)
     checkpoints.save(2, again, {'history': {'1': 50.5, '2': 60.0}})
     checkpoints.wait()
-    assert checkpoints.steps() == [1, 2]  # 1 is the best one again, or one of the latest
+    assert checkpoints.steps() == [1, 2]  # 1 is the best step again, or one of the latest
     assert checkpoints.best_step() == 1
     step, state, _ = Checkpoints(two_steps).restore(target)
     assert step == 2
@@ -367,7 +367,7 @@ def test_an_unfinished_save_is_ignored_and_removed_at_the_next_save(two_steps):
     checkpoints = Checkpoints(two_steps)
     assert checkpoints.steps() == [1, 2]
     assert checkpoints.restore(target_of(make_state()))[0] == 2
-    assert unfinished.exists()  # reading a run that another process may be saving
+    assert unfinished.exists()  # another process may be saving this run
     checkpoints.save(3, make_state(), {})
     checkpoints.close()
     assert not unfinished.exists()
@@ -380,7 +380,7 @@ def test_a_save_that_cannot_be_written(tmp_path):
         Checkpoints(tmp_path / 'file' / 'checkpoints').save(1, make_state(), {})
 
 
-# orbax closes its event loop under the writes that still fail.
+# orbax closes its event loop while writes are still failing.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_disk_that_fills_up(tmp_path):
     state = make_state()
@@ -390,7 +390,7 @@ def test_a_disk_that_fills_up(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(UserError, match='saving failed: the disk is full, make room: '):
+        with pytest.raises(UserError, match='saving failed: disk full, free some space: '):
             checkpoints.save(2, state, {})
             checkpoints.wait()
     finally:
@@ -477,7 +477,7 @@ jax.experimental.multihost_utils.sync_global_devices('damaged')
 checkpoints = checkpoint.Checkpoints(folder)
 read = checkpoints._read
 
-def read_in_one_process(step, name, leaf):  # the other one cannot see that step 2 is damaged
+def read_in_one_process(step, name, leaf):  # the other does not see that step 2 is damaged
     if (step, process) == (2, 1):
         raise OSError('bad sector')
     return read(step, name, leaf)
@@ -513,7 +513,7 @@ def test_two_processes_agree_on_what_is_damaged(tmp_path):
     assert [worker.returncode for worker in workers] == [0, 0], '\n'.join(outputs)
     for output, reason in zip(outputs, ('in another process', 'bad sector'), strict=True):
         assert '3 is damaged' in output and '2 is damaged' in output and reason in output
-    # One process reads what two have written.
+    # One process reads what two wrote.
     x = jax.ShapeDtypeStruct((2, 64, 100), jnp.float32, sharding=sharding(3, 1, 2))
     _, found, _ = Checkpoints(tmp_path).restore_part({'params': {'x': x}}, step=2)
     values = np.random.default_rng(0).normal(size=(2, 64, 100)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Run directories: one start at a time, and what is written about each."""
+"""Run directories: one start at a time, and the record of each."""
 
 import io
 import json
@@ -26,7 +26,7 @@ with directory.locked(pathlib.Path(sys.argv[1])):
 
 
 def test_one_start_at_a_time(tmp_path):
-    """The second is refused while the first lives, also where that was killed only then."""
+    """A second start is refused while the first lives, and allowed once that is killed."""
     holder = subprocess.Popen(
         [sys.executable, '-c', HOLDER, str(tmp_path / 'run')], stdout=subprocess.PIPE, text=True
     )
@@ -73,7 +73,7 @@ def test_a_commit_is_dirty_where_code_was_changed(tmp_path, monkeypatch):
     for name in written:
         (tmp_path / name).write_text('changed')
     (tmp_path / 'experiments/results/new.json').touch()
-    (tmp_path / code[1]).write_text('as committed')  # written, not changed
+    (tmp_path / code[1]).write_text('as committed')  # rewritten, not changed
     assert directory.commit() == clean
     for name in code:
         (tmp_path / name).write_text('changed')
@@ -117,7 +117,7 @@ def test_a_run_made_before_some_fields_were_there_goes_on(tmp_path):
 
 @pytest.mark.parametrize(('preset', 'refused'), [(paper, True), (original, False)])
 def test_under_the_plateau_rule_the_evaluations_decide(tmp_path, preset, refused):
-    """So their interval may not change between starts; under other schedules it may."""
+    """So their interval cannot change between starts; under other schedules it can."""
     config = preset.get_config()
     (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
     config.run.eval_every = 2.0

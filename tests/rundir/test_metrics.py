@@ -39,7 +39,7 @@ def test_rows_come_back_bit_for_bit(tmp_path):
     }
     writer = metrics.Writer(tmp_path, start=-1)
     writer.write('train', np.int64(7), numbers)
-    assert metrics.read(tmp_path) == [  # before close: every row is flushed
+    assert metrics.read(tmp_path) == [  # before closing, since every row is flushed
         {
             'kind': 'train',
             'step': 7,

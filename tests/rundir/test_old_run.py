@@ -1,8 +1,8 @@
 """A run and a store made by an earlier version are resumed and evaluated.
 
-`tests/old_runs/b8adf87` holds what commit b8adf87 wrote: a narrow run stopped at step 6 of 16 and its
-store; `after.jsonl`, the rows of the same run when that version trained it to its end; and
-`evaluated.json`, the sums that version's `evaluate` found at step 6.
+`tests/old_runs/b8adf87` holds files written by commit b8adf87: a narrow run stopped at step 6 of 16, and
+its store; `after.jsonl`, the rows of the same run trained to its end by that version; and
+`evaluated.json`, the sums from that version's `evaluate` at step 6.
 """
 
 import json
@@ -39,7 +39,7 @@ CHANGES = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A copy of the old run and store, in the current folder, as its config says."""
+    """A copy of the old run and its store, in the current folder, as its config expects."""
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -66,7 +66,7 @@ def test_every_leaf_is_restored(folder, shape):
 
 
 def test_it_is_trained_to_the_same_end(folder):
-    """To rounding: another machine may sum in another order."""
+    """Up to rounding, since another machine may sum in another order."""
     loop.train(make_config((1, 2)), 'run')
     expected = [json.loads(line) for line in (folder / 'after.jsonl').read_text().splitlines()]
     rows = metrics.read('run')

@@ -124,7 +124,7 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(store, tmp_path, changed)
     directory.check_store(run, other)  # it has not begun
     directory.write(ml_collections.ConfigDict({'seed': 0}), run, opened)
     directory.check_store(run, opened)
-    with pytest.raises(UserError, match='began with other pictures'):
+    with pytest.raises(UserError, match='started with other pictures'):
         directory.check_store(run, other)
 
 
