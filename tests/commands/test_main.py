@@ -66,11 +66,7 @@ def no_jax(tmp_path_factory):
 
 
 class Place:
-<<<<<<< HEAD
-    """A folder to start commands in, without any data set."""
-=======
-    """A folder to run commands in, with the repository's `configs/` and no data sets."""
->>>>>>> 924ba40e8b7a210fde9671d199eef47604b68570
+    """A folder to run commands in, without any data sets."""
 
     def __init__(self, folder, cache):
         self.folder, self.cache = folder, cache
