@@ -160,6 +160,15 @@ def test_refused_with_a_reason(data, reason, monkeypatch):
     assert ' at 0x' not in str(raised.value) and '\n' not in str(raised.value)
 
 
+def test_a_reason_has_no_object_addresses(monkeypatch):
+    def open_(file):
+        raise OSError(f'cannot read\n{file}')
+
+    monkeypatch.setattr(Image, 'open', open_)
+    with pytest.raises(Undecodable, match='^cannot read the file$'):
+        decode(b'data')
+
+
 def test_heic_where_pillow_heif_is_installed(monkeypatch):
     """Its opener is registered once; here it is one that reads any HEIC as black."""
 
