@@ -40,6 +40,8 @@ SINGLE = {
 OUTSIDE = {
     'tensorflow': ({'input'}, True),
     'tensorflow_datasets': ({'input'}, True),
+    'pyarrow': ({'input'}, True),
+    'huggingface_hub': ({'input'}, True),
     'optax': ({'training'}, False),
     'orbax': ({'rundir'}, False),
     'flax': ({'nets', 'training'}, False),
@@ -197,7 +199,7 @@ def test_importing_the_library_imports_no_tensorflow_and_starts_no_device():
 import importlib, sys
 for module in {sorted(modules)!r}:
     importlib.import_module(module)
-    heavy = {{'tensorflow', 'tensorflow_datasets', 'matplotlib'}} & set(sys.modules)
+    heavy = {{'tensorflow', 'tensorflow_datasets', 'pyarrow', 'matplotlib'}} & set(sys.modules)
     assert not heavy, f'importing {{module}} imports {{heavy}}'
 import jax
 jax.config.update('jax_platforms', 'cpu')

@@ -193,6 +193,8 @@ def _make(
     begun = _description(path)
     try:
         opened = _open(source, dir, wanted['val_fraction'])
+        for note in opened.notes:
+            print(note, flush=True)
         pictures = sum(opened.splits.values())
         if pictures >= limit:
             raise UserError(advice)

@@ -66,7 +66,7 @@ def no_jax(tmp_path_factory):
 
 
 class Place:
-    """A folder to run commands in, without any data sets."""
+    """A folder to start commands in, without any data set."""
 
     def __init__(self, folder, cache):
         self.folder, self.cache = folder, cache

@@ -1,7 +1,9 @@
-"""Image sources: folders, TFDS sets, the embedded set, ImageNet from its tars."""
+"""Image sources: folders, TFDS sets, the embedded set."""
 
 import collections
 import io
+import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -12,7 +14,7 @@ from PIL import Image
 
 from alexnet_jax import figures
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.input import sources
+from alexnet_jax.input import images, sources
 from alexnet_jax.input.sources import shapes, tfds
 from tests.helpers import fixtures
 
@@ -30,9 +32,10 @@ def test_folder_with_val_gives_sorted_files_and_labels_by_sorted_names(tmp_path)
     (tmp_path / 'train' / 'a' / '.hidden').write_text('not a picture')
     (tmp_path / 'train' / 'a' / 'deeper').mkdir()
     (tmp_path / 'train' / 'a' / 'deeper' / 'no_suffix').write_bytes(b'data')
+    (tmp_path / 'train' / 'a' / 'e.jpg').write_bytes(b'more')
     source = sources.open_source(str(tmp_path))
     assert source.class_names == ['a', 'b']
-    assert source.splits == {'train': 6, 'val': 2}
+    assert source.splits == {'train': 7, 'val': 2}
     files = [
         f'{tmp_path}/train/{name}'
         for name in (
@@ -40,13 +43,14 @@ def test_folder_with_val_gives_sorted_files_and_labels_by_sorted_names(tmp_path)
             'a/001.jpg',
             'a/002.jpg',
             'a/deeper/no_suffix',
+            'a/e.jpg',
             'b/000.jpg',
             'b/001.jpg',
         )
     ]
     examples = read(source, 'train')
     assert [example.name for example in examples] == files
-    assert [example.label for example in examples] == [0, 0, 0, 0, 1, 1]
+    assert [example.label for example in examples] == [0, 0, 0, 0, 0, 1, 1]
     assert examples[3].data == b'data'
     assert read(source, 'train', 4) == examples[4:]
 
@@ -102,6 +106,98 @@ def test_some_classes_of_tiny_imagenet(tmp_path):
     assert source.splits == {'train': 6, 'val': 2} and source.class_names == ['n01', 'n02']
 
 
+@pytest.mark.parametrize(
+    'train, val, test',
+    [('Train', 'Valid', 'Test'), ('training', 'validation', 'testing'), ('TRAIN', 'dev', 'TEST')],
+)
+def test_split_folders_under_any_name(tmp_path, train, val, test):
+    for name, count in ((train, 3), (val, 2), (test, 1)):
+        fixtures.write_tree(tmp_path / name, {'a': count, 'b': count})
+    source = sources.open_source(str(tmp_path))
+    assert source.splits == {'train': 6, 'val': 4}
+    assert all(f'/{val}/' in example.name for example in read(source, 'val'))
+    assert source.notes == (f'not used: {test}/',)
+    shutil.rmtree(tmp_path / val)
+    source = sources.open_source(str(tmp_path))
+    assert source.splits == {'train': 6, 'val': 2}
+    assert source.notes == (f'validation images come from {test}/, as there is no val/',)
+
+
+def test_a_test_split_without_labels_is_not_used(tmp_path):
+    fixtures.write_tree(tmp_path / 'train', {'a': 10, 'b': 10})
+    fixtures.write_tree(tmp_path, {'test': 3})
+    source = sources.open_source(str(tmp_path))
+    assert source.splits == {'train': 18, 'val': 2}
+    assert source.notes[0].startswith('test/ is not used: it has no class folders')
+
+
+def test_folders_beside_the_splits(tmp_path):
+    for name in ('train', 'val'):
+        fixtures.write_tree(tmp_path / name, {'a': 2, 'b': 2})
+    (tmp_path / 'labels').mkdir()
+    assert sources.open_source(str(tmp_path)).notes == ('not used: labels/',)
+
+
+def test_files_that_are_not_images_are_skipped_and_counted(tmp_path):
+    fixtures.write_tree(tmp_path / 'train', {'a': 20, 'b': 20})
+    a = tmp_path / 'train/a'
+    others = {
+        '.txt': ('notes.txt', 'LICENSE.TXT', 'a_boxes.txt'),
+        '.mp4': ('live.mp4', 'IMG_1.MP4'),
+        'Thumbs.db': ('Thumbs.db',),
+        '._ file': ('._000.jpg',),
+        '.html': ('index.html',),
+        '.csv': ('labels.csv',),
+        '.DS_Store': ('.DS_Store',),
+        'hidden file': ('.gitkeep',),
+        'desktop.ini': ('desktop.ini',),
+    }
+    for name in (name for names in others.values() for name in names):
+        (a / name).write_bytes(b'x')
+    (a / '__MACOSX').mkdir()
+    (a / '__MACOSX/001.jpg').write_bytes(b'x')
+    (a / 'gone.jpg').symlink_to(a / 'nothing')
+    (a / 'up').symlink_to(tmp_path / 'train/a')  # a circle
+    os.mkfifo(a / 'pipe.jpg')
+    (tmp_path / 'train/stray.jpg').write_bytes(b'x')
+    for tried in ('photo.weird', 'no_extension', 'x.HEIC'):
+        (a / tried).write_bytes(b'x')
+    source = sources.open_source(str(tmp_path))
+    assert sum(source.splits.values()) == 43
+    loose, skipped = source.notes
+    assert loose == f'not used (in {tmp_path}/train, but in no class folder): stray.jpg'
+    counts = {kind: len(names) for kind, names in others.items()}
+    counts |= {'__MACOSX/': 1, 'broken link': 1, 'special file': 1}
+    start, _, listed = skipped.partition(' skipped: ')
+    assert start == f'{sum(counts.values())} files that are not images'
+    kinds = (part.split(' ', 1) for part in listed.split(', '))
+    assert {kind: int(count) for count, kind in kinds} == counts
+
+
+def test_fingerprints_see_what_changed(tmp_path):
+    fixtures.write_tree(tmp_path, {'a': 10, 'b': 10})
+
+    def files():
+        return sources.open_source(str(tmp_path)).files
+
+    first = files()
+    assert first[0] == 20 and files() == first
+    (tmp_path / 'a/notes.txt').write_text('not an image')
+    assert files() == first
+    (tmp_path / 'a/000.jpg').rename(tmp_path / 'a/x.jpg')
+    renamed = files()
+    assert renamed[0] == 20 and renamed != first
+    (tmp_path / 'a/x.jpg').rename(tmp_path / 'a/000.jpg')
+    assert files() == first
+    with open(tmp_path / 'a/000.jpg', 'ab') as file:
+        file.write(b'x')
+    assert files() != first
+    (tmp_path / 'a/000.jpg').unlink()
+    assert files()[0] == 19
+    shutil.copytree(tmp_path, tmp_path.with_name('moved'))
+    assert sources.open_source(str(tmp_path.with_name('moved'))).files == files()
+
+
 def test_labels_of_val_are_those_of_train_where_a_class_has_no_pictures(tmp_path):
     fixtures.write_tree(tmp_path / 'train', {'a': 2, 'b': 2, 'c': 2})
     fixtures.write_tree(tmp_path / 'val', {'a': 1, 'c': 1})
@@ -146,6 +242,39 @@ def val_alone(root):
     fixtures.write_tree(root / 'val', {'a': 2, 'b': 2})
 
 
+def val_and_test(root):
+    for name in ('val', 'test'):
+        fixtures.write_tree(root / name, {'a': 2, 'b': 2})
+
+
+def classes_and_test(root):
+    fixtures.write_tree(root, {'a': 2, 'b': 2, 'test': 2})
+
+
+def two_names(root):
+    for name in ('train', 'val', 'valid'):
+        fixtures.write_tree(root / name, {'a': 2, 'b': 2})
+
+
+def class_beside_train(root):
+    fixtures.write_tree(root / 'train', {'a': 2, 'b': 2})
+    fixtures.write_tree(root, {'c': 2})
+
+
+def only_text(root):
+    fixtures.write_tree(root / 'train', {'a': 2, 'b': 2, 'c': 0})
+    (root / 'train/c/notes.txt').write_text('x')
+
+
+def archive(root):
+    root.rmdir()
+    root.write_bytes(b'PK')
+
+
+def wrapped(root):
+    fixtures.write_tree(root / 'flowers', {'a': 2, 'b': 2})
+
+
 def too_few(root):
     fixtures.write_tree(root, {'a': 2, 'b': 2})
 
@@ -161,7 +290,14 @@ def nothing(root):
         (empty_val_class, 'val/nothing: this class has no folder in train/'),
         (unknown_val_class, 'val/stranger: this class has no folder in train/'),
         (one_class, 'at least two class folders, found 1'),
-        (val_alone, 'has a val/ but no train/'),
+        (val_alone, 'has val/ but no train/'),
+        (val_and_test, 'has test/ and val/ but no train/'),
+        (classes_and_test, 'has test/ beside a/... but no train/'),
+        (two_names, 'val/ and valid/ mean the same split'),
+        (class_beside_train, 'c/ has pictures and is beside train/'),
+        (only_text, 'train/c: the class folder is empty but for files that are not images \\(1\\)'),
+        (archive, 'give a folder \\(unpack archives first\\), or a .csv or .tsv list'),
+        (wrapped, 'found 1 \\(give .*/root/flowers, which has 2\\)'),
         (too_few, 'val_fraction 0.1 of the 4 pictures'),
         (nothing, 'no such folder'),
     ],
@@ -376,6 +512,49 @@ def test_known_counts_decide_before_the_download(monkeypatch, prepared, counts, 
     assert sources.is_large('made_up', pictures=100) == large
 
 
+def make_builder(shape, dtype):
+    """A TFDS set with an image per label, all of its pixels 50 times the label."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    with registered.skip_registration():
+
+        class MadeUp(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version('1.0.0')
+
+            def _info(self):
+                features = {
+                    'image': tfds.features.Image(shape=shape, dtype=dtype, encoding_format='png'),
+                    'label': tfds.features.ClassLabel(num_classes=5),
+                }
+                return self.dataset_info_from_configs(
+                    features=tfds.features.FeaturesDict(features),
+                    supervised_keys=('image', 'label'),
+                )
+
+            def _split_generators(self, dl_manager):
+                return {'train': self._generate_examples(), 'test': self._generate_examples()}
+
+            def _generate_examples(self):
+                for number in range(5):
+                    yield number, {'image': np.full(shape, 50 * number, dtype), 'label': number}
+
+    return MadeUp
+
+
+@pytest.mark.parametrize('channels, dtype', [(1, np.uint8), (3, np.uint8), (1, np.float32)])
+def test_tfds_sets_of_other_kinds_of_images(tmp_path, monkeypatch, channels, dtype):
+    made = make_builder((8, 8, channels), dtype)(data_dir=str(tmp_path))
+    monkeypatch.setattr(tfds, '_builder', lambda name, root: made)
+    if dtype == np.float32:
+        assert 'its images are float32' in refused('made_up', tmp_path)
+        return
+    source = sources.open_source('made_up', data_dir=str(tmp_path))
+    assert source.notes == ('validation images come from the split test',)
+    for example in source.read('val', 0):
+        assert (images.square(example.data, 4) == 50 * example.label).all()
+
+
 # ImageNet
 
 
@@ -390,35 +569,3 @@ def test_missing_imagenet_says_which_files_go_where(tmp_path):
         assert part in str(caught.value)
     assert '\n' not in str(caught.value)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('place', ['.', 'downloads/manual'])
-def test_imagenet_goes_through_its_tfds_builder(tmp_path, place):
-    made = fixtures.write_imagenet_tars(tmp_path / place, per_class=3, val=5)
-    source = sources.open_source('imagenet2012', data_dir=str(tmp_path))
-    assert source.splits == {'train': 9, 'val': 5}
-    assert len(source.class_names) == 1000 and source.class_names[0] == 'n01440764'
-    train = {example.name.split()[-1]: example for example in source.read('train', 0)}
-    assert {name: source.class_names[example.label] for name, example in train.items()} == made[
-        'train'
-    ]
-    for name in (fixtures.CMYK, fixtures.PNG):  # repaired by the builder
-        image = Image.open(io.BytesIO(train[name].data))
-        assert (image.format, image.mode) == ('JPEG', 'RGB')
-    from tensorflow_datasets.core import tfds_path
-
-    labels = (tfds_path('datasets/imagenet2012/validation_labels.txt')).read_text().split()
-    val = {
-        example.name.split()[-1]: source.class_names[example.label]
-        for example in source.read('val', 0)
-    }
-    assert val == dict(zip(made['val'], labels, strict=False))
-
-
-def test_imagenet_build_needs_disk(tmp_path, monkeypatch):
-    fixtures.write_imagenet_tars(tmp_path)
-    usage = collections.namedtuple('usage', 'free')
-    monkeypatch.setattr(tfds.shutil, 'disk_usage', lambda path: usage(1000))
-    with pytest.raises(UserError, match='only 0.0 GB are free'):
-        sources.open_source('imagenet2012', data_dir=str(tmp_path))

@@ -1,59 +1,24 @@
 """Folders with one subfolder of images per class, as in torchvision's ImageFolder, or Tiny ImageNet."""
 
+import collections
 import os
-from collections.abc import Iterator
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.input.sources.source import Example, Source, is_path, split_off
+from alexnet_jax.input.sources.source import (
+    IMAGES,
+    Entry,
+    Source,
+    from_entries,
+    image_files,
+    is_path,
+    list_folder,
+    not_used,
+    skipped_note,
+    split_of,
+)
 
-# Tiny ImageNet's files other than images: boxes and, instead of class folders in val/, a list.
-BOXES, LIST = '_boxes.txt', 'val_annotations.txt'
-
-
-def _visible(names) -> list[str]:
-    return sorted(name for name in names if not name.startswith('.'))
-
-
-def _classes(tree: str) -> list[str]:
-    return [name for name in _visible(os.listdir(tree)) if os.path.isdir(os.path.join(tree, name))]
-
-
-def _files(tree: str, class_names: list[str]) -> list[tuple[str, int]]:
-    """Lists the files below a tree's class folders, sorted by class and path -> [(path, label)]."""
-    files = []
-    for name in _classes(tree):
-        if name not in class_names:
-            raise UserError(f'{os.path.join(tree, name)}: this class has no folder in train/')
-        found = [
-            os.path.join(directory, file)
-            for directory, _, names in os.walk(os.path.join(tree, name), followlinks=True)
-            for file in _visible(names)
-            if not file.endswith(BOXES)
-        ]
-        if not found:
-            raise UserError(
-                f'{os.path.join(tree, name)}: the class folder is empty: put pictures '
-                'there or remove it'
-            )
-        label = class_names.index(name)
-        files += [(path, label) for path in sorted(found)]
-    return files
-
-
-def _listed(val: str, class_names: list[str]) -> list[tuple[str, int]]:
-    """Reads Tiny ImageNet's validation list, one image and its class per line -> [(path, label)].
-
-    Images of classes without a folder in train/ are left out, so that a subset of classes works.
-    """
-    with open(os.path.join(val, LIST), encoding='utf-8') as file:
-        rows = sorted(line.split('\t')[:2] for line in file)
-    if any(len(row) != 2 for row in rows):
-        raise UserError(f'{os.path.join(val, LIST)}: every line must be PICTURE, tab, CLASS')
-    return [
-        (os.path.join(val, 'images', name), class_names.index(label))
-        for name, label in rows
-        if label in class_names
-    ]
+LIST = 'val_annotations.txt'  # Tiny ImageNet has it instead of class folders in val/
+LAYOUT = 'the layout is train/CLASS/PICTURE and val/CLASS/PICTURE, or CLASS/PICTURE'
 
 
 def recognizes(name: str) -> bool:
@@ -71,42 +36,146 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
     """Opens ROOT/train/CLASS/... with ROOT/val/CLASS/..., ROOT/train alone, or ROOT/CLASS/...
 
     The sorted names of the class folders are the class names and give the labels. Every file below
-    them that is not hidden counts as an image, whatever its name. Without val/, the validation split is
-    test/ (as in CIFAR-10); without either, `val_fraction` of the images, selected by `seed`, is held
-    out. Tiny ImageNet is read as distributed; its class names are WordNet IDs.
+    them counts as an image unless its name says otherwise (`source.not_an_image`). `source.ALIASES` lists
+    what the folders of the splits may be called. Without val/, the validation split is test/ (as in
+    CIFAR-10); without either, `val_fraction` of the images, selected by `seed`, is held out. Tiny
+    ImageNet is read as distributed; its class names are WordNet IDs.
     """
     del data_dir  # only for TFDS
+    if os.path.isfile(path):
+        raise UserError(f'{path}: give a folder (unpack archives first), or a .csv or .tsv list')
     if not os.path.isdir(path):
         raise UserError(f'{path}: no such folder')
-    train, val = os.path.join(path, 'train'), os.path.join(path, 'val')
-    if os.path.isdir(val) and not os.path.isdir(train):
-        raise UserError(f'{path}: has a val/ but no train/')
-    if os.path.isdir(train) and not os.path.isdir(val):
-        val = os.path.join(path, 'test')
-    tree = train if os.path.isdir(train) else path
-    class_names = _classes(tree)
+    skipped, notes = collections.Counter(), []
+    folders, _ = list_folder(path, collections.Counter())
+    splits = split_folders(path, folders)
+    if 'train' in splits:
+        notes += _unused(path, folders, splits)
+    tree = splits.get('train', path)
+    class_names, loose = list_folder(tree, skipped)
     if len(class_names) < 2:
         raise UserError(
-            f'{tree}: needs at least two class folders, found {len(class_names)}: the '
-            'layout is train/CLASS/PICTURE and val/CLASS/PICTURE, or CLASS/PICTURE'
+            f'{tree}: needs at least two class folders, found {len(class_names)}'
+            f'{_hint(path, class_names)}: {LAYOUT}'
         )
-    files = {'train': _files(tree, class_names)}
-    if os.path.isdir(val):
-        listed = os.path.exists(os.path.join(val, LIST))
-        files['val'] = _listed(val, class_names) if listed else _files(val, class_names)
-        if not files['val']:
-            raise UserError(f'{val}: has no pictures of the classes in train/')
-    else:
-        chosen = split_off(len(files['train']), val_fraction, seed, path)
-        files = {split: [files['train'][i] for i in chosen[split]] for split in chosen}
+    if loose:
+        notes.append(not_used(loose, f' (in {tree}, but in no class folder)'))
+    entries = {'train': _entries(tree, class_names, class_names, skipped)}
+    val = splits.get('val')
+    if not val and 'test' in splits:
+        val, note = _test(splits['test'], class_names)
+        notes.append(note)
+    if val:
+        if os.path.exists(os.path.join(val, LIST)):
+            entries['val'] = _listed(val, class_names)
+        else:
+            entries['val'] = _entries(val, list_folder(val, skipped)[0], class_names, skipped)
+        if not entries['val']:
+            raise UserError(f'{val}: has no pictures of the classes in {tree}: {LAYOUT}')
+    return from_entries(
+        path,
+        class_names,
+        entries,
+        root=path,
+        notes=(*notes, *skipped_note(skipped)),
+        val_fraction=val_fraction,
+        seed=seed,
+    )
 
-    def read(split: str, start: int) -> Iterator[Example]:
-        for name, label in files[split][start:]:
-            try:
-                with open(name, 'rb') as file:
-                    data = file.read()
-            except OSError as error:
-                raise UserError(f'{name}: cannot be read: {error.strerror}') from error
-            yield Example(name, data, label)
 
-    return Source(path, class_names, {split: len(files[split]) for split in files}, read)
+def split_folders(path: str, folders: list[str]) -> dict[str, str]:
+    """Returns the split folders among the folders in `path`: {'train': path, ...}.
+
+    Raises:
+      UserError: two folders mean the same split, or there are split folders without train/.
+    """
+    names = collections.defaultdict(list)
+    for name in folders:
+        if split_of(name):
+            names[split_of(name)].append(name)
+    for same in names.values():
+        if len(same) > 1:
+            raise UserError(
+                f'{path}: {" and ".join(f"{name}/" for name in same)} mean the same split: '
+                'remove or rename one of them'
+            )
+    if names and 'train' not in names:
+        found = ' and '.join(f'{name}/' for name in folders if split_of(name))
+        others = [name for name in folders if not split_of(name)]
+        beside = f' beside {others[0]}/{"..." if len(others) > 1 else ""}' if others else ''
+        raise UserError(
+            f'{path}: has {found}{beside} but no train/: move the classes to train, into train/CLASS, '
+            f'or rename {found} if these are classes'
+        )
+    return {split: os.path.join(path, same[0]) for split, same in names.items()}
+
+
+def _unused(path: str, folders: list[str], splits: dict[str, str]) -> list[str]:
+    """Returns notes about folders beside train/ that are not used; UserError for class folders."""
+    others = [name for name in folders if os.path.join(path, name) not in splits.values()]
+    train = os.path.basename(splits['train'])
+    for name in others:
+        _, files = list_folder(os.path.join(path, name), collections.Counter())
+        if any(os.path.splitext(file)[1].lower() in IMAGES for file in files):
+            raise UserError(
+                f'{path}: {name}/ has pictures and is beside {train}/: move it into {train}/ if it is a '
+                'class, or out of this folder'
+            )
+    names = [f'{name}/' for name in others]
+    if 'test' in splits and 'val' in splits:
+        names.append(f'{os.path.basename(splits["test"])}/')
+    return [not_used(names)] if names else []
+
+
+def _hint(path: str, folders: list[str]) -> str:
+    """Returns what to say about a single folder that holds the set."""
+    if len(folders) != 1 or folders[0] == path:
+        return ''
+    inner = os.path.join(path, folders[0])
+    below = list_folder(inner, collections.Counter())[0] if os.path.isdir(inner) else []
+    return f' (give {inner}, which has {len(below)})' if len(below) > 1 else ''
+
+
+def _test(test: str, class_names: list[str]) -> tuple[str | None, str]:
+    """Decides whether test/ can serve as validation split -> (its path or None, the note)."""
+    folders, _ = list_folder(test, collections.Counter())
+    name = os.path.basename(test)
+    if {*folders} & {*class_names}:
+        return test, f'validation images come from {name}/, as there is no val/'
+    return None, f'{name}/ is not used: it has no class folders; validation images come from train'
+
+
+def _entries(
+    tree: str, folders: list[str], class_names: list[str], skipped: collections.Counter
+) -> list[Entry]:
+    """Lists the images in the class folders of a tree, sorted by class and path."""
+    labels = {name: label for label, name in enumerate(class_names)}
+    entries = []
+    for name in folders:
+        folder = os.path.join(tree, name)
+        if name not in labels:
+            raise UserError(f'{folder}: this class has no folder in train/')
+        before = skipped.total()
+        found = image_files(folder, skipped)
+        if not found:
+            others = skipped.total() - before
+            but = f' but for files that are not images ({others})' if others else ''
+            raise UserError(
+                f'{folder}: the class folder is empty{but}: put pictures there or remove it'
+            )
+        entries += [Entry(file, 0, None, file, labels[name]) for file in found]
+    return entries
+
+
+def _listed(val: str, class_names: list[str]) -> list[Entry]:
+    """Reads Tiny ImageNet's validation list, with one image and its class per line.
+
+    Images of classes without a folder in train/ are left out, so that a subset of classes works.
+    """
+    with open(os.path.join(val, LIST), encoding='utf-8') as file:
+        rows = sorted(line.split('\t')[:2] for line in file)
+    if any(len(row) != 2 for row in rows):
+        raise UserError(f'{os.path.join(val, LIST)}: every line must be PICTURE, tab, CLASS')
+    labels = {name: label for label, name in enumerate(class_names)}
+    files = [(os.path.join(val, 'images', name), labels.get(wnid)) for name, wnid in rows]
+    return [Entry(file, 0, None, file, label) for file, label in files if label is not None]

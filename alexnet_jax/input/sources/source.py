@@ -1,8 +1,15 @@
-"""The interface of all image sources: names, counts, and reading in a fixed order."""
+"""The interface of all image sources: names, counts, and reading in a fixed order.
 
+Sources that consist of files share the rest: which files are images, what the folders of the splits are
+called, and how entries are read.
+"""
+
+import collections
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +34,223 @@ class Source:
     splits: dict[str, int]  # {'train': N, 'val': M}
     read: Callable[[str, int], Iterator[Example]]  # (split, start): records start, start + 1, ...
     exif: bool = True  # what `data.exif` 'auto' means: images are turned as their EXIF data say
+    notes: tuple[str, ...] = ()  # what the user should know, a line each
+    files: tuple[int, int] | None = None  # `fingerprint`; None for TFDS sets
+
+
+class Entry(NamedTuple):
+    """One image in a file: all of it, or `size` bytes from `offset`."""
+
+    file: str
+    offset: int
+    size: int | None  # None: the whole file
+    name: str  # for error messages
+    label: int
+
+
+WNID = re.compile(r'n\d{8}')  # a WordNet ID, ImageNet's name of a class
+PICTURE_BYTES = 100_000  # rough size of a photograph's file; ImageNet's average 110 kB
+
+ALIASES = {
+    'train': ('train', 'training'),
+    'val': ('val', 'valid', 'validation', 'dev'),
+    'test': ('test', 'testing'),
+}
+SPLIT_OF = {alias: split for split, aliases in ALIASES.items() for alias in aliases}
+
+
+def split_of(name: str) -> str | None:
+    """Returns the split that a word means in any case ('Validation' -> 'val'), or None."""
+    return SPLIT_OF.get(name.casefold())
+
+
+def split_in(path: str) -> str | None:
+    """Returns the split that a word of a path means ('set-train-0001.tar' -> 'train'), or None.
+
+    Words of the file's name come before those of its folders, the first one decides.
+    """
+    words = [word for part in reversed(path.split(os.sep)) for word in re.split(r'[\W_]+', part)]
+    return next((split for split in map(split_of, words) if split), None)
+
+
+# Extensions of images, and of files that are common among images.
+IMAGES = frozenset(
+    '.jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 '
+    '.j2k .heic .heif .avif .ico .pcx .sgi .mpo'.split()
+)
+OTHERS = frozenset(
+    '.csv .tsv .txt .md .rst .html .htm .xml .json .jsonl .yaml .yml .toml .ini .cfg .log .db .lnk .url '
+    '.mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv .3gp .mp3 .wav .m4a .aae .xmp .thm '
+    '.pdf .doc .docx .xls .xlsx .ppt .pptx .zip .gz .tar .tgz .bz2 .xz .rar .7z '
+    '.py .pyc .ipynb .m .r .sh .bat .exe .js .css .mat .npy .npz .pkl .pt .pth .h5 .hdf5 .parquet '
+    '.tfrecord .lock .bak .part .crdownload'.split()
+)
+SKIPPED_FOLDERS = ('__MACOSX', '__pycache__')
+
+
+def not_an_image(name: str) -> str | None:
+    """Returns what kind of file a name means if it is not an image ('.txt'), None if it may be one.
+
+    Files with unknown extensions or none may be images: their content decides when they are read.
+    """
+    if name.startswith('._'):
+        return '._ file'  # of macOS: it has the extension of the image beside it
+    if name.casefold() in ('.ds_store', 'thumbs.db', 'ehthumbs.db', 'desktop.ini'):
+        return name
+    if name.startswith('.'):
+        return 'hidden file'
+    extension = os.path.splitext(name)[1].lower()
+    return extension if extension in OTHERS else None
+
+
+def list_folder(folder: str, skipped: collections.Counter) -> tuple[list[str], list[str]]:
+    """Lists the folders and the files in a folder that may be or hold images -> two sorted lists.
+
+    The kinds of all others are counted in `skipped`.
+    """
+    folders, files = [], []
+    with os.scandir(folder) as found:
+        for item in found:
+            if item.is_dir():
+                hidden = item.name.startswith('.') or item.name in SKIPPED_FOLDERS
+                kind = f'{item.name}/' if hidden else None
+            elif item.is_file():
+                kind = not_an_image(item.name)
+            else:
+                kind = 'broken link' if item.is_symlink() else 'special file'
+            if kind:
+                skipped[kind] += 1
+            else:
+                (folders if item.is_dir() else files).append(item.name)
+    return sorted(folders), sorted(files)
+
+
+def image_files(tree: str, skipped: collections.Counter) -> list[str]:
+    """Lists the files below a folder that may be images, sorted by path; counts others in `skipped`."""
+    found, waiting, seen = [], [tree], set()
+    while waiting:
+        folder = waiting.pop()
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue  # links to a folder above would never end
+        seen.add((status.st_dev, status.st_ino))
+        folders, files = list_folder(folder, skipped)
+        waiting += [os.path.join(folder, name) for name in folders]
+        found += [os.path.join(folder, name) for name in files]
+    return sorted(found)
+
+
+def holds_images(root: str) -> bool:
+    """Returns whether there are images in a folder of a folder, or one level deeper.
+
+    If so, archives beside them were only left over.
+    """
+
+    def below(folder: str, depth: int) -> bool:
+        with os.scandir(folder) as found:
+            inner = [item.path for item in found if item.is_dir() and not item.name.startswith('.')]
+        return any(_image_in(path) or (depth > 1 and below(path, depth - 1)) for path in inner)
+
+    return below(root, 2)
+
+
+def _image_in(folder: str) -> bool:
+    with os.scandir(folder) as found:
+        return any(os.path.splitext(item.name)[1].lower() in IMAGES for item in found)
+
+
+def not_used(names: Sequence[str], why: str = '') -> str:
+    """Returns a note about files or folders that are not used, the first three by name."""
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return f'not used{why}: {", ".join(names[:3])}{more}'
+
+
+def skipped_note(skipped: collections.Counter) -> tuple[str, ...]:
+    """Returns the note about the files that were skipped, if any."""
+    if not skipped:
+        return ()
+    count = skipped.total()
+    kinds = ', '.join(f'{number} {kind}' for kind, number in skipped.most_common())
+    subject = '1 file that is not an image' if count == 1 else f'{count} files that are not images'
+    return (f'{subject} skipped: {kinds}',)
+
+
+def fingerprint(root: str, files: Iterable[tuple[str, int | None]], count: int) -> tuple[int, int]:
+    """Returns the number of images and the CRC-32 of the names below `root` and sizes of some files.
+
+    files: (path, size in bytes; None: look it up).
+    """
+    lines = []
+    for name, size in files:
+        try:
+            size = os.stat(name).st_size if size is None else size
+        except OSError as error:
+            raise UserError(f'{name}: cannot be read: {error.strerror}') from error
+        lines.append(f'{name.removeprefix(root).lstrip(os.sep)}\0{size}\n')
+    return count, zlib.crc32(''.join(sorted(lines)).encode('utf-8', 'surrogateescape'))
+
+
+def read_entries(entries: Iterable[Entry]) -> Iterator[Example]:
+    """Reads the images of some entries; a file with many of them is opened once.
+
+    Raises:
+      UserError: a file cannot be read, or has become shorter.
+    """
+    file = None
+    try:
+        for entry in entries:
+            try:
+                if file is None or file.name != entry.file:
+                    if file:
+                        file.close()
+                    file = open(entry.file, 'rb')
+                file.seek(entry.offset)
+                data = file.read() if entry.size is None else file.read(entry.size)
+            except OSError as error:
+                raise UserError(f'{entry.file}: cannot be read: {error.strerror}') from error
+            if entry.size is not None and len(data) != entry.size:
+                raise UserError(f'{entry.file}: has become shorter: run the same command again')
+            yield Example(entry.name, data, entry.label)
+    finally:
+        if file:
+            file.close()
+
+
+def from_entries(
+    path: str,
+    class_names: list[str],
+    splits: dict[str, Sequence[Entry]],
+    *,
+    root: str,
+    notes: Iterable[str] = (),
+    val_fraction: float,
+    seed: int,
+) -> Source:
+    """Makes a source of entries; without a split 'val', `val_fraction` of 'train' is held out.
+
+    root: the folder that the names of the entries start with.
+    """
+    everything = [entry for entries in splits.values() for entry in entries]
+    files = fingerprint(root, ((entry.name, entry.size) for entry in everything), len(everything))
+    if 'val' not in splits:
+        chosen = split_off(len(splits['train']), val_fraction, seed, path)
+        splits = {split: [splits['train'][i] for i in chosen[split]] for split in chosen}
+    return Source(
+        path,
+        class_names,
+        {split: len(entries) for split, entries in splits.items()},
+        lambda split, start: read_entries(splits[split][start:]),
+        exif=not is_imagenet(class_names),
+        notes=tuple(notes),
+        files=files,
+    )
+
+
+def is_imagenet(class_names: list[str]) -> bool:
+    """Returns whether classes are ImageNet's or some of them: WordNet IDs, or tench and 999 more."""
+    return all(WNID.fullmatch(name) for name in class_names) or (
+        len(class_names) == 1000 and class_names[0].split(',')[0] == 'tench'
+    )
 
 
 def is_path(name: str) -> bool:

@@ -1,23 +1,25 @@
-"""TFDS sets by name, including ImageNet from its two tars and the embedded set."""
+"""TFDS sets by name, including the embedded set, and ImageNet if TFDS has built it."""
 
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
 
 from alexnet_jax.common.errors import UserError, one_line
-from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, split_off
+from alexnet_jax.input.sources.source import (
+    PICTURE_BYTES,
+    Example,
+    Source,
+    import_tensorflow,
+    split_off,
+)
 
 EMBEDDED = 'alexnet_shapes'
-IMAGENET = 'imagenet2012'
-PICTURE_BYTES = 100_000  # rough download size of a photograph; ImageNet's average 110 kB
-TARS = {'ILSVRC2012_img_train.tar': '138 GB', 'ILSVRC2012_img_val.tar': '6.3 GB'}
 
 
-def _root(name: str, data_dir: str | None) -> str:
+def data_root(name: str, data_dir: str | None) -> str:
     """Returns the folder where TFDS keeps a set; the embedded set stays beside the stores."""
     if not data_dir:
         default = os.environ.get('TFDS_DATA_DIR', os.path.join('~', 'tensorflow_datasets'))
@@ -25,39 +27,13 @@ def _root(name: str, data_dir: str | None) -> str:
     return os.path.abspath(os.path.expanduser(data_dir))
 
 
-def find_imagenet(data_dir: str | None) -> str:
-    """Returns the folder with both ImageNet tars (any folder if TFDS has already built the set).
-
-    Needs no TensorFlow.
-
-    Raises:
-      UserError: there are neither tars nor a built set; the error says which files go where.
-    """
-    root = _root(IMAGENET, data_dir)
-    manual = os.path.join(root, 'downloads', 'manual')  # where TFDS itself looks for them
-    for folder in (root, manual):
-        if all(os.path.isfile(os.path.join(folder, tar)) for tar in TARS):
-            return folder
-    if os.path.isdir(os.path.join(root, IMAGENET)):
-        return manual
-    wanted = ' and '.join(f'{os.path.join(root, tar)} ({size})' for tar, size in TARS.items())
-    raise UserError(
-        f'{IMAGENET} not found: register at https://image-net.org, download the two '
-        f'tars and put them at {wanted}, or give their folder '
-        '(--dir); `make quickstart` trains on an embedded set without any download'
-    )
-
-
 def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
     """Returns whether a set that TFDS has yet to build is known to have at least `pictures` images.
 
     If TFDS does not know (version 4.9.10 never does), the size of the download decides. Raises
-    UserError for a name that TFDS does not know, and for ImageNet without its tars.
+    UserError for a name that TFDS does not know.
     """
-    if name == IMAGENET:
-        find_imagenet(data_dir)
-        return True
-    builder = _builder(name, _root(name, data_dir))
+    builder = _builder(name, data_root(name, data_dir))
     if builder.is_prepared():
         return False  # opening it will count them in a moment
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
@@ -106,23 +82,8 @@ def _origin(counts: dict[str, int], name: str) -> dict[str, str]:
 
 
 def _build(builder, name: str, root: str) -> None:
-    import tensorflow_datasets as tfds
-
-    manual = None
-    if name == IMAGENET:
-        manual = find_imagenet(root)
-        needed = sum(os.path.getsize(os.path.join(manual, tar)) for tar in TARS)
-        os.makedirs(root, exist_ok=True)
-        free = shutil.disk_usage(root).free
-        if free < needed:
-            raise UserError(
-                f'{root}: TFDS needs {needed / 1e9:.1f} GB to build {name}, but only '
-                f'{free / 1e9:.1f} GB are free: give another --dir'
-            )
     try:
-        builder.download_and_prepare(
-            file_format='tfrecord', download_config=tfds.download.DownloadConfig(manual_dir=manual)
-        )
+        builder.download_and_prepare(file_format='tfrecord')
     except Exception as error:  # of any kind: this downloads, unpacks and runs the set's own code
         raise UserError(
             f'{name}: TFDS could not build it in {root} ({one_line(error)}): fix that '
@@ -141,19 +102,40 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
 
     The validation split is 'validation', or else 'test'; without either, it is `val_fraction` of
     'train', selected by `seed`.
-    """
-    root = _root(name, data_dir)
-    if name == IMAGENET:
-        find_imagenet(data_dir)  # fails at once, before TensorFlow is loaded
-    builder = _builder(name, root)
-    import tensorflow_datasets as tfds
 
+    Raises:
+      UserError: there is no such set, it cannot be built or read, or it does not consist of images of
+        8 or 16 bits per channel with one label each.
+    """
+    root = data_root(name, data_dir)
+    builder = _builder(name, root)
     if not builder.is_prepared() and name == EMBEDDED:
         print('rendering the embedded pictures', flush=True)
         with contextlib.redirect_stdout(None):  # TFDS would claim to be downloading something
             _build(builder, name, root)
     elif not builder.is_prepared():
         _build(builder, name, root)
+    return _source(builder, name, val_fraction, seed)
+
+
+def open_built(directory: str, name: str, *, val_fraction: float, seed: int) -> Source:
+    """Opens a set that TFDS has built in a folder, as `open_source`."""
+    try:
+        import_tensorflow()
+        import tensorflow_datasets as tfds
+
+        logging.getLogger('absl').setLevel(logging.ERROR)
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:  # of any kind: files that TFDS cannot read
+        raise UserError(
+            f'{directory}: TFDS cannot open it ({one_line(error)}): fix that, or remove this folder'
+        ) from error
+    return _source(builder, name, val_fraction, seed)
+
+
+def _source(builder, name: str, val_fraction: float, seed: int) -> Source:
+    import tensorflow_datasets as tfds
+
     features, keys = builder.info.features, builder.info.supervised_keys
     if (
         not keys
@@ -163,6 +145,12 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     ):
         raise UserError(f'{name}: not a set of pictures with one class label each')
     image, label = keys
+    dtype = np.dtype(features[image].np_dtype)
+    if dtype not in (np.uint8, np.uint16):
+        raise UserError(
+            f'{name}: its images are {dtype.name}, without a known range: only sets of uint8 or uint16 '
+            'images can be used; convert it to a folder of pictures'
+        )
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     origin = _origin(counts, name)
     if origin['val'] == 'train':
@@ -202,4 +190,5 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         {split: len(indices) for split, indices in chosen.items()},
         read,
         exif=False,
+        notes=('validation images come from the split test',) if origin['val'] == 'test' else (),
     )

@@ -1,0 +1,352 @@
+"""Parquet files as Hugging Face stores image classification sets, in a folder or on the Hub.
+
+    train-00000-of-00294.parquet, validation-..., test-...      in the folder, in data/ or another one
+    train/0000.parquet, ...                                     or in a folder per split
+
+A column has encoded images (a struct with `bytes`, or binary), another one has labels (integers, or
+strings, whose sorted values are the classes). The schema's metadata, if any, say which and name the classes.
+"""
+
+import collections
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.input.sources.source import (
+    PICTURE_BYTES,
+    Example,
+    Source,
+    fingerprint,
+    holds_images,
+    is_imagenet,
+    is_path,
+    split_in,
+    split_off,
+)
+
+HUB = 'hf://'
+# Preferred if several columns could be meant.
+IMAGE_NAMES, LABEL_NAMES = ('image', 'img'), ('label', 'labels')
+
+
+class Columns(NamedTuple):
+    """The columns of a set, and the names of its classes if the metadata have them."""
+
+    image: str
+    label: str
+    names: list[str] | None
+    note: tuple[str, ...]
+
+
+def recognizes(name: str) -> bool:
+    """Returns whether a name is hf://..., or a folder with Parquet files and no folders of images."""
+    if not is_path(name):
+        return name.startswith(HUB)
+    return os.path.isdir(name) and not holds_images(name) and bool(_files(name))
+
+
+def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
+    """Returns whether a set on the Hub would be a download of at least `pictures` images, by its size.
+
+    False for a folder: its rows are counted in a moment.
+    """
+    del data_dir
+    if not name.startswith(HUB):
+        return False
+    repository, revision, folder = _address(name)
+    hub = _import_hub(name)
+    try:
+        info = hub.HfApi().dataset_info(repository, revision=revision, files_metadata=True)
+    except Exception as error:  # of many kinds: no network, no such set, no access
+        raise _unreachable(name, error) from error
+    size = sum(
+        file.size or 0
+        for file in info.siblings
+        if file.rfilename.endswith('.parquet') and file.rfilename.startswith(folder)
+    )
+    return size >= pictures * PICTURE_BYTES
+
+
+def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
+    """Opens a folder, or hf://datasets/OWNER/NAME[@REVISION][/FOLDER], which is first downloaded.
+
+    Without a validation split, the test split is used if it has labels; without either, `val_fraction`
+    of the rows, selected by `seed`, is held out.
+
+    Raises:
+      UserError: the files, the columns or the labels are not as described above.
+    """
+    del data_dir  # only for TFDS
+    root = _download(name) if name.startswith(HUB) else name
+    files = _files(root)
+    notes = []
+    if 'train' not in files:
+        raise UserError(f'{name}: there are Parquet files of {", ".join(files)}, but none of train')
+    columns = _columns(files['train'][0])
+    notes += columns.note
+    values = {split: _values(paths, columns.label) for split, paths in files.items()}
+    if 'test' in files and 'val' not in files and _labeled(values['test']):
+        files['val'], values['val'] = files['test'], values['test']
+        notes.append('validation images come from test, as there is no validation split')
+    elif 'test' in files:
+        reason = '' if _labeled(values['test']) else ': it has no labels'
+        notes.append(f'the test split is not used{reason}')
+    names = columns.names or _class_names(values['train'])
+    labels = {
+        split: _labels(files[split][0], values[split], names)
+        for split in ('train', 'val')
+        if split in files
+    }
+    if 'val' in files:
+        chosen = {split: np.arange(len(labels[split])) for split in labels}
+        origin = {'train': 'train', 'val': 'val'}
+    else:
+        chosen = split_off(len(labels['train']), val_fraction, seed, name)
+        origin = {'train': 'train', 'val': 'train'}
+
+    def read(split: str, start: int) -> Iterator[Example]:
+        place, wanted = origin[split], chosen[split][start:]
+        rows = _rows(files[place], columns.image, wanted)
+        for index, (where, data) in zip(wanted, rows, strict=True):
+            yield Example(where, data, int(labels[place][index]))
+
+    used = [path for split in labels for path in files[split]]
+    return Source(
+        name,
+        names,
+        {split: len(rows) for split, rows in chosen.items()},
+        read,
+        exif=not is_imagenet(names),
+        notes=tuple(notes),
+        files=fingerprint(root, ((path, None) for path in used), sum(map(len, labels.values()))),
+    )
+
+
+def _files(root: str) -> dict[str, list[str]]:
+    """Returns the sorted Parquet files of each split; {} if there are none.
+
+    They may be in the folder, in data/ or in one other folder; without any split in their names, all
+    are 'train'.
+    """
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    for folder in (root, *_folders(root), *(f for g in _folders(root) for f in _folders(g))):
+        for name in sorted(os.listdir(folder)):
+            if name.endswith('.parquet') and not name.startswith('.'):
+                path = os.path.join(folder, name)
+                split = split_in(re.split(r'[-._]', name)[0])
+                above = None if split or folder == root else split_in(os.path.basename(folder))
+                place = os.path.dirname(folder) if above else folder
+                found[place][split or above].append(path)
+    place = next((path for path in (root, os.path.join(root, 'data')) if path in found), None)
+    if place is None and len(found) > 1:
+        shown = ', '.join(os.path.relpath(path, root) for path in sorted(found)[:5])
+        raise UserError(f'{root}: several folders have Parquet files ({shown}): give one of them')
+    splits = found[place] if place else next(iter(found.values()), {})
+    if {*splits} == {None}:
+        return {'train': splits[None]}
+    if None in splits:
+        raise UserError(
+            f'{splits[None][0]}: its name does not say to which split it belongs: rename it to '
+            'train-..., validation-... or test-...'
+        )
+    return dict(splits)
+
+
+def _folders(root: str) -> list[str]:
+    return sorted(
+        item.path for item in os.scandir(root) if item.is_dir() and not item.name.startswith('.')
+    )
+
+
+def _open(path: str):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(f'{path}: cannot be read as Parquet ({one_line(error)}): download it again')
+
+
+def _columns(path: str) -> Columns:
+    import pyarrow as pa
+
+    with _open(path) as file:
+        schema = file.schema_arrow
+    metadata = (schema.metadata or {}).get(b'huggingface')
+    try:
+        features = json.loads(metadata)['info']['features'] if metadata else {}
+        kinds = {name: feature.get('_type') for name, feature in features.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        features, kinds = {}, {}
+    images = [name for name in schema.names if kinds.get(name) == 'Image'] or [
+        field.name for field in schema if _holds_bytes(field.type)
+    ]
+    labels = [name for name in schema.names if kinds.get(name) == 'ClassLabel'] or [
+        field.name
+        for field in schema
+        if pa.types.is_integer(field.type)
+        or pa.types.is_string(field.type)
+        or pa.types.is_large_string(field.type)
+    ]
+    classes = any(kinds.get(name) == 'ClassLabel' for name in labels)
+    image = _choose(path, 'image', images, IMAGE_NAMES, schema.names)
+    first = labels[0] if classes else None  # of several ClassLabels
+    label = _choose(path, 'label', labels, (*LABEL_NAMES, first), schema.names)
+    others = [name for name in labels if name != label] if classes else []
+    note = (f'labels come from the column {label!r}, not {", ".join(others)}',) if others else ()
+    names = features[label].get('names') if classes else None
+    return Columns(image, label, names, note)
+
+
+def _holds_bytes(kind) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(field.name == 'bytes' for field in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _choose(path: str, what: str, found: list[str], preferred: tuple, there: list[str]) -> str:
+    name = found[0] if len(found) == 1 else next((p for p in preferred if p in found), None)
+    if name is None:
+        raise UserError(
+            f'{path}: which column has the {what}s? It has {", ".join(there)}; rename one to {what!r}'
+        )
+    return name
+
+
+def _values(paths: list[str], label: str) -> list:
+    """Reads the labels of some files as they are: integers or strings, None for null."""
+    import pyarrow as pa
+
+    values = []
+    for path in paths:
+        with _open(path) as file:
+            try:
+                values += file.read(columns=[label]).column(label).to_pylist()
+            except (KeyError, OSError, pa.ArrowException) as error:
+                raise _unreadable(path, error) from error
+    return values
+
+
+def _labeled(values: list) -> bool:
+    return any(value not in (None, -1, '') for value in values)
+
+
+def _class_names(values: list) -> list[str]:
+    if isinstance(values[0], str):
+        return sorted({value for value in values if isinstance(value, str)})
+    return [str(label) for label in range(max(value or 0 for value in values) + 1)]
+
+
+def _labels(path: str, values: list, names: list[str]) -> np.ndarray:
+    number = {name: label for label, name in enumerate(names)}
+    labels = np.array(
+        [number.get(v, -1) if isinstance(v, str) else -1 if v is None else v for v in values],
+        np.int64,
+    )
+    bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if bad.size:
+        raise UserError(
+            f'{path}: {bad.size} rows of this split have labels that are none of the {len(names)} '
+            f'classes, the first is row {bad[0]} ({values[bad[0]]!r}): remove these rows'
+        )
+    return labels
+
+
+def _rows(paths: list[str], image: str, wanted: np.ndarray) -> Iterator[tuple[str, bytes]]:
+    """Reads the images of some rows, given in ascending order -> (name for messages, bytes)."""
+    import pyarrow as pa
+
+    first = 0  # row of the current row group, counted over all files
+    for path in paths:
+        with _open(path) as file:
+            begin = first
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                low, high = np.searchsorted(wanted, (first, first + count))
+                try:
+                    if low < high:
+                        rows = _group(file, group, image, wanted[low:high] - first)
+                        for row, (data, name) in rows:
+                            where = f'{path}: row {first - begin + row}'
+                            if data is None:
+                                raise UserError(f'{where}: has no image data ({name or "null"})')
+                            yield f'{where} ({name})' if name else where, data
+                except (OSError, pa.ArrowException) as error:
+                    raise _unreadable(path, error) from error
+                first += count
+
+
+def _group(file, group: int, image: str, wanted: np.ndarray) -> Iterator:
+    """Reads rows of one row group, a few at a time -> (row, (bytes, file name))."""
+    start = 0
+    for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[image]):
+        low, high = np.searchsorted(wanted, (start, start + len(batch)))
+        for row in wanted[low:high].tolist():
+            value = batch.column(0)[row - start].as_py()
+            if isinstance(value, dict):
+                yield row, (value['bytes'], value.get('path'))
+            else:
+                yield row, (value, None)
+        start += len(batch)
+
+
+# The Hub
+
+
+def _address(name: str) -> tuple[str, str | None, str]:
+    """Splits hf://datasets/OWNER/NAME[@REVISION][/FOLDER] -> (OWNER/NAME, REVISION, FOLDER)."""
+    match = re.fullmatch(r'hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?', name.rstrip('/'))
+    if not match:
+        raise UserError(f'{name}: the form is hf://datasets/OWNER/NAME[@REVISION][/FOLDER]')
+    revision = match[2] and match[2].replace('%2F', '/').replace('%2f', '/')
+    return match[1], revision, match[3] or ''
+
+
+def _import_hub(name: str):
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(f'{name}: needs a package: pip install huggingface_hub') from error
+    return huggingface_hub
+
+
+def _unreachable(name: str, error: Exception) -> UserError:
+    return UserError(
+        f'{name}: not available from the Hub ({one_line(error)}): check the name and the network, '
+        'and log in with `hf auth login` if access is restricted'
+    )
+
+
+def _download(name: str) -> str:
+    """Downloads the Parquet files of a set, or finds them in the cache of the Hub -> their folder."""
+    repository, revision, folder = _address(name)
+    hub = _import_hub(name)
+    print(f'{name}: downloading from the Hub, or using its cache', flush=True)
+    try:
+        snapshot = hub.snapshot_download(
+            repository,
+            repo_type='dataset',
+            revision=revision,
+            allow_patterns=os.path.join(folder, '*.parquet'),
+        )
+    except Exception as error:  # of many kinds: no network, no such set, no access, a full disk
+        raise _unreachable(name, error) from error
+    root = os.path.join(snapshot, folder)
+    if not os.path.isdir(root) or not _files(root):
+        raise UserError(
+            f'{name}: has no Parquet files; if the Hub has converted the set, '
+            f'hf://datasets/{repository}@refs%2Fconvert%2Fparquet does'
+        )
+    return root

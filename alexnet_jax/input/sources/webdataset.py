@@ -1,0 +1,146 @@
+"""WebDataset shards: tars of KEY.jpg (or .jpeg, .png, .webp) and KEY.cls, the label as a number.
+
+A word of a shard's path tells its split (imagenet1k-train-0000.tar, val/0.tar); without any, all shards are
+for training. `classnames.txt` may name the classes, one per line. Other members are ignored.
+"""
+
+import collections
+import os
+
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.input.sources import tars
+from alexnet_jax.input.sources.source import (
+    PICTURE_BYTES,
+    Entry,
+    Source,
+    from_entries,
+    holds_images,
+    is_path,
+    not_used,
+    split_in,
+    split_of,
+)
+
+IMAGES = ('jpg', 'jpeg', 'png', 'webp')
+NAMES = 'classnames.txt'
+
+
+def recognizes(name: str) -> bool:
+    """Returns whether a name is a folder with shards or split folders of shards, and no images."""
+    return is_path(name) and os.path.isdir(name) and bool(_shards(name)) and not holds_images(name)
+
+
+def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
+    """Returns whether the shards are as large as `pictures` photographs."""
+    del data_dir
+    size = sum(os.path.getsize(os.path.join(name, shard)) for shard in _shards(name))
+    return size >= pictures * PICTURE_BYTES
+
+
+def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: int) -> Source:
+    """Opens the shards in a folder, sorted by name; records are in the order of the shards.
+
+    Raises:
+      UserError: a shard is damaged, or an image has no label or one without a name.
+    """
+    del data_dir  # only for TFDS
+    shards, notes = collections.defaultdict(list), []
+    for shard in _shards(path):
+        shards[split_in(shard)].append(shard)
+    if {*shards} == {None}:
+        shards['train'] = shards.pop(None)
+    if 'train' not in shards:
+        raise UserError(
+            f'{path}: {shards[next(iter(shards))][0]} is not for training by its name, and no other '
+            'shard is: call the shards for training ...train...tar'
+        )
+    if 'val' not in shards and 'test' in shards:
+        shards['val'] = shards.pop('test')
+        notes.append('validation images come from the test shards, as there are no others')
+    for split in ('test', None):
+        if split in shards:
+            notes.append(not_used(shards[split]))
+    print(f'{path}: reading the index of the shards', flush=True)
+    entries = {
+        split: [entry for shard in shards[split] for entry in _entries(path, shard)]
+        for split in ('train', 'val')
+        if split in shards
+    }
+    for split, found in entries.items():
+        if not found:
+            raise UserError(
+                f'{path}: the {split} shards have no images: a shard has KEY.jpg and KEY.cls'
+            )
+    names = _names(path, entries)
+    return from_entries(
+        path, names, entries, root=path, notes=notes, val_fraction=val_fraction, seed=seed
+    )
+
+
+def _shards(path: str) -> list[str]:
+    """Returns the sorted tars in a folder, or in its split folders, relative to it."""
+    names = sorted(os.listdir(path))
+    inside = [
+        os.path.join(folder, name)
+        for folder in names
+        if split_of(folder) and os.path.isdir(os.path.join(path, folder))
+        for name in sorted(os.listdir(os.path.join(path, folder)))
+    ]
+    return [
+        name
+        for name in (*names, *inside)
+        if name.endswith('.tar') and not os.path.basename(name).startswith('.')
+    ]
+
+
+def _entries(path: str, shard: str) -> list[Entry]:
+    """Lists the images of a shard with their labels, in the order of the shard."""
+    file = os.path.join(path, shard)
+    images, labels = {}, {}
+    for member in tars.members(file):
+        folder, name = os.path.split(member.name)
+        key, _, kind = name.partition('.')
+        key = os.path.join(folder, key)
+        if kind.lower() in IMAGES and key:
+            if key in images:
+                raise UserError(f'{file}: two images have the key {key}: make the keys unique')
+            images[key] = member
+        elif kind.lower() == 'cls':
+            labels[key] = member
+    missing = [key for key in images if key not in labels]
+    if missing:
+        raise UserError(
+            f'{file}: {len(missing)} images have no label, the first is {images[missing[0]].name}: '
+            f'add {missing[0]}.cls, a number as text'
+        )
+    entries = []
+    with open(file, 'rb') as shard_file:
+        for key, image in images.items():
+            shard_file.seek(labels[key].offset)
+            text = shard_file.read(labels[key].size)
+            try:
+                label = int(text)
+            except ValueError:
+                label = -1
+            if label < 0:
+                raise UserError(
+                    f'{file}: {labels[key].name} is {text[:20]!r}, not the number of a class'
+                )
+            entries.append(Entry(file, image.offset, image.size, f'{file}: {image.name}', label))
+    return entries
+
+
+def _names(path: str, entries: dict[str, list[Entry]]) -> list[str]:
+    largest = max((entry for found in entries.values() for entry in found), key=lambda e: e.label)
+    try:
+        with open(os.path.join(path, NAMES), encoding='utf-8-sig') as file:
+            names = file.read().splitlines()
+    except FileNotFoundError:
+        return [str(label) for label in range(largest.label + 1)]
+    except ValueError as error:
+        raise UserError(f'{path}/{NAMES}: not UTF-8 ({error}): convert it') from error
+    if largest.label >= len(names):
+        raise UserError(
+            f'{largest.name}: label {largest.label}, but {path}/{NAMES} names only {len(names)} classes'
+        )
+    return names
