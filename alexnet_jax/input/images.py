@@ -125,6 +125,8 @@ def _register_heif() -> None:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == 'JPEG' and not image.info.keys() & {'exif', 'xmp'}:
+        return 1  # the usual case, without parsing anything
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged metadata
