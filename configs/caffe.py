@@ -4,8 +4,8 @@
 
 227-pixel crops without padding, normalization across all channels with k=1, dropout rescaled in
 training, no colour noise, batch 256, rates dropped every 100,000 of 450,000 iterations (every 20
-epochs). Unlike Caffe, crops lose the central window of the mean image, and pictures are resized
-with their aspect ratio kept. Caffe's own top-1/top-5 error: 42.9/19.8 %, centre crop. Not yet run
+epochs). Unlike in Caffe, the central window of the mean image is subtracted from every crop, and
+resizing keeps the aspect ratio. Caffe's own top-1/top-5 error: 42.9/19.8 %, centre crop. Not yet run
 here.
 """
 

@@ -1,4 +1,4 @@
-"""Caffe's CaffeNet: `caffe`, but pooling comes before normalization, and biases start at 1.
+"""Caffe's CaffeNet: `caffe` with pooling before normalization, and biases starting at 1.
 
     python -m alexnet_jax.main --config=configs/caffenet.py
 

@@ -1,29 +1,29 @@
-"""The CIFAR-10 networks of cuda-convnet, by the test error that each is known for (§3.1, §3.3).
+"""The CIFAR-10 networks of cuda-convnet, named by the test error each is known for (§3.1, §3.3).
 
     python -m alexnet_jax.main --config=configs/cifar10.py:18pct
 
-The pictures come from TFDS (`cifar10`), or from a folder of classes with train/ and test/:
+The images come from TFDS (`cifar10`), or from a folder of classes with train/ and test/:
 --config.data.source=FOLDER. Variants, with their numbers of parameters (`docs/original.md` §8):
 
     80sec          145,578   three convolutions and a hidden layer, 10 epochs; 26 %
-    19pct           89,578   three convolutions, strong decay of the last layer; 19 %
+    19pct           89,578   three convolutions, strong weight decay in the last layer; 19 %
     18pct           89,578   the same with norms over 3 x 3 squares of each map; 18 %
     13pct        1,116,490   two convolutions and two locally connected layers, random crops; 13 %
     11pct        2,112,970   the same with more units and norms across channels; 11 %
-    11pct_plain  2,112,970   the 11 % network without its norms: what they alone bring
+    11pct_plain  2,112,970   the 11 % network without its norms, to isolate their effect
     fig1            89,578   the 19 % network without any regularization, for Figure 1
     fig1_tanh       89,578   the same with tanh
 
-Where the files of 2012 are silent: the 19 % network gets the 18 % one's schedule, which ends 10 epochs
-after its second drop; the 26 % one ends 2 epochs after its only drop (at 8, as its file says); nothing
-is held out of the 50,000 training pictures, since every schedule is fixed.
+Our choices where the 2012 config files are silent: the 19 % network uses the 18 % one's schedule, which
+ends 10 epochs after its second drop; the 26 % one ends 2 epochs after its only drop (at 8, as in its
+file); none of the 50,000 training images is held out, since every schedule is fixed.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-CROPPED = {  # what the locally connected networks share
+CROPPED = {  # shared by the locally connected networks
     'augment.crop': 24,
     'augment.random': True,
     'model.layers': ('conv', 'conv', 'local', 'local'),
@@ -83,17 +83,17 @@ def get_config(variant: str = '18pct'):
         {
             'net': 'cuda_convnet',
             'towers': 1,
-            # 'conv': 5 x 5 kernels; 'local': 3 x 3, with weights of their own at every place; 'fc'
+            # 'conv': 5 x 5 kernels; 'local': 3 x 3, with separate weights at every position; 'fc'
             'layers': ('conv', 'conv', 'conv'),
             'units': (32, 32, 64),  # kernels or hidden units of each
-            # What follows each: 'act', 'norm', and 'max' or 'avg', pooling over 3 x 3 pixels every 2
+            # What follows each: 'act', 'norm', and 'max' or 'avg' pooling, 3 x 3 with stride 2
             'after': ('max act norm', 'act avg norm', 'act avg'),
-            'norms': 'none',  # or 'all': without it the ones of `after` are left out
-            'norm_window': 'map',  # over norm_n x norm_n pixels of each map, or 'channels': over norm_n
+            'norms': 'none',  # the norms in `after` are left out; or 'all'
+            'norm_window': 'map',  # norm_n x norm_n pixels of each map; or 'channels': norm_n channels
             'norm_n': 3,
-            'norm_scale': 5e-5,  # alpha times the number of values in the window, as in the source
+            'norm_scale': 5e-5,  # alpha times the number of values in the window, as in 2012
             'activation': 'relu',  # or 'tanh'
-            # of the initial kernels of each layer, the last one included
+            # of the initial kernels of each layer, including the last
             'std': (1e-4, 0.01, 0.01, 0.01),
             'dtype': 'float32',
         }

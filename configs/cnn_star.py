@@ -3,11 +3,12 @@
     python -m alexnet_jax.main --config=configs/cnn_star.py --config.data.source=MORE --workdir=RUN
     python -m alexnet_jax.main --config=configs/cnn_star.py:finetune --config.train.init_from=RUN
 
-MORE is a larger set of classes (the paper: the whole Fall 2011 release of ImageNet). Then the last
-layer is replaced, and `:finetune` has the rates of the source's run 146-2012-2011: top-1/top-5 error
-38.99/16.62 % on ILSVRC-2012 with ten crops. Left out: there the new last layer learned at 0.01 from
-step 300 to epoch 9. The first command has #145's rates; the source began with the convolutional layers
-of a net of the Fall 2009 release, and stopped after 8.1 epochs. Not yet run here.
+MORE is a data set with more classes (in the paper, the whole Fall 2011 release of ImageNet). `:finetune`
+then replaces the last layer and uses the rates of run 146-2012-2011 of the 2012 source code: top-1/top-5
+error 38.99/16.62 % on ILSVRC-2012 with ten crops. Unlike here, that run trained the new last layer at
+0.01 from step 300 to epoch 9. The first command uses #145's rates; in 2012, it started from the
+convolutional layers of a network trained on the Fall 2009 release and stopped after 8.1 epochs. Not yet
+run here.
 """
 
 from configs import base, original

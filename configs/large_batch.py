@@ -3,18 +3,18 @@
     python -m alexnet_jax.main --config=configs/large_batch.py:8k-lars
 
 Linear scaling, `512`, `1k` (the default), `4k`: the rate is the paper's 0.01 for every 128 images,
-and everything else is as in `paper`. Theory asks for the square root, but Krizhevsky found a rate
-proportional to the batch to work best (2014, "One weird trick for parallelizing convolutional
+and everything else is as in `paper`. Theory suggests the square root, but Krizhevsky found that a
+rate proportional to the batch works best (2014, "One weird trick for parallelizing convolutional
 neural networks"). Goyal et al. 2017, "Accurate, Large Minibatch SGD", made it a rule for ResNet-50,
-with 5 epochs of warm-up; theirs grows from the rate of the small batch, ours from 0.
+with 5 epochs of warm-up; theirs starts at the rate of the small batch, ours at 0.
 
 LARS, `1k-lars` to `32k-lars`: You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional
 Networks". Rates and warm-ups are those of the authors' solver files for Caffe's AlexNet, 100 epochs
 each (NVIDIA/caffe: models/bvlc_alexnet/solver{,_8K,_16K}.prototxt at c49eb1b6, 4k at 2683ab5f).
-They report no loss of accuracy up to 8k. `32k-lars` has the numbers of their AlexNet-BN
-(models/alexnet_bn/solver_32k.prototxt), which has batch normalization where ours has none; a batch
-of 32k for 100 epochs is also that of You et al. 2018, "ImageNet Training in Minutes". Departs from
-these files: our network; warm-up from 0, not from rate 1; biases do not decay. Not yet run here.
+They report no loss of accuracy up to 8k. `32k-lars` uses the settings of their AlexNet-BN
+(models/alexnet_bn/solver_32k.prototxt), which has batch normalization, unlike ours; You et al. 2018,
+"ImageNet Training in Minutes", also train at 32k for 100 epochs. Differences from these files: our
+network; warm-up from 0, not from rate 1; biases do not decay. Not yet run here.
 """
 
 from configs import base

@@ -1,9 +1,9 @@
-"""Two columns that never exchange anything before the softmax: run #150 of the source.
+"""Two towers that exchange nothing before the softmax: run #150 of the 2012 source code.
 
     python -m alexnet_jax.main --config=configs/no_talk.py
 
-conv2 has 160 kernels in each column and fc6 4096 units, to make up for what they cannot read. The
-source's run: top-1/top-5 error 41.83/19.33 % on ILSVRC-2012 with ten crops, 1.16/1.12 points behind
+In each tower, conv2 has 160 kernels and fc6 has 4096 units, to make up for the inputs they lack. The
+2012 run: top-1/top-5 error 41.83/19.33 % on ILSVRC-2012 with ten crops, 1.16/1.12 points worse than
 #145. Not yet run here.
 """
 

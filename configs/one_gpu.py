@@ -1,10 +1,10 @@
-"""The net on one GPU that §3.2 compares with two: `layers-145-half.cfg` of the source.
+"""The one-GPU network that §3.2 compares with two GPUs: `layers-145-half.cfg` of the 2012 source code.
 
     python -m alexnet_jax.main --config=configs/one_gpu.py
 
-Half the kernels in conv1 to conv4, all 256 in conv5, so that it has about as many parameters as
-the net in two towers. The source's run: top-1/top-5 error 39.17/18.23 % on the ILSVRC-2010 test set
-with ten crops, 1.70/1.23 points behind #145. Not yet run here.
+Half the kernels in conv1 to conv4, but all 256 in conv5, so that it has about as many parameters as
+the two-tower network. The 2012 run: top-1/top-5 error 39.17/18.23 % on the ILSVRC-2010 test set with
+ten crops, 1.70/1.23 points worse than #145. Not yet run here.
 """
 
 from configs import original

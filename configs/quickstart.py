@@ -1,9 +1,9 @@
-"""The quickstart: the network of `original` at a quarter of its width, on small rendered pictures.
+"""The quickstart: the network of `original` at a quarter of its width, on small rendered images.
 
     python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2
 
-NOT the paper's recipe: the embedded set `alexnet_shapes` (2,000 training pictures, 10 classes),
-128-pixel pictures, 112-pixel crops, and rates that fit a run of a few minutes.
+NOT the paper's recipe: the embedded set `alexnet_shapes` (2,000 training images, 10 classes),
+112-pixel crops of 128-pixel images, and learning rates for a run of a few minutes.
 """
 
 from configs import original

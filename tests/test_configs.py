@@ -1,4 +1,4 @@
-"""The number of parameters of every preset and ablation, layer by layer."""
+"""Every preset and every ablation has the number of parameters in this table, layer by layer."""
 
 import importlib
 import pathlib
@@ -28,7 +28,7 @@ def changed(**layers):
     return tuple(n for n in (layers.get(k, v) for k, v in zip(names, PAPER, strict=True)) if n)
 
 
-# (preset, overrides of config.model): (parameters of each layer, in all)
+# (preset, overrides of config.model): (parameters of each layer, total)
 TABLE = {
     ('paper', ()): (PAPER, 60_965_224),
     ('original', ()): (PAPER, 60_965_224),
@@ -65,7 +65,7 @@ TABLE = {
     ('paper', (('remove', 'conv3'),)): (changed(conv3=0, conv4=885_120), 60_301_288),
     ('paper', (('remove', 'conv4'),)): (changed(conv4=0), 60_301_288),
     ('paper', (('remove', 'conv5'),)): (changed(conv5=0, fc6=56_627_200), 79_396_968),
-    # If the layer before is removed, groups see what it saw, like towers.
+    # If the layer before them is removed, groups read what that layer read, as towers do.
     ('caffe', (('remove', 'conv1'),)): (changed(conv1=0, conv2=19_456), 60_642_280),
     ('caffe', (('remove', 'conv3'),)): (changed(conv3=0, conv4=885_120), 60_301_288),
     ('cifar10:80sec', ()): ((2_432, 25_632, 51_264, 65_600, 650), 145_578),
@@ -119,7 +119,7 @@ def test_parameter_counts(preset, overrides):
 
 @pytest.mark.parametrize('preset', [preset for preset, overrides in TABLE if not overrides])
 def test_names_in_checkpoints(preset):
-    """They are part of the format: after a renaming, no earlier run could be resumed."""
+    """Names are part of the format: with other names, no earlier run could be resumed."""
     config = load(*preset.split(':'))
     net, _ = shapes(config)
     if config.model.net == 'alexnet':
@@ -144,7 +144,7 @@ def test_every_preset_is_in_the_table():
 
 
 def test_every_switch_of_the_model_is_in_the_table():
-    """Every value of every switch, except those that only scale numbers."""
+    """Every value that a switch can take, except for those that only scale numbers."""
     tried = {name: {value} for name, value in base.get_config().model.items()}
     for _, overrides in TABLE:
         for name, value in overrides:

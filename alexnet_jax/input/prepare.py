@@ -194,7 +194,7 @@ def _make(
     try:
         opened = _open(source, dir, wanted['val_fraction'])
         for note in opened.notes:
-            print(note, flush=True)
+            print(printable(note), flush=True)
         pictures = sum(opened.splits.values())
         if pictures >= limit:
             raise UserError(advice)
@@ -290,7 +290,7 @@ def _check_disk(path: str, pictures: int, size: int, format: str) -> None:
 
 def _advice(source: str, *options, **named) -> str:
     return (
-        f'{source} has no store yet, and is too large to be prepared automatically, or several '
+        f'{source} has no store yet, and is too large to prepare on first use, or several '
         f'processes would prepare it at once: run {_command(source, *options, **named)}'
     )
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a start of training before the data is looked at or anything is written."""
+"""Checks of a training start, made before any data is read or anything is written."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ from alexnet_jax.training import optim
 
 
 def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Mesh, Network]:
-    """The mesh and the network, for one class, that a config asks for.
+    """Returns a config's mesh, and its network with a single class.
 
-    build: makes the network from the fields of `config.model`. Raises UserError if values, devices
-    or directories do not allow it.
+    build: makes the network from the fields of `config.model`. Raises UserError for invalid values,
+    and for devices or directories that do not fit.
     """
     directory.check(config, workdir)
     net = build(classes=1, **config.model)
@@ -28,7 +28,7 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
 
 
 def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
-    """The mesh, and the shapes of the network's variables."""
+    """Checks the config's values; returns the mesh and the shapes of the network's variables."""
     optim.make_rates(examples=1, batch=1, **config.optim)
     for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep', 'dispatch'):
         if config.run[field] <= 0:
@@ -37,13 +37,13 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         if config.run[field] % config.run.dispatch:
             raise UserError(
                 f'config.run.{field}={config.run[field]}: must be a multiple of '
-                f'config.run.dispatch={config.run.dispatch}, the steps that are made at once'
+                f'config.run.dispatch={config.run.dispatch}, the number of steps made at once'
             )
     preemption.parse(config.run.stop_after)
     choose('config.run.saves', config.run.saves, ('background', 'wait'))
     choose('config.run.failed_save', config.run.failed_save, ('stop', 'warn'))
     if config.run.failed_save == 'warn' and jax.process_count() > 1:
-        raise UserError('config.run.failed_save=warn is for a single process: choose stop')
+        raise UserError('config.run.failed_save=warn needs a single process: choose stop')
     for field in ('mesh', 'profile'):
         if len(config.run[field]) != 2:
             raise UserError(f'config.run.{field}={config.run[field]}: must be two numbers')
@@ -58,10 +58,10 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         )
     try:
         shapes = network.shapes(net, config.augment.crop)
-    except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about some shape
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about a shape
         raise UserError(
             f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels; if '
-            f'nothing is left after its strides and pools, give larger crops ({one_line(error)})'
+            f'nothing is left after strides and pooling, use larger crops ({one_line(error)})'
         ) from error
     unnamed = ', '.join({*shapes['params']} - {*net.names})
     if unnamed:
@@ -69,12 +69,12 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
     if shapes['batch_stats'] and net.local(1, 'data') is net:
         raise UserError(
             f'{type(net).__name__}.local ignores data_axis: pass it to the layers with running '
-            'statistics, or several devices would each have their own'
+            'statistics, or each device would keep its own'
         )
     if config.optim.conv1 and not net.first:
         raise UserError(
             f'config.optim.conv1={config.optim.conv1}: this network has no first convolution with '
-            'rates of its own; leave it empty'
+            'its own rates; leave it empty'
         )
     params = [tuple(name.split('/')) for name in fingerprint.named_leaves(shapes['params'])]
     named = {'train.freeze': config.train.freeze, 'optim.decays': dict(config.optim.decays)}
@@ -96,7 +96,7 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
 
 
 def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
-    """UserError if what this start begins with is missing, unreadable or of another network."""
+    """Raises UserError if the starting checkpoint is missing, unreadable or of another network."""
     own = checkpoint.Checkpoints(workdir / 'checkpoints')
     if own.steps():
         own.shapes()
@@ -112,6 +112,6 @@ def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
             if other is None or other.shape != leaf.shape:
                 called = layer if kind == 'params' else name
                 raise UserError(
-                    f'config.train.init_from={path}: a run of another network, its {called} '
-                    f'is {list(other.shape) if other else "missing"}, not {list(leaf.shape)}'
+                    f'config.train.init_from={path}: a run of another network: its {called} is '
+                    f'{list(other.shape) if other else "missing"}, expected {list(leaf.shape)}'
                 )

@@ -1,4 +1,4 @@
-"""What is wrong with a training: where numbers stopped being finite, and a loss that does not move."""
+"""Diagnoses a training run: where values stopped being finite, and a loss that does not move."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,25 +9,25 @@ import jax.numpy as jnp
 from alexnet_jax.nets.network import Network
 from alexnet_jax.training import steps
 
-STUCK = 0.005  # of ln(classes): how near to it a loss counts as one that has learnt nothing
+STUCK = 0.005  # of ln(classes): a loss within this distance of it has learned nothing
 CAUSES = (
-    'likely causes: a rate that is too high (config.optim.rate) or too high at the start '
-    '(config.optim.warmup), larger initial values than the preset has (config.model.std), bfloat16'
+    'likely causes: a learning rate that is too high (config.optim.rate) or too high at the start '
+    "(config.optim.warmup), initial values larger than the preset's (config.model.std), bfloat16"
 )
 HINT = (
     'likely causes: initial values too small for the depth or width (for AlexNet, config.model.std; '
-    'configs/original.py has 0.03 in conv3 to conv5), a rate that is too low or too high '
-    '(config.optim.rate), labels that do not belong to the pictures (python -m experiments.show_views)'
+    'configs/original.py has 0.03 in conv3 to conv5), a learning rate that is too low or too high '
+    '(config.optim.rate), labels that do not match the pictures (python -m experiments.show_views)'
 )
 
 
 def make_find_broken(
     net: Network, *, seed: int, freeze: Sequence[str] = (), **inputs_of
 ) -> Callable:
-    """find_broken(variables, step, batch, rates) -> where a training step stopped being finite.
+    """Returns find_broken(variables, step, batch, rates) -> where a step stopped being finite.
 
-    On any mesh; freeze and inputs_of: see `steps.make_train_step`. Without a step it looks at the
-    variables alone.
+    Works on any mesh; freeze and inputs_of: see `steps.make_train_step`. Without a step, it checks
+    only the variables.
     """
     inputs = steps.make_inputs(**inputs_of)
 
@@ -54,36 +54,38 @@ def make_find_broken(
 
 
 def _finite(layers: dict) -> dict[str, jax.Array]:
-    """Whether all numbers of each layer are finite, bool[] by name."""
+    """Returns whether all values of each layer are finite, bool[] by name."""
     return {name: steps.all_finite(arrays) for name, arrays in layers.items()}
 
 
 def first_broken(net: Network, finite: dict[str, dict[str, bool]]) -> str:
-    """Where it began, from which params, batch_stats, activations and gradients are finite."""
+    """Says where it began, given which params, batch_stats, activations and gradients are finite."""
     order = {name: i for i, name in enumerate(net.names)}
     bad = {
         kind: sorted((n for n in found if not found[n]), key=lambda n: order.get(n, len(order)))
         for kind, found in finite.items()
     }
-    # A gradient that is not finite makes those of all layers below it so, too: the last is the first.
+    # A gradient that is not finite spreads to all layers below, so the last bad layer broke first.
     if bad['params']:
-        return f'the gradient of {bad["params"][-1]} broke first, in the step before'
+        return f'the gradient of {bad["params"][-1]} broke first, in the previous step'
     if bad.get('batch_stats'):
-        return f'the running statistics of {bad["batch_stats"][0]} broke first, in the step before'
+        return (
+            f'the running statistics of {bad["batch_stats"][0]} broke first, in the previous step'
+        )
     if bad.get('activations'):
-        return f'the activations {bad["activations"][0]} broke first'
+        return f'the activations of {bad["activations"][0]} broke first'
     if bad.get('gradients'):
         return f'the gradient of {bad["gradients"][-1]} broke first'
-    return 'everything is finite when the step is computed again: it may be the hardware'
+    return 'everything is finite when the step is recomputed: the hardware may be at fault'
 
 
 class Stuck:
-    """stuck(loss of an interval, its steps) -> True once, after `limit` steps at pure chance."""
+    """stuck(loss of an interval, its steps) -> True once, after `limit` steps at chance level."""
 
     def __init__(self, limit: int, classes: int):
         self.advice = (
-            f'for {limit:,} steps the loss has been that of pure chance, ln({classes}) = '
-            f'{math.log(classes):.4f}; {HINT}'
+            f'the loss has been at chance level, ln({classes}) = {math.log(classes):.4f}, for '
+            f'{limit:,} steps; {HINT}'
         )
         self._limit, self._chance, self._count = limit, math.log(classes), 0
 

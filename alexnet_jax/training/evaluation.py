@@ -27,15 +27,15 @@ from alexnet_jax.training.inference import (
 def evaluate(
     predicts: Sequence[Predict], mesh: Mesh, store: Store, *, split: str, batch: int, threads: int
 ) -> dict:
-    """Sums over a split, every picture once: those of `metrics.count`, by class as well.
+    """Returns the sums of `metrics.count`, also by class, over a split, each image counted once.
 
-    predicts: one function for each member of the ensemble; their probabilities are averaged.
+    predicts: one function per member of the ensemble; their probabilities are averaged.
     """
     score = steps.make_score(mesh)
     parts = _of_batches(score, predicts, mesh, store, split=split, batch=batch, threads=threads)
     sums = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *parts)
     if sums['count'] != store.counts[split]:
-        raise AssertionError(f'{sums["count"]:g} pictures counted, {store.counts[split]} are there')
+        raise AssertionError(f'counted {sums["count"]:g} pictures, not {store.counts[split]}')
     return sums
 
 
@@ -49,9 +49,9 @@ def _of_batches(
     batch: int,
     threads: int,
 ) -> list:
-    """function(averaged probabilities, labels, mask) of every batch of a split, on the host."""
+    """Returns function(averaged probabilities, labels, mask) of each batch of a split, on the host."""
     rows = meshes.rows(mesh, batch)
-    # One program at a time where they cannot overlap; elsewhere the next batch is read meanwhile.
+    # One program at a time if they cannot overlap; otherwise the next batch is read meanwhile.
     finish = (lambda x: x) if choices(mesh).overlap else jax.block_until_ready
     parts = []
     for local in eval_batches(store, split, batch=batch, rows=rows, threads=threads):
@@ -75,18 +75,18 @@ def compare(
     threads: int = 0,
     build: Callable = build,
 ) -> dict[tuple[str, str], dict]:
-    """Sums by (name, view) for each run, and for all together where there are several ('N CNNs').
+    """Returns sums by (name, view) for each run, and for several runs also their ensemble ('N CNNs').
 
-    store: where the prepared pictures are, if not where the first run had them; build: see
-    `inference.describe_run`. Raises UserError for what is not a run directory, for damaged checkpoints,
-    and for runs on different classes.
+    store: the folder of the prepared images, if not that of the first run; build: see
+    `inference.describe_run`. Raises UserError for paths that are not run directories, for damaged
+    checkpoints, and for runs on different classes.
     """
     runs = [describe_run(path, build) for path in run_dirs]
     towers = {run.net.towers for run in runs}
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
     runs = [restore_run(run, mesh, step) for run in runs]
-    # A training may save meanwhile.
+    # A training run may save a checkpoint meanwhile.
     distributed.agree({f'the step of {r.path}': r.step for r in runs})
     opened = open_store(runs, store)
     results = {}
@@ -115,7 +115,7 @@ def hits(
     threads: int = 0,
     build: Callable = build,
 ) -> np.ndarray:
-    """Whether a run's top-1 prediction is right, for every picture of a split in its order, bool[N].
+    """Returns whether a run's top-1 prediction is right for each image of a split, in order, bool[N].
 
     Arguments and errors: see `compare`.
     """
@@ -133,7 +133,7 @@ def hits(
 
 
 def table(results: dict[tuple[str, str], dict]) -> str:
-    """What `compare` returns, like the paper's tables 1 and 2."""
+    """Formats what `compare` returns like the paper's tables 1 and 2."""
     width = max(len('Model'), *(len(name) for name, _ in results))
     columns = {name: head for name, (_, head) in metrics.TEXT.items() if head}
     heads = '  '.join(f'{head:>{max(7, len(head))}}' for head in columns.values())
@@ -149,7 +149,7 @@ def table(results: dict[tuple[str, str], dict]) -> str:
 
 
 def class_table(results: dict[tuple[str, str], dict], names: Sequence[str]) -> str:
-    """The top-1 error of every class, percent, a column for each result, and its pictures."""
+    """Formats each class's top-1 error in percent, one column per result, and its image count."""
     sums = list(results.values())
     errors = [metrics.class_errors(one) for one in sums]
     width = max(len('Class'), *map(len, names))

@@ -1,4 +1,4 @@
-"""A trained network, read back from its run directory, as a function from pictures to probabilities."""
+"""Loads a trained network from its run directory, as a function from images to probabilities."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -24,21 +24,21 @@ Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B
 
 
 class Run(NamedTuple):
-    """A trained network, read back from its run directory."""
+    """A trained network, loaded from its run directory."""
 
     path: paths.Path
     config: dict
     facts: directory.Facts
     net: Network
     step: int = 0
-    variables: dict | None = None  # {'params', 'batch_stats'}; None until they are restored
+    variables: dict | None = None  # {'params', 'batch_stats'}; None until restored
 
 
 def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
-    """A run without its variables, which no mesh is needed for.
+    """Returns a run without its variables, which needs no mesh.
 
     build: makes the network from the fields of `config.model`, for networks defined elsewhere.
-    Raises UserError for what is not a run directory.
+    Raises UserError if `path` is not a run directory.
     """
     path = paths.path(path)
     config, facts = directory.read_config(path), directory.read_facts(path)
@@ -46,7 +46,7 @@ def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
 
 
 def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
-    """The same run with its variables on a mesh. step: 'best', 'latest' or a number.
+    """Returns the same run with its variables on a mesh. step: 'best', 'latest' or a number.
 
     Raises UserError for missing or damaged checkpoints.
     """
@@ -54,7 +54,7 @@ def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints')
     wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
     if step == 'best' and wanted is None:
-        raise UserError(f'{run.path}: no evaluated checkpoint here to be the best; use latest')
+        raise UserError(f'{run.path}: no evaluated checkpoint here, so no best one; use latest')
     found, variables, _ = checkpoints.restore_part(target, wanted)
     return run._replace(step=found, variables=variables)
 
@@ -62,18 +62,18 @@ def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
 def open_run(
     path: str | os.PathLike, mesh: Mesh, step: str | int = 'latest', build: Callable = build
 ) -> Run:
-    """`describe_run` and `restore_run`."""
+    """Returns a run with its variables on a mesh: `describe_run`, then `restore_run`."""
     return restore_run(describe_run(path, build), mesh, step)
 
 
 def open_store(runs: Sequence[Run], store: str = '') -> Store:
     """Opens the store of some runs: `store`, or else the one that the first run was trained on.
 
-    Raises UserError if its classes or the size of its pictures differ from those of a run.
+    Raises UserError if its classes or the size of its images differ from those of a run.
     """
     first = runs[0]
     if any(r.facts.names != first.facts.names for r in runs):
-        raise UserError('these runs were trained on different classes: no common table')
+        raise UserError('these runs were trained on different classes: evaluate them separately')
     if recorded := None if store else directory.recorded_store(first.path):
         opened = stores.open_store(recorded)
     else:
@@ -81,31 +81,31 @@ def open_store(runs: Sequence[Run], store: str = '') -> Store:
         opened = prepare.ensure(**data_config, alone=jax.process_count() == 1, flags='--')
     if opened.names != first.facts.names:
         raise UserError(
-            f'{opened.path} has other classes than {first.path} was trained on; '
-            'give the store of its classes, --store=DIR'
+            f'{opened.path} does not have the classes that {first.path} was trained on; '
+            'give a store that does, --store=DIR'
         )
     for r in runs:
         if r.facts.mean.shape[0] != opened.size:
             raise UserError(
-                f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, and '
-                f'{opened.path} has {opened.size}'
+                f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, but '
+                f'{opened.path} has {opened.size}-pixel ones'
             )
-    if not store:  # others, of the same classes, only where they are asked for
+    if not store:  # other images of the same classes are allowed only on request
         directory.check_store(first.path, opened)
     return opened
 
 
 def predictor(trained: Run, mesh: Mesh, views: str) -> Predict:
-    """predict(images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views."""
+    """Returns predict(images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views."""
     crop = trained.config['augment']['crop']
     predict = steps.make_predict(trained.net, mesh, mean=trained.facts.mean, views=views, crop=crop)
     return lambda images: predict(trained.variables, images)
 
 
 class Classifier:
-    """What `alexnet_jax.load` returns: pictures -> probabilities, with `names`, one per class.
+    """What `alexnet_jax.load` returns: images -> probabilities, with `names`, one per class.
 
-    `run` is the opened run, `size` the side of the square that is cut from a picture, in pixels.
+    `run` is the opened run, `size` the side in pixels of the square cropped from an image.
     """
 
     def __init__(self, run_dir: str | os.PathLike, views: str, step: str | int, build: Callable):
@@ -117,7 +117,7 @@ class Classifier:
         self._predict = predictor(self.run, self._mesh, views)
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Pictures u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K].
+        """Classifies images u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K].
 
         Raises UserError for anything else.
         """
@@ -134,10 +134,11 @@ def load(
     step: str | int = 'latest',
     build: Callable = build,
 ) -> Classifier:
-    """A trained network as a function from uint8 pictures to probabilities, with class names.
+    """Loads a trained network as a function from uint8 images to probabilities, with class names.
 
     views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number; build: see
-    `open_run`. Raises UserError for what is not a run directory and for missing or damaged checkpoints.
+    `describe_run`. Raises UserError if `run_dir` is not a run directory, and for missing or damaged
+    checkpoints.
     """
     choose('views', views, steps.VIEWS)
     return Classifier(run_dir, views, step, build)

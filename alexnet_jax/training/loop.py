@@ -27,15 +27,15 @@ from alexnet_jax.training.setup import Setup
 from alexnet_jax.training.steps import TrainState
 
 log = logging.getLogger(__name__)
-NOT_FINITE = 'is not finite'  # what every message about a training that diverged says
+NOT_FINITE = 'is not finite'  # part of every message about a run that diverged
 
 
 def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
-    """Trains, from the last checkpoint in `workdir` if there is one, until the schedule ends.
+    """Trains until the schedule ends, from the last checkpoint in `workdir` if there is one.
 
     config: the ConfigDict of `configs/base.py`. build: makes the network from the fields of
-    `config.model`, for networks defined elsewhere. Raises UserError, before anything is written, for
-    what the config, the data or the work directory do not allow; Stopped if it was asked to stop.
+    `config.model`, for networks defined elsewhere. Raises UserError, before anything is written, if the
+    config, the data or the work directory cannot be used; Stopped if asked to stop.
     """
     workdir = paths.path(workdir)
     distributed.agree({**configfile.fields(config), '--workdir': str(workdir)})
@@ -61,7 +61,7 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
         preemption.watch(config.run.stop_after, step) as stop,
     ):
         if distributed.is_first() and checkpoints.steps() != there:
-            raise UserError(f'{workdir}: another start saved a checkpoint just now; start again')
+            raise UserError(f'{workdir}: another start has just saved a checkpoint; start again')
         writer = Writer(workdir, start=step, active=distributed.is_first())
         try:
             if distributed.is_first():
@@ -71,10 +71,10 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
             loop = Loop(setup, workdir, checkpoints, writer, state, history, running)
             loop.run(stop)
         except jax.errors.JaxRuntimeError as error:
-            distributed.leave(error)  # the last save would wait for the process that is lost
+            distributed.leave(error)  # the last save would wait for the lost process
             raise
         except Exception:
-            with contextlib.suppress(checkpoint.SaveError):  # what went wrong first is the news
+            with contextlib.suppress(checkpoint.SaveError):  # the first error is the one to report
                 checkpoints.close()
             raise
         else:
@@ -84,14 +84,14 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
 
 
 def _describe(setup: Setup, state: TrainState, *, resuming: bool) -> None:
-    """Logs what is trained, and where."""
+    """Logs the parameters, the mesh and the step to resume from."""
     log.info(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     log.info(meshes.describe(setup.mesh))
     group = setup.config.run.dispatch
     if group > 1 and not any(setup.dispatched(at) > 1 for at in range(0, setup.total, group)):
         log.warning(
-            'config.run.dispatch=%s: no group of so many steps fits between two evaluations; each '
-            'step is dispatched alone',
+            'config.run.dispatch=%s: no group of this many steps fits between two evaluations; each '
+            'step is dispatched on its own',
             group,
         )
     if resuming:
@@ -99,22 +99,22 @@ def _describe(setup: Setup, state: TrainState, *, resuming: bool) -> None:
 
 
 class Dispatch(NamedTuple):
-    """One or several steps that the device was given; their sums may still be on it."""
+    """One or more steps handed to the device; their sums may still be on it."""
 
-    step: int  # the first of them
+    step: int  # the first one
     rates: list[dict[str, float]]  # of each step
-    scalars: dict[str, np.ndarray]  # the same as the train step takes them
+    scalars: dict[str, np.ndarray]  # the same, in the form that the train step takes
     batch: dict[str, jax.Array]
     sums: dict[str, jax.Array]
 
     def of(self, i: int, tree):
-        """What arrays of the dispatch hold of its i-th step: with several, that is the first axis."""
+        """Returns the i-th step's part of the dispatch's arrays; several steps are their first axis."""
         return jax.tree.map(lambda x: x[i], tree) if len(self.rates) > 1 else tree
 
 
 @dataclasses.dataclass
 class Loop:
-    """What the training loop carries from step to step."""
+    """The training loop, with the state it carries from step to step."""
 
     setup: Setup
     workdir: paths.Path
@@ -127,18 +127,18 @@ class Loop:
     def __post_init__(self):
         self.config = self.setup.config.run
         self.step = self.first = int(self.state.step)
-        self.pending: Dispatch | None = None  # the one before: its sums are read one dispatch late
+        self.pending: Dispatch | None = None  # the previous one; its sums are read a dispatch late
         self.clock = progress.Clock()
-        self.images = 0.0  # since the last row, of this start alone: `running` may be older
+        self.images = 0.0  # since the last row, in this start only; `running` may be older
         self.stuck = diagnosis.Stuck(self.config.stuck_after, self.setup.store.classes)
         self.local_batches = self.setup.batches(self.step)
         self.compiled = set()  # sizes of the dispatches already compiled
         self.tracing = False
 
     def run(self, stop: Callable[[int], str]) -> None:
-        """Evaluate, save, end or take a step: in this order, so that a resumed run does the same.
+        """Evaluates, saves, ends or takes a step, in this order, so that a resumed run does the same.
 
-        stop(step): why to stop before this step, or ''.
+        stop(step): the reason to stop before this step, or ''.
         """
         batch = self.fetch(self.step)
         while True:
@@ -156,8 +156,8 @@ class Loop:
                 break
             sent = self.dispatch(batch)
             following = self.step + len(sent.rates)
-            batch = self.fetch(following)  # travels to the device while it computes
-            self.report()  # the dispatch before this one: the device never waits for us
+            batch = self.fetch(following)  # moves to the device while it computes
+            self.report()  # the previous dispatch, so that the device never waits for the host
             self.pending, self.step = sent, following
             self.trace(self.step >= self.config.profile[1])
         self.trace(end=True)
@@ -175,18 +175,18 @@ class Loop:
         )
 
     def over(self) -> bool:
-        """Whether the schedule ends here."""
+        """Returns whether the schedule ends here."""
         return self.step == self.setup.total or self.setup.rates(self.step, self.history)['stop']
 
     def fetch(self, step: int) -> Any:
-        """The batch, or the batches, of the dispatch at a step, on the devices; [] after the last."""
+        """Returns the batch or batches of a step's dispatch, on the devices; [] after the last."""
         with self.clock.waiting():
             local = [*itertools.islice(self.local_batches, self.setup.dispatched(step))]
             batch = self.setup.config.train.batch
             return local and meshes.global_batches(self.setup.mesh, batch, local)
 
     def evaluate(self) -> None:
-        """Adds the validation error at this step to the history and to the rows."""
+        """Adds this step's validation error to the history and to metrics.jsonl."""
         self.report()
         with self.clock.paused():
             values = self.setup.evaluate(self.state)
@@ -199,12 +199,12 @@ class Loop:
         log.info('step %s: validation %s', f'{self.step:,}', metrics.line(values))
 
     def save_due(self, evaluated: bool, ending: bool) -> bool:
-        if self.step == self.first:  # the checkpoint that this start began with stays
+        if self.step == self.first:  # keep the checkpoint that this start began with
             return evaluated and not self.checkpoints.steps()
         return evaluated or bool(ending) or self.step % self.config.checkpoint_every == 0
 
     def save(self, last: bool) -> None:
-        """Saves the state, once all that led to it is known to be finite."""
+        """Saves the state, after checking that everything that led to it is finite."""
         self.report()
         state = self.state
         if not self.setup.all_finite((state.params, state.batch_stats, state.opt_state)):
@@ -231,18 +231,18 @@ class Loop:
         log.warning('%s; training continues without this checkpoint', error)
 
     def diverged(self, what: str) -> None:
-        """Raises a UserError that says what is not finite, and which checkpoint is good."""
+        """Raises a UserError that says what is not finite, and which checkpoint is still good."""
         with contextlib.suppress(checkpoint.SaveError):
             self.checkpoints.wait()
         raise UserError(
-            f'{self.workdir}: {what}; the last good checkpoint is that of step '
+            f'{self.workdir}: {what}; the last good checkpoint is from step '
             f'{max(self.checkpoints.steps(), default=0):,}; {diagnosis.CAUSES}'
         )
 
     def dispatch(self, batch) -> Dispatch:
-        """Hands the next step, or several, to the device; `state` is the one after them."""
+        """Hands the next step or steps to the device; `state` becomes the one after them."""
         count = self.setup.dispatched(self.step)
-        if count not in self.compiled:  # the time of compiling is not that of the steps before
+        if count not in self.compiled:  # compile time must not count for the steps before
             self.report()
             self.compiled.add(count)
         start, stop = self.config.profile
@@ -259,7 +259,7 @@ class Loop:
         return Dispatch(self.step, rates, scalars, batch, sums)
 
     def report(self) -> None:
-        """Accounts for the pending dispatch, if there is one: its sums, rows and log lines."""
+        """Accounts for the pending dispatch, if any: its sums, rows and log lines."""
         if self.pending is None:
             return
         done, self.pending = self.pending, None
@@ -267,11 +267,11 @@ class Loop:
         for i, rates in enumerate(done.rates):
             step = done.step + i
             sums = {name: float(value) for name, value in done.of(i, all_sums).items()}
-            if not math.isfinite(sums['loss']):  # `state` may be that after the next dispatch
+            if not math.isfinite(sums['loss']):  # `state` may already be past the next dispatch
                 again = done.of(i, (done.batch, done.scalars))
                 broken = self.setup.find_broken(self.state.variables, step, *again)
                 self.diverged(f'the loss of step {step:,} {NOT_FINITE}: {broken}')
-            if {*self.running} != {*sums}:  # none yet, or an earlier version's: without all metrics
+            if {*self.running} != {*sums}:  # none yet, or an earlier version's, with fewer metrics
                 self.running = dict.fromkeys(sums, 0.0)
             self.running = {name: self.running[name] + sums[name] for name in sums}
             self.images += sums['count']
@@ -279,7 +279,7 @@ class Loop:
                 self.write_row(step, rates)
 
     def write_row(self, step: int, rates: dict[str, float]) -> None:
-        """Ends an interval of `log_every` steps: its row and its line in the log."""
+        """Ends an interval of `log_every` steps: writes its row and its log line."""
         batch, total = self.setup.config.train.batch, self.setup.total
         values = {
             'epoch': (step + 1) * batch / self.setup.store.counts['train'],
@@ -294,7 +294,7 @@ class Loop:
         self.running, self.images = {}, 0.0
 
     def trace(self, end: bool) -> None:
-        """Ends a profiler trace under way, if this is where it ends."""
+        """Ends the running profiler trace, if any, when `end` is true."""
         if self.tracing and end:
             self.report()
             jax.profiler.stop_trace()

@@ -1,7 +1,7 @@
 """Metrics: named sums over images, made on the device, and the values computed from them.
 
-A new metric is a sum in `count`, its value in `values` and a word for it in `TEXT`; the log, the rows
-of metrics.jsonl, checkpoints and the table of `evaluate` follow.
+To add a metric, add its sum to `count`, its value to `values` and its name to `TEXT`; the log,
+metrics.jsonl, checkpoints and the table of `evaluate` then include it.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TEXT = {  # name of a value: (in the log, head of its column in the table of `evaluate`)
+TEXT = {  # name of a value: (text in the log, column heading in the table of `evaluate`)
     'loss': ('loss {:.4f}', ''),
     'top1_error': ('top-1 error {:.2f} %', 'Top-1'),
     'top5_error': ('top-5 error {:.2f} %', 'Top-5'),
@@ -19,9 +19,9 @@ TEXT = {  # name of a value: (in the log, head of its column in the table of `ev
 
 
 def rank(scores, labels) -> jax.Array:
-    """How many other classes score at least as high as the true one: [B,K], i32[B] -> i32[B].
+    """Counts the other classes that score at least as high as the true one: [B,K], i32[B] -> i32[B].
 
-    Ties count against the network, and NaN is never among the first, however many are asked for.
+    Ties count against the network, and NaN is never in the top k, for any k.
     """
     true = jnp.take_along_axis(scores, labels[:, None], axis=1)
     ranks = jnp.sum(~(scores < true), axis=1) - 1
@@ -29,7 +29,7 @@ def rank(scores, labels) -> jax.Array:
 
 
 def count(scores, losses, labels, mask, *, by_class: bool = False) -> dict[str, jax.Array]:
-    """Sums over the images where the mask f32[B] is 1.
+    """Returns sums over the images whose mask f32[B] is 1.
 
     scores [B,K], losses f32[B] (nats), labels i32[B] -> count, loss, top1 and top5 (hits), f32[];
     by_class (in evaluation): also class_count and class_top1, f32[K].
@@ -49,15 +49,15 @@ def count(scores, losses, labels, mask, *, by_class: bool = False) -> dict[str, 
 
 
 def values(sums: dict[str, Any]) -> dict[str, float]:
-    """What sums over examples say: the mean loss in nats, errors in percent, those of `TEXT`.
+    """Returns the values in `TEXT` of sums over examples: mean loss in nats, errors in percent.
 
-    'class_error', the mean of the classes' own top-1 errors, only of sums by class. Raises
-    ValueError for a count of 0.
+    'class_error', the mean of the per-class top-1 errors, requires sums by class. Raises ValueError
+    for a count of 0.
     """
     total = float(sums['count'])
     if total <= 0:
-        raise ValueError(f'errors of {total:g} examples')
-    # Misses first, in 64 bits: 100 * (1 - hits / count) would round twice more.
+        raise ValueError(f'cannot compute errors over {total:g} examples')
+    # Count misses first, in 64 bits: 100 * (1 - hits / count) would round twice more.
     found = {
         'loss': float(sums['loss']) / total,
         'top1_error': 100 * (total - float(sums['top1'])) / total,
@@ -69,13 +69,13 @@ def values(sums: dict[str, Any]) -> dict[str, float]:
 
 
 def class_errors(sums: dict[str, Any]) -> np.ndarray:
-    """The top-1 error of every class, percent, f64[K]; NaN for a class without images."""
+    """Returns each class's top-1 error in percent, f64[K]; NaN for classes without images."""
     total, hits = (np.asarray(sums[name], np.float64) for name in ('class_count', 'class_top1'))
     return 100 * np.divide(total - hits, total, out=np.full_like(total, np.nan), where=total > 0)
 
 
 def line(values: dict[str, float]) -> str:
-    """Values on one line of the log."""
+    """Formats values for one line of the log."""
     return '  '.join(
         text.format(values[name]) for name, (text, _) in TEXT.items() if name in values
     )

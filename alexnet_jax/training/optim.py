@@ -1,4 +1,4 @@
-"""The paper's stochastic gradient descent, LARS, and every learning rate as one pure host function."""
+"""The paper's SGD, LARS, and all learning rates as one pure function on the host."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 
 NAMES = ('sgd', 'lars')
-DECAYING = ('kernel', 'depthwise')  # the roles of parameters with a weight decay
+DECAYING = ('kernel', 'depthwise')  # roles of the parameters with weight decay
 
 
 def make(
@@ -28,10 +28,10 @@ def make(
     freeze: tuple[str, ...] = (),
     axis: str | None = None,
 ):
-    """The update of `config.optim.name`, for the parameters of a network.
+    """Returns the optimizer `config.optim.name` for a network's parameters.
 
-    decays: ((layer, decay), ...), of layers with their own weight decay; freeze: layers that stay as
-    they are. axis: the mesh axis that divides the network; None where a device has all of it.
+    decays: ((layer, decay), ...) for layers with their own weight decay; freeze: layers that do not
+    change. axis: the mesh axis that divides the network; None if each device has all of it.
     """
     if name == 'lars':
         first = _scale_by_trust(net, trust, decay, decays, axis)
@@ -42,13 +42,13 @@ def make(
 
 
 def _add_decay(net, decay, decays):
-    """The update of §5, with the rates and the momentum that `make` chains to it:
+    """Adds weight decay. With the rates and momentum that `make` chains to it, the update is that of §5:
 
         v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v
 
-    The rate is inside the velocity, so a new rate leaves the velocity as it is. Kernels decay,
-    biases do not (`docs/original.md` §4). rates: {'weights', 'biases', 'conv1'}, f32 scalars; where the
-    rate is 0 (and in the layers of `freeze`) neither parameter nor velocity changes.
+    The rate is inside the velocity, so a new rate does not rescale it. Kernels decay, biases do not
+    (`docs/original.md` §4). rates: {'weights', 'biases', 'conv1'}, f32 scalars; at rate 0 (and in the
+    layers of `freeze`) neither parameter nor velocity changes.
     """
 
     def add(gradients, params):
@@ -61,16 +61,16 @@ def _add_decay(net, decay, decays):
 
 
 def _scale_by_trust(net, trust, decay, decays, axis):
-    """LARS: the gradient is first brought to a fixed part of each parameter's own norm.
+    """LARS: first scales the gradient to a fixed fraction of each parameter's norm.
 
         gradient <- trust * |w| / (|gradient| + decay * |w|) * (gradient + decay * w)
 
     You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks". A layer's kernel,
-    of all towers together, and its bias have a norm each; where |w| or |gradient| is 0 the factor is
-    1; both as in the authors' code (NVIDIA/caffe, c49eb1b6). Unlike there, biases do not decay.
+    over all towers, and its bias each have their own norm; if |w| or |gradient| is 0, the factor is
+    1; both as in the authors' code (NVIDIA/caffe, c49eb1b6). Unlike theirs, our biases do not decay.
     """
 
-    # Not optax.scale_by_trust_ratio: its norms are those of one device's towers, and it divides by
+    # Not optax.scale_by_trust_ratio: its norms cover only one device's towers, and it divides by
     # |gradient + decay * w|.
     def scale(path, beta, gradient, w):
         divided = axis is not None and axis in tuple(net.partition(network.names_of(path)))
@@ -92,7 +92,7 @@ def _scale_by_trust(net, trust, decay, decays, axis):
 
 
 def _betas(net, params, decay, decays):
-    """The weight decay of every parameter, in the shape of the parameters."""
+    """Returns the weight decay of every parameter, in a tree like that of the parameters."""
 
     def beta(path, _):
         names = network.names_of(path)
@@ -106,7 +106,7 @@ def _betas(net, params, decay, decays):
 
 
 def _rate_tree(net, params, rates, freeze):
-    """The learning rate of every parameter, in the shape of the parameters."""
+    """Returns the learning rate of every parameter, in a tree like that of the parameters."""
 
     def rate(path, _):
         names = network.names_of(path)
@@ -130,7 +130,7 @@ def _scale_by_rates(net, freeze):
 
 
 def _hold_where_rate_is_zero(net, inner, freeze):
-    """The source updates nothing at rate 0: no decay, and no momentum either."""
+    """As in the 2012 source code, updates nothing at rate 0: no decay, and no momentum either."""
 
     def update(updates, state, params, *, rates, **_):
         tree = _rate_tree(net, params, rates, freeze)
@@ -140,7 +140,7 @@ def _hold_where_rate_is_zero(net, inner, freeze):
 
         new_updates, new_state = inner.update(updates, state, params, rates=rates)
         new_updates = choose(new_updates, jax.tree.map(jnp.zeros_like, updates))
-        # Whatever in the state is shaped like the parameters is held: here the velocity.
+        # Hold every part of the state that is shaped like the parameters: here, the velocity.
         new_state = jax.tree.map(
             lambda new, old: choose(new, old) if _like(new, params) else new,
             new_state,
@@ -157,12 +157,12 @@ def _like(x: Any, params) -> bool:
 
 
 def velocity(opt_state) -> dict:
-    """The velocity in the state of an update that `make` made, in the shape of the parameters."""
+    """Returns the velocity in the state of an optimizer of `make`, in a tree like the parameters."""
     return next(s.trace for s in opt_state if isinstance(s, optax.TraceState))
 
 
 def steps_per(epochs: float, examples: int, batch: int) -> int:
-    """After so many epochs is this step: ceil(epochs * examples / batch)."""
+    """Returns the first step after `epochs` epochs: ceil(epochs * examples / batch)."""
     return math.ceil(epochs * examples / batch - 1e-9)  # less than any real fraction of a step
 
 
@@ -191,13 +191,13 @@ def make_rates(
     conv1: tuple[tuple[float, float], ...],
     colour_off: float,
 ) -> Callable[[int, Mapping[int, float]], dict[str, float]]:
-    """All of `config.optim` -> rates(step, history) -> {weights, biases, conv1, colour, stop}.
+    """Returns rates(step, history) -> {weights, biases, conv1, colour, stop} of `config.optim`.
 
-    A pure function on the host. step counts the updates made; history: {step: top-1 error, %} of
-    the evaluations up to then; colour is 1 or 0; stop is True when the run is over. Raises
-    UserError for values that do not exist, also those of the update: that is made too late for it.
+    rates is a pure function on the host. step: the number of updates made; history: {step: top-1
+    error, %} of the evaluations so far; colour is 1 or 0; stop is True when the run is over. Raises
+    UserError for invalid values, including those only `make` uses: it is called too late to check.
     """
-    del momentum, decay  # of the update, not of the rates
+    del momentum, decay  # used by the update, not by the rates
     choose('config.optim.name', name, NAMES)
     if name == 'lars' and trust <= 0:
         raise UserError(f'config.optim.trust={trust}: must be above 0')
@@ -211,8 +211,8 @@ def make_rates(
         conv1 = [(at(epoch), float(value)) for epoch, value in conv1]
     except (TypeError, ValueError) as error:
         raise UserError(
-            f'config.optim.drops={drops} must be epochs, as (25.0, 51.0), and '
-            f'config.optim.conv1={conv1} pairs of an epoch and a rate, as ((67.0, 1e-5), (72.0, 0.0))'
+            f'config.optim.drops={drops} must be epochs, as in (25.0, 51.0), and config.optim.conv1='
+            f'{conv1} must be pairs of an epoch and a rate, as in ((67.0, 1e-5), (72.0, 0.0))'
         ) from error
 
     for pair in decays:
@@ -221,21 +221,21 @@ def make_rates(
                 pass
             case _:
                 raise UserError(
-                    f'config.optim.decays={decays}: must be pairs of a layer and a weight decay, as '
-                    "(('fc8', 0.001),)"
+                    f'config.optim.decays={decays}: must be pairs of a layer and a weight decay, '
+                    "as in (('fc8', 0.001),)"
                 )
 
-    # Each schedule gives the part of the rate that is left, whether no drop comes after, and whether
-    # the run is over.
+    # Each schedule returns the remaining fraction of the rate, whether the last drop has been made,
+    # and whether the run is over.
     def by_epoch(step, history):
         count = sum(step >= b for b in boundaries)
         return factor**count, count == len(boundaries), False
 
     def by_plateau(step, history):
-        """The paper divides the rate when the validation error stops improving, then ends (§5)."""
+        """Drops the rate when the validation error stops improving, and finally ends the run (§5)."""
         count, best, since = 0, float('inf'), 0
         for s in sorted(s for s in history if s <= step):
-            if best - history[s] > threshold - 1e-9:  # exactly the threshold counts
+            if best - history[s] > threshold - 1e-9:  # exactly the threshold counts, too
                 best, since = history[s], s
             elif s - since > patience * examples / batch - 1:  # steps are whole, epochs are not
                 count, since = count + 1, s

@@ -1,4 +1,4 @@
-"""What a person sees of a running training: the line of an interval, and a picture of conv1."""
+"""What a training run shows while it runs: a log line per interval, and an image of conv1."""
 
 import contextlib
 import time
@@ -7,11 +7,11 @@ import numpy as np
 
 from alexnet_jax.training import metrics
 
-TIMES = ('images_per_second', 'waiting')  # the values of a train row that differ between two runs
+TIMES = ('images_per_second', 'waiting')  # values of a train row that differ from run to run
 
 
 class Clock:
-    """Where the wall time of an interval goes: waiting for data, evaluating (left out), training."""
+    """Measures where an interval's wall time goes: waiting for data, or training (not evaluation)."""
 
     def __init__(self):
         self._reset()
@@ -22,20 +22,20 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self):
-        """Around what waits for the input."""
+        """Times a block that waits for input."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self):
-        """Around what is not training."""
+        """Excludes a block that is not training."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
     def interval(self, images: float) -> dict[str, float]:
-        """Ends an interval of so many images: images/s, and the share of time waiting for data."""
+        """Ends an interval of `images` images; returns images/s and the fraction of time waiting."""
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         values = {'images_per_second': images / seconds, 'waiting': self._waited / seconds}
         self._reset()
@@ -43,7 +43,7 @@ class Clock:
 
 
 def line(step: int, total: int, batch: int, values: dict[str, float]) -> str:
-    """The line that tells of an interval; values: those of the train row, times included."""
+    """Formats an interval's log line; values: those of the train row, times included."""
     left = (total - step) * batch / values['images_per_second']
     hours, minutes = divmod(int(left) // 60, 60)
     to_go = f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{int(left) % 60:02d}s'
@@ -55,14 +55,15 @@ def line(step: int, total: int, batch: int, values: dict[str, float]) -> str:
 
 
 def kernel_picture(kernels: np.ndarray, *, scale: int = 1, per_kernel: bool = False) -> np.ndarray:
-    """Kernels f32[T,h,w,3,C] -> u8[H,W,3], 16 in a row, the towers one below the other (Fig. 3).
+    """Draws kernels f32[T,h,w,3,C] -> u8[H,W,3], 16 per row, one tower below the other (Fig. 3).
 
-    One rescaling from the least to the greatest weight of all, as in the source (`docs/original.md` §7);
-    white lines between kernels, and half a kernel of white between towers.
+    All weights are rescaled together, from the smallest to the largest, as in the 2012 source code
+    (`docs/original.md` §7). White lines separate kernels, and half a kernel of white separates towers.
 
     Args:
-      scale: pixels of the picture along the side of a weight.
-      per_kernel: the source's option: first every kernel is given mean 0 and standard deviation 1.
+      scale: the side of a weight, in pixels of the image.
+      per_kernel: first normalize each kernel to mean 0 and standard deviation 1, an option of the
+        2012 source code.
     """
     if per_kernel:
         centred = kernels - kernels.mean((1, 2, 3), keepdims=True)

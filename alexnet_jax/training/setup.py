@@ -1,4 +1,4 @@
-"""Everything that a config fixes before the first step of a training."""
+"""Everything that a config determines before the first training step."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def make_optimizer(config, net: Network, mesh: jax.sharding.Mesh):
-    """The update that a config describes, for a network's parameters on a mesh."""
+    """Returns a config's optimizer for a network's parameters on a mesh."""
     return optim.make(
         net,
         name=config.optim.name,
@@ -36,7 +36,7 @@ def make_optimizer(config, net: Network, mesh: jax.sharding.Mesh):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What the loop needs; `make` it from a config, a mesh, a store and a network."""
+    """What the loop needs; `make` builds it from a config, a mesh, a store and a network."""
 
     config: object
     mesh: jax.sharding.Mesh
@@ -44,9 +44,9 @@ class Setup:
     net: Network
     optimizer: object
     rates: Callable
-    total: int  # steps, at the most
+    total: int  # steps, at most
     train_step: Callable
-    train_steps: Callable | None  # several at once, where `run.dispatch` is above 1
+    train_steps: Callable | None  # several steps at once, if `run.dispatch` is above 1
     predict: Callable
     all_finite: Callable
     find_broken: Callable
@@ -88,7 +88,7 @@ class Setup:
         )
 
     def start(self, checkpoints, init_from: str):
-        """(state, history, running sums) at the last checkpoint, or at the beginning."""
+        """Returns (state, history, running sums) at the last checkpoint, or at the beginning."""
         crop = self.config.augment.crop
         target = steps.abstract_state(self.net, self.optimizer, self.mesh, crop)
         if checkpoints.steps():
@@ -103,7 +103,7 @@ class Setup:
         return state, {}, {}
 
     def batches(self, start: int):
-        """This process's rows of the batches from a step on."""
+        """Returns this process's rows of the batches from step `start` on."""
         return batches.train_batches(
             self.store,
             seed=self.config.seed,
@@ -116,7 +116,7 @@ class Setup:
         )
 
     def evaluate(self, state: steps.TrainState) -> dict[str, float]:
-        """The metrics of the validation split, centre crop."""
+        """Returns the metrics of the validation split with the centre crop."""
         sums = evaluation.evaluate(
             [lambda images: self.predict(state.variables, images)],
             self.mesh,
@@ -128,9 +128,9 @@ class Setup:
         return metrics.values(sums)
 
     def dispatched(self, step: int) -> int:
-        """How many steps the next dispatch makes: `run.dispatch`, or 1 if an evaluation falls inside it.
+        """Returns the number of steps in a dispatch: `run.dispatch`, or 1 if an evaluation falls inside.
 
-        It follows from the step's number and `config.run`: a run that is resumed makes the same groups.
+        It depends only on the step's number and `config.run`, so a resumed run makes the same groups.
         """
         count = self.config.run.dispatch
         whole = step % count == 0 and step + count <= self.total
@@ -138,7 +138,7 @@ class Setup:
         return count if whole and not any(between) else 1
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether `config.run.eval_every` asks for an evaluation before this step."""
+        """Returns whether `config.run.eval_every` calls for an evaluation before this step."""
         examples, batch = self.store.counts['train'], self.config.train.batch
         every = self.config.run.eval_every
         number = math.floor(step * batch / (every * examples) + 1e-9)
@@ -146,7 +146,7 @@ class Setup:
 
 
 def _variables_from(run_dir: str, net: Network, target, state) -> dict:
-    """Another run's params and batch_stats; the last layer stays fresh where the class count differs."""
+    """Returns another run's params and batch_stats; the last layer is new if the class count differs."""
     directory.read_config(run_dir)
     other = checkpoint.Checkpoints(paths.path(run_dir) / 'checkpoints')
     there = other.shapes()

@@ -1,4 +1,4 @@
-"""The training step and the prediction step, each one program over the whole mesh."""
+"""The training step and the prediction step, each a single program over the whole mesh."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.training import metrics
 
-VIEWS = {  # windows as fractions of the room, and flips; in the source's order (`docs/original.md` §5)
+VIEWS = {  # offsets as fractions of the room, and flips; in the 2012 code's order (`docs/original.md` §5)
     'centre': [(0.5, 0.5, False)],
     'ten': [
         (y, x, flip)
@@ -30,9 +30,9 @@ VIEWS = {  # windows as fractions of the room, and flips; in the source's order 
 
 @struct.dataclass
 class TrainState:
-    """What training changes. step: i32[], updates made; the others: trees of f32.
+    """The state that training updates. step: i32[], updates made; the others: trees of f32.
 
-    batch_stats: the running statistics of batch normalization, {} for a network without.
+    batch_stats: the running statistics of batch normalization, {} for a network without it.
     """
 
     step: jax.Array
@@ -42,29 +42,29 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """What `network.apply` takes."""
+        """The variables that `network.apply` takes."""
         return {'params': self.params, 'batch_stats': self.batch_stats}
 
 
 def window_mean(mean: np.ndarray, crop: int) -> np.ndarray:
-    """The central window of the mean image f32[S,S,3], for every crop, wherever it comes from."""
+    """Returns the central window of the mean image f32[S,S,3], used for every crop at any offset."""
     start = (mean.shape[0] - crop) // 2
     return mean[start : start + crop, start : start + crop]
 
 
 def centre(images, crop: int):
-    """The central windows of pictures [B,S,S,3] -> [B,crop,crop,3]."""
+    """Returns the central windows of images [B,S,S,3] -> [B,crop,crop,3]."""
     start = (images.shape[1] - crop) // 2
     return images[:, start : start + crop, start : start + crop]
 
 
 def noise_axes(eigenvectors: np.ndarray, sigma: np.ndarray, std: float) -> np.ndarray:
-    """f32[3,3] whose column k is the colour noise for z_k = 1 (§4.1): std * sigma_k * v_k."""
+    """Returns f32[3,3], whose column k is the colour noise for z_k = 1 (§4.1): std * sigma_k * v_k."""
     return np.asarray(std * sigma[None] * eigenvectors, np.float32)
 
 
 def normalize(images, mean, noise=None, rescale: float = 1.0) -> jax.Array:
-    """images u8[B,H,W,3] - mean f32[H,W,3] + noise f32[B,3], divided by rescale -> f32[B,H,W,3]."""
+    """Returns (images u8[B,H,W,3] - mean f32[H,W,3] + noise f32[B,3]) / rescale -> f32[B,H,W,3]."""
     x = images.astype(jnp.float32) - mean[None]
     if noise is None:
         return x
@@ -74,10 +74,10 @@ def normalize(images, mean, noise=None, rescale: float = 1.0) -> jax.Array:
 def make_inputs(
     *, mean: np.ndarray, eigenvectors: np.ndarray, sigma: np.ndarray, std: float, rescale: bool
 ) -> Callable:
-    """inputs(batch, rates) -> f32[B,H,W,3], what the network sees in training.
+    """Returns inputs(batch, rates) -> f32[B,H,W,3], what the network sees in training.
 
-    mean f32[H,W,3], eigenvectors f32[3,3] (columns) and sigma f32[3] are the store's; std and
-    rescale are `config.colour`.
+    mean f32[H,W,3], eigenvectors f32[3,3] (columns) and sigma f32[3] come from the store, std and
+    rescale from `config.colour`.
     """
     axes = noise_axes(eigenvectors, sigma, std)
 
@@ -90,23 +90,23 @@ def make_inputs(
 
 
 def apply_loss(net: Network, variables, x, labels, seed: int, step, rows, frozen=()):
-    """In training mode -> losses f32[B] (nats), logits f32[B,K], activations, new batch_stats."""
+    """Runs the net in training mode -> losses f32[B] (nats), logits f32[B,K], activations, batch_stats."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     train = network.Training(key, rows, tuple(frozen))
     logits, out, batch_stats = network.apply(net, variables, x, train)
-    # One-hot: the gradient of picking a label's entry is a scatter, slow where deterministic.
+    # One-hot, because the gradient of indexing is a scatter, which is slow when deterministic.
     truth = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, truth), logits, out, batch_stats
 
 
 def abstract_state(net: Network, optimizer, mesh: Mesh, crop: int) -> TrainState:
-    """The shapes and shardings of the state on a mesh: what `init_state` makes, checkpoints restore."""
+    """Returns the shapes and shardings of the state on a mesh, for `init_state` and checkpoints."""
     shapes = jax.eval_shape(lambda: _init(net, optimizer, 0, crop))
     return meshes.place(mesh, shapes, state_specs(net, shapes, mesh))
 
 
 def abstract_variables(net: Network, mesh: Mesh, crop: int) -> dict:
-    """The shapes and shardings of {'params', 'batch_stats'} on a mesh."""
+    """Returns the shapes and shardings of {'params', 'batch_stats'} on a mesh."""
     shapes = network.shapes(net, crop)
     return meshes.place(mesh, shapes, _variable_specs(net, shapes, mesh))
 
@@ -123,7 +123,7 @@ def _variable_specs(net: Network, variables: dict, mesh: Mesh) -> dict:
 
 
 def state_specs(net: Network, state: TrainState, mesh: Mesh) -> TrainState:
-    """The partition spec of every leaf: whatever is shaped like the parameters is divided like them."""
+    """Returns the partition spec of every leaf; trees like the parameters are divided like them."""
     specs = _variable_specs(net, state.variables, mesh)
     structure = jax.tree.structure(state.params)
 
@@ -137,7 +137,7 @@ def state_specs(net: Network, state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def init_state(net: Network, optimizer, mesh: Mesh, *, seed: int, crop: int) -> TrainState:
-    """A fresh state, the same on every mesh."""
+    """Returns a fresh state, the same on every mesh."""
     target = abstract_state(net, optimizer, mesh, crop)
     shardings = jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(lambda: _init(net, optimizer, seed, crop), out_shardings=shardings)()
@@ -153,18 +153,18 @@ def make_train_step(
     several: bool = False,
     **inputs_of,
 ) -> Callable:
-    """step(state, batch, rates) -> (state, sums): one update on a global batch.
+    """Returns step(state, batch, rates) -> (state, sums), one update on a global batch.
 
     batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`; rates: f32
-    scalars by name. sums: those of `metrics.count` over the batch, in training mode. Where the loss
-    is not finite nothing is updated, so that `diagnosis` can find out why. The state is donated,
+    scalars by name. sums: those of `metrics.count` over the batch, in training mode. If the loss is
+    not finite, nothing is updated, so that `diagnosis` can find the cause. The state is donated,
     except on CPUs.
 
     Args:
-      freeze: layers whose running statistics stay as they are; their parameters are the optimizer's.
-      several: one program makes several updates, none after a loss that is not finite; every array of
-        batch, rates and sums then has a leading axis, the updates.
-      inputs_of: what `make_inputs` takes.
+      freeze: layers whose running statistics do not change; the optimizer freezes their parameters.
+      several: make several updates in one program, none after a loss that is not finite; every array
+        in batch, rates and sums then has a leading axis, the updates.
+      inputs_of: the arguments of `make_inputs`.
     """
     backend = choices(mesh)
     alone = mesh.size == 1  # nothing to exchange: even a sum over one device copies every gradient
@@ -183,7 +183,7 @@ def make_train_step(
             losses, logits, _, batch_stats = apply_loss(
                 local, variables, x, labels, seed, state.step, rows, freeze
             )
-            # Divided by the global batch: gradients of what is replicated then arrive summed.
+            # Divided by the global batch, because gradients of replicated parameters arrive summed.
             return jnp.sum(losses) / (size * mesh.shape['data']), (logits, losses, batch_stats)
 
         grads, (logits, losses, batch_stats) = jax.grad(loss, has_aux=True)(state.params)
@@ -220,15 +220,15 @@ def make_train_step(
 
 
 def _hold(update, new, old):
-    """The new tree where `update` is true, else the old one."""
+    """Returns the new tree where `update` is true, else the old one."""
     return jax.tree.map(lambda n, o: jnp.where(update, n, o), new, old)
 
 
 def make_predict(net: Network, mesh: Mesh, *, mean: np.ndarray, views: str, crop: int) -> Callable:
-    """predict(variables, images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over the views.
+    """Returns predict(variables, images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over views.
 
-    views: 'centre' or 'ten' (§4.1). The windows of `crop` pixels and the flips are taken on the
-    device, one view at a time.
+    views: 'centre' or 'ten' (§4.1). Images are cropped to `crop` pixels and flipped on the device,
+    one view at a time.
     """
     local = net.local(mesh.shape['model'], 'data')
     window = window_mean(mean, crop)
@@ -253,7 +253,7 @@ def make_predict(net: Network, mesh: Mesh, *, mean: np.ndarray, views: str, crop
 
 
 def _forward(function: Callable, net: Network, mesh: Mesh, crop: int, out: P) -> Callable:
-    """function(variables, images), over a mesh; out: how its result is divided."""
+    """Returns function(variables, images) compiled for a mesh; out: how its result is divided."""
     specs = _variable_specs(net, network.shapes(net, crop), mesh)
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=(specs, P('data')), out_specs=out, check_vma=True
@@ -262,10 +262,10 @@ def _forward(function: Callable, net: Network, mesh: Mesh, crop: int, out: P) ->
 
 
 def make_features(net: Network, mesh: Mesh, *, mean: np.ndarray, crop: int) -> Callable:
-    """features(variables, images u8[B,S,S,3]) -> f32[B,F], of the centre crop in test mode.
+    """Returns features(variables, images u8[B,S,S,3]) -> f32[B,F], of the centre crop in test mode.
 
-    The last activation before the logits, over all towers: in the paper's network that of fc7
-    (§6.1), without the halving of dropout. A map is flattened.
+    Features are the last activations before the logits, over all towers: in the paper's network, those
+    of fc7 (§6.1), before dropout halves them. Maps are flattened.
     """
     local = net.local(mesh.shape['model'], 'data')
     window = window_mean(mean, crop)
@@ -282,11 +282,11 @@ def make_features(net: Network, mesh: Mesh, *, mean: np.ndarray, crop: int) -> C
 
 @functools.cache
 def make_score(mesh: Mesh) -> Callable:
-    """score(probabilities f32[B,K], labels i32[B], mask f32[B]) -> sums over the whole batch.
+    """Returns score(probabilities f32[B,K], labels i32[B], mask f32[B]) -> sums over the whole batch.
 
-    Those of `metrics.count`, by class as well.
+    The sums are those of `metrics.count`, also by class.
     """
-    tiny = jnp.finfo(jnp.float32).tiny  # a probability that is 0 has a logarithm all the same
+    tiny = jnp.finfo(jnp.float32).tiny  # keeps the logarithm of probability 0 finite
 
     def score(probabilities, labels, mask):
         true = jnp.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0]
@@ -297,10 +297,10 @@ def make_score(mesh: Mesh) -> Callable:
 
 
 def all_finite(tree) -> jax.Array:
-    """Whether all numbers in a tree of arrays are finite, bool[]."""
+    """Returns whether all values in a tree of arrays are finite, bool[]."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def make_all_finite(mesh: Mesh) -> Callable:
-    """`all_finite`, compiled for arrays on a mesh."""
+    """Returns `all_finite`, compiled for arrays on a mesh."""
     return jax.jit(all_finite, out_shardings=NamedSharding(mesh, P()))

@@ -180,7 +180,7 @@ FLAGS = {
     'unknown name': (['--config=papre:tanh'], ['no such file or preset (did you mean paper?)']),
     'missing file': (['--config=mine/paper.py'], ['mine/paper.py: no such file or preset']),
     'a folder': (['--config=configs'], ['--config=configs: no such file or preset']),
-    'unknown variant': (['--config=configs/paper.py:tnah'], ["no variant 'tnah'", 'are: tanh']),
+    'unknown variant': (['--config=configs/paper.py:tnah'], ["no variant 'tnah'", 'one of tanh']),
     'no variants': (['--config=configs/caffe.py:tanh'], ['no variants: --config=configs/caffe.py']),
     'syntax': (['--config=syntax.py'], ['SyntaxError', 'syntax.py, line 1']),
     'type in a file': (['--config=wrong_type.py'], ['line 6', "'width'", 'float']),
@@ -376,7 +376,7 @@ def test_pictures_that_cannot_be_prepared(place):
     place.refuses(command, 'data/flowers-512-jpg', 'GB for 8 pictures', 'GB are free', '--store')
     bad = tree / 'train' / 'tulip' / '001.jpg'
     bad.write_bytes(bad.read_bytes()[:500])
-    place.refuses(prepared, 'flowers/train/tulip/001.jpg', 'does not decode', 'repair it')
+    place.refuses(prepared, 'flowers/train/tulip/001.jpg', 'cannot be decoded', 'repair it')
     place.refuses(('prepare', '--source=./flower'), './flower', 'no such folder')
 
 
@@ -385,7 +385,7 @@ def test_training_refuses_the_same_pictures(place):
     tree = fixtures.write_tree(place.folder / 'flowers', {'rose': 3, 'tulip': 3})
     command = ('main', *small('', data__source='flowers', data__val_fraction=0.4))
     (tree / 'tulip' / '001.jpg').write_bytes((tree / 'tulip' / '001.jpg').read_bytes()[:500])
-    place.refuses(command, 'flowers/tulip/001.jpg', 'does not decode')
+    place.refuses(command, 'flowers/tulip/001.jpg', 'cannot be decoded')
     shutil.rmtree(tree / 'tulip')
     (tree / 'tulip').mkdir()
     place.refuses(command, 'flowers/tulip', 'empty')
@@ -609,7 +609,9 @@ def test_evaluating_and_loading_agree(world):
 def test_starting_from_another_run_with_other_classes(world, second):
     assert 'starting from run, step 2, with a new last layer' in second
     world.refuses(('evaluate', 'run', 'again'), 'different classes')
-    world.refuses(('evaluate', 'run', '--store=four'), 'four has other classes', '--store=DIR')
+    world.refuses(
+        ('evaluate', 'run', '--store=four'), 'four does not have the classes', '--store=DIR'
+    )
     mesh = meshes.make((1, 1), towers=2, batches={})
     runs = [inference.open_run(world.folder / name, mesh) for name in ('run', 'again')]
     first, again = (jax.tree.map(np.asarray, r.variables['params']) for r in runs)

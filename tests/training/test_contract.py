@@ -1,7 +1,7 @@
-"""The network contract is general: two networks with batch normalization, known to nothing else.
+"""The network contract is general: it holds for two networks with batch normalization defined here.
 
-One has no towers and nested layers, one has towers. They train, evaluate, resume, are fine-tuned,
-frozen and averaged on every mesh, passed as `build`.
+One has nested layers and no towers, the other has towers. Passed as `build`, they train, evaluate and
+resume, and are fine-tuned, frozen and averaged, on every mesh.
 """
 
 import functools
@@ -134,7 +134,7 @@ def folder(tmp_path_factory):
 
 
 def train(folder, name, net, shape=(1, 1), *, store='three', **changes):
-    """Trains six steps, two and a half an epoch -> the run directory."""
+    """Trains six steps, two and a half per epoch -> the run directory."""
     loop.train(make_config(folder, net, shape, store=store, **changes), folder / name, build)
     return folder / name
 
@@ -164,22 +164,22 @@ def make_config(folder, net, shape=(1, 1), *, store='three', **changes):
 
 @pytest.fixture(scope='module')
 def runs(folder):
-    """A whole run of each network on each mesh, made when asked for."""
+    """Returns runs(net, shape) -> a complete run of a network on a mesh, made on first use."""
     return functools.cache(lambda net, shape: train(folder, f'{net}-{shape}', net, shape))
 
 
 def variables(run):
-    """Parameters and statistics at the end of a run, by name."""
+    """Returns the parameters and statistics at the end of a run, by name."""
     _, arrays, _, _ = outcome(run)
     record = json.loads((run / f'checkpoints/{STEPS}/meta/metadata').read_text())
     kept = {n: np.frombuffer(x, np.float32) for n, x in arrays.items() if n.startswith(('p', 'b'))}
-    assert set(arrays) == set(record['leaves'])  # every one has its fingerprint
+    assert set(arrays) == set(record['leaves'])  # every array has its fingerprint
     return {n: x.reshape(record['leaves'][n]['shape']) for n, x in kept.items()}
 
 
 @pytest.mark.parametrize(('net', 'shape'), MESHES, ids=str)
 def test_a_mesh_changes_only_rounding(runs, net, shape):
-    """Statistics are those of the global batch, each tower's own."""
+    """Statistics are those of the global batch, separately for each tower."""
     one, other = variables(runs(net, (1, 1))), variables(runs(net, shape))
     assert sum(name.startswith('batch_stats') for name in one) == 4  # mean and var of two layers
     for name, value in one.items():
@@ -203,7 +203,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(runs, folder, net, shape)
 @pytest.mark.parametrize(('net', 'shape'), MESHES, ids=str)
 def test_fine_tuning_takes_everything_but_the_head(runs, folder, net, shape):
     old = variables(runs(net, (1, 1)))
-    # Nothing is learnt: what the run begins with is what it ends with.
+    # Nothing is learned, so the run ends with the parameters it starts with.
     frozen = {'train.init_from': str(runs(net, (1, 1))), 'optim.rate': 0.0}
     frozen['train.freeze'] = tuple({n.split('/')[1] for n in old} - {HEAD[net]})
     new = variables(train(folder, f'{net}-{shape}-tuned', net, shape, store='four', **frozen))
@@ -279,7 +279,7 @@ def test_networks_that_do_not_keep_the_contract(folder, change, message):
 
 
 def test_the_diagnosis_computes_the_step_with_its_frozen_layers():
-    """The running variance of a frozen layer overflows; the batch's would not."""
+    """The running variance of a frozen layer overflows; that of the batch would not."""
     made = build(net='nested', classes=CLASSES, **FIELDS['nested'])
     settings = {
         'mean': np.zeros((CROP, CROP, 3), np.float32),
@@ -297,7 +297,7 @@ def test_the_diagnosis_computes_the_step_with_its_frozen_layers():
         'label': np.zeros(BATCH, np.int32),
     }
     rates = {'colour': np.float32(1)}
-    for freeze, words in (((), 'everything is finite'), (('body',), 'the activations body')):
+    for freeze, words in (((), 'everything is finite'), (('body',), 'the activations of body')):
         found = loop.diagnosis.make_find_broken(made, seed=0, freeze=freeze, **settings)
         assert found(variables, np.int32(0), batch, rates).startswith(words)
 

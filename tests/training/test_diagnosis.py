@@ -1,4 +1,4 @@
-"""Where numbers stop being finite is found, and a loss that does not move is noticed."""
+"""The diagnosis finds where values stop being finite, and notices a loss that does not move."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def made():
 
 
 def scaled(params, **factors):
-    """The parameters with the kernels of some layers multiplied."""
+    """Returns the parameters with the kernels of some layers multiplied by factors."""
     return {
         layer: {**leaves, 'kernel': leaves['kernel'] * factors.get(layer, 1.0)}
         for layer, leaves in params.items()
@@ -42,14 +42,14 @@ def scaled(params, **factors):
     ('factors', 'expected'),
     [
         ({}, 'everything is finite'),
-        ({'conv1': 1e38}, 'the activations conv1 broke first'),
-        ({'conv3': 1e38}, 'the activations conv3 broke first'),
-        ({'fc8': np.inf}, 'the gradient of fc8 broke first, in the step before'),
+        ({'conv1': 1e38}, 'the activations of conv1 broke first'),
+        ({'conv3': 1e38}, 'the activations of conv3 broke first'),
+        ({'fc8': np.inf}, 'the gradient of fc8 broke first, in the previous step'),
         (
             {'conv2': np.nan, 'conv4': np.nan},
-            'the gradient of conv4 broke first, in the step before',
+            'the gradient of conv4 broke first, in the previous step',
         ),
-        # fc6 gives its biases alone, so that fc7 and the loss are finite; what comes back is not.
+        # fc6 outputs only its biases, so fc7 and the loss are finite; the gradients are not.
         ({'conv5': 1e4, 'fc6': 0.0, 'fc7': 1e38}, 'the gradient of fc6 broke first'),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""The loop: when it evaluates, saves, stops, and what it refuses to save."""
+"""The training loop: when it evaluates, saves and stops, and what it refuses to save."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def make_config(store, **changes):
 
 @pytest.mark.full
 def test_plateau_drops_the_rate_and_then_ends_the_run(store, tmp_path):
-    """No error can fall by 200 points: after the first evaluation each one is a stall."""
+    """No error can fall by 200 points, so every evaluation after the first is a stall."""
     changes = {'schedule': 'plateau', 'patience': 1.0, 'threshold': 200.0, 'max_drops': 2}
     changes = {f'optim.{name}': value for name, value in changes.items()} | {'run.eval_every': 1.0}
     loop.train(make_config(store, **changes, **{'optim.epochs': 50.0}), tmp_path / 'run')
@@ -65,9 +65,10 @@ def test_plateau_drops_the_rate_and_then_ends_the_run(store, tmp_path):
 
 @pytest.mark.full
 def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
-    """Groups of three, but for steps 3 to 5, since step 5 is evaluated, and the last one.
+    """Groups of three, except for steps 3 to 5, since step 5 is evaluated, and the last step.
 
-    Stopped and resumed: the same bits; one at a time: the same numbers, but for rounding.
+    A run that is stopped and resumed gives the same bits; single steps give the same numbers up to
+    rounding.
     """
     groups, make = [], loop.Setup.make
 
@@ -111,7 +112,7 @@ def test_several_steps_a_dispatch(store, tmp_path, monkeypatch):
 
 @pytest.mark.full
 def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, monkeypatch):
-    """Step 4 is the first that is made alone: else its compilation would be in the rate of steps 2 and 3."""
+    """Step 4 is the first single one: its compilation must not count in the rate of steps 2 and 3."""
     events, make, line = [], loop.Setup.make, loop.progress.line
 
     def watched(*args):
@@ -148,14 +149,14 @@ def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
     config.run.stop_after = '1'
     with pytest.raises(Stopped):
         loop.train(config, tmp_path / 'run')
-    assert 'config.run.dispatch=20: no group of so many steps fits' in caplog.text
+    assert 'config.run.dispatch=20: no group of this many steps fits' in caplog.text
 
 
 @pytest.mark.full
 def test_a_loss_that_is_not_finite_within_a_dispatch_is_found(store, tmp_path):
     changes = {'run.dispatch': 2, 'run.log_every': 2, 'run.eval_every': 9.0}
     config = make_config(store, **changes, **{'optim.rate': 1e30})
-    with pytest.raises(UserError, match='the loss of step 1 is not finite: the activations'):
+    with pytest.raises(UserError, match='the loss of step 1 is not finite: the activations of'):
         loop.train(config, tmp_path / 'run')
 
 
@@ -168,14 +169,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(store, tmp_pa
     with pytest.raises(UserError, match=where) as error:
         loop.train(config, tmp_path / 'run')
     assert '\n' not in str(error.value)
-    # The first update is huge, but finite; what it leads to is not.
+    # The first update is huge but finite; its consequences are not.
     assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1]
     assert [row['step'] for row in metrics.read(tmp_path / 'run')] == [0]
 
 
 @pytest.mark.slow
 def test_parameters_that_are_not_finite_are_never_saved(store, tmp_path, monkeypatch):
-    """Whatever made them so: the loss of the step that they come from is still finite."""
+    """Whatever the cause: the loss of the step that they come from is still finite."""
     make = loop.Setup.make
 
     def poisoned(*args):
@@ -189,7 +190,7 @@ def test_parameters_that_are_not_finite_are_never_saved(store, tmp_path, monkeyp
         return dataclasses.replace(setup, train_step=train_step)
 
     monkeypatch.setattr(loop.Setup, 'make', poisoned)
-    message = 'step 3 is not finite: .*; the last good checkpoint is that of step 2;'
+    message = 'step 3 is not finite: .*; the last good checkpoint is from step 2;'
     with pytest.raises(UserError, match=message):
         loop.train(make_config(store, **{'run.checkpoint_every': 1}), tmp_path / 'run')
     assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1, 2]
@@ -201,13 +202,13 @@ def test_a_loss_that_stays_at_chance_is_noticed(store, tmp_path, monkeypatch, ca
     changes = {'run.stuck_after': 4, 'optim.epochs': 2.0}
     with caplog.at_level('WARNING'):
         loop.train(make_config(store, **changes), tmp_path / 'run')
-    assert 'step 4: for 4 steps the loss has been that of pure chance' in caplog.text
+    assert 'step 4: the loss has been at chance level, ln(3) = 1.0986, for 4 steps' in caplog.text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('failed_save', ['stop', 'warn'])
 def test_a_checkpoint_that_cannot_be_written(store, tmp_path, monkeypatch, caplog, failed_save):
-    """Found when the next one is due, as a full disk is; that one is saved all the same."""
+    """Like a full disk, it is noticed when the next checkpoint is due; that one is still saved."""
     wait, saved = Checkpoints.wait, []
 
     def fail_once(self):
@@ -243,7 +244,7 @@ def test_training_waits_for_checkpoints_where_it_should(store, tmp_path, monkeyp
         monkeypatch.setattr(Checkpoints, name, noted)
     changes = {'run.saves': saves, 'run.checkpoint_every': 2, 'optim.epochs': 1.0}
     loop.train(make_config(store, **changes), tmp_path / 'run')
-    before = ['wait', 'save', 'wait']  # saving waits for the checkpoint before, too
+    before = ['wait', 'save', 'wait']  # saving also waits for the previous checkpoint
     after = {'background': before, 'wait': [*before, 'wait']}[saves]
     assert events[: 2 * len(after)] == after * 2
 
@@ -309,7 +310,7 @@ def test_profile_and_frozen_layers(store, tmp_path):
     ],
 )
 def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, monkeypatch, devices, form):
-    """37 of them, eight at a time: the last batch is mostly padding, on some devices nothing else."""
+    """37 images in batches of eight: the last one is mostly padding, and only padding on some devices."""
     monkeypatch.setattr(backend, 'CPU', form)
     pictures = np.arange(37, dtype=np.uint8)[:, None, None, None] + np.zeros((8, 8, 3), np.uint8)
     labels = np.arange(37, dtype=np.int32) % 3
@@ -322,7 +323,7 @@ def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, monkeypatc
     )
     mesh = meshes.make((devices, 1), towers=1, batches={'batch': 8})
 
-    def predict(images):  # right where the picture's number is below 30
+    def predict(images):  # right if the image's number is below 30
         number = images[:, 0, 0, 0].astype(int)
         return jax.nn.one_hot(jnp.where(number < 30, number, number + 1) % 3, 3)
 

@@ -1,4 +1,4 @@
-"""Metrics: what counts, and what sums say."""
+"""Metrics: what is counted, and the values computed from sums."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +42,7 @@ def test_errors_of_sums():
 
 
 def test_the_mean_of_the_classes_own_errors():
-    """Class 0: one of two right; class 1: none of one; class 2: no pictures; a masked row is none."""
+    """Class 0: one of two right; class 1: none of one; class 2: no images, only a masked row."""
     scores = jnp.array([[3.0, 1, 0], [0, 1, 0], [3, 1, 0], [0, 1, 9]])
     labels, mask = jnp.array([0, 0, 1, 2]), jnp.array([1.0, 1, 1, 0])
     sums = metrics.count(scores, jnp.zeros(4), labels, mask, by_class=True)

@@ -1,4 +1,4 @@
-"""`optim.py` against the updates of the papers as NumPy loops in float64, and its rates."""
+"""`optim.py` against the papers' updates, written as NumPy loops in float64, and its rates."""
 
 import types
 
@@ -17,7 +17,7 @@ from alexnet_jax.training import loop, optim, steps
 from configs import base, cnn_star, large_batch, original
 
 MOMENTUM, DECAY, TRUST = 0.9, 5e-4, 0.02
-# Of the network only what it says of a path is used, not its shapes.
+# Only the network's statements about paths are used, not its shapes.
 NET = build(classes=5, **{**base.get_config().model, 'width': 0.25})
 SHAPES = {
     'conv1': {'kernel': (2, 3, 3, 2, 4), 'bias': (2, 4)},
@@ -40,7 +40,7 @@ def all_rates(rate, **changes):
 
 
 def run(gradients, rates, dtype=np.float64, name='sgd', **options):
-    """The parameters and velocities before and after every update, from `random_tree(0)`."""
+    """Returns parameters and velocities before and after every update, from `random_tree(0)`."""
 
     @jax.jit
     def step(params, state, gradient, rates):
@@ -63,7 +63,7 @@ def run(gradients, rates, dtype=np.float64, name='sgd', **options):
 def reference(gradients, rates, name='sgd', decays=()):
     """v <- 0.9 v - 0.0005 ε w - ε g; w <- w + v (§5): each leaf's (w, v) after 0, 1, ... steps.
 
-    LARS: ε is multiplied by 0.02 |w| / (|g| + 0.0005 |w|), for kernels and biases by themselves.
+    LARS: ε is multiplied by 0.02 |w| / (|g| + 0.0005 |w|), separately for kernels and biases.
     """
     states = {}
     for layer, leaf in LEAVES:
@@ -80,7 +80,7 @@ def reference(gradients, rates, name='sgd', decays=()):
             if name == 'lars':
                 size, slope = np.sqrt(np.sum(w**2)), np.sqrt(np.sum(g**2))
                 epsilon = epsilon * 0.02 * size / (slope + decay * size)
-            if epsilon:  # at rate 0 the source updates nothing
+            if epsilon:  # at rate 0 the 2012 source code updates nothing
                 v = 0.9 * v - decay * epsilon * w - epsilon * g
                 w = w + v
             states[layer, leaf].append((w, v))
@@ -93,7 +93,7 @@ def assert_same_bits(a, b):
 
 
 def distance(tree, other):
-    """The greatest difference between any two numbers in the same place."""
+    """Returns the greatest difference between corresponding numbers of two trees."""
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), tree, other)))
 
 
@@ -139,9 +139,9 @@ def test_layers_with_a_decay_of_their_own(name):
 
 
 def test_a_drop_leaves_the_velocity_as_it_is():
-    """Without a gradient, a step after a drop is the step without it: 0.9 of the one before.
+    """Without a gradient, a step is 0.9 times the previous one, whether or not the rate drops.
 
-    Where the rate multiplies the velocity instead, as in PyTorch's form, it is 0.09 of it.
+    If the rate multiplied the velocity instead, as in PyTorch's form, it would be 0.09 times after a drop.
     """
     steady = run(GRADIENTS[:5], [all_rates(0.01)] * 5)
     w = steady[5][0]
@@ -185,7 +185,7 @@ def test_kernels_decay_and_biases_do_not():
     ids=['all', 'biases', 'conv1 and its biases', 'weights'],
 )
 def test_nothing_moves_at_rate_zero(zero, held, name):
-    """Neither parameter nor velocity, bit for bit, though both have a gradient and a velocity."""
+    """Neither parameters nor velocities change a bit, although gradient and velocity are nonzero."""
     states = run(GRADIENTS[:4], [all_rates(0.01)] * 2 + [zero] * 2, dtype=np.float32, name=name)
     for layer, leaf in LEAVES:
         for kind in (0, 1):  # parameters, velocity
@@ -212,7 +212,7 @@ def test_frozen_layers_stay(name):
 
 @pytest.mark.parametrize('name', ['sgd', 'lars'])
 def test_the_state_is_the_velocity(name):
-    """By the names that checkpoints have: another name, and no run made before could go on."""
+    """Under the names used in checkpoints: with other names, no earlier run could be resumed."""
     params = random_tree(0)
     update = optim.make(NET, name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST)
     names = {f'2/trace/{layer}/{leaf}' for layer, leaf in LEAVES}
@@ -250,7 +250,7 @@ def test_lars_keeps_the_gradient_where_a_norm_is_zero():
 
 
 def run_on_mesh(update, mesh, gradients, rates):
-    """`run`, inside shard_map as in the training step -> parameters and velocities at the end."""
+    """Like `run`, inside shard_map as in the training step -> final parameters and velocities."""
     params = jax.tree.map(jnp.asarray, random_tree(0))
     state = steps.TrainState(jnp.zeros((), jnp.int32), params, {}, update.init(params))
     specs = steps.state_specs(NET, state, mesh)
@@ -272,7 +272,7 @@ def run_on_mesh(update, mesh, gradients, rates):
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 2)], ids=str)
 def test_lars_is_the_same_on_every_mesh(shape):
-    """The norms are those of both towers, wherever the towers are; as training makes the update."""
+    """The norms cover both towers, wherever the towers are; the optimizer is made as in training."""
     config = base.get_config()
     config.optim.update({'name': 'lars', 'trust': TRUST})
     config.model.width = 0.25
@@ -289,7 +289,7 @@ def test_lars_is_the_same_on_every_mesh(shape):
     with jax.enable_x64(True):
         update = loop.Setup.make(config, mesh, store, NET).optimizer
         assert distance(run_on_mesh(update, mesh, gradients, rates), expected) < 1e-12
-        if shape[1] > 1:  # what the norms of single towers would make of it
+        if shape[1] > 1:  # the result with norms of single towers
             update = optim.make(NET, name='lars', momentum=MOMENTUM, decay=DECAY, trust=TRUST)
             assert distance(run_on_mesh(update, mesh, gradients, rates), expected) > 1e-5
 
@@ -298,7 +298,7 @@ def test_lars_is_the_same_on_every_mesh(shape):
 
 
 def make(examples=1000, batch=100, **changes):
-    """The rates of `configs/base.py` with these changes; by default an epoch has ten steps."""
+    """Returns the rates of `configs/base.py` with changes; by default an epoch has ten steps."""
     fields = {**base.get_config().optim, **changes}
     return optim.make_rates(examples=examples, batch=batch, **fields)
 
@@ -337,7 +337,7 @@ def make(examples=1000, batch=100, **changes):
             93,
             id='2010',
         ),
-        pytest.param(  # 146-2012-2011, in the source's layer-params file of that name
+        pytest.param(  # 146-2012-2011, from the 2012 layer-params file of that name
             cnn_star,
             'finetune',
             1_281_167,
@@ -370,9 +370,9 @@ def test_rates_of_the_source(preset, variant, examples, phases, end):
 
 
 def drops(errors, examples=1000, batch=100, **changes):
-    """The epochs at which the plateau rule divides the rate, and the epoch at which it stops.
+    """Returns the epochs at which the plateau rule drops the rate, and the epoch at which it stops.
 
-    errors: top-1 error after epoch 1, 2, ..., in percent; seen one after the other, as in training.
+    errors: top-1 error after epoch 1, 2, ..., in percent; revealed one by one, as in training.
     """
     rates = make(examples, batch, schedule='plateau', epochs=1000.0, **changes)
     history, dropped, before = {}, [], rates(0, {})['weights']
@@ -391,7 +391,7 @@ def drops(errors, examples=1000, batch=100, **changes):
     return dropped, None
 
 
-@pytest.mark.parametrize('examples', [1000, 1040, 1001, 999])  # of batch 100: also parts of a step
+@pytest.mark.parametrize('examples', [1000, 1040, 1001, 999])  # at batch 100: also fractional steps
 def test_plateau_drops_three_times_and_stops(examples):
     improving = [60.0, 50.0, 45.0, 44.0]
     flat = [44.0] * 20
@@ -407,19 +407,19 @@ def test_plateau_counts_an_improvement_of_exactly_the_threshold():
     stay = [50.0] * 2
     assert drops([40.3, 40.2, *stay], patience=2.0) == ([4], None)  # 0.09999999999999432
     assert drops([40.3, 40.21, *stay], patience=2.0) == ([3], None)
-    for tenths in range(1, 999):  # the last two improve by 0.1, in whatever way it is rounded
+    for tenths in range(1, 999):  # improves by 0.1, however it is rounded
         errors = [(tenths + 1) / 10, tenths / 10, tenths / 10]
         assert drops(errors, patience=2.0) == ([], None)
 
 
 def test_plateau_adds_small_improvements_up():
-    """0.05 an epoch is 0.1 in two: it has improved over three epochs."""
+    """0.05 per epoch is 0.1 in two epochs, so it has improved within three."""
     assert drops([50 - 0.05 * epoch for epoch in range(40)], patience=3.0) == ([], None)
     assert drops([50 - 0.03 * epoch for epoch in range(4)], patience=3.0) == ([4], None)
 
 
 def test_plateau_compares_with_the_best():
-    """An error that rises and falls back to what it was has not improved."""
+    """An error that rises and falls back to its old value has not improved."""
     assert drops([44.0, 46.0, 45.0, 44.0, 44.0], patience=3.0) == ([4], None)
     assert drops([44.0, 46.0, 46.0, 46.0, 45.0, 44.0, 44.0], patience=3.0) == ([4, 7], None)
 

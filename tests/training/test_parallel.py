@@ -1,9 +1,9 @@
-"""The same training on every mesh: masks, noise and gradients do not know the devices.
+"""Training is the same on every mesh: masks, noise and gradients do not depend on the devices.
 
-In float64: in float32 the order of a sum leaves the last bit open, and now and then that bit decides
-whether one hidden unit of one image is on. A single unit of fc7 then changes the gradients of all
-layers below by a percent, which says nothing about the meshes. (On photographs that differ more than
-the windows of one, float32 agrees as well as long as no unit switches.)
+The comparison is in float64. In float32, the order of a sum can change the last bit, and now and then
+that bit decides whether a hidden unit is on for an image. A single unit of fc7 then changes the gradients
+of all layers below by a percent, which says nothing about the meshes. (On photographs that differ more
+than windows of a single one do, float32 agrees just as well as long as no unit switches.)
 """
 
 import pathlib
@@ -29,7 +29,7 @@ BATCH, CLASSES = 16, 1000
 
 
 def photographs(size):
-    """Sixteen windows of a real photograph (matplotlib's sample): u8[16,size,size,3]."""
+    """Returns sixteen windows of a real photograph (matplotlib's sample), u8[16,size,size,3]."""
     folder = pathlib.Path(matplotlib.get_data_path()) / 'sample_data'
     with Image.open(folder / 'grace_hopper.jpg') as image:
         pixels = np.asarray(image.convert('RGB'))
@@ -39,7 +39,7 @@ def photographs(size):
 
 
 def train(*args, **kwargs):
-    """Five steps on a mesh, in float64 -> losses, changes of the parameters, velocities."""
+    """Trains five steps on a mesh, in float64 -> losses, parameter changes, velocities."""
     with jax.enable_x64(True):
         return train_in_float64(*args, **kwargs)
 
@@ -92,7 +92,7 @@ def train_in_float64(shape, config, wrap=lambda optimizer: optimizer, count=5, s
 
 
 def differences(one, other):
-    """(greatest difference of the losses, greatest relative L2 distance of changes and velocities)."""
+    """Returns the greatest difference in loss, and in relative L2 distance of changes and velocities."""
     losses = np.abs(np.subtract(one[0], other[0])).max()
     distances = [
         np.linalg.norm(a - b) / np.linalg.norm(a)
@@ -148,7 +148,7 @@ def conv_by_product(x, kernel, bias, *, stride=1, padding=((0, 0), (0, 0))):
 
 @pytest.mark.full
 def test_full_width_original_trains_the_same_on_every_mesh(monkeypatch):
-    """Five steps of 16 pictures in float64, dropout and noise on."""
+    """Five steps of 16 images in float64, with dropout and noise."""
     monkeypatch.setattr(layers, 'conv', conv_by_product)
     one = train((1, 1), original.get_config())
     assert len(set(one[0])) == 5
@@ -248,7 +248,7 @@ def test_the_chosen_mesh_gives_each_tower_a_device():
     [
         ((1, 2), 1, 8, 'model=2, but this network has 1 tower: choose model=1'),
         ((1, 3), 2, 8, 'model=3, but this network has 2 towers'),
-        ((5, 2), 2, 10, 'needs 10 devices and there are 8'),
+        ((5, 2), 2, 10, 'needs 10 devices, but there are 8'),
         ((3, 1), 2, 8, 'batch=8 cannot be divided over 3 devices'),
     ],
 )

@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run ends with the same bits as one left alone."""
+"""A run killed at any moment and restarted ends with the same bits as an uninterrupted one."""
 
 import dataclasses
 import signal
@@ -61,7 +61,7 @@ def test_uninterrupted_run_is_what_the_others_are_compared_with(alone):
     assert step == 20 and set(meta['history']) == {'5', '10', '15', '20'}
     assert [r['step'] for r in rows if r['kind'] == 'train'] == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]
     assert {r['weights'] for r in rows if r['kind'] == 'train'} > {0.02}
-    assert sum(name.startswith('opt_state') for name in arrays) == 16  # the velocity of each
+    assert sum(name.startswith('opt_state') for name in arrays) == 16  # one velocity per parameter
 
 
 @pytest.mark.slow
@@ -71,14 +71,14 @@ def test_uninterrupted_run_is_what_the_others_are_compared_with(alone):
     ids=str,
 )
 def test_killed_and_resumed_is_bit_for_bit_the_same(store, alone, tmp_path, kills):
-    """On two devices, a tower each; dropout, colour noise and chunked crops on."""
+    """On two devices, one tower each, with dropout, colour noise and chunked crops."""
     workdir = tmp_path / 'run'
     for event, number in kills:
         start(workdir, store, event, number)
-        if event == 'save':  # the second, of step 5, after that of step 3
+        if event == 'save':  # the second save, at step 5, after that at step 3
             names = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
             assert names[0] == '3' and '5' not in names
-            assert any(name.startswith('5.') for name in names)  # orbax had begun
+            assert any(name.startswith('5.') for name in names)  # orbax had started
     start(workdir, store)
     assert_same(outcome(workdir), alone)
 
@@ -86,8 +86,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(store, alone, tmp_path, kill
 @pytest.mark.slow
 def test_stopped_on_purpose_and_resumed_is_the_same(store, alone, tmp_path):
     workdir = tmp_path / 'run'
-    # Step 7 is neither a checkpoint's nor an evaluation's; the signals come as batches are read,
-    # which is at most three steps ahead.
+    # Step 7 has neither a checkpoint nor an evaluation; the signals arrive while batches are read,
+    # at most three steps ahead.
     said = start(workdir, store, 'stop_after', 7)
     assert outcome(workdir)[0] == 7 and 'stopped at step 7 (stop_after=7), saved' in said
     for event, reason in (('SIGTERM', 'SIGTERM'), ('SIGINT', 'Ctrl-C')):
@@ -102,7 +102,7 @@ def test_stopped_on_purpose_and_resumed_is_the_same(store, alone, tmp_path):
 
 @pytest.mark.full
 def test_with_tensorflow_it_is_the_same(store, alone, tmp_path):
-    """From a raw store, which the other runs read without it."""
+    """From a raw store, which the other runs read without TensorFlow."""
     workdir = tmp_path / 'run'
     start(workdir, store, 'TensorFlow')
     assert_same(outcome(workdir), alone)
@@ -121,7 +121,7 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(store, tmp_path, changed)
     opened = open_store(store)
     other = dataclasses.replace(opened, **changed)
     run = tmp_path / 'run'
-    directory.check_store(run, other)  # it has not begun
+    directory.check_store(run, other)  # the run has not started
     directory.write(ml_collections.ConfigDict({'seed': 0}), run, opened)
     directory.check_store(run, opened)
     with pytest.raises(UserError, match='started with other pictures'):
@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(store, tmp_path, changed)
 
 
 def test_a_run_directory_without_store_json_goes_on(store, tmp_path):
-    """As those had none that were made before counts were compared."""
+    """Run directories made before counts were compared have no store.json."""
     opened = open_store(store)
     directory.write(ml_collections.ConfigDict({'seed': 0}), tmp_path, opened)
     (tmp_path / 'store.json').unlink()

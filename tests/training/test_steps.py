@@ -1,4 +1,4 @@
-"""The training and prediction steps on one device: what the network is given, and what is counted."""
+"""The training and prediction steps on one device: the network's inputs, and what is counted."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ def net():
 
 
 def test_ten_crops_are_the_corners_the_centre_and_their_mirror_images():
-    """`docs/original.md` §11, in the source's order."""
+    """`docs/original.md` §11, in the order of the 2012 source code."""
     windows = [(int(y * 32), int(x * 32)) for y, x, _ in steps.VIEWS['ten']]
     assert windows == 2 * [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
     assert [flip for *_, flip in steps.VIEWS['ten']] == [False] * 5 + [True] * 5
@@ -95,7 +95,7 @@ RATES = {
     ids=['cpu', 'accelerator'],
 )
 def test_several_steps_of_one_program_are_those_of_one_each(net, mesh, monkeypatch, form):
-    """On CPUs written out: their convolutions are slow within a loop."""
+    """On CPUs the loop is unrolled, because their convolutions are slow inside a loop."""
     monkeypatch.setattr(backend, 'CPU', form)
     step, state, settings = make_step(net, mesh)
     several, alone, _ = make_step(net, mesh, several=True)
@@ -135,7 +135,7 @@ def test_no_step_of_several_comes_after_one_that_is_not_finite(net, mesh):
 @pytest.mark.parametrize('colour', [1.0, 0.0])
 @pytest.mark.parametrize('rescale', [True, False])
 def test_loss_is_that_of_the_normalized_noisy_pictures(net, mesh, colour, rescale):
-    """noise = 0.1 * sum of z_k sigma_k v_k after the mean; / 1.1 only with noise (`docs/original.md` §5)."""
+    """Noise 0.1 * sum of z_k sigma_k v_k after the mean; / 1.1 only with noise (`docs/original.md` §5)."""
     step, state, settings = make_step(net, mesh, rescale=rescale)
     batch = make_batch()
     z_sigma = batch['z'] * settings['sigma']
@@ -155,7 +155,7 @@ def test_loss_is_that_of_the_normalized_noisy_pictures(net, mesh, colour, rescal
 
 @pytest.mark.slow
 def test_gradient_is_the_mean_over_the_batch(net, mesh):
-    """One step without momentum's past moves by rate * (mean gradient + decay * kernel)."""
+    """A first step, without past momentum, moves by rate * (mean gradient + decay * kernel)."""
     step, state, settings = make_step(net, mesh, std=0.0, rescale=False)
     batch, before = make_batch(), jax.tree.map(np.asarray, state.params)
     x = jnp.float32(batch['image']) - settings['mean'][None]
