@@ -1,10 +1,12 @@
 """Shared by the commands: arguments, start-up, and exit handling."""
 
 import argparse
+import io
 import logging
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable
 
 from alexnet_jax.common.errors import INTERRUPTED, UNREAD, Stopped, UserError, end
@@ -90,7 +92,15 @@ def _is_unread() -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; errors that are not bugs become one line on stderr and an exit code."""
+    """Runs a command; errors that are not bugs become one line on stderr and an exit code.
+
+    Characters that the terminal's encoding lacks are escaped; Pillow's warnings about metadata are
+    hidden.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
+    warnings.filterwarnings('ignore', module=r'PIL\.')
     try:
         main()
         sys.stdout.flush()

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax import command
-from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError, reason
+from alexnet_jax.common import class_names, paths
+from alexnet_jax.common.errors import UserError, printable, reason
 from alexnet_jax.input.batches import eval_batches
-from alexnet_jax.input.images import square
+from alexnet_jax.input.images import Undecodable, square
 from alexnet_jax.input.store import Store
 
 DRAWN = 100  # most pictures in a row or column of a figure
@@ -90,23 +90,23 @@ def png(picture: np.ndarray) -> bytes:
 def write(output: str, content: bytes) -> None:
     """Writes a file atomically and prints its name."""
     paths.replace(paths.path(output), content)
-    print(f'wrote {output}')
+    print(printable(f'wrote {output}'))
 
 
-def read(path: str, size: int) -> np.ndarray:
+def read(path: str, size: int, *, exif: bool) -> np.ndarray:
     """Reads a picture file of any format -> the square that the network gets, u8[size,size,3].
 
-    Raises UserError if the file cannot be read or decoded.
+    exif: see `images.decode`. Raises UserError if the file cannot be read or decoded.
     """
     try:
         content = paths.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f'{path}: cannot be read: {reason(error)}; give a picture file') from error
     try:
-        return square(content, size)
-    except Exception as error:  # Pillow raises almost anything for damaged files
+        return square(content, size, exif=exif)
+    except Undecodable as error:
         raise UserError(
-            f'{path}: not a picture, or a damaged one ({type(error).__name__}); repair it or leave it out'
+            f'{path}: cannot be decoded ({error}); repair it or leave it out'
         ) from error
 
 
@@ -115,7 +115,9 @@ def label_of(path: str, names: list[str]) -> int | None:
 
     The folder above counts because Tiny ImageNet has its training pictures in CLASS/images.
     """
-    folders = [folder.name for folder in paths.Path(path).absolute().parents[:2]]
+    folders = [
+        class_names.as_utf8(folder.name) for folder in paths.Path(path).absolute().parents[:2]
+    ]
     return next((names.index(name) for name in folders if name in names), None)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from alexnet_jax import command, figures
 from alexnet_jax.common import class_names
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.training import inference, steps
 
 COLUMNS, BATCH = 4, 20  # columns of a figure, as in the paper; pictures per batch
@@ -54,7 +54,7 @@ def predict(
 def describe(prediction: Prediction, names: Sequence[str]) -> str:
     """The five most probable classes, one per line."""
     label, names = prediction.label, class_names.shown(names)
-    lines = [prediction.title + ('' if label is None else f' (correct: {names[label]})')]
+    lines = [printable(prediction.title) + ('' if label is None else f' (correct: {names[label]})')]
     for i in prediction.top():
         mark = '  <' if i == label else ''
         lines.append(f'  {100 * prediction.probabilities[i]:5.1f} %  {names[i]}{mark}')
@@ -82,8 +82,10 @@ def figure(predictions: Sequence[Prediction], names: Sequence[str]):
         above, below = axes[2 * (i // columns) :, i % columns][:2]
         label, top = prediction.label, prediction.top()
         above.imshow(prediction.picture, interpolation='nearest')
-        caption = prediction.title.rpartition('/')[2] if label is None else names[label]
-        below.set_title(_short(caption), fontsize=11, fontweight='bold', parse_math=False)
+        caption = names[label] if label is not None else prediction.title.rpartition('/')[2]
+        below.set_title(
+            _short(printable(caption)), fontsize=11, fontweight='bold', parse_math=False
+        )
         heights = range(len(top))
         bars = below.barh(heights, prediction.probabilities[top], color=OTHER)
         for bar, y, k in zip(bars, heights, top, strict=True):
@@ -110,9 +112,9 @@ def main() -> None:
         raise UserError('give either picture files or --val=N for validation pictures')
     classify = inference.load(args.run, args.views, args.step)
     if args.images:
-        titles, names = args.images, classify.names
+        titles, names, facts = args.images, classify.names, classify.run.facts
         labels = [figures.label_of(path, names) for path in titles]
-        pictures = [figures.read(path, classify.size) for path in titles]
+        pictures = [figures.read(path, classify.size, exif=facts.exif) for path in titles]
     else:
         store = inference.open_store([classify.run], args.store)
         records = figures.chosen(store, '--val', args.val, args.seed)

@@ -12,6 +12,7 @@ paper (§2). Run the same command again to resume an interrupted pass; the finis
 import time
 
 from alexnet_jax import command
+from alexnet_jax.common.errors import printable
 from alexnet_jax.input import prepare, store
 
 
@@ -28,6 +29,15 @@ def main() -> None:
         default=0.1,
         help='fraction to hold out if the source has no validation split',
     )
+    parser.add_argument(
+        '--exif',
+        choices=('auto', 'on', 'off'),
+        default='auto',
+        help='turn images upright as their EXIF orientation says; auto: off for ImageNet and TFDS sets',
+    )
+    parser.add_argument(
+        '--skip_bad', action='store_true', help='leave out images that cannot be decoded'
+    )
     parser.add_argument('--verify', action='store_true', help='check every record of the store')
     options = vars(parser.parse_args())
     if options.pop('verify'):
@@ -35,12 +45,12 @@ def main() -> None:
             *(options[k] for k in ('source', 'size', 'format'))
         )
         store.verify(store.open_store(path))
-        print(f'{path}: all records are intact')
+        print(printable(f'{path}: all records are intact'))
         return
     began = time.monotonic()
     made = prepare.prepare(**options)
     print(
-        f'{made.path}: {made.counts["train"]} + {made.counts["val"]} pictures of '
+        f'{printable(str(made.path))}: {made.counts["train"]} + {made.counts["val"]} pictures of '
         f'{made.classes} classes, {time.monotonic() - began:.1f} s'
     )
     print(

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from alexnet_jax import command, figures
 from alexnet_jax.common import class_names
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.input.store import Store
@@ -129,12 +129,13 @@ def shared(labels: Sequence[int | None], neighbours: np.ndarray) -> str:
     return f'{same:,} of {total:,} neighbours share the class of their query: {100 * same / total:.1f} %'
 
 
-def _queries(args, store: Store) -> tuple[list[str], list[int | None], np.ndarray]:
+def _queries(args, store: Store, exif: bool) -> tuple[list[str], list[int | None], np.ndarray]:
     """The titles, labels (None: unknown) and pictures u8[N,S,S,3] of the queries."""
     if args.images:
         figures.check_drawn(len(args.images))
         labels = [figures.label_of(path, store.names) for path in args.images]
-        return args.images, labels, np.stack([figures.read(p, store.size) for p in args.images])
+        squares = [figures.read(path, store.size, exif=exif) for path in args.images]
+        return args.images, labels, np.stack(squares)
     count = 5 if args.queries is None else args.queries
     records = figures.chosen(store, '--queries', count, args.seed)
     figures.check_drawn(len(records))
@@ -166,7 +167,7 @@ def main() -> None:
             f'pictures; give a number from 1 to {there}'
         )
     figures.check_drawn(k)
-    titles, labels, images = _queries(args, store)
+    titles, labels, images = _queries(args, store, trained.facts.exif)
     features = make_features(trained, mesh)
 
     def of_split(split):
@@ -183,13 +184,16 @@ def main() -> None:
     for i, title in enumerate(titles):
         known = '' if labels[i] is None else f' ({names[labels[i]]})'
         pairs = zip(classes[i], distances[i], strict=True)
-        print(f'{title}{known}: ' + ', '.join(f'{names[c]} {d:.4g}' for c, d in pairs))
+        print(f'{printable(title)}{known}: ' + ', '.join(f'{names[c]} {d:.4g}' for c, d in pairs))
     print(shared(labels, classes[:n]))
     if args.score:
         print(f'the whole validation split: {shared(store.labels("val").tolist(), classes[n:])}')
     neighbours = figures.squares(store, 'train', found[:n].ravel()).reshape(n, k, *images.shape[1:])
     captions = [
-        [title.rpartition('/')[2] if label is None else names[label], *(names[c] for c in row)]
+        [
+            printable(title.rpartition('/')[2]) if label is None else names[label],
+            *(names[c] for c in row),
+        ]
         for title, label, row in zip(titles, labels, classes[:n], strict=True)
     ]
     figures.write(args.output, figures.png(draw(images, neighbours, captions)))

@@ -19,6 +19,9 @@ def get_config() -> ConfigDict:
             'store': '',  # a prepared store, also gs://BUCKET/STORE; '': data/<source>-<size>-<format>
             'format': 'jpg',  # of the store: 'jpg' (38 GB for ImageNet) or 'u8' (raw, 262 GB, faster)
             'size': 256,  # pixels, side of the prepared square images (§2)
+            # Images turned upright as their EXIF orientation says: 'on', 'off', or 'auto', which is off for
+            # ImageNet (as in 2012) and TFDS sets, and whatever a store was prepared with.
+            'exif': 'auto',
             'val_fraction': 0.1,  # of the training images, held out if the source has no validation split
         }
     )

@@ -6,8 +6,10 @@ copyright 2006 by Princeton University).
 
 import collections
 import functools
+import unicodedata
 from collections.abc import Sequence
 
+from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.common.paths import Path
 
 
@@ -26,4 +28,27 @@ def shown(names: Sequence[str]) -> list[str]:
 
     ILSVRC-2012 has two classes named crane and two named maillot; these keep their IDs as a suffix.
     """
-    return [_table().get(name, name) for name in names]
+    return [printable(_table().get(name, name)) for name in names]
+
+
+def as_utf8(name: str) -> str:
+    """A file's name as in a UTF-8 locale, whatever the locale is; bytes that are not UTF-8 stay."""
+    return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
+
+
+def checked(names: Sequence[str], source: str) -> list[str]:
+    """The names of a source's classes, `as_utf8`; UserError for one that no list of names can hold."""
+    names = [as_utf8(name) for name in names]
+    for name in names:
+        if not name.strip():
+            wrong = 'is empty'
+        elif any(unicodedata.category(c) == 'Cs' for c in name):
+            wrong = 'is not valid UTF-8'
+        elif any(unicodedata.category(c) in ('Cc', 'Zl', 'Zp') for c in name):
+            wrong = 'contains a line break or another control character'
+        else:
+            continue
+        raise UserError(
+            f'{source}: the class name "{name}" {wrong}: rename it (the folder, or in the list)'
+        )
+    return names

@@ -33,6 +33,26 @@ def one_each(name: str, values, layers: int) -> None:
         raise UserError(f'{name}: must have {layers} values, one per layer, not {len(values)}')
 
 
+def printable(text: str) -> str:
+    """Escapes everything in a text that is not safe on a terminal, such as control characters.
+
+    Bytes of a file name that are not UTF-8 appear as \\xNN.
+    """
+    return ''.join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def say(text: str) -> None:
+    """Prints a line at once, escaping what a terminal should not get."""
+    print(printable(text), flush=True)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that Python could not decode
+        return f'\\x{code - 0xDC00:02x}'
+    return character.encode('unicode_escape').decode()
+
+
 def one_line(error: BaseException) -> str:
     """An exception's type and message on one line."""
     return ' '.join(f'{type(error).__name__}: {error}'.split())[:400]
@@ -49,6 +69,12 @@ class Stopped(Exception):
 
 def end(error: BaseException) -> tuple[str, int]:
     """What to print for an exception (one line unless it is a bug), and the exit code."""
+    text, code = _end(error)
+    lines = text.split('\n') if code == BUG else [text]
+    return '\n'.join(map(printable, lines)), code
+
+
+def _end(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return f'error: {error}', MISTAKE
     if isinstance(error, Stopped):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError, reason
+from alexnet_jax.common.errors import UserError, reason, say
 from alexnet_jax.input import store as stores
 from alexnet_jax.input import store_writer
 from alexnet_jax.input.threads import ordered_map
@@ -57,7 +57,7 @@ def local_copy(url: str) -> str:
         content = _read(remote / 'store.json')
     except UserError as error:
         if os.path.exists(os.path.join(path, 'store.json')):
-            print(f'{error}; using the copy in {path}', flush=True)
+            say(f'{error}; using the copy in {path}')
             return path
         raise
     try:
@@ -103,7 +103,7 @@ def _copy(remote: paths.Path, path: str, content: bytes) -> None:
             threads=THREADS,
             ahead=2 * THREADS,
         ):
-            print(line, flush=True)
+            say(line)
         for split, name in splits.items():
             _copy_records(remote / name, path, split, info)
     except (ValueError, KeyError, TypeError) as error:
@@ -154,7 +154,7 @@ def _copy_records(remote: paths.Path, path: str, split: str, info: dict) -> None
         copied += count
     if not whole:
         os.replace(temporary, target)
-    print(_line(remote, size, began if copied else None), flush=True)
+    say(_line(remote, size, began if copied else None))
 
 
 def _copy_part(records: Records, first: int, end: int) -> int:
@@ -236,7 +236,7 @@ def _check_disk(remote: paths.Path, path: str, sizes: dict[str, int]) -> None:
             f'{path}: not enough disk space for a copy of {remote}, {text}: make room, or make data/ '
             'a link to a larger disk'
         )
-    print(f'{remote}: copying to {path}, {text}', flush=True)
+    say(f'{remote}: copying to {path}, {text}')
 
 
 def _damaged(file: paths.Path, why: str) -> UserError:

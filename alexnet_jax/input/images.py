@@ -1,36 +1,198 @@
 """Converts any image to the RGB square that the network reads, and computes image statistics."""
 
+import functools
 import io
+import re
+import threading
+from contextlib import nullcontext
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from alexnet_jax.common.errors import one_line
 
 # Mean absolute difference from the INTER_AREA of the 2012 source code on 903 photographs: bilinear
 # 0.96 levels, Hamming 1.04, box 2.96 (Pillow's box filter takes whole pixels, so it aliases).
 FILTER = 'antialiased bilinear down, bicubic up'
+LARGE, LARGEST = 50_000_000, 500_000_000  # pixels: decoded one at a time; refused beyond
+ORIENTATION = 0x0112  # EXIF's tag
+HEIF = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1')
+MAGIC = {
+    b'\xff\xd8\xff': 'JPEG',
+    b'\x89PNG': 'PNG',
+    b'GIF8': 'GIF',
+    b'II\\*\0|MM\0\\*': 'TIFF',
+    b'RIFF....WEBP': 'WebP',
+}
+METADATA = (b'tEXt', b'zTXt', b'iTXt', b'iCCP')  # PNG chunks that no pixel depends on
+_opening, _large = threading.Lock(), threading.Lock()
 
 
-def decode(data: bytes | np.ndarray) -> Image.Image:
-    """Decodes an image file of any format, or u8[H,W,C], to RGB; EXIF orientation is ignored.
+class Undecodable(Exception):
+    """An image that cannot be decoded; the message is the reason, without the image's name."""
 
-    Pillow's decoders can raise almost any exception on damaged files.
+
+def decode(data: bytes | np.ndarray, *, exif: bool = False) -> Image.Image:
+    """Decodes an image file of any format, or u8 or u16[H,W,C], to RGB.
+
+    Of 16 bits per channel, the high byte is kept. exif: turns the image upright as its EXIF
+    orientation says. (TIFF and HEIF images are always upright.)
+
+    Raises:
+      Undecodable: why not, and what to do if that is known.
     """
     if isinstance(data, np.ndarray):
-        image = Image.fromarray(data[:, :, 0] if data.shape[2] == 1 else data)
-    else:
-        image = Image.open(io.BytesIO(data))
-    if image.mode.startswith('I'):  # 16 bits per pixel: Pillow's own conversion would clip
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert('RGB')
+        return _from_array(data)
+    try:
+        return _from_file(data, exif)
+    except Undecodable:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        if without := _without_metadata(data):  # Pillow refuses PNGs for their metadata alone
+            return decode(without, exif=exif)
+        raise Undecodable(_reason(error, data)) from error
 
 
-def square(data: bytes | np.ndarray, size: int) -> np.ndarray:
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype == np.uint16:
+        array = _high_byte(array)
+    if array.dtype != np.uint8:
+        raise Undecodable(f'{array.dtype} pixels: convert them to 8 or 16 bits')
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] not in (3, 4):
+        raise Undecodable(f'an array of shape {array.shape}: give [H,W,C] with 1, 3 or 4 channels')
+    return Image.fromarray(array).convert('RGB')
+
+
+def _from_file(data: bytes, exif: bool) -> Image.Image:
+    image = _open(data)
+    width, height = image.size
+    if width * height > LARGEST:
+        raise Undecodable(
+            f'too large: {width:,} x {height:,} pixels, the limit is '
+            f'{LARGEST // 1_000_000} million pixels'
+        )
+    with _large if width * height > LARGE else nullcontext():
+        raw = str(image.tile[:1])  # after loading it is gone
+        image.load()
+        orientation = _orientation(image) if exif else 1
+        if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
+            kind = 'floating-point' if image.mode == 'F' else '32-bit integer'
+            raise Undecodable(f'{kind} pixels: convert them to 8 or 16 bits')
+        if image.mode.startswith('I'):  # 16 bits per pixel: Pillow's own conversion would clip
+            values = np.asarray(image)
+            tags = getattr(image, 'tag_v2', {})
+            if tags.get(258) == (12,):  # BitsPerSample
+                values = values << 4
+            if tags.get(262) == 0:  # PhotometricInterpretation: white is 0
+                values = values ^ 0xFFFF
+            image = Image.fromarray(_high_byte(values))
+            raw = ''
+        if image.mode != 'RGB':
+            image = image.convert('RGB')
+        if ';16' in raw:  # Pillow has kept the high bytes
+            _check_range(np.asarray(image))
+        if orientation != 1:
+            image.info = {}  # of the metadata, what may be damaged is not needed
+            image.getexif()[ORIENTATION] = orientation
+            image = ImageOps.exif_transpose(image)
+        return image
+
+
+def _open(data: bytes) -> Image.Image:
+    """Opens an image without decoding it; its size is not checked."""
+    if data[4:8] == b'ftyp' and data[8:12] in HEIF and b'avif' not in data[12:64]:
+        _register_heif()
+    try:
+        return Image.open(io.BytesIO(data))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        with _opening:  # Pillow's limit is global
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return Image.open(io.BytesIO(data))
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+
+
+@functools.cache
+def _register_heif() -> None:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise Undecodable('HEIC: pip install pillow-heif') from error
+    pillow_heif.register_heif_opener()
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == 'JPEG' and not image.info.keys() & {'exif', 'xmp'}:
+        return 1  # the usual case, without parsing anything
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged metadata
+        return 1
+    return orientation if orientation in range(2, 9) else 1
+
+
+def _high_byte(values: np.ndarray) -> np.ndarray:
+    """The high bytes of 16-bit values, as u8."""
+    high = (values >> 8).clip(0, 255).astype(np.uint8)
+    _check_range(high)
+    return high
+
+
+def _check_range(high: np.ndarray) -> None:
+    """Refuses what would be black, for example 12-bit values in 16-bit pixels."""
+    if high.max() < 16:
+        raise Undecodable(
+            'a 16-bit image with all values below 4,096 of 65,535: scale it to the full range'
+        )
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG file without its texts and colour profile; b'' if there are none, or it is no PNG."""
+    if not data.startswith(b'\x89PNG\r\n\x1a\n'):
+        return b''
+    kept, start = [data[:8]], 8
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])
+        if data[start + 4 : start + 8] not in METADATA:
+            kept.append(data[start:end])
+        start = end
+    result = b''.join(kept)
+    return result if len(result) < len(data) else b''
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """Why a file cannot be decoded, in a few words."""
+    begin = data[:1000].lstrip(b'\xef\xbb\xbf \t\r\n').lower()
+    if not data:
+        return 'an empty file'
+    if not data.strip(b'\0'):
+        return 'only zero bytes'
+    if begin.startswith((b'<!doctype html', b'<html')):
+        return 'a web page, not an image'
+    if begin.startswith((b'<svg', b'<?xml')):
+        return 'SVG or XML, not an image of pixels'
+    if isinstance(error, UnidentifiedImageError):
+        kind = next((name for magic, name in MAGIC.items() if re.match(magic, data, re.DOTALL)), '')
+        if kind:
+            return f'damaged, or a kind of {kind} that Pillow cannot read'
+        return 'not an image that Pillow can read'
+    if isinstance(error, MemoryError):
+        return 'not enough memory to decode it'
+    text = ' '.join(str(error).split()) if isinstance(error, OSError) else one_line(error)
+    return re.sub(r'<[^<>]* at 0x[0-9a-f]+>', 'the file', text)[:200] or type(error).__name__
+
+
+def square(data: bytes | np.ndarray, size: int, *, exif: bool = False) -> np.ndarray:
     """Resizes the shorter side to `size` and crops the central square -> u8[size,size,3].
 
     As in the paper (§2); rounding, the corner at (n - size) // 2 and bicubic upscaling are those
-    of the 2012 source code (`docs/original.md` §5). Raises whatever `decode` raises.
+    of the 2012 source code (`docs/original.md` §5). exif: see `decode`, which also has the
+    errors.
     """
-    image = decode(data)
+    image = decode(data, exif=exif)
     shorter = min(image.size)
     sides = [int(side * size / shorter + 0.5) for side in image.size]
     scales = [old / new for old, new in zip(image.size, sides, strict=True)]

@@ -4,19 +4,24 @@ Images are resized to a shorter side of `size` and cropped to the central square
 (§2). An interrupted pass resumes where it stopped and ends with the same bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 
 import numpy as np
 import PIL
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, choose, say
 from alexnet_jax.input import buckets, sources, store_writer
 from alexnet_jax.input import store as stores
 from alexnet_jax.input.images import FILTER
 
+COMMAND = 'python -m alexnet_jax.prepare'
+FIELDS = '(source|dir|store|format|size|val_fraction|exif)'  # of `config.data`, and flags here
 LARGE = 200_000  # images; `ensure` does not prepare sources of this size or more
 
 
@@ -55,6 +60,8 @@ def prepare(
     format: str = 'jpg',
     size: int = 256,
     val_fraction: float = 0.1,
+    exif: str = 'auto',
+    skip_bad: bool = False,
     limit: float = np.inf,
     resuming: bool = False,
 ) -> stores.Store:
@@ -70,11 +77,11 @@ def prepare(
       compare stores of so many; `resuming`: compare none.
 
     Raises:
-      UserError: the source is unusable, an image cannot be decoded, the disk is too small, or the
+      UserError: the source is unusable, images cannot be decoded, the disk is too small, or the
         folder holds something else. A pass that fails within seconds (store_writer.FLUSH_SECONDS) leaves
-        nothing behind; a longer one keeps its work and resumes once the image is repaired.
+        nothing behind; a longer one keeps its work and resumes once the images are repaired.
     """
-    _check_options(format, size, val_fraction)
+    _check_options(format, size, val_fraction, exif)
     if store and '://' in store:
         raise UserError(
             f'--store={store}: prepare writes to a disk: give a folder, and copy it with gcloud '
@@ -83,23 +90,32 @@ def prepare(
     path, named = store or default_store(source, size, format), bool(store)
     origin = _whole(source) if _is_path(source, path) else source
     wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
+    if exif != 'auto':
+        wanted['exif'] = exif == 'on'
     finished = _finished(path, wanted, named)
     if finished:
         if not named and not resuming and sum(finished.counts.values()) < limit:
             _check_source(path, source, dir, val_fraction)
         return finished
-    advice = _advice(source, dir, store, format, size, val_fraction)
+    advice = _advice(source, dir, store, format, size, val_fraction, exif)
     try:
         with store_writer.locked(path):  # the process we waited for may have finished the store
             if named or path == default_store(source, size, format):
                 return _finished(path, wanted, named) or _make(
-                    path, wanted, source, dir, limit, advice
+                    path, wanted, source, dir, limit, advice, skip_bad
                 )
     except OSError as error:
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error
     # That process made the store of another source, so this one's is elsewhere.
     return prepare(
-        source, dir=dir, format=format, size=size, val_fraction=val_fraction, limit=limit
+        source,
+        dir=dir,
+        format=format,
+        size=size,
+        val_fraction=val_fraction,
+        exif=exif,
+        skip_bad=skip_bad,
+        limit=limit,
     )
 
 
@@ -111,39 +127,58 @@ def ensure(
     format: str = 'jpg',
     size: int = 256,
     val_fraction: float = 0.1,
+    exif: str = 'auto',
     alone: bool = True,
     resuming: bool = False,
+    flags: str = '--config.data.',
 ) -> stores.Store:
     """Opens a source's store for training, preparing it first if the set is small (< 200,000).
 
     alone: whether this is the only process; if not, nothing is prepared. resuming: whether a run has
-    begun with this store, which is then not compared with its source. A store in a bucket,
-    gs://BUCKET/STORE, is copied to this host first (`buckets.local_copy`).
+    begun with this store, which is then not compared with its source. flags: how the flags of the
+    command that calls this begin, for messages. A store in a bucket, gs://BUCKET/STORE, is copied to
+    this host first (`buckets.local_copy`).
 
     Raises:
       UserError: as `prepare`. If a large set has no store yet, the error gives the command to run;
         the set is not built if its size is known before TFDS builds it.
     """
-    _check_options(format, size, val_fraction)
     if store and '://' in store:
         store = buckets.local_copy(store)
-    there = _description(store or default_store(source, size, format))
-    complete = there and there['complete']
-    if not complete and (not alone or sources.is_large(source, data_dir=dir, pictures=LARGE)):
-        raise UserError(_advice(source, dir, store, format, size, val_fraction))
-    return prepare(
-        source,
-        dir=dir,
-        store=store,
-        format=format,
-        size=size,
-        val_fraction=val_fraction,
-        limit=LARGE,
-        resuming=resuming,
-    )
+    options = {
+        'dir': dir,
+        'store': store,
+        'format': format,
+        'size': size,
+        'val_fraction': val_fraction,
+        'exif': exif,
+    }
+    with _named(flags, _command(source=source, **options)):
+        _check_options(format, size, val_fraction, exif)
+        there = _description(store or default_store(source, size, format))
+        complete = there and there['complete']
+        if not complete and (not alone or sources.is_large(source, data_dir=dir, pictures=LARGE)):
+            raise UserError(_advice(source, **options))
+        return prepare(source, **options, limit=LARGE, resuming=resuming)
 
 
-def _check_options(format: str, size: int, val_fraction: float) -> None:
+@contextlib.contextmanager
+def _named(flags: str, command: str):
+    """Errors inside, which name the flags of `prepare`, name those of another command instead.
+
+    That command has no --skip_bad: `command` is the one to run with it.
+    """
+    try:
+        yield
+    except UserError as error:
+        text, prepare, rest = str(error).partition(COMMAND)
+        text = re.sub(rf'(?<![\w-])--(?={FIELDS}\b)', flags, text)
+        text = text.replace('with --skip_bad', f'with {command} --skip_bad')
+        raise UserError(f'{text}{prepare}{rest}') from error
+
+
+def _check_options(format: str, size: int, val_fraction: float, exif: str) -> None:
+    choose('--exif', exif, ('auto', 'on', 'off'))
     if format not in stores.FORMATS or size < 1:
         raise UserError(
             f'format {format!r}, size {size}: the format must be one of '
@@ -179,10 +214,10 @@ def _finished(path: str, wanted: dict, named: bool) -> stores.Store | None:
     if not there:
         return None
     if named and there['complete']:
-        _check_same(path, there, {key: wanted[key] for key in ('format', 'size')})
+        _check_same(path, there, {k: wanted[k] for k in ('format', 'size', 'exif') if k in wanted})
         different = _differences(there, wanted)
         if different:
-            print(f'{path}: using this complete store as it is ({different})', flush=True)
+            say(f'{path}: using this complete store as it is ({different})')
     else:
         _check_same(path, there, wanted)
     if not there['complete']:
@@ -192,20 +227,28 @@ def _finished(path: str, wanted: dict, named: bool) -> stores.Store | None:
 
 
 def _make(
-    path: str, wanted: dict, source: str, dir: str | None, limit: float, advice: str
+    path: str,
+    wanted: dict,
+    source: str,
+    dir: str | None,
+    limit: float,
+    advice: str,
+    skip_bad: bool,
 ) -> stores.Store:
     size, format = wanted['size'], wanted['format']
     begun = _description(path)
     try:
         opened = _open(source, dir, wanted['val_fraction'])
         for note in opened.notes:
-            print(note, flush=True)
+            say(note)
         pictures = sum(opened.splits.values())
         if pictures >= limit:
             raise UserError(advice)
+        exif = wanted.pop('exif', opened.exif)
         wanted = {
             **wanted,
             'filter': FILTER,
+            'exif': begun['exif'] if begun else exif,
             'classes': len(opened.class_names),
             'counts': opened.splits,
             'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},
@@ -214,10 +257,18 @@ def _make(
         if opened.files:
             wanted['files'] = [*opened.files]
         begun = None  # from here on, the files in the folder are ours
-        progress = store_writer.read_progress(path, size)
-        _check_disk(path, pictures - progress['written'][:, 0].sum(), size, format)
+        progress = store_writer.read_progress(path, size, skip_bad=skip_bad)
+        _check_disk(path, pictures - progress['read'].sum(), size, format)
         store_writer.write_description(path, {**wanted, 'complete': False})
-        store_writer.write_records(path, opened, size=size, format=format, progress=progress)
+        store_writer.write_records(
+            path,
+            opened,
+            size=size,
+            format=format,
+            progress=progress,
+            exif=wanted['exif'],
+            skip_bad=skip_bad,
+        )
         store_writer.finish(
             path, opened, format=format, progress=progress, description={**wanted, 'complete': True}
         )
@@ -236,7 +287,7 @@ def _check_source(path: str, source: str, dir: str | None, val_fraction: float) 
     try:
         files = _open(source, dir, val_fraction).files
     except UserError as error:
-        print(f'{path}: cannot be compared with its source ({error})', flush=True)
+        say(f'{path}: cannot be compared with its source ({error})')
         return
     if not files or [*files] == there['files']:
         return
@@ -259,7 +310,7 @@ def _description(path: str) -> dict | None:
     """Returns the store.json of a folder, or None if a new store can be started there."""
     try:
         with open(os.path.join(path, 'store.json'), 'rb') as file:
-            return {'complete': False, **stores.decode(file.read())}
+            return {'complete': False, 'exif': False, **stores.decode(file.read())}
     except FileNotFoundError as error:
         others = {*os.listdir(path)} - {*store_writer.TEMPORARY} if os.path.exists(path) else {}
         if others and 'store.json' not in others:  # another process may just have started
@@ -302,10 +353,17 @@ def _check_disk(path: str, pictures: int, size: int, format: str) -> None:
     text = f'about {needed:.2f} GB for {pictures:,} pictures ({free:.2f} GB are free)'
     if free < needed:
         raise UserError(f'{path}: not enough disk space, needs {text}: give another --store')
-    print(f'{path}: needs {text}', flush=True)
+    say(f'{path}: needs {text}')
 
 
-def _advice(source, dir, store, format, size, val_fraction) -> str:
+def _advice(source: str, *options, **named) -> str:
+    return (
+        f'{source} has no store yet, and is too large to prepare on first use, or several '
+        f'processes would prepare it at once: run {_command(source, *options, **named)}'
+    )
+
+
+def _command(source, dir, store, format, size, val_fraction, exif) -> str:
     options = {
         'source': source,
         'dir': dir,
@@ -313,9 +371,7 @@ def _advice(source, dir, store, format, size, val_fraction) -> str:
         'format': format,
         'size': size,
         'val_fraction': val_fraction,
+        'exif': exif if exif != 'auto' else '',
     }
-    given = ' '.join(f'--{key}={value}' for key, value in options.items() if value)
-    return (
-        f'{source} has no store yet, and is too large to prepare on first use, or several '
-        f'processes would prepare it at once: run python -m alexnet_jax.prepare {given}'
-    )
+    given = [f'--{key}={value}' for key, value in options.items() if value]
+    return shlex.join([*COMMAND.split(), *given])

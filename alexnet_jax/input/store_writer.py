@@ -8,19 +8,21 @@ matter.
 import contextlib
 import fcntl
 import io
+import json
 import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, printable, say
 from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input import store as stores
-from alexnet_jax.input.images import square, statistics
+from alexnet_jax.input.images import Undecodable, square, statistics
 from alexnet_jax.input.sources.source import Example, Source
 from alexnet_jax.input.threads import ordered_map
 
@@ -29,8 +31,10 @@ INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one ro
 LOCK = 'lock.tmp'  # like every .tmp file, not part of a store
 PROGRESS = 'progress.npz'
 SPLITS = ('train', 'val')
+SHOWN = 20  # bad images in a message
 FILES = (  # all that are ever written
     'store.json',
+    'skipped.txt',
     'names.txt',
     'stats.npz',
     PROGRESS,
@@ -57,7 +61,8 @@ def locked(path: str, action: str = 'preparing') -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f'{path}: waiting for another process that is {action} it', flush=True)
+                text = f'{path}: waiting for another process that is {action} it'
+                say(text)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
                 pass  # this file system has no locks
@@ -74,23 +79,51 @@ def locked(path: str, action: str = 'preparing') -> Iterator[None]:
             return
 
 
-def read_progress(path: str, size: int) -> dict[str, np.ndarray]:
+class Bad(NamedTuple):
+    """An image that cannot be decoded."""
+
+    name: str  # safe to print, relative to its source
+    reason: str
+    label: int
+
+
+def read_progress(path: str, size: int, *, skip_bad: bool = False) -> dict:
     """Reads how much of a store has been written; all zeros at the start.
 
+    A pass that has left images out starts over unless `skip_bad`: they may have been repaired.
+
     Returns:
-      written i64[2,3]: each split's number of records, their bytes and the bytes of its index; and
-      over the training images, image i64[size,size,3], their sum, and products i64[3,3], the sum
-      of r_i r_j over their pixels.
+      written i64[2,3]: each split's number of records, their bytes and the bytes of its index;
+      read i64[2]: each split's number of images read from the source, and skipped, a list of `Bad`
+      by split, those that were left out; and over the training images, image i64[size,size,3],
+      their sum, and products i64[3,3], the sum of r_i r_j over their pixels.
     """
     try:
         with np.load(os.path.join(path, PROGRESS)) as arrays:
-            return dict(arrays)
+            progress = dict(arrays)
     except FileNotFoundError:
-        return {
+        progress = {
             'written': np.zeros((len(SPLITS), 3), np.int64),
             'image': np.zeros((size, size, 3), np.int64),
             'products': np.zeros((3, 3), np.int64),
         }
+    skipped = json.loads(bytes(progress.get('skipped', b'{}')))
+    if skipped and not skip_bad:
+        text = f'{path}: starting over, since images were left out with --skip_bad'
+        say(text)
+        os.remove(os.path.join(path, PROGRESS))
+        return read_progress(path, size)
+    progress.setdefault('read', progress['written'][:, 0].copy())
+    progress['skipped'] = {split: [Bad(*bad) for bad in skipped[split]] for split in skipped}
+    return progress
+
+
+def _write_progress(path: str, progress: dict) -> None:
+    skipped = np.frombuffer(json.dumps(progress['skipped']).encode(), np.uint8)
+    paths.replace(
+        os.path.join(path, PROGRESS),
+        lambda file: np.savez(file, **{**progress, 'skipped': skipped}),
+    )
 
 
 def write_description(path: str, description: dict) -> None:
@@ -101,23 +134,99 @@ def write_description(path: str, description: dict) -> None:
     )
 
 
+def bad_list(path: str) -> str:
+    """The file beside a store that lists all images which cannot be decoded, if there are many."""
+    return f'{path.rstrip(os.sep)}.bad.txt'
+
+
 def write_records(
-    path: str, source: Source, *, size: int, format: str, progress: dict[str, np.ndarray]
+    path: str,
+    source: Source,
+    *,
+    size: int,
+    format: str,
+    progress: dict,
+    exif: bool = False,
+    skip_bad: bool = False,
 ) -> None:
     """Appends the records missing from `progress`; updates it and, in a long pass, its file.
 
+    Images that cannot be decoded are left out with `skip_bad`. Without, nothing of their split is
+    written from the first of them on, so that the pass can resume when they are repaired, but all
+    other images are checked.
+
     Raises:
-      UserError: an image cannot be decoded, or its label is out of range.
+      UserError: a label is out of range or, after the pass, images cannot be decoded (with
+        `skip_bad`: all those of a split, or of a class in the training split). The message has the
+        first of them, and `bad_list` has all if they are more.
     """
-    began = time.monotonic()
+    began, bad = time.monotonic(), []
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(bad_list(path))  # of an earlier pass
     for split in SPLITS:
-        _write_split(path, source, split, size=size, format=format, progress=progress, began=began)
+        bad += _write_split(
+            path,
+            source,
+            split,
+            size=size,
+            format=format,
+            progress=progress,
+            began=began,
+            exif=exif,
+            skip_bad=skip_bad,
+        )
+    if bad:
+        raise UserError(
+            f'{source.name}: {_list(path, bad, sum(source.splits.values()))}; repair or remove '
+            'them and run the same command again, or leave them out with --skip_bad'
+        )
+    if progress['skipped']:
+        try:
+            _check_rest(path, source, progress)
+        except UserError:  # a progress file would keep the repaired images out
+            _remove(path, [PROGRESS])
+            raise
 
 
-def _write_split(path, source, split, *, size, format, progress, began):
+def _list(path: str, bad: list[Bad], count: int) -> str:
+    """Says which images cannot be decoded; writes a file if they are too many for a message."""
+    shown = ', '.join(f'{one.name} ({one.reason})' for one in bad[:SHOWN])
+    text = f'{len(bad):,} of {count:,} images cannot be decoded: {shown}'
+    if len(bad) > SHOWN:
+        paths.replace(bad_list(path), _table(bad))
+        text += f', ...; the list is in {bad_list(path)}'
+    return text
+
+
+def _table(bad: list[Bad]) -> bytes:
+    return ''.join(f'{one.name}\t{one.reason}\n' for one in bad).encode()
+
+
+def _check_rest(path: str, source: Source, progress: dict) -> None:
+    """UserError if nothing is left of a split, or of a class to train with."""
+    skipped = {split: progress['skipped'].get(split, []) for split in SPLITS}
+    repair = 'repair some of them, and run the same command again'
+    for split, written in zip(SPLITS, progress['written'][:, 0], strict=True):
+        if not written:
+            listed = _list(path, skipped[split], source.splits[split])
+            raise UserError(
+                f'{source.name}: no image is left of the {split} split: {listed}; {repair}'
+            )
+    index = np.fromfile(os.path.join(path, 'train.index'), INDEX)
+    gone = sorted({bad.label for bad in skipped['train']} - {*index['label'].tolist()})
+    if gone:
+        listed = [bad for bad in skipped['train'] if bad.label == gone[0]]
+        raise UserError(
+            f'{source.name}: no training image is left of class {source.class_names[gone[0]]!r}: '
+            f'{_list(path, listed, len(listed))}; {repair}, or remove the class'
+        )
+
+
+def _write_split(path, source, split, *, size, format, progress, began, exif, skip_bad):
     from tqdm import tqdm
 
-    written = progress['written'][SPLITS.index(split)]
+    number = SPLITS.index(split)
+    written, bad = progress['written'][number], []
     files = [open(os.path.join(path, f'{split}.{kind}'), 'ab') for kind in (format, 'index')]
     for file, length in zip(files, written[1:], strict=True):
         file.truncate(length)
@@ -127,42 +236,52 @@ def _write_split(path, source, split, *, size, format, progress, began):
             file.flush()
             os.fsync(file.fileno())
         if time.monotonic() - began > FLUSH_SECONDS:  # a shorter pass starts over
-            paths.replace(os.path.join(path, PROGRESS), lambda file: np.savez(file, **progress))
+            _write_progress(path, progress)
 
-    total, start = source.splits[split], int(written[0])
+    total, start = source.splits[split], int(progress['read'][number])
     records = ordered_map(
-        lambda example: _record(example, size, format, len(source.class_names)),
+        lambda example: _record(example, size, format, source, exif),
         source.read(split, start),
         threads=cores(),
         ahead=4 * cores(),
     )
-    flushed = began
+    flushed, count = began, start
     try:
-        for data, row, pixels, products in tqdm(
-            records, split, total, initial=start, unit=' pictures', disable=None
-        ):
-            for file, part in zip(files, (data, row), strict=True):
-                file.write(part)
-            written += (1, len(data), len(row))
-            if split == 'train':
-                progress['image'] += pixels
-                progress['products'] += products
+        for record in tqdm(records, split, total, initial=start, unit=' images', disable=None):
+            count += 1
+            if isinstance(record, Bad) and skip_bad:
+                progress['skipped'].setdefault(split, []).append(record)
+            elif isinstance(record, Bad):
+                bad.append(record)
+            if bad:
+                continue  # the rest is only checked
+            progress['read'][number] += 1
+            if not isinstance(record, Bad):
+                data, row, pixels, products = record
+                for file, part in zip(files, (data, row), strict=True):
+                    file.write(part)
+                written += (1, len(data), len(row))
+                if split == 'train':
+                    progress['image'] += pixels
+                    progress['products'] += products
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 flush()
                 flushed = time.monotonic()
-        if written[0] != total:
-            raise UserError(f'{source.name}: {split} gave {written[0]} pictures, not {total}')
+        if count != total:
+            raise UserError(f'{source.name}: {split} gave {count} pictures, not {total}')
         flush()
     finally:
         records.close()
         for file in files:
             file.close()
+    return bad
 
 
-def finish(
-    path: str, source: Source, *, format: str, progress: dict[str, np.ndarray], description: dict
-) -> None:
-    """Writes the other files of a fully written store from its indices and sums."""
+def finish(path: str, source: Source, *, format: str, progress: dict, description: dict) -> None:
+    """Writes the other files of a fully written store from its indices and sums.
+
+    Images that were left out are counted in store.json and listed, with reasons, in skipped.txt.
+    """
 
     def save(name, write):
         paths.replace(os.path.join(path, name), write)
@@ -175,9 +294,18 @@ def finish(
         for kind, array in arrays.items():
             save(f'{split}.{kind}.npy', lambda file, array=array: np.save(file, array))
     names = ''.join(f'{name}\n' for name in source.class_names)
-    save('names.txt', lambda file: file.write(names.encode(errors='surrogateescape')))
-    stats = statistics(progress['image'], progress['products'], source.splits['train'])
+    save('names.txt', lambda file: file.write(names.encode()))
+    counts = dict(zip(SPLITS, progress['written'][:, 0].tolist(), strict=True))
+    stats = statistics(progress['image'], progress['products'], counts['train'])
     save('stats.npz', lambda file: np.savez(file, **stats))
+    description = {**description, 'counts': counts}
+    if progress['skipped']:
+        skipped = {split: progress['skipped'].get(split, []) for split in SPLITS}
+        description['skipped'] = {split: len(bad) for split, bad in skipped.items()}
+        bad = [one for split in SPLITS for one in skipped[split]]
+        save('skipped.txt', _table(bad))
+        text = f'left out {len(bad):,} images that cannot be decoded; skipped.txt lists them'
+        say(f'{path}: {text}')
     crc = {}
     for name in stores.parts(description):
         with open(os.path.join(path, name), 'rb') as file:
@@ -229,16 +357,17 @@ def _is_open(name: str, file) -> bool:
         return False
 
 
-def _record(example: Example, size: int, format: str, classes: int):
+def _record(example: Example, size: int, format: str, source: Source, exif: bool):
     """Encodes an example, in a thread -> (record bytes, index row, u8[size,size,3], products)."""
-    if not 0 <= example.label < classes:
-        raise UserError(f'{example.name}: label {example.label} is outside the {classes} classes')
-    try:
-        pixels = square(example.data, size)
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+    if not 0 <= example.label < len(source.class_names):
         raise UserError(
-            f'{example.name}: cannot be decoded ({error}): repair it and run the same command again'
-        ) from error
+            f'{example.name}: label {example.label} is outside the {len(source.class_names)} classes'
+        )
+    try:
+        pixels = square(example.data, size, exif=exif)
+    except Undecodable as error:
+        name = example.name.removeprefix(f'{source.name.rstrip(os.sep)}{os.sep}')
+        return Bad(printable(name), printable(str(error)), example.label)
     if format == 'u8':
         data = pixels.tobytes()
     else:

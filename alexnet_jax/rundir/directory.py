@@ -34,6 +34,7 @@ from alexnet_jax.devices import cpu
 from alexnet_jax.input.store import Store
 
 LATER = {  # fields that older runs lack, and the values that they imply
+    'data': {'exif': 'auto'},
     'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': []},
     'model': {'net': 'alexnet'},
 }
@@ -44,13 +45,14 @@ class Facts(NamedTuple):
 
     names: list[str]  # class names, by label
     mean: np.ndarray  # f32[S,S,3]
+    exif: bool = False  # images are turned upright as their EXIF orientation says
 
 
 def read_config(path: str | os.PathLike) -> dict:
     """Reads the config of a run directory; UserError if `path` is not one."""
     file = paths.path(path) / 'config.json'
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding='utf-8'))
         return config | {part: fields | config[part] for part, fields in LATER.items()}
     except (paths.failures(file), ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -60,11 +62,12 @@ def read_config(path: str | os.PathLike) -> dict:
 
 
 def read_facts(path: str | os.PathLike) -> Facts:
-    """Reads the class names and the mean image; UserError if they are missing."""
+    """Reads the class names, the mean image and store.json; UserError if they are missing."""
     path = paths.path(path)
     try:
+        names = (path / 'names.txt').read_text(encoding='utf-8').splitlines()
         with np.load(io.BytesIO((path / 'stats.npz').read_bytes())) as stats:
-            return Facts((path / 'names.txt').read_text().splitlines(), stats['mean'])
+            return Facts(names, stats['mean'], bool(_read_store(path).get('exif', False)))
     except (
         paths.failures(path),
         ValueError,
@@ -115,7 +118,7 @@ def write(config, workdir: paths.Path, store: Store) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / 'run.json'
     try:
-        starts = json.loads(file.read_text()) if file.exists() else []
+        starts = json.loads(file.read_text(encoding='utf-8')) if file.exists() else []
     except ValueError as error:
         raise UserError(f'{file}: not JSON ({error}); repair or remove it') from error
     # stats.npz comes last of the three: `check_store` takes it as a sign that all are there.
@@ -139,7 +142,7 @@ def write(config, workdir: paths.Path, store: Store) -> None:
 def recorded_store(workdir: paths.Path) -> str | None:
     """Where the last start had its store, an absolute path; None if it is not known or gone."""
     try:
-        store = json.loads((workdir / 'run.json').read_text())[-1]['store']
+        store = json.loads((workdir / 'run.json').read_text(encoding='utf-8'))[-1]['store']
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return store if os.path.isfile(os.path.join(store, 'store.json')) else None
@@ -211,7 +214,7 @@ def check_store(workdir: paths.Path, store: Store) -> None:
     """Raises UserError if the run in `workdir` started with other pictures than those of `store`."""
     if not (workdir / 'stats.npz').exists():
         return
-    facts, counts = read_facts(workdir), _read_counts(workdir)
+    facts, counts = read_facts(workdir), _read_store(workdir).get('counts')
     same = facts.names == store.names and np.array_equal(facts.mean, store.mean)
     if not same or counts not in (None, store.counts):
         raise UserError(
@@ -220,11 +223,12 @@ def check_store(workdir: paths.Path, store: Store) -> None:
         )
 
 
-def _read_counts(workdir: paths.Path) -> dict[str, int] | None:
-    """The pictures per split when the run started; None in a run directory without store.json."""
+def _read_store(workdir: paths.Path) -> dict:
+    """The store's description when the run started; {} in a run directory without store.json."""
     try:
-        return json.loads((workdir / 'store.json').read_text())['counts']
+        description = json.loads((workdir / 'store.json').read_text(encoding='utf-8'))
+        return {'counts': description['counts'], **description}
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{workdir}: store.json cannot be read: {error}') from error

@@ -79,7 +79,7 @@ def open_store(runs: Sequence[Run], store: str = '') -> Store:
     else:
         data_config = {**first.config['data'], 'store': store or first.config['data']['store']}
         alone = jax.process_count() == 1
-        opened = prepare.ensure(**data_config, alone=alone, resuming=True)
+        opened = prepare.ensure(**data_config, alone=alone, resuming=True, flags='--')
     if opened.names != first.facts.names:
         raise UserError(
             f'{opened.path} does not have the classes that {first.path} was trained on; '

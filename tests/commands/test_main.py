@@ -376,7 +376,7 @@ def test_pictures_that_cannot_be_prepared(place):
     place.refuses(command, 'data/flowers-512-jpg', 'GB for 8 pictures', 'GB are free', '--store')
     bad = tree / 'train' / 'tulip' / '001.jpg'
     bad.write_bytes(bad.read_bytes()[:500])
-    place.refuses(prepared, 'flowers/train/tulip/001.jpg', 'cannot be decoded', 'repair it')
+    place.refuses(prepared, 'flowers: 1 of 8', 'train/tulip/001.jpg', 'cannot be decoded', 'repair')
     place.refuses(('prepare', '--source=./flower'), './flower', 'no such folder')
 
 
@@ -385,7 +385,7 @@ def test_training_refuses_the_same_pictures(place):
     tree = fixtures.write_tree(place.folder / 'flowers', {'rose': 3, 'tulip': 3})
     command = ('main', *small('', data__source='flowers', data__val_fraction=0.4))
     (tree / 'tulip' / '001.jpg').write_bytes((tree / 'tulip' / '001.jpg').read_bytes()[:500])
-    place.refuses(command, 'flowers/tulip/001.jpg', 'cannot be decoded')
+    place.refuses(command, 'flowers: 1 of 6', 'tulip/001.jpg', 'cannot be decoded', '--skip_bad')
     shutil.rmtree(tree / 'tulip')
     (tree / 'tulip').mkdir()
     place.refuses(command, 'flowers/tulip', 'empty')

@@ -1,6 +1,8 @@
 """The command prints what the loaded network computes, in the right order."""
 
 import functools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -92,6 +94,27 @@ def test_files(run, tmp_path, monkeypatch, capsys):
         assert np.ptp(p) > 0.01
 
 
+@pytest.mark.parametrize('turned', [True, False, None])
+def test_a_phone_photo_is_turned_as_the_run_was_trained(run, tmp_path, monkeypatch, capsys, turned):
+    """And a name is printed without its escape codes."""
+    shutil.copytree(run.path, tmp_path / 'run')
+    told = json.loads((tmp_path / 'run' / 'store.json').read_text())
+    told |= {} if turned is None else {'exif': turned}
+    (tmp_path / 'run' / 'store.json').write_text(json.dumps(told))
+    monkeypatch.chdir(tmp_path)
+    upright = np.random.default_rng(0).integers(0, 256, (120, 90, 3), np.uint8)
+    stored, exif = np.rot90(upright), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(stored)).save('\x1b[2J.png', exif=exif)
+    call(monkeypatch, predict, 'run', '\x1b[2J.png', '--output=p.png')
+    found = parse(capsys.readouterr().out)
+    (p,) = load(run.path, 'ten', 'latest')([upright if turned else np.ascontiguousarray(stored)])
+    assert [*found] == [r'\x1b[2J.png']
+    np.testing.assert_allclose(
+        [percent for percent, _ in found[r'\x1b[2J.png']], 100 * np.sort(p)[:0:-1], atol=0.051
+    )
+
+
 def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inference, 'load', load)
@@ -119,7 +142,10 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
         (['RUN', '--val=1', '--step=7'], 'no checkpoint of step 7'),
         (['RUN', 'nowhere.jpg'], 'nowhere.jpg: cannot be read: No such file'),
         (['RUN', '.'], '.: cannot be read: Is a directory'),
-        (['RUN', 'text.jpg'], 'text.jpg: not a picture, or a damaged one'),
+        (
+            ['RUN', 'text.jpg'],
+            'text.jpg: cannot be decoded .not an image that Pillow can read.; repair',
+        ),
         (['RUN', '--val=1', '--output=nowhere/p.png'], 'nowhere is not a writable folder'),
         (['RUN', '--val=1', '--views=two'], 'invalid choice'),
         # checked first

@@ -230,7 +230,10 @@ def test_the_folder_of_a_class():
         (['RUN', '--threads=-1'], '--threads=-1'),
         (['RUN', '--seed=-1'], '--seed'),
         (['RUN', 'nowhere.jpg'], 'nowhere.jpg: cannot be read: No such file'),
-        (['RUN', 'text.jpg'], 'text.jpg: not a picture, or a damaged one'),
+        (
+            ['RUN', 'text.jpg'],
+            'text.jpg: cannot be decoded .not an image that Pillow can read.; repair',
+        ),
         (['RUN', *['text.jpg'] * 21], '21 pictures are too many'),
         (['RUN', '--output=nowhere/n.png'], 'nowhere is not a writable folder'),
         (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # checked first

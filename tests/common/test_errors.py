@@ -1,6 +1,7 @@
 """How commands end: one line for what the user can fix, a traceback for a bug."""
 
 import errno
+import io
 import os
 import pathlib
 import sys
@@ -23,6 +24,34 @@ def test_a_path_without_access_is_one_line(number):
     assert code == errors.MISTAKE
     line, code = errors.end(OSError(number, os.strerror(number)))  # of a process, say
     assert code == errors.BUG
+
+
+@pytest.mark.parametrize(
+    ('text', 'safe'),
+    [
+        ('a/Übung 鳥.jpg', 'a/Übung 鳥.jpg'),
+        ('a\nb\tc', r'a\nb\tc'),
+        ('\x1b[31mred\x07\x9b', r'\x1b[31mred\x07\x9b'),
+        (os.fsdecode(b'caf\xe9'), r'caf\xe9'),
+        ('a\u2028b\u202egpj', r'a\u2028b\u202egpj'),
+        ('\ud800', r'\ud800'),
+    ],
+)
+def test_nothing_but_text_is_sent_to_a_terminal(text, safe):
+    assert errors.printable(text) == safe
+    assert errors.end(errors.UserError(text)) == (f'error: {safe}', errors.MISTAKE)
+    said, code = errors.end(ValueError(text))
+    assert code == errors.BUG and text.split('\n')[0] in said or safe in said
+    assert all(line.isprintable() for line in said.split('\n'))
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin1', 'utf-8'])
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch, encoding):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, encoding))
+    command.run(lambda: print('Möwe 🐦 \udcff'))
+    shown = raw.getvalue().decode(encoding)
+    assert shown.replace('\\xf6', 'ö').replace('\\U0001f426', '🐦') == 'Möwe 🐦 \\udcff\n'
 
 
 def test_a_full_disk_is_one_line():

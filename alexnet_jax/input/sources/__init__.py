@@ -3,8 +3,10 @@
 Each form is a module with `recognizes(name)`, `open_source(name, ...)` and `is_large(name, ...)`.
 """
 
+import dataclasses
 import os
 
+from alexnet_jax.common import class_names
 from alexnet_jax.input.sources import folder, imagenet, listing, parquet, tfds, webdataset
 from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, is_path
 
@@ -48,4 +50,6 @@ def open_source(
       UserError: there is no such source, it has the wrong layout, or its files are missing.
     """
     form, name = _form(name)
-    return form.open_source(name, data_dir=data_dir, val_fraction=val_fraction, seed=seed)
+    source = form.open_source(name, data_dir=data_dir, val_fraction=val_fraction, seed=seed)
+    names = class_names.checked(source.class_names, source.name)
+    return dataclasses.replace(source, class_names=names)

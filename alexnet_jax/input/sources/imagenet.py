@@ -17,7 +17,7 @@ import os
 import re
 from typing import NamedTuple
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, say
 from alexnet_jax.input.sources import tars, tfds
 from alexnet_jax.input.sources.source import (
     PICTURE_BYTES,
@@ -116,7 +116,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         return tfds.open_built(built, name, val_fraction=val_fraction, seed=seed)
     parts = _parts(name, data_dir)
     if parts.train_tar or parts.class_tars or parts.val_tar:
-        print(f'{parts.root}: reading the index of the tars', flush=True)
+        say(f'{parts.root}: reading the index of the tars')
     skipped = collections.Counter()
     train = _train(parts, skipped)
     class_names = sorted(train)
@@ -196,7 +196,7 @@ def _parts(name: str, data_dir: str | None) -> Parts:
         problem = f'not found{f"; {root} has {_found(root)}" if found else ""}'
     raise UserError(
         f'{NAME}: {problem}: register at https://image-net.org, download the two tars and put them at '
-        f'{wanted}, or give the folder of any copy (--dir; in a config, data.dir) of the form {FORMS}; '
+        f'{wanted}, or give the folder of any copy (--dir) of the form {FORMS}; '
         '`make quickstart` trains on an embedded set without any download'
     )
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.errors import UserError, one_line, say
 from alexnet_jax.input.sources.source import (
     PICTURE_BYTES,
     Example,
@@ -333,7 +333,7 @@ def _download(name: str) -> str:
     """Downloads the Parquet files of a set, or finds them in the cache of the Hub -> their folder."""
     repository, revision, folder = _address(name)
     hub = _import_hub(name)
-    print(f'{name}: downloading from the Hub, or using its cache', flush=True)
+    say(f'{name}: downloading from the Hub, or using its cache')
     try:
         snapshot = hub.snapshot_download(
             repository,

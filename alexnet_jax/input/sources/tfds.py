@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.errors import UserError, one_line, say
 from alexnet_jax.input.sources.source import (
     PICTURE_BYTES,
     Example,
@@ -110,7 +110,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     root = data_root(name, data_dir)
     builder = _builder(name, root)
     if not builder.is_prepared() and name == EMBEDDED:
-        print('rendering the embedded pictures', flush=True)
+        say('rendering the embedded pictures')
         with contextlib.redirect_stdout(None):  # TFDS would claim to be downloading something
             _build(builder, name, root)
     elif not builder.is_prepared():

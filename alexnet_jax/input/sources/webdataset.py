@@ -7,7 +7,7 @@ for training. `classnames.txt` may name the classes, one per line. Other members
 import collections
 import os
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, say
 from alexnet_jax.input.sources import tars
 from alexnet_jax.input.sources.source import (
     PICTURE_BYTES,
@@ -60,7 +60,7 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
     for split in ('test', None):
         if split in shards:
             notes.append(not_used(shards[split]))
-    print(f'{path}: reading the index of the shards', flush=True)
+    say(f'{path}: reading the index of the shards')
     entries = {
         split: [entry for shard in shards[split] for entry in _entries(path, shard)]
         for split in ('train', 'val')
