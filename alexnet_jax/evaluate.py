@@ -1,4 +1,4 @@
-"""Evaluates networks as in the paper: centre crop, ten crops (§4.1), and ensembles.
+"""Evaluates networks as in the paper: center crop, ten crops (§4.1), and ensembles.
 
     python -m alexnet_jax.evaluate RUN [RUN ...]
 

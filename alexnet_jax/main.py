@@ -18,7 +18,7 @@ from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 
 FLAGS = {  # name: (default, help)
-    'config': ('', 'a preset (paper or configs/paper.py) or a file of yours; :VARIANT may follow'),
+    'config': ('', 'a preset (paper or configs/paper.py) or your own file; :VARIANT may follow'),
     'workdir': ('', 'run directory; default: runs/<config>[-variant]'),
     'cpu_devices': (0, 'make N virtual CPU devices'),
     **command.DISTRIBUTED,

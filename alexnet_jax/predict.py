@@ -3,7 +3,7 @@
     python -m alexnet_jax.predict RUN a.jpg b.png
     python -m alexnet_jax.predict RUN --val=8 --output=predictions.png
 
-Prints the five most probable classes of each picture. A picture is labelled if its folder, or the
+Prints the five most probable classes of each picture. A picture is labeled if its folder, or the
 folder above, is named after a class.
 """
 

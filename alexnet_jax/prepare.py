@@ -6,7 +6,8 @@
     python -m alexnet_jax.prepare --source=/data/flowers --verify
 
 Pictures are resized so that the shorter side is `size` and cropped to the central square, as in the
-paper (§2). Run the same command again to resume an interrupted pass; the finished store is identical.
+paper (§2). Run the same command again to resume an interrupted pass; the finished store is
+identical to that of an uninterrupted one.
 """
 
 import time
@@ -19,7 +20,7 @@ from alexnet_jax.input import prepare, store
 def main() -> None:
     parser = command.make_parser('prepare', __doc__)
     parser.add_argument('--source', required=True, help='a folder of class folders, or a TFDS name')
-    parser.add_argument('--dir', help='TFDS data directory; for imagenet2012, of the tars')
+    parser.add_argument('--dir', help='TFDS data directory (for imagenet2012: where the tars are)')
     parser.add_argument('--store', help='folder to write (default: data/SOURCE-SIZE-FORMAT)')
     parser.add_argument('--format', choices=store.FORMATS, default='jpg', help='JPEG or raw pixels')
     parser.add_argument('--size', type=int, default=256, help='side of the square in pixels')

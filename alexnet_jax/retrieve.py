@@ -5,7 +5,7 @@
     python -m alexnet_jax.retrieve RUN --score             # also score the whole validation split
 
 Distances are Euclidean, between the activations of the last hidden layer (§6.1) or, if a network has
-none, of its last feature map. Queries are in the first column of the drawing. Below each picture is its
+none, of its last feature map. Queries are in the first column of the figure. Below each picture is its
 class or, if unknown, the file name.
 """
 

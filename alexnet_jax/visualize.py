@@ -2,8 +2,8 @@
 
     python -m alexnet_jax.visualize RUN
 
-Rows have 16 kernels, with tower 0 above tower 1. Black is the smallest weight of all kernels, white the
-largest; with --per_kernel each kernel is first normalized to mean 0 and standard deviation 1.
+Each row has 16 kernels, with tower 0 above tower 1. Black is the smallest weight of all kernels, white
+the largest; with --per_kernel each kernel is first normalized to mean 0 and standard deviation 1.
 """
 
 import numpy as np
