@@ -1,4 +1,4 @@
-"""Network #145 of the 2012 source code, the run behind the paper's tables (`docs/original.md` §0 to §5).
+"""Network #145 of the 2012 source code, behind the paper's single-CNN results (`docs/original.md` §0 to §5).
 
     python -m alexnet_jax.main --config=configs/original.py
 

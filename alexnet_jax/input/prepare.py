@@ -241,6 +241,8 @@ def _make(
         opened = _open(source, dir, wanted['val_fraction'])
         for note in opened.notes:
             say(note)
+        if opened.validation:
+            say(f'validation images: {opened.validation}')
         pictures = sum(opened.splits.values())
         if pictures >= limit:
             raise UserError(advice)
@@ -250,6 +252,7 @@ def _make(
             'filter': FILTER,
             'exif': begun['exif'] if begun else exif,
             'classes': len(opened.class_names),
+            'validation': opened.validation,
             'counts': opened.splits,
             'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},
         }

@@ -59,6 +59,7 @@ class Store:
     names: list[str]
     counts: dict[str, int]
     source: str
+    validation: str  # where the validation images came from, if not from a split of their own
     mean: np.ndarray
     eigenvectors: np.ndarray
     sigma: np.ndarray
@@ -207,6 +208,7 @@ def open_store(path: str | os.PathLike) -> Store:
         names=names,
         counts=counts,
         source=info['source'],
+        validation=info.get('validation', ''),
         mean=mean.astype(np.float32),
         eigenvectors=vectors.astype(np.float32),
         sigma=sigma.astype(np.float32),

@@ -85,8 +85,14 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
 
 
 def _describe(setup: Setup, state: TrainState, *, resuming: bool) -> None:
-    """Logs the parameters, the mesh and the step to resume from."""
-    log.info(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    """Logs the data, the mesh, and the parameters or the step to resume from."""
+    if not resuming:
+        log.info(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    batch = setup.config.train.batch
+    for line in progress.data_lines(setup.store, batch=batch, total=setup.total):
+        log.info(line)
+    if warning := progress.data_warning(setup.store, batch=batch):
+        log.warning('%s', warning)
     log.info(meshes.describe(setup.mesh))
     group = setup.config.run.dispatch
     if group > 1 and not any(setup.dispatched(at) > 1 for at in range(0, setup.total, group)):

@@ -5,9 +5,49 @@ import time
 
 import numpy as np
 
+from alexnet_jax.common.errors import printable
+from alexnet_jax.input.store import Store
 from alexnet_jax.training import metrics
 
 TIMES = ('images_per_second', 'waiting')  # values of a train row that differ from run to run
+
+
+IMBALANCE = 100  # times as many images of the largest class as of the smallest: a warning
+
+
+def data_lines(store: Store, *, batch: int, total: int) -> list[str]:
+    """Describes what a run trains on, a line each; total: its number of steps at most."""
+    counts = np.bincount(store.labels('train'), minlength=store.classes)
+    few, many = int(counts.argmin()), int(counts.argmax())
+    images, held_out = store.counts['train'], store.counts['val']
+    origin = f' ({store.validation})' if store.validation else ''
+    each = f'{counts[few]:,} ({store.names[few]}) to {counts[many]:,} ({store.names[many]})'
+    if counts[few] == counts[many]:
+        each = f'{counts[few]:,}'
+    return [
+        printable(line)
+        for line in (
+            f'data: {store.source}, in the store {store.path}',
+            f'classes: {store.classes:,}, with {each} training images each',
+            f'images: {images:,} for training, {held_out:,} for validation{origin}',
+            f'steps: {images / batch:,.1f} per epoch, at most {total:,} in all, '
+            f'{total * batch / images:,.1f} epochs',
+        )
+    ]
+
+
+def data_warning(store: Store, *, batch: int) -> str:
+    """Returns what is unusual about a data set, '' if nothing is."""
+    counts = np.bincount(store.labels('train'), minlength=store.classes)
+    images, few, many = store.counts['train'], int(counts.min()), int(counts.max())
+    found = []
+    if batch > images:
+        found.append(f'a batch of {batch:,} repeats the {images:,} training images')
+    if store.classes == 1:
+        found.append('there is only one class, so there is nothing to learn')
+    if many > IMBALANCE * few:
+        found.append(f'the largest class has {many:,} images and the smallest {few:,}')
+    return '; '.join(found)
 
 
 class Clock:

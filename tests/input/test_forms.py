@@ -173,7 +173,7 @@ def test_parquet_validates_on_test_under_any_layout(tree, tmp_path, names):
         write_parquet(tmp_path / 'set' / name, rows_of(tree, split), features=FEATURES)
     source = sources.open_source(str(tmp_path / 'set'))
     assert source.splits == {'train': 15, 'val': 6} and source.class_names == NAMES
-    assert source.notes == ('validation images come from test, as there is no validation split',)
+    assert source.validation == 'the test split' and not source.notes
 
 
 def test_parquet_without_metadata(tree, tmp_path):
@@ -334,9 +334,9 @@ def test_shards_in_split_folders_and_without_names(tree, tmp_path):
     write_shard(tmp_path / 'set/test/0.tar', rows_of(tree, 'val'))
     source = sources.open_source(str(tmp_path / 'set'))
     assert source.splits == {'train': 15, 'val': 6} and source.class_names == ['0', '1', '2']
-    assert source.notes == ('validation images come from the test shards, as there are no others',)
+    assert source.validation == 'the test shards' and not source.notes
     write_shard(tmp_path / 'set/extra.tar', [])
-    assert sources.open_source(str(tmp_path / 'set')).notes[1:] == ('not used: extra.tar',)
+    assert sources.open_source(str(tmp_path / 'set')).notes == ('not used: extra.tar',)
     (tmp_path / 'set/extra.tar').unlink()
     (tmp_path / 'set/train/0.tar').rename(tmp_path / 'set/00000.tar')
     (tmp_path / 'set/test/0.tar').unlink()
@@ -401,7 +401,7 @@ def test_splits_of_lists(tree):
         str(write_list(tree, '\n'.join(r for r in rows if 'val' not in r)))
     )
     assert source.splits == {'train': 3, 'val': 3}
-    assert source.notes == ('validation images come from the split test, as there is no val',)
+    assert source.validation == 'the test split' and not source.notes
 
 
 @pytest.mark.parametrize(

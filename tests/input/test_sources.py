@@ -120,7 +120,7 @@ def test_split_folders_under_any_name(tmp_path, train, val, test):
     shutil.rmtree(tmp_path / val)
     source = sources.open_source(str(tmp_path))
     assert source.splits == {'train': 6, 'val': 2}
-    assert source.notes == (f'validation images come from {test}/, as there is no val/',)
+    assert source.validation == f'{test}/' and not source.notes
 
 
 def test_a_test_split_without_labels_is_not_used(tmp_path):
@@ -550,7 +550,7 @@ def test_tfds_sets_of_other_kinds_of_images(tmp_path, monkeypatch, channels, dty
         assert 'its images are float32' in refused('made_up', tmp_path)
         return
     source = sources.open_source('made_up', data_dir=str(tmp_path))
-    assert source.notes == ('validation images come from the split test',)
+    assert source.validation == 'the test split'
     for example in source.read('val', 0):
         assert (images.square(example.data, 4) == 50 * example.label).all()
 

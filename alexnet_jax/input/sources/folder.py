@@ -62,9 +62,14 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         notes.append(not_used(loose, f' (in {tree}, but in no class folder)'))
     entries = {'train': _entries(tree, class_names, class_names, skipped)}
     val = splits.get('val')
+    validation = ''
     if not val and 'test' in splits:
-        val, note = _test(splits['test'], class_names)
-        notes.append(note)
+        if _has_classes(splits['test'], class_names):
+            val, validation = splits['test'], f'{os.path.basename(splits["test"])}/'
+        else:
+            notes.append(
+                f'{os.path.basename(splits["test"])}/ is not used: it has no class folders'
+            )
     if val:
         if os.path.exists(os.path.join(val, LIST)):
             entries['val'] = _listed(val, class_names)
@@ -78,6 +83,7 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         entries,
         root=path,
         notes=(*notes, *skipped_note(skipped)),
+        validation=validation,
         val_fraction=val_fraction,
         seed=seed,
     )
@@ -136,13 +142,10 @@ def _hint(path: str, folders: list[str]) -> str:
     return f' (give {inner}, which has {len(below)})' if len(below) > 1 else ''
 
 
-def _test(test: str, class_names: list[str]) -> tuple[str | None, str]:
-    """Decides whether test/ can serve as validation split -> (its path or None, the note)."""
+def _has_classes(test: str, class_names: list[str]) -> bool:
+    """Returns whether test/ has class folders, so that it can serve as validation split."""
     folders, _ = list_folder(test, collections.Counter())
-    name = os.path.basename(test)
-    if {*folders} & {*class_names}:
-        return test, f'validation images come from {name}/, as there is no val/'
-    return None, f'{name}/ is not used: it has no class folders; validation images come from train'
+    return bool({*folders} & {*class_names})
 
 
 def _entries(

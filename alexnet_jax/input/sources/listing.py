@@ -54,7 +54,7 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
             f'{path}: {len(missing)} of {len(rows)} files are missing ({shown}{more}): paths are '
             'relative to the list'
         )
-    splits, notes = {}, []
+    splits, notes, validation = {}, [], ''
     for number, file, label, name in rows:
         split = split_of(name) if name else 'train'
         if split is None:
@@ -64,7 +64,7 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         raise UserError(f'{path}: has no images for training, only for {", ".join(splits)}')
     if 'test' in splits and 'val' not in splits:
         splits['val'] = splits.pop('test')
-        notes.append('validation images come from the split test, as there is no val')
+        validation = 'the test split'
     elif 'test' in splits:
         notes.append(f'the split test is not used ({len(splits.pop("test"))} images)')
     names = _sorted({label for label, _ in splits['train']})
@@ -82,7 +82,14 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         for split, found in splits.items()
     }
     return from_entries(
-        path, names, entries, root=root, notes=notes, val_fraction=val_fraction, seed=seed
+        path,
+        names,
+        entries,
+        root=root,
+        notes=notes,
+        validation=validation,
+        val_fraction=val_fraction,
+        seed=seed,
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from alexnet_jax.common.errors import UserError, one_line, say
 from alexnet_jax.input.sources.source import (
+    HELD_OUT,
     PICTURE_BYTES,
     Example,
     Source,
@@ -84,7 +85,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     del data_dir  # only for TFDS
     root = _download(name) if name.startswith(HUB) else name
     files = _files(root)
-    notes = []
+    notes, validation = [], ''
     if 'train' not in files:
         raise UserError(f'{name}: there are Parquet files of {", ".join(files)}, but none of train')
     columns = _columns(files['train'][0])
@@ -92,7 +93,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     values = {split: _values(paths, columns.label) for split, paths in files.items()}
     if 'test' in files and 'val' not in files and _labeled(values['test']):
         files['val'], values['val'] = files['test'], values['test']
-        notes.append('validation images come from test, as there is no validation split')
+        validation = 'the test split'
     elif 'test' in files:
         reason = '' if _labeled(values['test']) else ': it has no labels'
         notes.append(f'the test split is not used{reason}')
@@ -106,6 +107,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         chosen = {split: np.arange(len(labels[split])) for split in labels}
         origin = {'train': 'train', 'val': 'val'}
     else:
+        validation = HELD_OUT
         chosen = split_off(len(labels['train']), val_fraction, seed, name)
         origin = {'train': 'train', 'val': 'train'}
 
@@ -123,6 +125,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         read,
         exif=not is_imagenet(names),
         notes=tuple(notes),
+        validation=validation,
         files=fingerprint(root, ((path, None) for path in used), sum(map(len, labels.values()))),
     )
 

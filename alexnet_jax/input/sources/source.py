@@ -35,6 +35,7 @@ class Source:
     read: Callable[[str, int], Iterator[Example]]  # (split, start): records start, start + 1, ...
     exif: bool = True  # what `data.exif` 'auto' means: images are turned as their EXIF data say
     notes: tuple[str, ...] = ()  # what the user should know, a line each
+    validation: str = ''  # where the validation images come from, if not from a split of their own
     files: tuple[int, int] | None = None  # `fingerprint`; None for TFDS sets
 
 
@@ -49,6 +50,7 @@ class Entry(NamedTuple):
 
 
 WNID = re.compile(r'n\d{8}')  # a WordNet ID, ImageNet's name of a class
+HELD_OUT = 'a part of the training images that is held out'
 PICTURE_BYTES = 100_000  # rough size of a photograph's file; ImageNet's average 110 kB
 
 ALIASES = {
@@ -223,6 +225,7 @@ def from_entries(
     *,
     root: str,
     notes: Iterable[str] = (),
+    validation: str = '',
     val_fraction: float,
     seed: int,
 ) -> Source:
@@ -233,6 +236,7 @@ def from_entries(
     everything = [entry for entries in splits.values() for entry in entries]
     files = fingerprint(root, ((entry.name, entry.size) for entry in everything), len(everything))
     if 'val' not in splits:
+        validation = HELD_OUT
         chosen = split_off(len(splits['train']), val_fraction, seed, path)
         splits = {split: [splits['train'][i] for i in chosen[split]] for split in chosen}
     return Source(
@@ -242,6 +246,7 @@ def from_entries(
         lambda split, start: read_entries(splits[split][start:]),
         exif=not is_imagenet(class_names),
         notes=tuple(notes),
+        validation=validation,
         files=files,
     )
 

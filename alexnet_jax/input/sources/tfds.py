@@ -9,6 +9,7 @@ import numpy as np
 
 from alexnet_jax.common.errors import UserError, one_line, say
 from alexnet_jax.input.sources.source import (
+    HELD_OUT,
     PICTURE_BYTES,
     Example,
     Source,
@@ -190,5 +191,5 @@ def _source(builder, name: str, val_fraction: float, seed: int) -> Source:
         {split: len(indices) for split, indices in chosen.items()},
         read,
         exif=False,
-        notes=('validation images come from the split test',) if origin['val'] == 'test' else (),
+        validation={'test': 'the test split', 'train': HELD_OUT}.get(origin['val'], ''),
     )

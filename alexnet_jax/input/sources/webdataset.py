@@ -44,7 +44,7 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
       UserError: a shard is damaged, or an image has no label or one without a name.
     """
     del data_dir  # only for TFDS
-    shards, notes = collections.defaultdict(list), []
+    shards, notes, validation = collections.defaultdict(list), [], ''
     for shard in _shards(path):
         shards[split_in(shard)].append(shard)
     if {*shards} == {None}:
@@ -56,7 +56,7 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         )
     if 'val' not in shards and 'test' in shards:
         shards['val'] = shards.pop('test')
-        notes.append('validation images come from the test shards, as there are no others')
+        validation = 'the test shards'
     for split in ('test', None):
         if split in shards:
             notes.append(not_used(shards[split]))
@@ -73,7 +73,14 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
             )
     names = _names(path, entries)
     return from_entries(
-        path, names, entries, root=path, notes=notes, val_fraction=val_fraction, seed=seed
+        path,
+        names,
+        entries,
+        root=path,
+        notes=notes,
+        validation=validation,
+        val_fraction=val_fraction,
+        seed=seed,
     )
 
 

@@ -1,0 +1,62 @@
+"""What a run says when it starts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from alexnet_jax.input import store as stores
+from alexnet_jax.training import progress
+from tests.helpers.stores import write_store
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    """Eight training images of three classes: one, three and four."""
+    path = tmp_path_factory.mktemp('progress') / 'store'
+    labels = {'train': np.array([2, 2, 1, 0, 2, 1, 2, 1]), 'val': np.array([0, 1])}
+    counts = {'train': 8, 'val': 2}
+    write_store(path, format='u8', size=8, classes=3, counts=counts, labels=labels)
+    return dataclasses.replace(stores.open_store(path), names=['ape', 'bee', 'c\x1bat'])
+
+
+def test_a_run_says_what_it_trains_on(store):
+    store = dataclasses.replace(store, validation='test/')
+    assert progress.data_lines(store, batch=3, total=20) == [
+        f'data: {store.source}, in the store {store.path}',
+        'classes: 3, with 1 (ape) to 4 (c\\x1bat) training images each',
+        'images: 8 for training, 2 for validation (test/)',
+        'steps: 2.7 per epoch, at most 20 in all, 7.5 epochs',
+    ]
+
+
+def with_labels(store, labels):
+    split = dataclasses.replace(store.splits['train'], labels=np.array(labels))
+    counts = {**store.counts, 'train': len(labels)}
+    return dataclasses.replace(store, splits={**store.splits, 'train': split}, counts=counts)
+
+
+def test_classes_of_one_size(store):
+    lines = progress.data_lines(with_labels(store, [0, 1, 2] * 4), batch=3, total=20)
+    assert lines[1] == 'classes: 3, with 4 training images each'
+
+
+@pytest.mark.parametrize(
+    ('labels', 'batch', 'warning'),
+    [
+        ([0, 1, 2], 3, ''),
+        ([0, 1, 2], 4, 'a batch of 4 repeats the 3 training images'),
+        ([0] * 100 + [1, 2], 3, ''),
+        ([0] * 101 + [1, 2], 3, 'the largest class has 101 images and the smallest 1'),
+        ([0, 1], 2, 'the largest class has 1 images and the smallest 0'),
+    ],
+)
+def test_unusual_data(store, labels, batch, warning):
+    assert progress.data_warning(with_labels(store, labels), batch=batch) == warning
+
+
+def test_a_single_class(store):
+    store = dataclasses.replace(with_labels(store, [0, 0]), classes=1, names=['ape'])
+    assert progress.data_warning(store, batch=9) == (
+        'a batch of 9 repeats the 2 training images; there is only one class, so there is nothing to learn'
+    )
