@@ -174,12 +174,23 @@ def every_field():
         (missing_sections, '`docs/design.md` §4 and §5', []),
         (missing_sections, '(docs/design.md §4, §77)', ['docs/design.md §77']),
         (missing_sections, '`docs/nowhere.md` §1', ['docs/nowhere.md §1']),
-        (wrong_commands, 'python -m alexnet_jax.evaluate runs/a --views=ten  # see', []),
-        (wrong_commands, 'python -m alexnet_jax.evaluat runs/a', ['python -m alexnet_jax.evaluat']),
-        (
+        pytest.param(
+            wrong_commands,
+            'python -m alexnet_jax.evaluate runs/a --views=ten  # see',
+            [],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            wrong_commands,
+            'python -m alexnet_jax.evaluat runs/a',
+            ['python -m alexnet_jax.evaluat'],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             wrong_commands,
             'python -m alexnet_jax.main --config=paper:tanh --config.model.with=2 --batch=3',
             ['--config.model.with', 'alexnet_jax.main --batch'],
+            marks=pytest.mark.slow,
         ),
         (wrong_commands, 'make test\nmake tset', ['make tset']),
     ],

@@ -31,8 +31,9 @@ def rank(scores, labels) -> jax.Array:
 def count(scores, losses, labels, mask, *, by_class: bool = False) -> dict[str, jax.Array]:
     """Returns sums over the images whose mask f32[B] is 1.
 
-    scores [B,K], losses f32[B] (nats), labels i32[B] -> count, loss, top1 and top5 (hits), f32[];
-    by_class (in evaluation): also class_count and class_top1, f32[K].
+    scores [B,K] (logits in training, averaged probabilities in evaluation), losses f32[B] (nats),
+    labels i32[B] -> count, loss, top1 and top5 (hits), f32[]; by_class (in evaluation): also
+    class_count and class_top1, f32[K].
     """
     ranks = rank(scores, labels)
     sums = {

@@ -1,5 +1,6 @@
 """Multi-process runs: the same bits as one process, and what happens on disagreement, stops and kills."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from tests.helpers.commands import (
 from tests.helpers.processes import free_port
 
 MESH = '--config.run.mesh=(2,2)'
-EPOCHS, STEPS = '--config.optim.epochs=8.0', 40
+EPOCHS, STEPS = '--config.optim.epochs={}', 5  # steps of an epoch
 # two pairs of an epoch's five steps
 GROUPS = ('--config.run.dispatch=2', '--config.run.checkpoint_every=4')
 
@@ -41,7 +42,9 @@ def start_all():
     """Starts one process per list of arguments, with two devices each; kills them all at the end."""
     started = []
 
-    def start(workdir, store, *arguments, processes=(2, 2), events=('never', 'never'), number=1):
+    def start(
+        workdir, store, *arguments, epochs=8, processes=(2, 2), events=('never', 'never'), number=1
+    ):
         port = free_port()
         for process, (more, count, event) in enumerate(
             zip(arguments or ((), ()), processes, events, strict=True)
@@ -51,7 +54,7 @@ def start_all():
                 store,
                 '--cpu_devices=2',
                 MESH,
-                EPOCHS,
+                EPOCHS.format(float(epochs)),
                 *GROUPS,
                 f'--coordinator=localhost:{port}',
                 f'--num_processes={count}',
@@ -117,9 +120,10 @@ def evaluated_by_two(workdir, store):
     return '\n'.join(own[0])
 
 
-# (victim, how it saves) of each kill; signals to one process as it starts; other ways to stop
-SOME = ((), (), ())
+# Epochs; (victim, how it saves) of each kill; signals to one process as it starts; other ways to stop
+SOME = (4, (), (), ())
 ALL = (
+    8,
     ((1, 'background'), (1, 'wait'), (0, 'wait')),
     ('SIGTERM while starting', 'SIGTERM before the first step'),
     (
@@ -130,24 +134,27 @@ ALL = (
 
 
 @pytest.mark.parametrize(
-    ('kills', 'starts', 'stops'),
+    ('epochs', 'kills', 'starts', 'stops'),
     [
         pytest.param(*SOME, id='some', marks=pytest.mark.slow),
         pytest.param(*ALL, id='all', marks=pytest.mark.full),
     ],
 )
 def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
-    store, tmp_path, start_all, kills, starts, stops
+    store, tmp_path, start_all, epochs, kills, starts, stops
 ):
     """SIGTERM to one, kills while saving, a stop during start-up, Ctrl-C, a time limit, then to the end."""
-    line = command(tmp_path / 'alone', store, '--cpu_devices=4', MESH, EPOCHS, *GROUPS)
+    line = command(
+        tmp_path / 'alone', store, '--cpu_devices=4', MESH, EPOCHS.format(float(epochs)), *GROUPS
+    )
     subprocess.run(line, cwd=ROOT, env=environment(store), check=True, capture_output=True)
     alone = outcome(tmp_path / 'alone')
 
-    workdir = tmp_path / 'run'
+    workdir, steps = tmp_path / 'run', epochs * STEPS
+    start_all = functools.partial(start_all, epochs=epochs)
     stopped = ends(start_all(workdir, store, events=('never', 'SIGTERM'), number=4))
     step = outcome(workdir)[0]
-    assert 0 < step < STEPS
+    assert 0 < step < steps
     for code, output in stopped:
         assert (code, f'stopped at step {step} (' in output) == (75, True), output[-2000:]
 
@@ -168,7 +175,7 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
         assert processes[victim].returncode == -signal.SIGKILL
         assert code in words and words[code] in output, (code, output[-2000:])
         assert time.monotonic() - killed < 60
-        assert outcome(workdir)[0] < STEPS
+        assert outcome(workdir)[0] < steps
 
     for event in starts:
         for code, output in ends(start_all(workdir, store, events=('never', event))):
@@ -177,7 +184,7 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
     for event, more, words in stops:
         stopped = ends(start_all(workdir, store, more, more, events=(event, 'slow')))
         step = outcome(workdir)[0]
-        assert step < STEPS
+        assert step < steps
         for (code, output), why in zip(stopped, words, strict=True):
             assert (code, f'stopped at step {step} ({why}' in output) == (75, True), output[-2000:]
 

@@ -174,6 +174,7 @@ def test_the_figure_of_figure_1(tmp_path, monkeypatch):
     assert lab.draw(fig1_relu_tanh, swept, tmp_path / 'none.png') is None and len(drawn) == 1
 
 
+@pytest.mark.slow
 def test_a_result_is_kept_and_belongs_to_its_command(tmp_path):
     made = []
 
@@ -400,6 +401,7 @@ def test_what_every_run_has_of_its_own_cannot_be_given(command, tmp_path, text):
     assert [path.name for path in tmp_path.iterdir()] == ['configs']
 
 
+@pytest.mark.slow
 def test_rows_of_another_command_are_found_before_anything_is_run(tmp_path, monkeypatch):
     started = []
 

@@ -69,6 +69,7 @@ def test_the_presets_of_a_row(tmp_path):
     assert {*now(str(own))} == {'mine.py', 'configs/paper.py', 'configs/base.py'}
 
 
+@pytest.mark.slow
 def test_presets_that_were_edited_between_two_rows(tmp_path, monkeypatch):
     trial = make(tmp_path, start=leave)
     trial.run('reference', 0, 'configs/original.py')
@@ -286,6 +287,7 @@ def test_the_fingerprint_of_a_row(tmp_path):
     provenance.check({**kept, 'a-1': copy.deepcopy(made)})
 
 
+@pytest.mark.slow
 def test_rows_of_other_code_or_pictures_are_refused(tmp_path, monkeypatch):
     started = []
 
@@ -374,6 +376,7 @@ def test_uncommitted_code_is_refused(tmp_path, monkeypatch, commit):
     assert not made['uncommitted'] and 'uncommitted' not in lab.measured_on({'a-0': made})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('commit', ['c-dirty', 'unknown'])
 def test_any_uncommitted_start_makes_a_row_uncommitted(tmp_path, monkeypatch, commit):
     monkeypatch.setattr(provenance.directory, 'commit', lambda: 'abc')

@@ -26,10 +26,10 @@ from experiments import (
     statistics,
 )
 from experiments.lab import Lab
+from tests.helpers.buckets import Bucket, FileSystem
 from tests.helpers.experiments import in_process, make
 from tests.helpers.run_dirs import without_tensorflow
 from tests.helpers.stores import write_store
-from tests.rundir.test_buckets import Bucket, FileSystem
 
 
 @pytest.fixture(autouse=True, scope='module')

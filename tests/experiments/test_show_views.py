@@ -52,6 +52,7 @@ def test_ten_crops(store):
         np.testing.assert_array_equal(view, expected)
 
 
+@pytest.mark.slow
 def test_the_command(store, tmp_path, monkeypatch, capsys):
     from PIL import Image
 

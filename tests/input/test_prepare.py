@@ -861,6 +861,7 @@ def test_ensure_never_builds_imagenet(tmp_path):
         prepare.ensure(source='imagenet2012', dir=str(tmp_path), store=str(tmp_path / 'store'))
 
 
+@pytest.mark.slow
 def test_ensure_refuses_a_large_set_before_tfds_builds_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds, '_build', None)
     with pytest.raises(UserError, match='python -m alexnet_jax.prepare --source=places365_small'):

@@ -262,6 +262,7 @@ def test_training_waits_for_checkpoints_where_it_should(store, tmp_path, monkeyp
     assert events[: 2 * len(after)] == after * 2
 
 
+@pytest.mark.slow
 def test_what_went_wrong_first_is_told(store, tmp_path, monkeypatch):
     def fail(message, kind):
         def raises(*args):
