@@ -11,6 +11,7 @@ import importlib
 import sys
 
 from alexnet_jax import command
+from alexnet_jax.common.configfile import PRESETS
 from alexnet_jax.common.errors import UserError
 
 COMMANDS = ('train', 'prepare', 'evaluate', 'predict', 'retrieve', 'visualize')
@@ -23,7 +24,12 @@ def main() -> None:
         return
     name = 'train' if arguments[0].startswith('-') else sys.argv.pop(1)
     if name not in COMMANDS:
-        raise UserError(f'{name}: no such command; the commands are {", ".join(COMMANDS)}')
+        hint = (
+            f'; to train a preset: alexnet-jax --config={name}'
+            if (PRESETS / f'{name}.py').is_file()
+            else ''
+        )
+        raise UserError(f'{name}: no such command; the commands are {", ".join(COMMANDS)}{hint}')
     module = 'main' if name == 'train' else name
     importlib.import_module(f'alexnet_jax.{module}').main()
 

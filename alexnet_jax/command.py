@@ -32,9 +32,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def make_parser(name: str, description: str) -> ArgumentParser:
-    """Makes the parser of `python -m alexnet_jax.NAME`; description: the module's docstring."""
+    """Makes the parser of the command NAME; description: the module's docstring."""
+    console = os.path.basename(sys.argv[0]) == 'alexnet-jax'
     return ArgumentParser(
-        prog=f'python -m alexnet_jax.{name}',
+        prog=f'alexnet-jax {name}' if console else f'python -m alexnet_jax.{name}',
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

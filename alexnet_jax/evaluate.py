@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument('--split', default='val', choices=('val', 'train'))
     parser.add_argument('--views', default='both', choices=('both', *steps.VIEWS))
     parser.add_argument('--step', default='latest', help="checkpoint: 'best', 'latest' or a step")
-    parser.add_argument('--store', default='', help='prepared pictures, if they have moved')
+    parser.add_argument('--store', default='', help='path of the store, if it has moved')
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     parser.add_argument('--per_class', action='store_true', help='also print the errors by class')

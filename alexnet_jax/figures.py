@@ -43,9 +43,9 @@ def parser(name: str, description: str, *, output: str | None) -> argparse.Argum
 
 def add_pictures(made: argparse.ArgumentParser) -> None:
     """Adds the arguments for pictures: files, or some of the validation split."""
-    made.add_argument('images', nargs='*', metavar='IMAGE', help='picture files of any format')
+    made.add_argument('images', nargs='*', metavar='IMAGE', help='image files')
     made.add_argument('--seed', type=int, default=0, help='seed for choosing validation pictures')
-    made.add_argument('--store', default='', help='prepared pictures, if they have moved')
+    made.add_argument('--store', default='', help='path of the store, if it has moved')
 
 
 def start(made: argparse.ArgumentParser) -> argparse.Namespace:

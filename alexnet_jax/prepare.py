@@ -19,8 +19,12 @@ from alexnet_jax.input import prepare, store
 
 def main() -> None:
     parser = command.make_parser('prepare', __doc__)
-    parser.add_argument('--source', required=True, help='a folder of class folders, or a TFDS name')
-    parser.add_argument('--dir', help='TFDS data directory (for imagenet2012: where the tars are)')
+    parser.add_argument(
+        '--source',
+        required=True,
+        help='a folder, a list (.csv, .tsv), hf://datasets/OWNER/NAME, or a TFDS name: docs/data.md',
+    )
+    parser.add_argument('--dir', help='TFDS data directory; for imagenet2012, where it is')
     parser.add_argument('--store', help='folder to write (default: data/SOURCE-SIZE-FORMAT)')
     parser.add_argument('--format', choices=store.FORMATS, default='jpg', help='JPEG or raw pixels')
     parser.add_argument('--size', type=int, default=256, help='side of the square in pixels')

@@ -1,4 +1,4 @@
-"""Every config field, with its unit and meaning; the values are those of `paper.py`.
+"""Every config field, with its unit and meaning; the values are those of `paper.py:text`.
 
 A preset imports this and changes a few lines. Any field can be set on the command line, as in
 `--config.model.activation=tanh`. Unknown fields and values of the wrong type are errors. Sections (§)
@@ -14,8 +14,8 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            'source': 'imagenet2012',  # a TFDS name, 'alexnet_shapes' (embedded), or a folder of images
-            'dir': '',  # where TFDS keeps its data sets and finds ImageNet's tars; '': TFDS's default
+            'source': 'imagenet2012',  # a path, a TFDS name, ... (docs/data.md); 'alexnet_shapes': embedded
+            'dir': '',  # where TFDS keeps its data sets, or where imagenet2012 is; '': TFDS's default
             'store': '',  # a prepared store, also gs://BUCKET/STORE; '': data/<source>-<size>-<format>
             'format': 'jpg',  # of the store: 'jpg' (38 GB for ImageNet) or 'u8' (raw, 262 GB, faster)
             'size': 256,  # pixels, side of the prepared square images (§2)
@@ -130,7 +130,7 @@ def get_config() -> ConfigDict:
             'profile': (0, 0),  # steps (from, to) of a profiler trace in the work directory
         }
     )
-    return config
+    return config.lock()
 
 
 def with_variant(config: ConfigDict, variants: dict[str, dict], name: str) -> ConfigDict:

@@ -17,7 +17,7 @@ They report no loss of accuracy up to 8k. `32k-lars` uses the settings of their 
 network; warm-up from 0, not from rate 1; biases do not decay. Not yet run here.
 """
 
-from configs import base
+from configs import base, paper
 
 
 def linear(batch: int) -> dict:
@@ -53,4 +53,4 @@ VARIANTS = {
 
 
 def get_config(variant: str = ''):
-    return base.with_variant(base.get_config(), VARIANTS, variant or '1k')
+    return base.with_variant(paper.get_config(), VARIANTS, variant or '1k')

@@ -40,16 +40,16 @@ NOTES = {
 SOURCE_STD = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
 SMALL_BIAS = (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0)
 RUNS = {  # name: std in conv3 to conv5, bias, alpha, config, its changes
-    'paper': ('0.01', '1', '1e-4', 'paper', {}),
-    'original': ('0.03', '1', '1e-4 / 5', 'original', {}),
-    'paper std': ('0.03', '1', '1e-4', 'paper', {'model.std': SOURCE_STD}),
-    'paper bias': ('0.01', '0.1', '1e-4', 'paper', {'model.bias': SMALL_BIAS}),
-    'paper alpha': ('0.01', '1', '1e-4 / 5', 'paper', {'model.norm_alpha_per': 'window'}),
+    'paper': ('0.01', '1', '1e-4', 'paper.py:text', {}),
+    'original': ('0.03', '1', '1e-4 / 5', 'original.py', {}),
+    'paper std': ('0.03', '1', '1e-4', 'paper.py:text', {'model.std': SOURCE_STD}),
+    'paper bias': ('0.01', '0.1', '1e-4', 'paper.py:text', {'model.bias': SMALL_BIAS}),
+    'paper alpha': ('0.01', '1', '1e-4 / 5', 'paper.py:text', {'model.norm_alpha_per': 'window'}),
     'paper std alpha': (
         '0.03',
         '1',
         '1e-4 / 5',
-        'paper',
+        'paper.py:text',
         {'model.std': SOURCE_STD, 'model.norm_alpha_per': 'window'},
     ),
 }
@@ -106,7 +106,7 @@ def run(lab):
     for seed in range(lab.seeds):
         for name in chosen:
             config, changes = RUNS[name][-2:]
-            lab.run(name, seed, f'configs/{config}.py', {**common, **changes}, after=look)
+            lab.run(name, seed, f'configs/{config}', {**common, **changes}, after=look)
 
 
 def look(workdir) -> dict:

@@ -17,7 +17,10 @@ PAGES = [
 ]
 TEXTS = [
     *PAGES,
-    ROOT / 'Makefile',
+    *(
+        ROOT / name
+        for name in ('Makefile', 'requirements-dev.txt', 'experiments/launch/slurm.sbatch')
+    ),
     *(
         file
         for folder in ('alexnet_jax', 'configs', 'experiments', 'tests')
@@ -31,8 +34,14 @@ EXAMPLES = {  # what the recipes of docs/code.md add, and placeholders
     *('configs/plain.py', 'configs/narrow.py', 'configs/NAME.py', 'alexnet_jax/configs'),
     'config.augment.contrast',
 }
-SECTION = re.compile(r'(docs/\w+\.md)`? (§[\d.]+(?:(?:,| to| and|, §| to §| and §) ?§?[\d.]+)*)')
-COMMAND = re.compile(r'python -m ((?:alexnet_jax|experiments|tests)[\w.]*)((?: +(?!#)[^ \n`]+)*)')
+# original.md §3; `docs/design.md` §4 and §5; [original.md](original.md) §0 to §5
+SECTION = re.compile(
+    r'\b(?:docs/)?(\w+)\.md[`\])]*(?:\([\w./]+\))?,? (§[\d.]+(?:(?:,| to| and) ?§?[\d.]+)*)'
+)
+COMMAND = re.compile(
+    r'(?:python -m ((?:alexnet_jax|experiments|tests)[\w.]*)|alexnet-jax(?: (?!-)(\w+))?)'
+    r'((?: +(?!#)[^ \n`]+)*)'
+)
 
 
 def named(page):
@@ -79,7 +88,8 @@ def missing_files(text):
 
 def missing_sections(text):
     wrong = []
-    for page, sections in SECTION.findall(text):
+    for name, sections in SECTION.findall(text):
+        page = f'docs/{name}.md'
         file = ROOT / page
         heads = re.findall(r'^#+ §?([\d.]+)', file.read_text(), re.M) if file.exists() else []
         known = {head.rstrip('.') for head in heads}
@@ -123,8 +133,11 @@ def wrong_arguments(module, arguments):
 
 
 def wrong_commands(text):
-    found = COMMAND.findall(text)
-    wrong = [part for module, words in found for part in wrong_arguments(module, words.split())]
+    wrong = []
+    for module, name, words in COMMAND.findall(text):
+        module = module or 'alexnet_jax.' + {'': 'main', 'train': 'main'}.get(name, name)
+        if module not in ('alexnet_jax.COMMAND', 'alexnet_jax.NAME'):
+            wrong += wrong_arguments(module, words.split())
     makefile = (ROOT / 'Makefile').read_text()
     targets = re.findall(r'(?:^|`)make ([a-z-]+)', text, re.M)
     return wrong + [f'make {name}' for name in targets if f'\n{name}:' not in makefile]
@@ -135,6 +148,10 @@ def test_links_and_files(page):
     text = page.read_text()
     assert missing_links(page, text) == []
     assert missing_files(text) == []
+
+
+def test_no_placeholders():
+    assert re.findall(r'\bQUICK[A-Z]+\b', (ROOT / 'README.md').read_text()) == []
 
 
 def test_sections():
@@ -174,6 +191,8 @@ def every_field():
         (missing_sections, '`docs/design.md` §4 and §5', []),
         (missing_sections, '(docs/design.md §4, §77)', ['docs/design.md §77']),
         (missing_sections, '`docs/nowhere.md` §1', ['docs/nowhere.md §1']),
+        (missing_sections, '(design.md §2), [o](original.md) §3', []),
+        (missing_sections, '[original.md](original.md) §0 to §99', ['docs/original.md §99']),
         pytest.param(
             wrong_commands,
             'python -m alexnet_jax.evaluate runs/a --views=ten  # see',
@@ -193,6 +212,12 @@ def every_field():
             marks=pytest.mark.slow,
         ),
         (wrong_commands, 'make test\nmake tset', ['make tset']),
+        pytest.param(
+            wrong_commands,
+            'alexnet-jax --config=quickstart\nalexnet-jax evaluate runs/a --bogus',
+            ['alexnet_jax.evaluate --bogus'],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_checks_see(check, text, wrong):

@@ -30,10 +30,10 @@ def find(name: str) -> str:
 
     Raises UserError, listing the presets, if there is neither.
     """
-    if Path(name).is_file():
+    preset = re.fullmatch(r'(configs/)?(\w+)(?(1)\.py)', name)
+    file = PRESETS / f'{preset[2]}.py' if preset else None
+    if Path(name).is_file() and (name.endswith('.py') or not file or not file.is_file()):
         return name
-    preset = re.fullmatch(r'configs/(\w+)\.py|(\w+)', name)
-    file = PRESETS / f'{preset[1] or preset[2]}.py' if preset else None
     if file and file.is_file():
         return str(file)
     presets = sorted(file.stem for file in PRESETS.glob('*.py') if file.stem != 'base')
@@ -47,16 +47,19 @@ def find(name: str) -> str:
 def load(argument: str) -> ConfigDict:
     """Returns the config of FILE[:variant] or PRESET[:variant].
 
-    The file can import the presets and its own neighbors from `configs`, as in `from configs import
-    base`. Raises UserError if there is no such file, or if running it fails in any way.
+    The file can import the presets from `configs`, as in `from configs import base`, and modules beside
+    it by their names or from `configs`. Raises UserError if there is no such file, or if running it
+    fails in any way.
     """
     name, colon, variant = argument.partition(':')
+    if Path(argument).is_file():  # its name has a colon
+        name, colon = argument, ''
     file = find(name)
     try:
         with _importable(os.path.dirname(os.path.abspath(file))):
             make = runpy.run_path(file).get('get_config')
             config = make(*([variant] if colon else [])) if make else None
-    except Exception as error:  # a config file can raise anything
+    except (Exception, SystemExit) as error:  # a config file can do anything
         stack = traceback.extract_tb(error.__traceback__)
         lines = [f'line {frame.lineno}: ' for frame in stack if frame.filename == file]
         text = ' '.join(str(error).split())
@@ -75,18 +78,24 @@ def load(argument: str) -> ConfigDict:
 
 @contextlib.contextmanager
 def _importable(folder: str) -> Iterator[None]:
-    """Makes `configs` a package with the modules of `folder` and the presets, and of no other folder."""
+    """Makes `configs` a package with the presets and the modules of `folder`, and of no other folder.
+
+    Presets come first: a module beside a config cannot replace what the presets import.
+    """
 
     def loaded():
         return [name for name in sys.modules if name == 'configs' or name.startswith('configs.')]
 
     before = {name: sys.modules.pop(name) for name in loaded()}
     package = types.ModuleType('configs')
-    package.__path__ = [folder, str(PRESETS)]
+    package.__path__ = [str(PRESETS), folder]
     sys.modules['configs'] = package
+    path = sys.path.copy()
+    sys.path.append(folder)
     try:
         yield
     finally:
+        sys.path[:] = path
         for name in loaded():
             del sys.modules[name]
         sys.modules.update(before)

@@ -155,18 +155,22 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this program, plus '-dirty' if its code has changed since; 'unknown' without git.
+    """The commit of this program, plus '-dirty' if its code has changed since; 'unknown' outside a checkout.
 
     Its code is the library, the presets, and the Python files of the experiments, including new ones.
     """
 
     def git(*arguments):
-        folder = paths.Path(__file__).parent
+        folder = paths.Path(
+            __file__
+        ).parent  # of an installed package, perhaps in another repository
         return subprocess.run(
             ['git', *arguments], cwd=folder, capture_output=True, text=True, check=False
         )
 
     try:
+        if git('ls-files', '--error-unmatch', __file__).returncode:
+            return 'unknown'
         described = git('describe', '--always').stdout.strip()
         # Only code, since results of experiments change while they are measured.
         code = (':/alexnet_jax', ':/configs', ':/experiments/*.py')
@@ -218,7 +222,7 @@ def check_store(workdir: paths.Path, store: Store) -> None:
     same = facts.names == store.names and np.array_equal(facts.mean, store.mean)
     if not same or counts not in (None, store.counts):
         raise UserError(
-            f'{workdir} started with other pictures than those now in {store.path}; '
+            f'{workdir} was trained on different images from those now in {store.path}; '
             'restore them or give another --workdir'
         )
 

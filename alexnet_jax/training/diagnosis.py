@@ -16,8 +16,8 @@ CAUSES = (
 )
 HINT = (
     'likely causes: initial values too small for the depth or width (for AlexNet, config.model.std; '
-    'configs/original.py has 0.03 in conv3 to conv5), a learning rate that is too low or too high '
-    '(config.optim.rate), labels that do not match the pictures (python -m experiments.show_views)'
+    '`paper` has 0.03 in conv3 to conv5), a learning rate that is too low or too high '
+    '(config.optim.rate), labels that do not match the images'
 )
 
 

@@ -74,6 +74,8 @@ def open_store(runs: Sequence[Run], store: str = '') -> Store:
     first = runs[0]
     if any(r.facts.names != first.facts.names for r in runs):
         raise UserError('these runs were trained on different classes: evaluate them separately')
+    if store and '://' not in store and not os.path.isfile(os.path.join(store, 'store.json')):
+        raise UserError(f'--store={store}: there is no store; give the folder that prepare wrote')
     if recorded := None if store else directory.recorded_store(first.path):
         opened = stores.open_store(recorded)
     else:

@@ -62,7 +62,9 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
         preemption.watch(config.run.stop_after, step) as stop,
     ):
         if distributed.is_first() and checkpoints.steps() != there:
-            raise UserError(f'{workdir}: another start has just saved a checkpoint; start again')
+            raise UserError(
+                f'{workdir}: another process has just saved a checkpoint here; run the command again'
+            )
         writer = Writer(workdir, start=step, active=distributed.is_first())
         try:
             if distributed.is_first():

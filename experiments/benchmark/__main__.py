@@ -8,9 +8,9 @@
 Every contestant stays ready in its own process, and they take turns in rotating order, `--repeats` times.
 Ratios are computed within a round, so that drifts in machine speed do not bias them. The tables show medians,
 minima and maxima; FLOP/s and bytes/s are fractions of what large matrix products and copies reach in the same
-rounds. Bytes are the compiler's estimate. On Linux CPUs all processes use the malloc settings of README.md,
-except the plain form and PyTorch forms without "our malloc" in their name. Results are written to
-benchmark.json and benchmark.png in `--out`, a folder that must not contain earlier ones.
+rounds. Bytes are the compiler's estimate. On Linux CPUs all processes use the malloc settings of
+docs/devices.md, except the plain form and PyTorch forms without "our malloc" in their name. Results are
+written to benchmark.json and benchmark.png in `--out`, a folder that must not contain earlier ones.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from alexnet_jax.rundir import directory
 from experiments.benchmark import report
 from experiments.benchmark.protocol import Worker, WorkerError, drained
 
-# The settings that README.md recommends on CPUs, with which malloc keeps its memory.
+# The settings that docs/devices.md recommends on CPUs, with which malloc keeps its memory.
 MALLOC = (
     'glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1'
     ':glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1'

@@ -47,12 +47,15 @@ def test_a_config_of_ones_own_inherits_from_the_presets_and_from_its_neighbors(e
 
 
 def test_a_strangers_configs_changes_nothing(elsewhere, monkeypatch):
+    (elsewhere / 'mine').mkdir()
+    (elsewhere / 'mine' / 'own.py').write_text(INHERITS.format(module='original'))
     (elsewhere / 'configs').mkdir()
     for name in ('__init__', 'base', 'original'):
         (elsewhere / 'configs' / f'{name}.py').write_text('raise SystemExit("a stranger")\n')
     monkeypatch.setitem(sys.modules, 'configs.base', object())
     before = imported()
     assert configfile.load('quickstart').data.source == 'alexnet_shapes'
+    assert configfile.load('mine/own.py').seed == 7
     assert imported() == before
 
 
@@ -86,3 +89,41 @@ def test_the_wheel_has_every_package_and_the_presets():
     assert {*options['packages']} == folders | {'alexnet_jax.configs'}
     assert options['package-dir'] == {'alexnet_jax.configs': 'configs'}
     assert not (ROOT / 'configs' / '__init__.py').exists()
+
+
+def test_modules_beside_a_config(elsewhere):
+    """They can have the names of presets, but cannot replace what the presets import."""
+    (elsewhere / 'a_helper_beside.py').write_text('RATE = 0.25\n')
+    (elsewhere / 'base.py').write_text('')
+    (elsewhere / 'paper.py').write_text(
+        'import a_helper_beside\nfrom configs import paper\n\n\ndef get_config():\n'
+        '    config = paper.get_config()\n    config.optim.rate = a_helper_beside.RATE\n'
+        '    return config\n'
+    )
+    path = sys.path.copy()
+    assert configfile.load('paper.py').optim.rate == 0.25
+    assert sys.path == path
+
+
+@pytest.mark.parametrize('name', ['a:b.py', 'paper'])
+def test_names_of_files_that_look_like_something_else(elsewhere, name):
+    (elsewhere / name).write_text(INHERITS.format(module='caffe'))
+    assert configfile.load(name).seed == (0 if name == 'paper' else 7)
+
+
+@pytest.mark.parametrize(
+    ('line', 'words'),
+    [
+        ('config.run.foo = 1', 'line 6: .*foo'),
+        ('config.optim.rtae = 0.1', 'line 6: .*rtae'),
+        ('raise SystemExit(3)', 'line 6: SystemExit: 3'),
+    ],
+)
+def test_what_a_config_file_cannot_do(elsewhere, line, words):
+    (elsewhere / 'mine.py').write_text(
+        f'from configs import base\n\n\ndef get_config():\n    config = base.get_config()\n'
+        f'    {line}\n    return config\n'
+    )
+    with pytest.raises(UserError, match=words) as error:
+        configfile.load('mine.py')
+    assert '\n' not in str(error.value)

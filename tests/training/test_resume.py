@@ -124,7 +124,7 @@ def test_a_run_goes_on_with_the_pictures_it_began_with(store, tmp_path, changed)
     directory.check_store(run, other)  # the run has not started
     directory.write(ml_collections.ConfigDict({'seed': 0}), run, opened)
     directory.check_store(run, opened)
-    with pytest.raises(UserError, match='started with other pictures'):
+    with pytest.raises(UserError, match='was trained on different images'):
         directory.check_store(run, other)
 
 
