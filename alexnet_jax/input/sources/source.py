@@ -37,6 +37,8 @@ class Source:
     notes: tuple[str, ...] = ()  # what the user should know, a line each
     validation: str = ''  # where the validation images come from, if not from a split of their own
     files: tuple[int, int] | None = None  # `fingerprint`; None for TFDS sets
+    content: int | None = None  # `content_of`; None for TFDS sets
+    place: str | None = None  # the absolute path of what is read, if known
 
 
 class Entry(NamedTuple):
@@ -87,7 +89,10 @@ OTHERS = frozenset(
     '.py .pyc .ipynb .m .r .sh .bat .exe .js .css .mat .npy .npz .pkl .pt .pth .h5 .hdf5 .parquet '
     '.tfrecord .lock .bak .part .crdownload'.split()
 )
-SKIPPED_FOLDERS = ('__MACOSX', '__pycache__')
+# Of archivers, Python, Synology, Windows and Linux.
+SKIPPED_FOLDERS = frozenset(
+    ('__MACOSX', '__pycache__', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
+)
 
 
 def not_an_image(name: str) -> str | None:
@@ -105,60 +110,101 @@ def not_an_image(name: str) -> str | None:
     return extension if extension in OTHERS else None
 
 
+def scan(folder: str) -> list[tuple[os.DirEntry, bool | None]]:
+    """Lists a folder -> (item, True: a folder, False: a file, None: neither, such as a broken link)."""
+    try:
+        with os.scandir(folder) as found:
+            return [(item, _is_folder(item)) for item in found]
+    except OSError as error:
+        raise UserError(f'{folder}: cannot be read: {error.strerror}') from error
+
+
+def _is_folder(item: os.DirEntry) -> bool | None:
+    try:
+        return True if item.is_dir() else False if item.is_file() else None
+    except OSError:  # a link to itself
+        return None
+
+
 def list_folder(folder: str, skipped: collections.Counter) -> tuple[list[str], list[str]]:
     """Lists the folders and the files in a folder that may be or hold images -> two sorted lists.
 
     The kinds of all others are counted in `skipped`.
     """
     folders, files = [], []
-    with os.scandir(folder) as found:
-        for item in found:
-            if item.is_dir():
-                hidden = item.name.startswith('.') or item.name in SKIPPED_FOLDERS
-                kind = f'{item.name}/' if hidden else None
-            elif item.is_file():
-                kind = not_an_image(item.name)
-            else:
-                kind = 'broken link' if item.is_symlink() else 'special file'
-            if kind:
-                skipped[kind] += 1
-            else:
-                (folders if item.is_dir() else files).append(item.name)
+    for item, is_folder in scan(folder):
+        if is_folder:
+            kind = f'{item.name}/' if _is_skipped(item.name) else None
+        elif is_folder is False:
+            kind = not_an_image(item.name)
+        else:
+            kind = 'broken link' if item.is_symlink() else 'special file'
+        if kind:
+            skipped[kind] += 1
+        else:
+            (folders if is_folder else files).append(item.name)
     return sorted(folders), sorted(files)
 
 
-def image_files(tree: str, skipped: collections.Counter) -> list[str]:
-    """Lists the files below a folder that may be images, sorted by path; counts others in `skipped`."""
-    found, waiting, seen = [], [tree], set()
+def _is_skipped(folder: str) -> bool:
+    return folder.startswith('.') or folder in SKIPPED_FOLDERS
+
+
+def image_files(tree: str, skipped: collections.Counter, root: str | None = None) -> list[str]:
+    """Lists the files below a folder that may be images, sorted by path; counts others in `skipped`.
+
+    Links to a folder above `tree` or to `root` and those above it are not followed.
+    """
+    found, waiting = [], [tree]
+    seen = above(os.path.dirname(tree)) | (above(root) if root else set())
     while waiting:
         folder = waiting.pop()
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            continue  # links to a folder above would never end
-        seen.add((status.st_dev, status.st_ino))
+        if identity(folder) in seen:
+            continue
+        seen.add(identity(folder))
         folders, files = list_folder(folder, skipped)
         waiting += [os.path.join(folder, name) for name in folders]
         found += [os.path.join(folder, name) for name in files]
     return sorted(found)
 
 
+def identity(path: str) -> tuple[int, int]:
+    """Returns what two paths to the same folder have in common."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def above(path: str) -> set[tuple[int, int]]:
+    """Returns the `identity` of a folder and of all those that it is in."""
+    path = os.path.realpath(path)
+    found = {identity(path)}
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        found.add(identity(path))
+    return found
+
+
 def holds_images(root: str) -> bool:
-    """Returns whether there are images in a folder of a folder, or one level deeper.
+    """Returns whether there are images in a folder of a folder, or up to three levels deeper.
 
     If so, archives beside them were only left over.
     """
 
     def below(folder: str, depth: int) -> bool:
-        with os.scandir(folder) as found:
-            inner = [item.path for item in found if item.is_dir() and not item.name.startswith('.')]
+        inner = [item.path for item, is_folder in scan(folder) if is_folder]
+        inner = [path for path in inner if not _is_skipped(os.path.basename(path))]
         return any(_image_in(path) or (depth > 1 and below(path, depth - 1)) for path in inner)
 
-    return below(root, 2)
+    return below(root, 4)
 
 
 def _image_in(folder: str) -> bool:
-    with os.scandir(folder) as found:
-        return any(os.path.splitext(item.name)[1].lower() in IMAGES for item in found)
+    return any(is_image(item.name) for item, is_folder in scan(folder) if is_folder is False)
+
+
+def is_image(name: str) -> bool:
+    """Returns whether a file has the extension of an image, and is not one of macOS's ._ files."""
+    return os.path.splitext(name)[1].lower() in IMAGES and not name.startswith('.')
 
 
 def not_used(names: Sequence[str], why: str = '') -> str:
@@ -190,6 +236,42 @@ def fingerprint(root: str, files: Iterable[tuple[str, int | None]], count: int) 
             raise UserError(f'{name}: cannot be read: {error.strerror}') from error
         lines.append(f'{name.removeprefix(root).lstrip(os.sep)}\0{size}\n')
     return count, zlib.crc32(''.join(sorted(lines)).encode('utf-8', 'surrogateescape'))
+
+
+def content_of(
+    class_names: Sequence[str], splits: dict[str, Iterable[tuple[str, int]]], root: str
+) -> int:
+    """Returns the CRC-32 of the class names, and of the names below `root` and labels of all images.
+
+    splits: (name, label) of each image by split, in the order of reading; sizes do not count.
+    """
+    crc = zlib.crc32('\0'.join(map(str, class_names)).encode('utf-8', 'surrogatepass'))
+    for split in sorted(splits):
+        lines = [f'{name.removeprefix(root).lstrip(os.sep)}\0{y}\n' for name, y in splits[split]]
+        crc = zlib.crc32(''.join((f'\n{split}\n', *lines)).encode('utf-8', 'surrogatepass'), crc)
+    return crc
+
+
+def class_notes(class_names: Sequence[str], labels: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Returns notes about classes without training images and of a single image, if there are any.
+
+    labels: {split: i64[N]}
+    """
+    counts = {
+        split: np.bincount(np.asarray(found, np.int64), minlength=len(class_names))
+        for split, found in labels.items()
+    }
+    notes, total = [], sum(counts.values())
+    empty = np.flatnonzero(total == 0)
+    if empty.size:
+        names = not_used([class_names[label] for label in empty]).partition(': ')[2]
+        notes.append(f'{empty.size} of the {len(class_names)} classes have no images: {names}')
+    for split, count in counts.items():
+        single = np.flatnonzero((total == 1) & (count == 1))
+        if single.size:
+            subject = '1 class has' if single.size == 1 else f'{single.size} classes have'
+            notes.append(f'{subject} a single image, which is in {split}')
+    return tuple(notes)
 
 
 def read_entries(entries: Iterable[Entry]) -> Iterator[Example]:
@@ -228,26 +310,33 @@ def from_entries(
     validation: str = '',
     val_fraction: float,
     seed: int,
+    place: str | None = None,
 ) -> Source:
     """Makes a source of entries; without a split 'val', `val_fraction` of 'train' is held out.
 
     root: the folder that the names of the entries start with.
+    place: what is read, if that is not `path`.
     """
     everything = [entry for entries in splits.values() for entry in entries]
     files = fingerprint(root, ((entry.name, entry.size) for entry in everything), len(everything))
     if 'val' not in splits:
         validation = HELD_OUT
-        chosen = split_off(len(splits['train']), val_fraction, seed, path)
+        labels = [entry.label for entry in splits['train']]
+        chosen = split_off(len(labels), val_fraction, seed, path, labels)
         splits = {split: [splits['train'][i] for i in chosen[split]] for split in chosen}
+    labels = {split: [entry.label for entry in entries] for split, entries in splits.items()}
+    pairs = {split: ((e.name, e.label) for e in entries) for split, entries in splits.items()}
     return Source(
         path,
         class_names,
         {split: len(entries) for split, entries in splits.items()},
         lambda split, start: read_entries(splits[split][start:]),
         exif=not is_imagenet(class_names),
-        notes=tuple(notes),
+        notes=(*notes, *class_notes(class_names, labels)),
         validation=validation,
         files=files,
+        content=content_of(class_names, pairs, root),
+        place=os.path.abspath(place or path),
     )
 
 
@@ -267,8 +356,13 @@ def is_path(name: str) -> bool:
     return file or os.path.isdir(name) or name.startswith(('/', './', '../', '~'))
 
 
-def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np.ndarray]:
-    """Splits records 0..count-1 at random -> {'train': i64[N], 'val': i64[M]}, each ascending."""
+def split_off(
+    count: int, fraction: float, seed: int, name: str, labels: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Splits records 0..count-1 at random -> {'train': i64[N], 'val': i64[M]}, each ascending.
+
+    If their labels are given, a class of two records or more keeps at least one for training: its first.
+    """
     held_out = round(count * fraction)
     if not 0 < held_out < count:
         raise UserError(
@@ -277,7 +371,13 @@ def split_off(count: int, fraction: float, seed: int, name: str) -> dict[str, np
             '--val_fraction, or a val/ split'
         )
     order = np.random.default_rng(seed).permutation(count)
-    return {'train': np.sort(order[held_out:]), 'val': np.sort(order[:held_out])}
+    train, val = np.sort(order[held_out:]), np.sort(order[:held_out])
+    if labels is not None:
+        labels = np.asarray(labels, np.int64)
+        lost, first, size = np.unique(labels[val], return_index=True, return_counts=True)
+        kept = val[first[(size > 1) & ~np.isin(lost, labels[train])]]
+        train, val = np.union1d(train, kept), np.setdiff1d(val, kept)
+    return {'train': train, 'val': val}
 
 
 def import_tensorflow():
