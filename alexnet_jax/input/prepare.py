@@ -92,6 +92,8 @@ def prepare(
     wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
     if exif != 'auto':
         wanted['exif'] = exif == 'on'
+    if dir and origin == source:  # a name: two folders can have different images by it
+        wanted['dir'] = _whole(dir)
     finished = _finished(path, wanted, named)
     if finished:
         if not named and not resuming and sum(finished.counts.values()) < limit:
@@ -257,6 +259,13 @@ def _make(
             'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},
         }
         _check_same(path, begun or {}, wanted)
+        if opened.content is not None:
+            wanted['content'] = opened.content
+            if (begun or wanted).get('content', opened.content) != opened.content:
+                raise UserError(
+                    f'{path}: {source} has other images, labels or names than when this pass began: '
+                    f'remove {path} and run prepare again'
+                )
         if opened.files:
             wanted['files'] = [*opened.files]
         begun = None  # from here on, the files in the folder are ours
@@ -275,7 +284,7 @@ def _make(
         store_writer.finish(
             path, opened, format=format, progress=progress, description={**wanted, 'complete': True}
         )
-    except (OSError, UserError):
+    except Exception:
         if not begun and not os.path.exists(os.path.join(path, store_writer.PROGRESS)):
             store_writer.empty(path)
         raise
@@ -288,17 +297,23 @@ def _check_source(path: str, source: str, dir: str | None, val_fraction: float) 
     if not there or not there.get('files') or not os.path.exists(there['source']):
         return
     try:
-        files = _open(source, dir, val_fraction).files
+        opened = _open(source, dir, val_fraction)
     except UserError as error:
         say(f'{path}: cannot be compared with its source ({error})')
         return
-    if not files or [*files] == there['files']:
+    more = (opened.files or there['files'])[0] - there['files'][0]
+    if more:
+        what = f'{abs(more):,} image{"s" * (abs(more) != 1)} {"more" if more > 0 else "fewer"} than'
+    elif opened.files and [*opened.files] != there['files']:
+        what = 'different images from'
+    elif opened.content != there.get('content', opened.content):
+        what = 'different labels or class names from'
+    else:
         return
-    more = files[0] - there['files'][0]
-    what = f'{abs(more):,} picture{"s" * (abs(more) != 1)} {"more" if more > 0 else "fewer"}'
+    quoted = shlex.quote(path)
     raise UserError(
-        f'{there["source"]} has {what if more else "other pictures"} than the store {path}: remove '
-        f'{path} and run prepare again, or give it by --store={path} to use it as it is'
+        f'{there["source"]} has {what} the store {path}: remove {path} and run the same command again, '
+        f'or pass --store={quoted} to use the store as it is'
     )
 
 

@@ -180,7 +180,10 @@ FLAGS = {
     'unknown name': (['--config=papre:tanh'], ['no such file or preset (did you mean paper?)']),
     'missing file': (['--config=mine/paper.py'], ['mine/paper.py: no such file or preset']),
     'a folder': (['--config=configs'], ['--config=configs: no such file or preset']),
-    'unknown variant': (['--config=configs/paper.py:tnah'], ["no variant 'tnah'", 'one of text, tanh']),
+    'unknown variant': (
+        ['--config=configs/paper.py:tnah'],
+        ["no variant 'tnah'", 'one of text, tanh'],
+    ),
     'no variants': (['--config=configs/caffe.py:tanh'], ['no variants: --config=configs/caffe.py']),
     'syntax': (['--config=syntax.py'], ['SyntaxError', 'syntax.py, line 1']),
     'type in a file': (['--config=wrong_type.py'], ['line 6', "'width'", 'float']),

@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -306,7 +307,7 @@ def test_sources_of_one_name_have_a_store_each(flowers, monkeypatch):
     digest = hashlib.sha1(os.path.abspath('flowers').encode()).hexdigest()[:8]
     first = prepare.prepare('sub/flowers', size=24)
     second = prepare.prepare('flowers', size=24)
-    assert sorted(os.listdir('data')) == ['flowers-24-jpg', f'flowers-{digest}-24-jpg']
+    assert {*os.listdir('data')} == {'flowers-24-jpg', f'flowers-{digest}-24-jpg'}
     assert (str(first.path), str(second.path)) == (
         'data/flowers-24-jpg',
         f'data/flowers-{digest}-24-jpg',
@@ -361,7 +362,11 @@ def exchange():
 
 @pytest.mark.parametrize(
     'change, found',
-    [(add, '3 pictures more'), (take, '1 picture fewer'), (exchange, 'other pictures')],
+    [
+        (add, '3 images more than'),
+        (take, '1 image fewer than'),
+        (exchange, 'different images from'),
+    ],
 )
 def test_a_changed_source_is_noticed(flowers, monkeypatch, change, found):
     made = prepare.prepare('flowers', size=24)
@@ -375,8 +380,8 @@ def test_a_changed_source_is_noticed(flowers, monkeypatch, change, found):
         with pytest.raises(UserError) as error:
             start('flowers', size=24)
         assert str(error.value) == (
-            f'{folder} has {found} than the store {path}: remove {path} and run prepare again, '
-            f'or give it by {flag}={path} to use it as it is'
+            f'{folder} has {found} the store {path}: remove {path} and run the same command again, '
+            f'or pass {flag}={path} to use the store as it is'
         )
     # A run goes on with its store, and one that is named is used as it is.
     assert prepare.ensure(source='flowers', size=24, resuming=True).counts == made.counts
@@ -895,3 +900,54 @@ def test_imagenet_from_tars_to_store(tmp_path):
         made['train'].values()
     )
     store.verify(built)
+
+
+def relabel():
+    lines = ['flowers/ape/001.jpg,a', 'flowers/ape/002.jpg,a', 'flowers/bee/001.jpg,b']
+    with open('list.csv', 'w') as file:
+        file.write(
+            '\n'.join([*lines, 'flowers/bee/002.jpg,' + ('a' if os.path.exists('data') else 'b')])
+        )
+
+
+def test_labels_that_change_are_noticed(flowers):
+    relabel()
+    path = str(prepare.prepare('list.csv', size=24, val_fraction=0.25).path)
+    assert prepare.prepare('list.csv', size=24, val_fraction=0.25)
+    relabel()
+    with pytest.raises(
+        UserError, match='list.csv has different labels or class names from the store'
+    ):
+        prepare.prepare('list.csv', size=24, val_fraction=0.25)
+    assert prepare.prepare('list.csv', size=24, val_fraction=0.25, store=path)
+
+
+def rename_an_image():
+    os.rename('flowers/ape/001.jpg', 'flowers/ape/zz.jpg')
+
+
+def rename_a_class():
+    os.rename('flowers/ape', 'flowers/zebra')
+
+
+@pytest.mark.parametrize('change', [rename_an_image, rename_a_class])
+def test_a_pass_does_not_resume_with_other_images(flowers, monkeypatch, change):
+    def killed(*args, **kwargs):
+        source = real(*args, **kwargs)
+        return dataclasses.replace(source, read=lambda *a: kill_after(4, source.read(*a)))
+
+    def kill_after(count, examples):
+        yield from itertools.islice(examples, count)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_writer, 'FLUSH_SECONDS', 0)
+    monkeypatch.setattr(store_writer, 'cores', lambda: 1)
+    real = sources.open_source
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, 'open_source', killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare('flowers', size=24)
+    assert os.path.exists('data/flowers-24-jpg/progress.npz')
+    change()
+    with pytest.raises(UserError, match='other images, labels or names than when this pass began'):
+        prepare.prepare('flowers', size=24)
