@@ -25,6 +25,9 @@ FLAGS = {  # name: (default, help)
 }
 
 
+PREPARE = ('skip_bad', 'verify')  # flags that only `prepare` has
+
+
 class Arguments(NamedTuple):
     config: ConfigDict
     workdir: str
@@ -57,6 +60,10 @@ def parse(argv: list[str]) -> Arguments:
         config_flags.DEFINE_config_dict('config', config, flag_values=overrides, sys_argv=rest)
         rest = overrides(rest)[1:]
     except flags.UnrecognizedFlagError as error:
+        if error.flagname in PREPARE:
+            raise UserError(
+                f'--{error.flagname}: run python -m alexnet_jax.prepare with it first'
+            ) from error
         close = difflib.get_close_matches(error.flagname, FLAGS, n=1)
         meant = f' (did you mean --{close[0]}?)' if close else ''
         raise UserError(

@@ -45,7 +45,9 @@ def data_warning(store: Store, *, batch: int) -> str:
         found.append(f'a batch of {batch:,} repeats the {images:,} training images')
     if store.classes == 1:
         found.append('there is only one class, so there is nothing to learn')
-    if many > IMBALANCE * few:
+    if empty := int((counts == 0).sum()):
+        found.append(f'{empty:,} of the {store.classes:,} classes have no training images')
+    elif many > IMBALANCE * few:
         found.append(f'the largest class has {many:,} images and the smallest {few:,}')
     return '; '.join(found)
 

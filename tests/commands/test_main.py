@@ -225,6 +225,7 @@ FLAGS = {
         [PAPER, '--batch=8'],
         ['--batch: no such flag', 'set a field of the config as in --config.train.batch=64'],
     ),
+    'a flag of prepare': ([PAPER, '--skip_bad'], ['--skip_bad: run python -m alexnet_jax.prepare']),
     'mistyped flag': ([PAPER, '--cpu_device=2'], ['--cpu_device: ', 'did you mean --cpu_devices?']),
     'wrong flag value': ([PAPER, '--cpu_devices=two'], ['--cpu_devices=two', 'int']),
     'stray arguments': ([PAPER, 'really', 'now'], ['really now', 'not a flag', '--workdir=']),

@@ -48,7 +48,7 @@ def test_classes_of_one_size(store):
         ([0, 1, 2], 4, 'a batch of 4 repeats the 3 training images'),
         ([0] * 100 + [1, 2], 3, ''),
         ([0] * 101 + [1, 2], 3, 'the largest class has 101 images and the smallest 1'),
-        ([0, 1], 2, 'the largest class has 1 images and the smallest 0'),
+        ([0, 1], 2, '1 of the 3 classes have no training images'),
     ],
 )
 def test_unusual_data(store, labels, batch, warning):
