@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from alexnet_jax.common import paths
 from alexnet_jax.devices import mesh as meshes
@@ -99,7 +100,8 @@ class Setup:
             self.net, self.optimizer, self.mesh, seed=self.config.seed, crop=crop
         )
         if init_from:
-            state = state.replace(**_variables_from(init_from, self.net, target, state))
+            names = self.store.names
+            state = state.replace(**_variables_from(init_from, self.net, names, target, state))
         return state, {}, {}
 
     def batches(self, start: int):
@@ -145,19 +147,32 @@ class Setup:
         return number > 0 and step == optim.steps_per(number * every, examples, batch)
 
 
-def _variables_from(run_dir: str, net: Network, target, state) -> dict:
-    """Returns another run's params and batch_stats; the last layer is new if the class count differs."""
+def _variables_from(run_dir: str, net: Network, names: list[str], target, state) -> dict:
+    """Returns another run's params and batch_stats; the last layer is new if the classes differ.
+
+    The same classes in another order have theirs of the last layer, in the order of `names`.
+    """
     directory.read_config(run_dir)
+    theirs = directory.read_facts(run_dir).names
+    order = None
+    if theirs != names and sorted(theirs) == sorted(names) and len({*names}) == len(names):
+        order = np.array([theirs.index(name) for name in names])
     other = checkpoint.Checkpoints(paths.path(run_dir) / 'checkpoints')
     there = other.shapes()
     wanted = fingerprint.named_leaves(target.variables)
     fresh = fingerprint.named_leaves(state.variables)
     head = {n for n in wanted if network.in_head(net, tuple(n.split('/')[1:]))}
-    same = all(n in there and there[n].shape == wanted[n].shape for n in head)
+    same = (theirs == names or order is not None) and all(
+        n in there and there[n].shape == wanted[n].shape for n in head
+    )
     kept = {n: leaf for n, leaf in wanted.items() if same or n not in head}
     step, found, _ = other.restore_part(kept)
-    log.info(
-        'starting from %s, step %s%s', run_dir, step, '' if same else ', with a new last layer'
-    )
+    new = '' if order is None else ', with its classes in another order'
+    if not same:
+        new = ', with a new last layer, since the classes are not the same'
+    log.info('starting from %s, step %s%s', run_dir, step, new)
+    for name in head if same and order is not None else ():
+        sharding = found[name].sharding  # classes are the last axis of every leaf
+        found[name] = jax.jit(lambda x: x[..., order], out_shardings=sharding)(found[name])
     leaves = [found.get(name, fresh[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(state.variables), leaves)

@@ -6,6 +6,8 @@ resume, and are fine-tuned, frozen and averaged, on every mesh.
 
 import functools
 import json
+import logging
+import shutil
 
 import flax.linen as nn
 import jax
@@ -130,6 +132,10 @@ def folder(tmp_path_factory):
     for name, classes in (('three', 3), ('four', 4)):
         counts = {'train': 20, 'val': 11}
         write_store(folder / name, format='u8', size=SIZE, classes=classes, counts=counts)
+    names = (folder / 'three' / 'names.txt').read_text().splitlines()
+    for name, other in (('mixed', [names[2], *names[:2]]), ('renamed', [*names[:2], 'another'])):
+        shutil.copytree(folder / 'three', folder / name)
+        (folder / name / 'names.txt').write_text(''.join(f'{one}\n' for one in other))
     return folder
 
 
@@ -213,6 +219,31 @@ def test_fine_tuning_takes_everything_but_the_head(runs, folder, net, shape):
             assert new[name].shape[-1] == 4
         else:
             np.testing.assert_array_equal(new[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(('net', 'shape'), [('nested', (1, 1)), ('towers', (1, 2))], ids=str)
+def test_classes_in_another_order_keep_theirs_of_the_head(runs, folder, caplog, net, shape):
+    old = variables(runs(net, (1, 1)))
+    frozen = {'train.init_from': str(runs(net, (1, 1))), 'optim.rate': 0.0}
+    frozen['train.freeze'] = tuple({n.split('/')[1] for n in old})
+    with caplog.at_level(logging.INFO, 'alexnet_jax'):
+        new = variables(train(folder, f'{net}-mixed', net, shape, store='mixed', **frozen))
+    assert 'with its classes in another order' in caplog.text
+    for name, value in old.items():
+        if name.split('/')[1] == HEAD[net]:
+            value = value[..., [2, 0, 1]]
+        np.testing.assert_array_equal(new[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize('net', FIELDS)
+def test_as_many_other_classes_have_a_new_head(runs, folder, caplog, net):
+    old = variables(runs(net, (1, 1)))
+    frozen = {'train.init_from': str(runs(net, (1, 1))), 'optim.rate': 0.0}
+    with caplog.at_level(logging.INFO, 'alexnet_jax'):
+        new = variables(train(folder, f'{net}-renamed', net, store='renamed', **frozen))
+    assert 'with a new last layer, since the classes are not the same' in caplog.text
+    kernels = [name for name in old if name.split('/')[1] == HEAD[net] and name.endswith('kernel')]
+    assert kernels and not any(np.array_equal(new[name], old[name]) for name in kernels)
 
 
 @pytest.mark.parametrize('net', FIELDS)
