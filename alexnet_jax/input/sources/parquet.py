@@ -197,7 +197,6 @@ def _unreadable(path: str, error: Exception) -> UserError:
 
 
 def _columns(path: str) -> Columns:
-    import pyarrow as pa
 
     with _open(path) as file:
         schema = file.schema_arrow
