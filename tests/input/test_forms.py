@@ -5,6 +5,7 @@ such as data/train-00000-of-00002.parquet), github.com/webdataset/webdataset (KE
 huggingface.co/clip-benchmark (train/0.tar, test/0.tar, classnames.txt).
 """
 
+import gzip
 import io
 import json
 import os
@@ -408,9 +409,11 @@ def test_shards_in_split_folders_and_without_names(tree, tmp_path):
     write_shard(tmp_path / 'set/test/0.tar', rows_of(tree, 'val'))
     source = sources.open_source(str(tmp_path / 'set'))
     assert source.splits == {'train': 15, 'val': 6} and source.class_names == ['0', '1', '2']
-    assert source.validation == 'the test shards' and not source.notes
+    json_skipped = '21 files that are not images skipped: 21 .json'
+    assert source.validation == 'the test shards' and source.notes == (json_skipped,)
     write_shard(tmp_path / 'set/extra.tar', [])
-    assert sources.open_source(str(tmp_path / 'set')).notes == ('not used: extra.tar',)
+    notes = sources.open_source(str(tmp_path / 'set')).notes
+    assert notes == ('not used: extra.tar', json_skipped)
     (tmp_path / 'set/extra.tar').unlink()
     (tmp_path / 'set/train/0.tar').rename(tmp_path / 'set/00000.tar')
     (tmp_path / 'set/test/0.tar').unlink()
@@ -435,6 +438,38 @@ def test_what_is_wrong_with_shards(tree, tmp_path):
     write_shard(root / 'x-train.tar', rows)
     os.truncate(root / 'x-train.tar', (root / 'x-train.tar').stat().st_size // 2 - 100)
     assert 'x-train.tar: cut off: ' in refused(root)
+    write_shard(root / 'x-train.tar', [*rows, (rows[0][0], 10**9)])
+    (root / 'classnames.txt').unlink()
+    assert 'label 1000000000, but there are only 16 training images' in refused(root)
+    (root / 'x-train.tar').write_bytes(gzip.compress((root / 'x-train.tar').read_bytes()))
+    assert 'x-train.tar: compressed with gzip: call it x-train.tar.gz and gunzip it' in refused(
+        root
+    )
+    write_members(root / 'x-train.tar', {'a/0.jpg': b'x', 'b/0.jpg': b'x'})
+    assert 'x-train.tar: holds folders of pictures without KEY.cls' in refused(root)
+
+
+def write_members(path, members):
+    with tarfile.open(path, 'w') as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def test_keys_of_shards(tmp_path):
+    """Dots in keys, any kind of image, and other members of a key."""
+    members = {'img.001.jpg': b'0', 'img.002.bmp': b'1', 'd.x/3.TIF': b'2', 'd.x/4.gif': b'3'}
+    labels = {f'{os.path.splitext(name)[0]}.cls': data for name, data in members.items()}
+    others = {'d.x/4.mask.png': b'm', 'd.x/4.txt': b'', 'README': b''}
+    write_members(tmp_path / 'train.tar', members | labels | others)
+    write_members(tmp_path / 'val.tar', members | labels)
+    source = sources.open_source(str(tmp_path))
+    assert [(e.data, e.label) for e in source.read('train', 0)] == [
+        (data, int(data)) for data in members.values()
+    ]
+    (skipped,) = source.notes
+    assert all(k in skipped for k in ('3 files', '.mask.png', '.txt', 'file without extension'))
 
 
 # Lists
@@ -490,6 +525,16 @@ def test_splits_of_lists(tree):
         ('train/cat/000.jpg\tcat\tfoo\n', "line 1: split 'foo': give train, val or test"),
         ('train/cat/000.jpg\tcat\tval\n', 'has no images for training, only for val'),
         ('train/cat/000.jpg\tcat\n', 'needs at least two labels, found 1'),
+        ('train/cat/000.jpg,cat\n', 'line 1: needs a path and a label, separated by a tab; .csv:'),
+        (
+            'train/cat/000.jpg\tcat\ntrain/../train/cat/000.jpg\tdog\n',
+            "lines 1 and 2: .*cat/000.jpg has two labels, 'cat' and 'dog'",
+        ),
+        (
+            'train/cat/000.jpg\tcat\ntrain/cat/000.jpg\tcat\tval\n',
+            'lines 1 and 2: .*cat/000.jpg has two splits, train and val',
+        ),
+        ('path\tlabel\tclass\nx\ta\tb\n', 'columns label and class both mean the label'),
         (
             'train/cat/000.jpg\tcat\ntrain/dog/000.jpg\tdog\t\nval/eel/000.jpg\teel\tval\n',
             "the label 'eel' has no images for training",
@@ -499,6 +544,17 @@ def test_splits_of_lists(tree):
 def test_what_is_wrong_with_lists(tree, text, message):
     with pytest.raises(UserError, match=message):
         sources.open_source(str(write_list(tree, text)))
+
+
+def test_repeated_lines_and_labels_that_are_the_same_number(tree):
+    rows = [
+        f'train/{name}/00{i}.jpg\t{label}'
+        for name, label in zip(NAMES, ('1', '01', '001'), strict=True)
+        for i in range(4)
+    ]
+    source = sources.open_source(str(write_list(tree, '\n'.join([*rows, *rows[:2]]))))
+    assert source.class_names == ['001', '01', '1'] and sum(source.splits.values()) == 12
+    assert source.notes == ('2 lines repeat others: each picture counts once',)
 
 
 def test_lists_that_cannot_be_read(tree):
