@@ -5,6 +5,7 @@ such as data/train-00000-of-00002.parquet), github.com/webdataset/webdataset (KE
 huggingface.co/clip-benchmark (train/0.tar, test/0.tar, classnames.txt).
 """
 
+import gzip
 import io
 import json
 import os
@@ -224,7 +225,9 @@ def test_what_is_wrong_with_parquet(tree, tmp_path):
     rows = rows_of(tree, 'train')
     path = tmp_path / 'set/train.parquet'
     write_parquet(path, [*rows, (rows[0][0], 3), (rows[0][0], -1)], features=FEATURES)
-    assert '2 rows of this split have labels that are none of the 3 classes' in refused(path.parent)
+    assert f'{path}: 2 rows have labels that are none of the 3 classes, the first is row 15' in (
+        refused(path.parent)
+    )
     write_parquet(path, rows, label='a')
     import pyarrow.parquet as pq
 
@@ -234,8 +237,9 @@ def test_what_is_wrong_with_parquet(tree, tmp_path):
     pq.write_table(table.drop(['image']), path)
     assert 'which column has the images? It has id, a' in refused(path.parent)
     write_parquet(path, [(None, 0), *rows], features=FEATURES)
-    with pytest.raises(UserError, match=r'train.parquet: row 0: has no image data \(0.jpg\)'):
-        list(sources.open_source(str(path.parent)).read('train', 0))
+    source = sources.open_source(str(path.parent))
+    first = [e for split in source.splits for e in source.read(split, 0) if ': row 0 ' in e.name]
+    assert [e.data for e in first] == [b'']  # a bad image, not the end of the pass
     path.write_bytes(path.read_bytes()[:-30])
     assert f'{path}: cannot be read as Parquet' in refused(path.parent)
     path.rename(path.with_name('other-1.parquet'))
@@ -249,6 +253,77 @@ def test_what_is_wrong_with_parquet(tree, tmp_path):
     assert 'several folders have Parquet files (a, b): give one of them' in refused(
         tmp_path / 'two'
     )
+
+
+@pytest.mark.parametrize('name', ['cifar-{}', 'mnist_{}', 'data.{}-00'])
+def test_any_word_of_a_parquet_file_tells_its_split(tree, tmp_path, name):
+    for split in ('train', 'test'):
+        rows = rows_of(tree, 'train' if split == 'train' else 'val')
+        write_parquet(tmp_path / 'set' / f'{name.format(split)}.parquet', rows)
+    assert sources.open_source(str(tmp_path / 'set')).splits == {'train': 15, 'val': 6}
+
+
+def test_parquet_splits_that_name_the_classes_in_another_order(tree, tmp_path):
+    val = [(data, 2 - label) for data, label in rows_of(tree, 'val')]
+    write_parquet(tmp_path / 'set/train.parquet', rows_of(tree, 'train'), features=FEATURES)
+    features = FEATURES | {'label': {'names': NAMES[::-1], '_type': 'ClassLabel'}}
+    write_parquet(tmp_path / 'set/val.parquet', val, features=features)
+    source = sources.open_source(str(tmp_path / 'set'))
+    assert [(e.data, e.label) for e in source.read('val', 0)] == rows_of(tree, 'val')
+
+
+@pytest.mark.parametrize('kind', ['dictionary', 'bool', 'float', 'images'])
+def test_types_of_parquet_columns(tree, tmp_path, kind):
+    import pyarrow as pa
+
+    rows = [(data, label) for data, label in rows_of(tree, 'train') if label < 2]
+    write_parquet(tmp_path / 'set/train.parquet', rows)
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(tmp_path / 'set/train.parquet')
+    labels = [label for _, label in rows]
+    column = {
+        'dictionary': pa.array([NAMES[y] for y in labels]).dictionary_encode(),
+        'bool': pa.array(labels).cast(pa.bool_()),
+        'float': pa.array(labels, pa.float64()),
+        'images': pa.array([[image] for image in table['image'].to_pylist()]),
+    }[kind]
+    name = 'image' if kind == 'images' else 'label'
+    table = table.set_column(table.schema.get_field_index(name), name, column)
+    pq.write_table(table, tmp_path / 'set/train.parquet')
+    if kind in ('float', 'images'):
+        message = refused(tmp_path / 'set')
+        shown = 'double' if kind == 'float' else 'list<'
+        assert f'train.parquet: the column {name!r} is {shown}' in message
+        return
+    source = sources.open_source(str(tmp_path / 'set'))
+    assert source.class_names == (NAMES[:2] if kind == 'dictionary' else ['0', '1'])
+    assert sorted(e.label for s in source.splits for e in source.read(s, 0)) == labels
+
+
+def test_labels_that_make_no_sense_in_parquet(tree, tmp_path):
+    rows = rows_of(tree, 'train')
+    path, second = tmp_path / 'set/train-0.parquet', tmp_path / 'set/train-1.parquet'
+    texts = [(data, NAMES[label]) for data, label in rows]
+    write_parquet(path, [(rows[0][0], None), *texts])
+    assert f'{path}: 1 rows have labels that are none' in refused(path.parent)
+    assert 'the first is row 0 (None)' in refused(path.parent)
+    write_parquet(path, rows)
+    write_parquet(second, texts)
+    assert f'{second}: its labels are text, those of {path} are numbers' in refused(path.parent)
+    write_parquet(second, rows, image='picture')
+    assert f"{second}: has no column 'image', only id, picture, label" in refused(path.parent)
+    second.unlink()
+    write_parquet(path, [(rows[0][0], None)] * 3)
+    refused(path.parent)
+    write_parquet(path, [*rows, (rows[0][0], 123456789)])
+    assert f'{path}: label 123456789, but there are only 16 training' in refused(path.parent)
+    write_parquet(path, [*rows, (rows[0][0], 5)])
+    (empty, single) = sources.open_source(str(path.parent)).notes
+    assert empty == '2 of the 6 classes have no images: 3, 4'
+    assert single == '1 class has a single image, which is in train'
+    write_parquet(path, [], features=FEATURES)
+    refused(path.parent)
 
 
 @pytest.mark.parametrize('left', ['left.parquet', 'flowers.tar', 'train/0000.parquet'])
@@ -334,9 +409,11 @@ def test_shards_in_split_folders_and_without_names(tree, tmp_path):
     write_shard(tmp_path / 'set/test/0.tar', rows_of(tree, 'val'))
     source = sources.open_source(str(tmp_path / 'set'))
     assert source.splits == {'train': 15, 'val': 6} and source.class_names == ['0', '1', '2']
-    assert source.validation == 'the test shards' and not source.notes
+    json_skipped = '21 files that are not images skipped: 21 .json'
+    assert source.validation == 'the test shards' and source.notes == (json_skipped,)
     write_shard(tmp_path / 'set/extra.tar', [])
-    assert sources.open_source(str(tmp_path / 'set')).notes == ('not used: extra.tar',)
+    notes = sources.open_source(str(tmp_path / 'set')).notes
+    assert notes == ('not used: extra.tar', json_skipped)
     (tmp_path / 'set/extra.tar').unlink()
     (tmp_path / 'set/train/0.tar').rename(tmp_path / 'set/00000.tar')
     (tmp_path / 'set/test/0.tar').unlink()
@@ -361,6 +438,38 @@ def test_what_is_wrong_with_shards(tree, tmp_path):
     write_shard(root / 'x-train.tar', rows)
     os.truncate(root / 'x-train.tar', (root / 'x-train.tar').stat().st_size // 2 - 100)
     assert 'x-train.tar: cut off: ' in refused(root)
+    write_shard(root / 'x-train.tar', [*rows, (rows[0][0], 10**9)])
+    (root / 'classnames.txt').unlink()
+    assert 'label 1000000000, but there are only 16 training images' in refused(root)
+    (root / 'x-train.tar').write_bytes(gzip.compress((root / 'x-train.tar').read_bytes()))
+    assert 'x-train.tar: compressed with gzip: call it x-train.tar.gz and gunzip it' in refused(
+        root
+    )
+    write_members(root / 'x-train.tar', {'a/0.jpg': b'x', 'b/0.jpg': b'x'})
+    assert 'x-train.tar: holds folders of pictures without KEY.cls' in refused(root)
+
+
+def write_members(path, members):
+    with tarfile.open(path, 'w') as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def test_keys_of_shards(tmp_path):
+    """Dots in keys, any kind of image, and other members of a key."""
+    members = {'img.001.jpg': b'0', 'img.002.bmp': b'1', 'd.x/3.TIF': b'2', 'd.x/4.gif': b'3'}
+    labels = {f'{os.path.splitext(name)[0]}.cls': data for name, data in members.items()}
+    others = {'d.x/4.mask.png': b'm', 'd.x/4.txt': b'', 'README': b''}
+    write_members(tmp_path / 'train.tar', members | labels | others)
+    write_members(tmp_path / 'val.tar', members | labels)
+    source = sources.open_source(str(tmp_path))
+    assert [(e.data, e.label) for e in source.read('train', 0)] == [
+        (data, int(data)) for data in members.values()
+    ]
+    (skipped,) = source.notes
+    assert all(k in skipped for k in ('3 files', '.mask.png', '.txt', 'file without extension'))
 
 
 # Lists
@@ -416,6 +525,16 @@ def test_splits_of_lists(tree):
         ('train/cat/000.jpg\tcat\tfoo\n', "line 1: split 'foo': give train, val or test"),
         ('train/cat/000.jpg\tcat\tval\n', 'has no images for training, only for val'),
         ('train/cat/000.jpg\tcat\n', 'needs at least two labels, found 1'),
+        ('train/cat/000.jpg,cat\n', 'line 1: needs a path and a label, separated by a tab; .csv:'),
+        (
+            'train/cat/000.jpg\tcat\ntrain/../train/cat/000.jpg\tdog\n',
+            "lines 1 and 2: .*cat/000.jpg has two labels, 'cat' and 'dog'",
+        ),
+        (
+            'train/cat/000.jpg\tcat\ntrain/cat/000.jpg\tcat\tval\n',
+            'lines 1 and 2: .*cat/000.jpg has two splits, train and val',
+        ),
+        ('path\tlabel\tclass\nx\ta\tb\n', 'columns label and class both mean the label'),
         (
             'train/cat/000.jpg\tcat\ntrain/dog/000.jpg\tdog\t\nval/eel/000.jpg\teel\tval\n',
             "the label 'eel' has no images for training",
@@ -425,6 +544,17 @@ def test_splits_of_lists(tree):
 def test_what_is_wrong_with_lists(tree, text, message):
     with pytest.raises(UserError, match=message):
         sources.open_source(str(write_list(tree, text)))
+
+
+def test_repeated_lines_and_labels_that_are_the_same_number(tree):
+    rows = [
+        f'train/{name}/00{i}.jpg\t{label}'
+        for name, label in zip(NAMES, ('1', '01', '001'), strict=True)
+        for i in range(4)
+    ]
+    source = sources.open_source(str(write_list(tree, '\n'.join([*rows, *rows[:2]]))))
+    assert source.class_names == ['001', '01', '1'] and sum(source.splits.values()) == 12
+    assert source.notes == ('2 lines repeat others: each picture counts once',)
 
 
 def test_lists_that_cannot_be_read(tree):

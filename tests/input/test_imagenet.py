@@ -109,14 +109,40 @@ def test_a_mixture_of_forms(tars, tmp_path):
     moved = next((root / 'val/n02105855').iterdir())
     moved.rename(root / 'val' / moved.name)
     (root / 'train/n01739381/Thumbs.db').write_bytes(b'')
+    (root / 'train/more').mkdir()
     (root / 'train/lost+found').mkdir()
     mixed = sources.open_source(str(root))
     for split, pictures in whole.items():
         assert [(e.data, e.label) for e in mixed.read(split, 0)] == pictures
     assert mixed.notes == (
-        'not used (in train/, not called nXXXXXXXX): lost+found',
+        'not used (in train/, not called nXXXXXXXX): more',
         '1 file that is not an image skipped: 1 Thumbs.db',
     )
+
+
+@pytest.mark.parametrize('train, val', [('Train', 'Val'), ('TRAIN', 'dev'), ('training', 'VALID')])
+@pytest.mark.parametrize('form', ['flat', 'class_tars'])
+def test_split_folders_under_any_name(tars, tmp_path, form, train, val):
+    root = fixtures.unpack_imagenet(tars[0], tmp_path, form)
+    expected = sources.open_source(str(root)).content
+    (root / 'train').rename(root / train)
+    (root / 'val').rename(root / val)
+    for source, where in (('imagenet2012', str(root)), (str(root), None)):
+        opened = sources.open_source(source, data_dir=where)
+        assert opened.splits == {'train': 9, 'val': VAL} and opened.place == str(root)
+        assert opened.content != expected  # the names of the folders count
+
+
+@pytest.mark.parametrize('inside', ['train', '.'])
+def test_class_folders_without_val_are_held_out_by_name_as_by_path(tars, tmp_path, inside):
+    root = fixtures.unpack_imagenet(tars[0], tmp_path, 'torchvision')
+    shutil.rmtree(root / 'val')
+    root = root / 'train' if inside == '.' else root
+    by_name = sources.open_source('imagenet2012', data_dir=str(root))
+    by_path = sources.open_source(str(root))
+    assert by_name.splits == by_path.splits == {'train': 8, 'val': 1}
+    assert (by_name.name, by_name.place) == ('imagenet2012', str(root))
+    assert list(by_name.read('val', 0)) == list(by_path.read('val', 0)) and not by_name.exif
 
 
 def refused(source, **options):
@@ -228,6 +254,10 @@ def test_lists_of_labels_that_do_not_fit(tars, tmp_path, monkeypatch):
     assert f'{name}.JPEG: {solution} does not list its class' in refused(root)
     solution.write_text(lines[0] + 'x,y\n')
     assert f'{solution}, line 2: not ILSVRC2012_val_NUMBER' in refused(root)
+    solution.write_bytes(b'\xff\xff')
+    assert f'{solution}: not a list in UTF-8' in refused(root)
+    solution.write_text(''.join(lines), encoding='utf-8-sig')
+    assert sources.open_source(str(root)).splits['val'] == VAL
     solution.unlink()
     assert sources.open_source(str(root)).splits['val'] == VAL  # TFDS's list
     monkeypatch.setattr(imagenet.importlib.util, 'find_spec', lambda name: None)

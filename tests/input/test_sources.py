@@ -16,6 +16,7 @@ from alexnet_jax import figures
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import images, sources
 from alexnet_jax.input.sources import shapes, tfds
+from alexnet_jax.input.sources.source import split_off
 from tests.helpers import fixtures
 
 
@@ -92,8 +93,14 @@ def test_tiny_imagenet(tmp_path):
     for listed, complaint in (
         (f'{names[0]}\tn03\t0\n', 'val: has no pictures of the classes'),
         (f'{names[0]} n01\n', 'val_annotations.txt: every line must be'),
+        (
+            f'{names[0]}\tn01\nx\tn01\ny\tn02\n',
+            'txt: 2 of 3 pictures listed in it are not in .*val/images',
+        ),
+        ('\udcff\n', 'val_annotations.txt: not UTF-8'),
     ):
-        (tmp_path / 'val/val_annotations.txt').write_text(listed)
+        data = listed.encode('utf-8', 'surrogateescape')
+        (tmp_path / 'val/val_annotations.txt').write_bytes(data)
         with pytest.raises(UserError, match=complaint):
             sources.open_source(str(tmp_path))
 
@@ -198,6 +205,76 @@ def test_fingerprints_see_what_changed(tmp_path):
     assert sources.open_source(str(tmp_path.with_name('moved'))).files == files()
 
 
+def test_links_are_never_read_twice_and_never_end(tmp_path):
+    fixtures.write_tree(tmp_path / 'train', {'a': 10, 'b': 10})
+    for name, to in (('train/a/up', tmp_path), ('train/b/tree', '..'), ('train/root', tmp_path)):
+        (tmp_path / name).symlink_to(to)
+    for name in ('self', 'train/self', 'train/a/self'):
+        (tmp_path / name).symlink_to('self')
+    assert not sources.is_large(str(tmp_path), pictures=1)
+    source = sources.open_source(str(tmp_path))
+    assert source.splits == {'train': 18, 'val': 2} and source.class_names == ['a', 'b']
+    assert '2 broken link' in source.notes[0] and '1 link to a folder above' in source.notes[0]
+
+
+def test_pictures_in_no_class_folder_are_named(tmp_path):
+    for split in ('train', 'val'):
+        fixtures.write_tree(tmp_path / split, {'a': 2, 'b': 2, '@eaDir': 1, '$RECYCLE.BIN': 1})
+        (tmp_path / split / 'loose.jpg').touch()
+    (tmp_path / 'beside.jpg').touch()
+    source = sources.open_source(str(tmp_path))
+    assert source.class_names == ['a', 'b']
+    assert source.notes[:3] == tuple(
+        f'not used (in {folder}, but in no class folder): {name}'
+        for folder, name in (
+            (tmp_path, 'beside.jpg'),
+            (tmp_path / 'train', 'loose.jpg'),
+            (tmp_path / 'val', 'loose.jpg'),
+        )
+    )
+    assert '2 @eaDir/' in source.notes[3] and '2 $RECYCLE.BIN/' in source.notes[3]
+
+
+def test_content_sees_names_labels_and_order_but_no_sizes(tmp_path):
+    fixtures.write_tree(tmp_path / 'x', {'a': 10, 'b': 10})
+
+    def content(root=tmp_path / 'x', **options):
+        return sources.open_source(str(root), **options).content
+
+    first = content()
+    with open(tmp_path / 'x/a/000.jpg', 'ab') as file:
+        file.write(b'x')
+    assert content() == first
+    assert content(seed=1) != first
+    shutil.copytree(tmp_path / 'x', tmp_path / 'y')
+    assert content(tmp_path / 'y') == first
+    assert sources.open_source(str(tmp_path / 'y')).place == str(tmp_path / 'y')
+    (tmp_path / 'x/a').rename(tmp_path / 'x/c')
+    renamed = content()
+    assert renamed != first
+    lines = [f'y/{name}/00{i}.jpg,{name}\n' for name in 'ab' for i in range(10)]
+    (tmp_path / 'list.csv').write_text(''.join(lines))
+    listed = content(tmp_path / 'list.csv')
+    lines[0] = lines[0].replace(',a', ',b')
+    (tmp_path / 'list.csv').write_text(''.join(lines))
+    assert content(tmp_path / 'list.csv') != listed
+
+
+def test_every_class_keeps_a_training_image(tmp_path):
+    labels = [0] * 20 + [1] * 2 + [2]
+    fixtures.write_tree(tmp_path, {name: labels.count(i) for i, name in enumerate('abc')})
+    for seed in range(40):
+        source = sources.open_source(str(tmp_path), val_fraction=0.5, seed=seed)
+        found = {s: [e.label for e in source.read(s, 0)] for s in source.splits}
+        assert 1 in found['train'] and sum(source.splits.values()) == 23
+        where = 'train' if 2 in found['train'] else 'val'
+        assert source.notes == (f'1 class has a single image, which is in {where}',)
+        plain = split_off(23, 0.5, seed, '')
+        if found['train'].count(1) > 1 or 1 in np.array(labels)[plain['train']]:
+            for split, rows in split_off(23, 0.5, seed, '', labels).items():
+                assert rows.tolist() == plain[split].tolist()
+
+
 def test_labels_of_val_are_those_of_train_where_a_class_has_no_pictures(tmp_path):
     fixtures.write_tree(tmp_path / 'train', {'a': 2, 'b': 2, 'c': 2})
     fixtures.write_tree(tmp_path / 'val', {'a': 1, 'c': 1})
@@ -279,6 +356,46 @@ def too_few(root):
     fixtures.write_tree(root, {'a': 2, 'b': 2})
 
 
+def data_sets(root):
+    fixtures.write_tree(root / 'cifar/train', {'a': 2, 'b': 2})
+    fixtures.write_tree(root, {'alone': 2, 'empty': 0})
+
+
+def almost_splits(root):
+    fixtures.write_tree(root / 'train_images', {'a': 2, 'b': 2})
+    fixtures.write_tree(root / 'valid_images', {'a': 2, 'b': 2})
+
+
+def split_inside(root):
+    fixtures.write_tree(root / 'flowers/train', {'a': 2, 'b': 2})
+
+
+def flat(root):
+    root.rmdir()
+    fixtures.write_tree(root.parent, {root.name: 3})
+
+
+def flat_class(root):
+    fixtures.write_tree(root, {'a': 2, 'b': 2})
+    return root / 'a'
+
+
+def flat_with_list(root):
+    root.rmdir()
+    fixtures.write_tree(root.parent, {root.name: 3})
+    (root / 'list.csv').touch()
+
+
+def packed(root):
+    (root / 'flowers.TAR').touch()
+
+
+def circle(root):
+    fixtures.write_tree(root, {'a': 2})
+    (root / 'self').symlink_to('self')
+    (root / 'up').symlink_to('..')
+
+
 def nothing(root):
     root.rmdir()
 
@@ -300,12 +417,29 @@ def nothing(root):
         (wrapped, 'found 1 \\(give .*/root/flowers, which has 2\\)'),
         (too_few, 'val_fraction 0.1 of the 4 pictures'),
         (nothing, 'no such folder'),
+        (
+            data_sets,
+            'root: cifar/ has train/ of its own: .* folder of data sets: give .*/root/cifar,',
+        ),
+        (
+            almost_splits,
+            'root: train_images/ and valid_images/ are not classes by their names: rename',
+        ),
+        (split_inside, 'give .*/root/flowers, which has 1'),
+        (
+            flat,
+            'found 0, but 3 pictures directly in it: sort them into CLASS/ folders, or give a list',
+        ),
+        (flat_class, 'found 0, but 2 pictures directly in it: .*, or give .*/root, or give a list'),
+        (flat_with_list, 'found 0, but the list list.csv: give .*/root/list.csv$'),
+        (packed, 'found 0, but the archive flowers.TAR: unpack it$'),
+        (circle, 'at least two class folders, found 1'),
     ],
 )
 def test_folder_errors(tmp_path, make, message):
     root = tmp_path / 'root'
     root.mkdir()
-    make(root)
+    root = make(root) or root
     with pytest.raises(UserError, match=message):
         sources.open_source(str(root))
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 
 from alexnet_jax.common import class_names
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.input.sources import folder, imagenet, listing, parquet, tfds, webdataset
 from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, is_path
 
@@ -19,7 +20,10 @@ FORMS = (imagenet, listing, parquet, webdataset, folder, tfds)
 def _form(name: str):
     """Returns the form of a source and its name with ~ expanded."""
     name = os.path.expanduser(name) if is_path(name) else name
-    return next(form for form in FORMS if form.recognizes(name)), name
+    try:
+        return next(form for form in FORMS if form.recognizes(name)), name
+    except OSError as error:  # a folder that may not be read
+        raise UserError(f'{error.filename or name}: cannot be read: {error.strerror}') from error
 
 
 def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:

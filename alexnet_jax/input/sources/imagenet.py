@@ -11,6 +11,7 @@ sorted WordNet IDs. Records are sorted by (WordNet ID, file name), so that all f
 
 import collections
 import csv
+import dataclasses
 import glob
 import importlib.util
 import os
@@ -18,7 +19,7 @@ import re
 from typing import NamedTuple
 
 from alexnet_jax.common.errors import UserError, say
-from alexnet_jax.input.sources import tars, tfds
+from alexnet_jax.input.sources import folder, tars, tfds
 from alexnet_jax.input.sources.source import (
     PICTURE_BYTES,
     WNID,
@@ -30,12 +31,14 @@ from alexnet_jax.input.sources.source import (
     not_an_image,
     not_used,
     skipped_note,
+    split_of,
 )
 
 NAME = 'imagenet2012'
 TRAIN_TAR, VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 SIZES = {TRAIN_TAR: '138 GB', VAL_TAR: '6.3 GB'}
-TRAIN, VAL = ('train', 'ILSVRC2012_img_train'), ('val', 'validation', 'valid', 'ILSVRC2012_img_val')
+# Names of the folders of the splits, beside those in `source.ALIASES`.
+TRAIN, VAL = 'ILSVRC2012_img_train', 'ILSVRC2012_img_val'
 SOLUTION = 'LOC_val_solution.csv'  # Kaggle's labels of val
 KAGGLE = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')  # below the folder that is given
 # Names in a folder that holds ImageNet, or a part of it.
@@ -85,7 +88,7 @@ def recognizes(name: str) -> bool:
         or parts.val_flat
         or parts.root != name
         or _unnamed(parts)
-        or any(KNOWN.match(file) for file in os.listdir(name) if file not in (*TRAIN, *VAL))
+        or any(KNOWN.match(file) for file in os.listdir(name) if file not in (TRAIN, VAL))
     )
 
 
@@ -95,7 +98,7 @@ def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
     Raises:
       UserError: it is not there, or not complete.
     """
-    if _built(name, data_dir):
+    if _built(name, data_dir) or _class_folders_alone(name, data_dir):
         return True
     parts = _parts(name, data_dir)
     files = [parts.train_tar, *parts.class_tars.values(), parts.val_tar]
@@ -114,6 +117,10 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     built = _built(name, data_dir)
     if built:
         return tfds.open_built(built, name, val_fraction=val_fraction, seed=seed)
+    plain = _class_folders_alone(name, data_dir)
+    if plain:
+        source = folder.open_source(plain, data_dir=None, val_fraction=val_fraction, seed=seed)
+        return dataclasses.replace(source, name=name)
     parts = _parts(name, data_dir)
     if parts.train_tar or parts.class_tars or parts.val_tar:
         say(f'{parts.root}: reading the index of the tars')
@@ -129,7 +136,8 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
             f'{parts.root}: found {len(class_names)} classes with training images, '
             f'{len(there)} of them with validation images; needs at least two classes and one of val'
         )
-    notes = (*_strangers(parts), *skipped_note(skipped))
+    notes = _strangers(parts)
+    notes += skipped_note(skipped)
     if os.path.isdir(os.path.join(parts.root, 'test')):
         notes += ('test/ is not used: it has no labels',)
     if left_out:
@@ -147,6 +155,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         class_names,
         splits,
         root=parts.root,
+        place=parts.root,
         notes=notes,
         val_fraction=val_fraction,
         seed=seed,
@@ -167,6 +176,20 @@ def _built(name: str, data_dir: str | None) -> str | None:
         if os.path.isfile(os.path.join(folder, 'dataset_info.json'))
     ]
     return max(found, default=None, key=lambda folder: [*map(int, re.findall(r'\d+', folder))])
+
+
+def _class_folders_alone(name: str, data_dir: str | None) -> str | None:
+    """Returns the folder of `imagenet2012` if it has class folders, in train/ or not, and nothing of val.
+
+    It is read as if given by its path: a part of the training images is held out.
+    """
+    root = tfds.data_root(NAME, data_dir)
+    if is_path(name) or not os.path.isdir(root) or recognizes(root):
+        return None
+    parts = _find(root)
+    inside = _class_folders(root, os.listdir(root))
+    alone = parts.class_folders or (not parts.has_train() and len(inside) > 1)
+    return root if alone and not parts.has_val() else None
 
 
 def _parts(name: str, data_dir: str | None) -> Parts:
@@ -205,8 +228,7 @@ def _find(root: str) -> Parts:
     """Finds what there is of ImageNet in a folder, or below it as Kaggle has it."""
     kaggle = [os.path.join(root, path) for path in KAGGLE]
     root = next((path for path in kaggle if os.path.isdir(path)), root)
-    train = next((path for path in _inside(root, TRAIN) if os.path.isdir(path)), None)
-    val = next((path for path in _inside(root, VAL) if os.path.isdir(path)), None)
+    train, val = _split_folder(root, 'train'), _split_folder(root, 'val')
     train_names = os.listdir(train) if train else []
     val_names = os.listdir(val) if val else []
     train_tar, val_tar = (os.path.join(root, tar) for tar in (TRAIN_TAR, VAL_TAR))
@@ -225,8 +247,13 @@ def _find(root: str) -> Parts:
     )
 
 
-def _inside(root: str, names: tuple[str, ...]) -> list[str]:
-    return [os.path.join(root, name) for name in names]
+def _split_folder(root: str, split: str) -> str | None:
+    """Returns the folder of a split, if any: the first of train/ and val/, other names, the tar's name."""
+    tar = TRAIN if split == 'train' else VAL
+    names = [name for name in os.listdir(root) if split_of(name) == split or name == tar]
+    names.sort(key=lambda name: (name != split, name == tar, name))
+    paths = [os.path.join(root, name) for name in names]
+    return next((path for path in paths if os.path.isdir(path)), None)
 
 
 def _class_folders(tree: str | None, names: list[str]) -> dict[str, str]:
@@ -241,7 +268,7 @@ def _unnamed(parts: Parts) -> bool:
     """Returns whether val/ beside class folders is flat, with names that say nothing of the labels."""
     if not parts.class_folders or parts.has_val():
         return False
-    val = next((path for path in _inside(parts.root, VAL) if os.path.isdir(path)), None)
+    val = _split_folder(parts.root, 'val')
     folders, files = list_folder(val, collections.Counter()) if val else ([], [])
     return bool(files) and not folders
 
@@ -312,14 +339,14 @@ def _train(parts: Parts, skipped: collections.Counter) -> dict[str, list[tuple]]
     return found
 
 
-def _strangers(parts: Parts) -> list[str]:
+def _strangers(parts: Parts) -> tuple[str, ...]:
     """Returns a note about folders in train/ that are not called by a WordNet ID, if any."""
     if parts.train_tar:
-        return []
+        return ()
     tree = os.path.dirname(next(iter({**parts.class_folders, **parts.class_tars}.values())))
     folders, _ = list_folder(tree, collections.Counter())
     names = [name for name in folders if not WNID.fullmatch(name)]
-    return [not_used(names, ' (in train/, not called nXXXXXXXX)')] if names else []
+    return (not_used(names, ' (in train/, not called nXXXXXXXX)'),) if names else ()
 
 
 def _val(parts: Parts, skipped: collections.Counter) -> dict[str, list[tuple]]:
@@ -339,8 +366,8 @@ def _val(parts: Parts, skipped: collections.Counter) -> dict[str, list[tuple]]:
                 )
             found[wnid_of(int(match[1]), file[1])].append(file)
     if not parts.val_tar:
-        for wnid, folder in parts.val_folders.items():
-            found[wnid] += _in_folder(folder, skipped)
+        for wnid, path in parts.val_folders.items():
+            found[wnid] += _in_folder(path, skipped)
     return found
 
 
@@ -356,9 +383,9 @@ def _in_tar(path: str, members: list[tars.Member], skipped: collections.Counter)
     return found
 
 
-def _in_folder(folder: str, skipped: collections.Counter) -> list[tuple]:
-    _, names = list_folder(folder, skipped)
-    paths = [os.path.join(folder, name) for name in names]
+def _in_folder(tree: str, skipped: collections.Counter) -> list[tuple]:
+    _, names = list_folder(tree, skipped)
+    paths = [os.path.join(tree, name) for name in names]
     return [(name, path, path, 0, None) for name, path in zip(names, paths, strict=True)]
 
 
@@ -367,9 +394,9 @@ def _labels(parts: Parts):
 
     From Kaggle's list if it is there, else from the one that TFDS ships: a WordNet ID per image.
     """
-    for folder in ('.', '..', '../..', '../../..'):
-        path = os.path.normpath(os.path.join(parts.root, folder, SOLUTION))
-        if os.path.isfile(path) and (folder == '.' or os.path.basename(parts.root) == 'CLS-LOC'):
+    for place in ('.', '..', '../..', '../../..'):
+        path = os.path.normpath(os.path.join(parts.root, place, SOLUTION))
+        if os.path.isfile(path) and (place == '.' or os.path.basename(parts.root) == 'CLS-LOC'):
             table = _solution(path)
             break
     else:
@@ -379,8 +406,8 @@ def _labels(parts: Parts):
                 f'{parts.root}: the labels of the validation images come with tensorflow-datasets, '
                 'which is not installed: pip install tensorflow-datasets'
             )
-        (folder,) = package.submodule_search_locations
-        path = os.path.join(folder, 'datasets', NAME, 'validation_labels.txt')
+        (package_folder,) = package.submodule_search_locations
+        path = os.path.join(package_folder, 'datasets', NAME, 'validation_labels.txt')
         with open(path, encoding='utf-8') as file:
             table = dict(enumerate(file.read().split(), start=1))
 
@@ -396,8 +423,13 @@ def _labels(parts: Parts):
 
 def _solution(path: str) -> dict[int, str]:
     """Reads Kaggle's list: ImageId,PredictionString; the string starts with the class, boxes follow."""
-    with open(path, encoding='utf-8', newline='') as file:
-        rows = [row for row in csv.reader(file) if row and row[0] != 'ImageId']
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            rows = [row for row in csv.reader(file) if row and row[0] != 'ImageId']
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read: {error.strerror}') from error
+    except (ValueError, csv.Error) as error:
+        raise UserError(f'{path}: not a list in UTF-8 ({error}): download it again') from error
     table = {}
     for line, row in enumerate(rows, start=2):
         number = NUMBER.fullmatch(f'{row[0]}.JPEG')

@@ -54,7 +54,8 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
             f'{path}: {len(missing)} of {len(rows)} files are missing ({shown}{more}): paths are '
             'relative to the list'
         )
-    splits, notes, validation = {}, [], ''
+    rows, notes = _unique(path, rows)
+    splits, validation = {}, ''
     for number, file, label, name in rows:
         split = split_of(name) if name else 'train'
         if split is None:
@@ -93,6 +94,32 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
     )
 
 
+def _unique(path: str, rows: list[tuple]) -> tuple[list[tuple], list[str]]:
+    """Drops lines that repeat another one -> (rows, notes); UserError if they contradict it."""
+    first, unique = {}, []
+    for number, file, label, name in rows:
+        said = (label, split_of(name) or name if name else 'train')
+        key = os.path.normpath(file)
+        if key not in first:
+            first[key] = (number, said)
+            unique.append((number, file, label, name))
+        elif first[key][1] != said:
+            before, (old, split) = first[key]
+            differs = (
+                f'two labels, {old!r} and {label!r}'
+                if old != label
+                else f'two splits, {split} and {said[1]}'
+            )
+            raise UserError(
+                f'{path}, lines {before} and {number}: {file} has {differs}: remove one of the lines'
+            )
+    repeated = len(rows) - len(unique)
+    if not repeated:
+        return rows, []
+    lines = '1 line repeats another one' if repeated == 1 else f'{repeated} lines repeat others'
+    return unique, [f'{lines}: each picture counts once']
+
+
 def _extension(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
@@ -118,6 +145,15 @@ def _rows(path: str) -> list[tuple[int, list[str]]]:
 def _columns(path: str, rows: list[tuple[int, list[str]]]) -> list[tuple[int, str, str, str]]:
     """Drops the header -> [(line number, path, label, split or '')]."""
     header = rows[0][1]
+    columns = [COLUMN.get(name.lower()) for name in header]
+    if {'path', 'label'} <= {*columns}:
+        for column in HEADERS:
+            same = [name for name, meant in zip(header, columns, strict=True) if meant == column]
+            if len(same) > 1:
+                raise UserError(
+                    f'{path}: the columns {" and ".join(same)} both mean the {column}: remove or rename '
+                    'all but one'
+                )
     places = {COLUMN[name.lower()]: i for i, name in enumerate(header) if name.lower() in COLUMN}
     if {'path', 'label'} <= {*places}:
         rows = rows[1:]
@@ -130,12 +166,15 @@ def _columns(path: str, rows: list[tuple[int, list[str]]]) -> list[tuple[int, st
     for number, row in rows:
         cells = [row[places[c]] if places.get(c, len(row)) < len(row) else '' for c in HEADERS]
         if not (cells[0] and cells[1]):
-            raise UserError(f'{path}, line {number}: needs a path and a label')
+            raise UserError(
+                f'{path}, line {number}: needs a path and a label, separated by '
+                f'{"a comma; .tsv: a tab" if _extension(path) == ".csv" else "a tab; .csv: a comma"}'
+            )
         found.append((number, *cells))
     return found
 
 
 def _sorted(labels: set[str]) -> list[str]:
     if all(label.removeprefix('-').isdecimal() for label in labels):
-        return sorted(labels, key=int)
+        return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)

@@ -3,8 +3,9 @@
     train-00000-of-00294.parquet, validation-..., test-...      in the folder, in data/ or another one
     train/0000.parquet, ...                                     or in a folder per split
 
-A column has encoded images (a struct with `bytes`, or binary), another one has labels (integers, or
-strings, whose sorted values are the classes). The schema's metadata, if any, say which and name the classes.
+A column has encoded images (a struct with `bytes`, or binary), another one has labels (integers, booleans,
+or strings, whose sorted values are the classes). The schema's metadata, if any, say which and name the
+classes.
 """
 
 import collections
@@ -22,10 +23,14 @@ from alexnet_jax.input.sources.source import (
     PICTURE_BYTES,
     Example,
     Source,
+    class_notes,
+    content_of,
     fingerprint,
     holds_images,
     is_imagenet,
     is_path,
+    list_folder,
+    number_names,
     split_in,
     split_off,
 )
@@ -90,25 +95,28 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         raise UserError(f'{name}: there are Parquet files of {", ".join(files)}, but none of train')
     columns = _columns(files['train'][0])
     notes += columns.note
-    values = {split: _values(paths, columns.label) for split, paths in files.items()}
+    values = {
+        split: [(path, _values(path, columns, files['train'][0])) for path in paths]
+        for split, paths in files.items()
+    }
     if 'test' in files and 'val' not in files and _labeled(values['test']):
         files['val'], values['val'] = files['test'], values['test']
         validation = 'the test split'
     elif 'test' in files:
         reason = '' if _labeled(values['test']) else ': it has no labels'
         notes.append(f'the test split is not used{reason}')
-    names = columns.names or _class_names(values['train'])
-    labels = {
-        split: _labels(files[split][0], values[split], names)
-        for split in ('train', 'val')
-        if split in files
-    }
+    values = {split: values[split] for split in ('train', 'val') if split in values}
+    for split, parts in values.items():
+        if not any(found for _, found in parts):
+            raise UserError(f'{parts[0][0]}: there are no rows of {split}: download it again')
+    names = columns.names or _class_names(values)
+    labels = {split: _labels(parts, names) for split, parts in values.items()}
     if 'val' in files:
         chosen = {split: np.arange(len(labels[split])) for split in labels}
         origin = {'train': 'train', 'val': 'val'}
     else:
         validation = HELD_OUT
-        chosen = split_off(len(labels['train']), val_fraction, seed, name)
+        chosen = split_off(len(labels['train']), val_fraction, seed, name, labels['train'])
         origin = {'train': 'train', 'val': 'train'}
 
     def read(split: str, start: int) -> Iterator[Example]:
@@ -118,15 +126,24 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
             yield Example(where, data, int(labels[place][index]))
 
     used = [path for split in labels for path in files[split]]
+    places = {
+        split: [f'{path}: {row}' for path, found in parts for row in range(len(found))]
+        for split, parts in values.items()
+    }
+    final = {split: labels[origin[split]][rows] for split, rows in chosen.items()}
+    named = {split: [places[origin[split]][row] for row in rows] for split, rows in chosen.items()}
+    pairs = {split: zip(named[split], final[split].tolist(), strict=True) for split in chosen}
     return Source(
         name,
         names,
         {split: len(rows) for split, rows in chosen.items()},
         read,
         exif=not is_imagenet(names),
-        notes=tuple(notes),
+        notes=(*notes, *class_notes(names, final)),
         validation=validation,
         files=fingerprint(root, ((path, None) for path in used), sum(map(len, labels.values()))),
+        content=content_of(names, pairs, root),
+        place=os.path.abspath(root),
     )
 
 
@@ -141,7 +158,7 @@ def _files(root: str) -> dict[str, list[str]]:
         for name in sorted(os.listdir(folder)):
             if name.endswith('.parquet') and not name.startswith('.'):
                 path = os.path.join(folder, name)
-                split = split_in(re.split(r'[-._]', name)[0])
+                split = split_in(name.removesuffix('.parquet'))
                 above = None if split or folder == root else split_in(os.path.basename(folder))
                 place = os.path.dirname(folder) if above else folder
                 found[place][split or above].append(path)
@@ -161,9 +178,8 @@ def _files(root: str) -> dict[str, list[str]]:
 
 
 def _folders(root: str) -> list[str]:
-    return sorted(
-        item.path for item in os.scandir(root) if item.is_dir() and not item.name.startswith('.')
-    )
+    folders, _ = list_folder(root, collections.Counter())
+    return [os.path.join(root, name) for name in folders]
 
 
 def _open(path: str):
@@ -181,46 +197,93 @@ def _unreadable(path: str, error: Exception) -> UserError:
 
 
 def _columns(path: str) -> Columns:
-    import pyarrow as pa
 
     with _open(path) as file:
         schema = file.schema_arrow
-    metadata = (schema.metadata or {}).get(b'huggingface')
-    try:
-        features = json.loads(metadata)['info']['features'] if metadata else {}
-        kinds = {name: feature.get('_type') for name, feature in features.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        features, kinds = {}, {}
+    features = _features(schema)
+    kinds = {name: feature.get('_type') for name, feature in features.items()}
     images = [name for name in schema.names if kinds.get(name) == 'Image'] or [
         field.name for field in schema if _holds_bytes(field.type)
     ]
     labels = [name for name in schema.names if kinds.get(name) == 'ClassLabel'] or [
         field.name
         for field in schema
-        if pa.types.is_integer(field.type)
-        or pa.types.is_string(field.type)
-        or pa.types.is_large_string(field.type)
+        if field.name in LABEL_NAMES or (_kind(field.type) and not _is_rare(field.type))
     ]
+    labels = labels or [field.name for field in schema if _kind(field.type)]
     classes = any(kinds.get(name) == 'ClassLabel' for name in labels)
     image = _choose(path, 'image', images, IMAGE_NAMES, schema.names)
     first = labels[0] if classes else None  # of several ClassLabels
     label = _choose(path, 'label', labels, (*LABEL_NAMES, first), schema.names)
+    _check(path, schema, image, label)
     others = [name for name in labels if name != label] if classes else []
     note = (f'labels come from the column {label!r}, not {", ".join(others)}',) if others else ()
-    names = features[label].get('names') if classes else None
+    names = _class_label(schema, label)
     return Columns(image, label, names, note)
+
+
+def _features(schema) -> dict[str, dict]:
+    """Returns what the metadata say about the columns, {} if they say nothing."""
+    metadata = (schema.metadata or {}).get(b'huggingface')
+    try:
+        features = json.loads(metadata)['info']['features'] if metadata else {}
+        return {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _class_label(schema, label: str) -> list[str] | None:
+    """Returns the names of the classes in the metadata, if any."""
+    feature = _features(schema).get(label, {})
+    return feature.get('names') if feature.get('_type') == 'ClassLabel' else None
 
 
 def _holds_bytes(kind) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        return any(field.name == 'bytes' for field in kind)
+        return any(field.name == 'bytes' and _holds_bytes(field.type) for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _kind(kind) -> type | None:
+    """Returns int or str, if a column of this type can hold labels."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return int
+    return str if pa.types.is_string(kind) or pa.types.is_large_string(kind) else None
+
+
+def _is_rare(kind) -> bool:
+    """Returns whether a column of this type has labels only if no other column can have them."""
+    import pyarrow as pa
+
+    return pa.types.is_dictionary(kind) or pa.types.is_boolean(kind)
+
+
+def _check(path: str, schema, image: str, label: str) -> None:
+    """Raises UserError if a file lacks one of the two columns, or a type is not that of images, labels."""
+    for name, good, expected in (
+        (image, _holds_bytes, 'encoded images: a struct with `bytes`, or binary'),
+        (label, _kind, 'one label per row: integers, booleans or strings'),
+    ):
+        if name not in schema.names:
+            raise UserError(
+                f'{path}: has no column {name!r}, only {", ".join(schema.names)}: remove this file, or '
+                'rename the column'
+            )
+        kind = schema.field(name).type
+        if not good(kind):
+            raise UserError(f'{path}: the column {name!r} is {kind}, not {expected}')
 
 
 def _choose(path: str, what: str, found: list[str], preferred: tuple, there: list[str]) -> str:
     name = found[0] if len(found) == 1 else next((p for p in preferred if p in found), None)
+    if name is None and not found and next((p for p in preferred if p in there), None):
+        return next(p for p in preferred if p in there)  # `_check` says what is wrong with it
     if name is None:
         raise UserError(
             f'{path}: which column has the {what}s? It has {", ".join(there)}; rename one to {what!r}'
@@ -228,43 +291,76 @@ def _choose(path: str, what: str, found: list[str], preferred: tuple, there: lis
     return name
 
 
-def _values(paths: list[str], label: str) -> list:
-    """Reads the labels of some files as they are: integers or strings, None for null."""
+def _values(path: str, columns: Columns, first: str) -> list[int | str | None]:
+    """Reads the labels of a file: integers or strings, None for null.
+
+    Integers become strings if the file's metadata name the classes in another way than `first` does.
+    """
     import pyarrow as pa
 
-    values = []
-    for path in paths:
-        with _open(path) as file:
-            try:
-                values += file.read(columns=[label]).column(label).to_pylist()
-            except (KeyError, OSError, pa.ArrowException) as error:
-                raise _unreadable(path, error) from error
-    return values
-
-
-def _labeled(values: list) -> bool:
-    return any(value not in (None, -1, '') for value in values)
-
-
-def _class_names(values: list) -> list[str]:
-    if isinstance(values[0], str):
-        return sorted({value for value in values if isinstance(value, str)})
-    return [str(label) for label in range(max(value or 0 for value in values) + 1)]
-
-
-def _labels(path: str, values: list, names: list[str]) -> np.ndarray:
-    number = {name: label for label, name in enumerate(names)}
-    labels = np.array(
-        [number.get(v, -1) if isinstance(v, str) else -1 if v is None else v for v in values],
-        np.int64,
-    )
-    bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
-    if bad.size:
+    with _open(path) as file:
+        schema = file.schema_arrow
+        _check(path, schema, columns.image, columns.label)
+        try:
+            values = file.read(columns=[columns.label]).column(columns.label).to_pylist()
+        except (KeyError, OSError, pa.ArrowException) as error:
+            raise _unreadable(path, error) from error
+    values = [int(value) if isinstance(value, bool) else value for value in values]
+    names = _class_label(schema, columns.label)
+    if not names or names == columns.names:
+        return values
+    if columns.names is None:
         raise UserError(
-            f'{path}: {bad.size} rows of this split have labels that are none of the {len(names)} '
-            f'classes, the first is row {bad[0]} ({values[bad[0]]!r}): remove these rows'
+            f'{path}: its metadata name the classes, those of {first} do not: write both in one way'
         )
-    return labels
+    known = range(len(names))
+    return [names[v] if isinstance(v, int) and v in known else v for v in values]
+
+
+def _labeled(parts: list[tuple[str, list]]) -> bool:
+    return any(value not in (None, -1, '') for _, values in parts for value in values)
+
+
+def _class_names(values: dict[str, list[tuple[str, list]]]) -> list[str]:
+    """Returns the names of classes that no metadata name; UserError if the labels make no sense."""
+    kind = first = None
+    for path, found in (part for parts in values.values() for part in parts):
+        value = next((value for value in found if value is not None), None)
+        if value is None:
+            continue
+        if kind not in (None, type(value)):
+            raise UserError(
+                f'{path}: its labels are {_KINDS[type(value)]}, those of {first} are {_KINDS[kind]}: '
+                'write both in one way'
+            )
+        kind, first = type(value), first or path
+    labels = [(value, path) for path, found in values['train'] for value in found]
+    there = [(value, path) for value, path in labels if value is not None]
+    if not there:
+        raise UserError(f'{values["train"][0][0]}: has no labels, only null')
+    if kind is str:
+        return sorted({value for value, _ in there})
+    largest, path = max(there)
+    return number_names(largest, len(labels), path)
+
+
+_KINDS = {int: 'numbers', str: 'text'}
+
+
+def _labels(parts: list[tuple[str, list]], names: list[str]) -> np.ndarray:
+    """Returns the labels of a split, i64[N], checked."""
+    number = {name: label for label, name in enumerate(names)}
+    found = []
+    for path, values in parts:
+        labels = [number.get(v) if isinstance(v, str) else v for v in values]
+        bad = [i for i, v in enumerate(labels) if v is None or not 0 <= v < len(names)]
+        if bad:
+            raise UserError(
+                f'{path}: {len(bad)} rows have labels that are none of the {len(names)} classes, '
+                f'the first is row {bad[0]} ({values[bad[0]]!r}): remove these rows'
+            )
+        found += labels
+    return np.array(found, np.int64)
 
 
 def _rows(paths: list[str], image: str, wanted: np.ndarray) -> Iterator[tuple[str, bytes]]:
@@ -283,9 +379,8 @@ def _rows(paths: list[str], image: str, wanted: np.ndarray) -> Iterator[tuple[st
                         rows = _group(file, group, image, wanted[low:high] - first)
                         for row, (data, name) in rows:
                             where = f'{path}: row {first - begin + row}'
-                            if data is None:
-                                raise UserError(f'{where}: has no image data ({name or "null"})')
-                            yield f'{where} ({name})' if name else where, data
+                            # Null becomes a file without content: one more that does not decode.
+                            yield f'{where} ({name})' if name else where, data or b''
                 except (OSError, pa.ArrowException) as error:
                     raise _unreadable(path, error) from error
                 first += count

@@ -274,6 +274,20 @@ def class_notes(class_names: Sequence[str], labels: dict[str, np.ndarray]) -> tu
     return tuple(notes)
 
 
+def number_names(largest: int, count: int, name: str) -> list[str]:
+    """Returns the names of classes that are known by number only.
+
+    Raises:
+      UserError: `largest`, the largest label (of the image or file `name`), is absurd for `count` images.
+    """
+    if largest >= 10 * count + 1000:
+        raise UserError(
+            f'{name}: label {largest}, but there are only {count} training images: the labels must be '
+            'numbers of classes, from 0'
+        )
+    return [str(label) for label in range(largest + 1)]
+
+
 def read_entries(entries: Iterable[Entry]) -> Iterator[Example]:
     """Reads the images of some entries; a file with many of them is opened once.
 

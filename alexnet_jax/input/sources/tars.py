@@ -59,6 +59,12 @@ def members(path: str, inside: Member | None = None) -> list[Member]:
         with open(path, 'rb', buffering=0) as file:
             start, size = inside[1:] if inside else (0, os.fstat(file.fileno()).st_size)
             window = _Window(file, start, size)
+            if window.read(2) == b'\x1f\x8b':
+                base = os.path.basename(path)
+                raise UserError(
+                    f'{name}: compressed with gzip: call it {base}.gz and gunzip it (or unpack it) first'
+                )
+            window.seek(0)
             with tarfile.open(fileobj=window, mode='r:') as tar:
                 for member in tar:
                     end = tar.offset  # of its last block

@@ -1,7 +1,7 @@
-"""WebDataset shards: tars of KEY.jpg (or .jpeg, .png, .webp) and KEY.cls, the label as a number.
+"""WebDataset shards: tars of KEY.jpg (or another extension of images) and KEY.cls, the label as a number.
 
 A word of a shard's path tells its split (imagenet1k-train-0000.tar, val/0.tar); without any, all shards are
-for training. `classnames.txt` may name the classes, one per line. Other members are ignored.
+for training. `classnames.txt` may name the classes, one per line. Other members are skipped and counted.
 """
 
 import collections
@@ -10,18 +10,21 @@ import os
 from alexnet_jax.common.errors import UserError, say
 from alexnet_jax.input.sources import tars
 from alexnet_jax.input.sources.source import (
+    IMAGES,
     PICTURE_BYTES,
     Entry,
     Source,
     from_entries,
     holds_images,
     is_path,
+    not_an_image,
     not_used,
+    number_names,
+    skipped_note,
     split_in,
     split_of,
 )
 
-IMAGES = ('jpg', 'jpeg', 'png', 'webp')
 NAMES = 'classnames.txt'
 
 
@@ -61,8 +64,9 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         if split in shards:
             notes.append(not_used(shards[split]))
     say(f'{path}: reading the index of the shards')
+    skipped = collections.Counter()
     entries = {
-        split: [entry for shard in shards[split] for entry in _entries(path, shard)]
+        split: [entry for shard in shards[split] for entry in _entries(path, shard, skipped)]
         for split in ('train', 'val')
         if split in shards
     }
@@ -77,7 +81,7 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         names,
         entries,
         root=path,
-        notes=notes,
+        notes=(*notes, *skipped_note(skipped)),
         validation=validation,
         val_fraction=val_fraction,
         seed=seed,
@@ -100,21 +104,35 @@ def _shards(path: str) -> list[str]:
     ]
 
 
-def _entries(path: str, shard: str) -> list[Entry]:
+def _entries(path: str, shard: str, skipped: collections.Counter) -> list[Entry]:
     """Lists the images of a shard with their labels, in the order of the shard."""
     file = os.path.join(path, shard)
-    images, labels = {}, {}
+    found, labels = [], {}
     for member in tars.members(file):
-        folder, name = os.path.split(member.name)
-        key, _, kind = name.partition('.')
-        key = os.path.join(folder, key)
-        if kind.lower() in IMAGES and key:
-            if key in images:
-                raise UserError(f'{file}: two images have the key {key}: make the keys unique')
-            images[key] = member
-        elif kind.lower() == 'cls':
+        key, extension = os.path.splitext(member.name)
+        extension = extension.lower()
+        if extension == '.cls':
             labels[key] = member
+        elif extension in IMAGES and not os.path.basename(key).startswith('.'):
+            found.append((key, member))
+        else:
+            kind = not_an_image(os.path.basename(member.name))
+            skipped[kind or extension or 'file without extension'] += 1
+    images = {}
+    for key, member in found:
+        folder, name = os.path.split(key)
+        if key not in labels and os.path.join(folder, name.partition('.')[0]) in labels:
+            skipped[f'.{name.partition(".")[2]}{os.path.splitext(member.name)[1]}'] += 1
+            continue  # KEY.mask.png beside KEY.jpg
+        if key in images:
+            raise UserError(f'{file}: two images have the key {key}: make the keys unique')
+        images[key] = member
     missing = [key for key in images if key not in labels]
+    if missing and not labels and all(map(os.path.dirname, images)):
+        raise UserError(
+            f'{file}: holds folders of pictures without KEY.cls, so it is no WebDataset shard: unpack it, '
+            'and give the folder'
+        )
     if missing:
         raise UserError(
             f'{file}: {len(missing)} images have no label, the first is {images[missing[0]].name}: '
@@ -143,7 +161,7 @@ def _names(path: str, entries: dict[str, list[Entry]]) -> list[str]:
         with open(os.path.join(path, NAMES), encoding='utf-8-sig') as file:
             names = file.read().splitlines()
     except FileNotFoundError:
-        return [str(label) for label in range(largest.label + 1)]
+        return number_names(largest.label, len(entries['train']), largest.name)
     except ValueError as error:
         raise UserError(f'{path}/{NAMES}: not UTF-8 ({error}): convert it') from error
     if largest.label >= len(names):
