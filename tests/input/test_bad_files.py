@@ -356,7 +356,7 @@ def test_class_names_that_no_list_can_hold(tree, tmp_path, name, shown, wrong):
 UMLAUTS = ('Käfer', 'Möwe 🐦')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_names_are_utf_8_in_every_locale(tmp_path):
     """Prepared, trained a step and evaluated where Python takes every text for ASCII."""
     tree = tmp_path / 'Bilder für uns'
