@@ -251,9 +251,9 @@ def test_messages_name_the_flags_of_the_caller(tree, tmp_path):
             function(**options, exif='yes')
         with pytest.raises(UserError, match=f'give another {flag}store'):
             function(source=str(tree), store=str(tree))
-    with pytest.raises(UserError, match=r'\(--dir\b.*`make quickstart`'):
+    with pytest.raises(UserError, match=r'\(--dir\b.*--config=quickstart'):
         prepare.prepare('imagenet2012', dir=path, store=path)
-    with pytest.raises(UserError, match=r'\(--config.data.dir\b.*`make quickstart`'):
+    with pytest.raises(UserError, match=r'\(--config.data.dir\b.*--config=quickstart'):
         prepare.ensure(source='imagenet2012', dir=path, store=path)
     with pytest.raises(UserError, match='give another --store$'):
         prepare.ensure(source=str(tree), store=str(tree), flags='--')

@@ -696,9 +696,9 @@ def test_missing_imagenet_says_which_files_go_where(tmp_path):
     with pytest.raises(UserError) as caught:
         sources.open_source('imagenet2012', data_dir=str(tmp_path))
     for part in (
-        f'{tmp_path}/ILSVRC2012_img_train.tar (138 GB)',
-        f'{tmp_path}/ILSVRC2012_img_val.tar (6.3 GB)',
-        'make quickstart',
+        'put ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB)',
+        f'into {tmp_path}, ',
+        '--config=quickstart',
     ):
         assert part in str(caught.value)
     assert '\n' not in str(caught.value)

@@ -65,6 +65,7 @@ def test_every_leaf_is_restored(folder, shape):
     assert running == meta['running']
 
 
+@pytest.mark.slow
 def test_it_is_trained_to_the_same_end(folder):
     """Up to rounding, since another machine may sum in another order."""
     loop.train(make_config((1, 2)), 'run')

@@ -211,16 +211,15 @@ def _parts(name: str, data_dir: str | None) -> Parts:
     complete = next((parts for parts in found if _complete(parts)), None)
     if complete:
         return complete
-    wanted = ' and '.join(f'{os.path.join(root, tar)} ({size})' for tar, size in SIZES.items())
+    wanted = ' and '.join(f'{tar} ({size})' for tar, size in SIZES.items())
     partial = next((parts for parts in found if parts.has_train() or parts.has_val()), None)
     if partial:
         problem = f'{_missing(partial)}; found {_found(partial.root)}'
     else:
         problem = f'not found{f"; {root} has {_found(root)}" if found else ""}'
     raise UserError(
-        f'{NAME}: {problem}: register at https://image-net.org, download the two tars and put them at '
-        f'{wanted}, or give the folder of any copy (--dir) of the form {FORMS}; '
-        '`make quickstart` trains on an embedded set without any download'
+        f'{NAME}: {problem}: put {wanted} from https://image-net.org into {root}, or give the folder of '
+        f'any copy (--dir), of the form {FORMS}; --config=quickstart trains without any download'
     )
 
 
