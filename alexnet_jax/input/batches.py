@@ -19,9 +19,8 @@ from alexnet_jax.input.store import Jpegs, Store
 from alexnet_jax.input.threads import ordered_map
 
 Batch = dict[str, np.ndarray]
-CHECK_EVERY = (
-    127  # of the records of a raw store one is checked; a prime, so that it suits any batch
-)
+# One of so many records of a raw store is checked; a prime, so that it suits any batch.
+CHECK_EVERY = 127
 
 
 class Plan(NamedTuple):

@@ -88,11 +88,12 @@ def prepare(
             f'storage cp -r FOLDER {store}'
         )
     path, named = store or default_store(source, size, format), bool(store)
-    origin = _whole(source) if _is_path(source, path) else source
+    is_path = _is_path(source, path)
+    origin = _whole(source) if is_path else source
     wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
     if exif != 'auto':
         wanted['exif'] = exif == 'on'
-    if dir and origin == source:  # a name: two folders can have different images by it
+    if dir and not is_path:  # two folders can have different images of one name
         wanted['dir'] = _whole(dir)
     finished = _finished(path, wanted, named)
     if finished:

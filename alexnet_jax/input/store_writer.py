@@ -61,8 +61,7 @@ def locked(path: str, action: str = 'preparing') -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                text = f'{path}: waiting for another process that is {action} it'
-                say(text)
+                say(f'{path}: waiting for another process that is {action} it')
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
                 pass  # this file system has no locks
@@ -109,8 +108,7 @@ def read_progress(path: str, size: int, *, skip_bad: bool = False) -> dict:
         }
     skipped = json.loads(bytes(progress.get('skipped', b'{}')))
     if skipped and not skip_bad:
-        text = f'{path}: starting over, since images were left out with --skip_bad'
-        say(text)
+        say(f'{path}: starting over, since images were left out with --skip_bad')
         os.remove(os.path.join(path, PROGRESS))
         return read_progress(path, size)
     progress.setdefault('read', progress['written'][:, 0].copy())

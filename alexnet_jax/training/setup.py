@@ -171,8 +171,9 @@ def _variables_from(run_dir: str, net: Network, names: list[str], target, state)
     if not same:
         new = ', with a new last layer, since the classes are not the same'
     log.info('starting from %s, step %s%s', run_dir, step, new)
-    for name in head if same and order is not None else ():
-        sharding = found[name].sharding  # classes are the last axis of every leaf
-        found[name] = jax.jit(lambda x: x[..., order], out_shardings=sharding)(found[name])
+    if same and order is not None:
+        for name in head:
+            sharding = found[name].sharding  # classes are the last axis of every leaf
+            found[name] = jax.jit(lambda x: x[..., order], out_shardings=sharding)(found[name])
     leaves = [found.get(name, fresh[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(state.variables), leaves)

@@ -646,7 +646,9 @@ def test_a_file_system_without_locks(tree, tmp_path, monkeypatch):
         raise OSError(37, 'No locks available')
 
     monkeypatch.setattr(store_writer.fcntl, 'flock', flock)
-    store.verify(prepare.prepare(tree, store=str(tmp_path / 'store'), size=24))
+    made = prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
+    store.verify(made)
+    assert sum(made.counts.values()) == 18
 
 
 # Errors
@@ -951,3 +953,8 @@ def test_a_pass_does_not_resume_with_other_images(flowers, monkeypatch, change):
     change()
     with pytest.raises(UserError, match='other images, labels or names than when this pass began'):
         prepare.prepare('flowers', size=24)
+
+
+def test_dir_belongs_to_names_only(flowers):
+    made = prepare.prepare(os.path.abspath('flowers'), dir='here', size=24)
+    assert prepare.prepare(os.path.abspath('flowers'), dir='there', size=24).path == made.path

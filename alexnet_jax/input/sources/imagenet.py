@@ -203,10 +203,7 @@ def _parts(name: str, data_dir: str | None) -> Parts:
             f'{FORMS}'
         )
     root = tfds.data_root(NAME, data_dir)
-    places = [
-        root,
-        os.path.join(root, 'downloads', 'manual'),
-    ]  # where TFDS itself looks for the tars
+    places = [root, os.path.join(root, 'downloads', 'manual')]  # TFDS looks in the second
     found = [_find(place) for place in places if os.path.isdir(place)]
     complete = next((parts for parts in found if _complete(parts)), None)
     if complete:

@@ -396,16 +396,14 @@ def split_off(
 
 def import_tensorflow():
     """Imports TensorFlow, quiet and without accelerators; UserError if it is not installed."""
-    os.environ.setdefault(
-        'TF_CPP_MIN_LOG_LEVEL', '2'
-    )  # no notes about CPU features or missing GPUs
-    # not needed here, and it prints a note at every start
+    # No notes about CPU features or missing GPUs.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    # Not needed here, and it prints a note at every start.
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     try:
         import tensorflow as tf
     except ImportError as error:
         raise UserError(f'this needs TensorFlow, which cannot be imported ({error})') from error
-    tf.config.set_visible_devices(
-        [], 'GPU'
-    )  # reading needs no GPU, and JAX wants all of its memory
+    # Reading needs no GPU, and JAX wants all of its memory.
+    tf.config.set_visible_devices([], 'GPU')
     return tf
