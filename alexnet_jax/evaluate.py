@@ -8,8 +8,8 @@ picture counts exactly once.
 
 from alexnet_jax import command
 from alexnet_jax.common import class_names
-from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import distributed
+from alexnet_jax.input import threads
 from alexnet_jax.rundir import directory
 from alexnet_jax.training import evaluation, steps
 
@@ -26,8 +26,7 @@ def main() -> None:
     parser.add_argument('--per_class', action='store_true', help='also print the errors by class')
     command.add_devices(parser, distributed=True)
     args = parser.parse_args()
-    if args.threads < 0:
-        raise UserError(f'--threads={args.threads}: must be at least 0')
+    threads.check('--threads', args.threads)
     command.log_to_stdout()
     command.start(args.cpu_devices, **{name: vars(args)[name] for name in command.DISTRIBUTED})
     with distributed.together():

@@ -19,6 +19,7 @@ from alexnet_jax import command, figures
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input import threads
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.input.store import Store
 from alexnet_jax.training import inference, steps
@@ -152,8 +153,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     args = figures.start(parser)
-    if args.threads < 0:
-        raise UserError(f'--threads={args.threads}: must be at least 0')
+    threads.check('--threads', args.threads)
     if args.images and args.queries is not None:
         raise UserError('--queries picks validation pictures: give --queries or files, not both')
     trained = inference.describe_run(args.run)

@@ -95,6 +95,15 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
     )
 
 
+def memory(mesh: Mesh) -> int:
+    """The memory of a mesh's devices in bytes; that of the machines for CPUs."""
+    device = mesh.local_devices[0]
+    stats = device.memory_stats() if device.platform != 'cpu' else None
+    if stats and 'bytes_limit' in stats:
+        return stats['bytes_limit'] * mesh.size
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * jax.process_count()
+
+
 def describe(mesh: Mesh) -> str:
     """The mesh in one line, for the log."""
     data, model = mesh.shape['data'], mesh.shape['model']

@@ -1,13 +1,15 @@
 """Checks of a training start, made before any data is read or anything is written."""
 
+import math
 from collections.abc import Callable
 
 import jax
 
-from alexnet_jax.common import paths
+from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import UserError, choose, one_line
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices import preemption
+from alexnet_jax.input import threads
 from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.rundir import checkpoint, directory, fingerprint
@@ -29,6 +31,8 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
 
 def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
     """Checks the config's values; returns the mesh and the shapes of the network's variables."""
+    for name, value in configfile.fields(config).items():
+        configfile.check_value(name, value, value)
     optim.make_rates(examples=1, batch=1, **config.optim)
     for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep', 'dispatch'):
         if config.run[field] <= 0:
@@ -44,9 +48,12 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
     choose('config.run.failed_save', config.run.failed_save, ('stop', 'warn'))
     if config.run.failed_save == 'warn' and jax.process_count() > 1:
         raise UserError('config.run.failed_save=warn needs a single process: choose stop')
+    threads.check('config.run.threads', config.run.threads)
     for field in ('mesh', 'profile'):
         if len(config.run[field]) != 2:
             raise UserError(f'config.run.{field}={config.run[field]}: must be two numbers')
+    if config.run.profile[0] > config.run.profile[1]:
+        raise UserError(f'config.run.profile={config.run.profile}: the first must not be above the second')
     if config.seed >= 2**32:  # JAX's keys would repeat those of smaller seeds
         raise UserError(f'config.seed={config.seed}: must be below 2^32')
     if config.augment.chunk < 1:
@@ -92,7 +99,22 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             'config.run.eval_batch': config.run.eval_batch,
         },
     )
+    _memory(config, mesh, shapes)
     return mesh, shapes
+
+
+def _memory(config, mesh: jax.sharding.Mesh, shapes: dict) -> None:
+    """Raises UserError if the parameters, their velocity and one batch cannot fit in memory."""
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    batch = max(config.train.batch, config.run.eval_batch) * config.data.size**2
+    needed = 2 * 4 * parameters * mesh.shape['data'] + 3 * batch
+    there = meshes.memory(mesh)
+    if needed > there:
+        raise UserError(
+            f'{parameters:,} parameters and batches of {batch // config.data.size**2:,} images need at '
+            f'least {needed / 1e9:,.1f} GB, and there are {there / 1e9:,.1f} GB; reduce config.model.width '
+            'or the layers, or config.train.batch and config.run.eval_batch'
+        )
 
 
 def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:

@@ -1,5 +1,6 @@
 """The paper's SGD, LARS, and all learning rates as one pure function on the host."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -197,8 +198,15 @@ def make_rates(
     error, %} of the evaluations so far; colour is 1 or 0; stop is True when the run is over. Raises
     UserError for invalid values, including those only `make` uses: it is called too late to check.
     """
-    del momentum, decay  # used by the update, not by the rates
+    del decay  # used by the update, not by the rates
     choose('config.optim.name', name, NAMES)
+    for field, value, fits, range_ in (
+        ('momentum', momentum, 0 <= momentum < 1, 'at least 0 and below 1'),
+        ('factor', factor, 0 < factor <= 1, 'above 0 and at most 1'),
+        ('epochs', epochs, epochs > 0, 'above 0'),
+    ):
+        if not fits:
+            raise UserError(f'config.optim.{field}={value}: must be {range_}')
     if name == 'lars' and trust <= 0:
         raise UserError(f'config.optim.trust={trust}: must be above 0')
 
@@ -214,14 +222,17 @@ def make_rates(
             f'config.optim.drops={drops} must be epochs, as in (25.0, 51.0), and config.optim.conv1='
             f'{conv1} must be pairs of an epoch and a rate, as in ((67.0, 1e-5), (72.0, 0.0))'
         ) from error
+    for field, numbers in (('drops', boundaries), ('conv1', itertools.chain(*conv1))):
+        if any(number < 0 for number in numbers):
+            raise UserError(f'config.optim.{field}: must not have negative numbers')
 
     for pair in decays:
         match pair:
-            case (str(), int() | float()):
+            case (str(), int() | float() as beta) if beta >= 0:
                 pass
             case _:
                 raise UserError(
-                    f'config.optim.decays={decays}: must be pairs of a layer and a weight decay, '
+                    f'config.optim.decays={decays}: must be pairs of a layer and a weight decay >= 0, '
                     "as in (('fc8', 0.001),)"
                 )
 
