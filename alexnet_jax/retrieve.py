@@ -158,8 +158,8 @@ def main() -> None:
         raise UserError('--queries picks validation pictures: give --queries or files, not both')
     trained = inference.describe_run(args.run)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': args.batch})
-    trained = inference.restore_run(trained, mesh, args.step)
     store = inference.open_store([trained], args.store)
+    trained = inference.restore_run(trained, mesh, args.step)
     k, there = args.neighbours, store.counts['train']
     if not 1 <= k <= there:
         raise UserError(

@@ -5,7 +5,6 @@
 
 import contextlib
 import difflib
-import math
 import os
 import re
 import runpy
@@ -102,8 +101,8 @@ def _check_fields(argument: str, config: ConfigDict) -> None:
     if lacking:
         more = f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''
         raise UserError(
-            f'--config={argument}: lacks the field {lacking[0]}{more} of configs/base.py; start from a preset, '
-            'as in `from configs import base`'
+            f'--config={argument}: lacks {lacking[0]}{more} of the fields in configs/base.py; start from a '
+            'preset, as in `from configs import base`'
         )
     for name, value in there.items():
         check_name(name, base)
@@ -183,7 +182,9 @@ def check_value(name: str, value: Any, default: Any) -> None:
         )
     for number in _numbers(value):
         if isinstance(number, float) and not abs(number) <= LARGEST:
-            raise UserError(f'{name}={value!r}: must be finite, and at most {LARGEST:.2g} (float32)')
+            raise UserError(
+                f'{name}={value!r}: must be finite, and at most {LARGEST:.2g} (float32)'
+            )
         if number < 0 and (isinstance(number, int) or not isinstance(value, tuple)):
             raise UserError(f'{name}={value!r}: must not be negative')
         if isinstance(number, int) and number >= 2**32:

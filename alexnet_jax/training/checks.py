@@ -53,7 +53,9 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         if len(config.run[field]) != 2:
             raise UserError(f'config.run.{field}={config.run[field]}: must be two numbers')
     if config.run.profile[0] > config.run.profile[1]:
-        raise UserError(f'config.run.profile={config.run.profile}: the first must not be above the second')
+        raise UserError(
+            f'config.run.profile={config.run.profile}: the first must not be above the second'
+        )
     if config.seed >= 2**32:  # JAX's keys would repeat those of smaller seeds
         raise UserError(f'config.seed={config.seed}: must be below 2^32')
     if config.augment.chunk < 1:

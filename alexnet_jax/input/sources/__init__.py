@@ -6,7 +6,7 @@ Each form is a module with `recognizes(name)`, `open_source(name, ...)` and `is_
 import dataclasses
 import os
 
-from alexnet_jax.common import class_names
+from alexnet_jax.common import class_names, paths
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input.sources import folder, imagenet, listing, parquet, tfds, webdataset
 from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, is_path
@@ -20,6 +20,8 @@ FORMS = (imagenet, listing, parquet, webdataset, folder, tfds)
 def _form(name: str):
     """Returns the form of a source and its name with ~ expanded."""
     name = os.path.expanduser(name) if is_path(name) else name
+    if is_path(name):
+        paths.check_links(name, paths.Path(name))
     try:
         return next(form for form in FORMS if form.recognizes(name)), name
     except OSError as error:  # a folder that may not be read
