@@ -568,7 +568,8 @@ def test_tfds_sets_that_do_not_open(tmp_path, name, cause):
 def test_names_on_a_machine_without_tensorflow(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, 'tensorflow', None)
     message = refused(name, tmp_path)
-    assert 'not a folder' in message and 'needs TensorFlow' in message
+    assert 'neither a folder nor a TFDS set' in message
+    assert 'needs TensorFlow' in refused('mnist', tmp_path)
 
 
 def test_a_tfds_name_with_a_config():
