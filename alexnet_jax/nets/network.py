@@ -122,10 +122,8 @@ def make(
     for field in dataclasses.fields(cls):
         if field.name in values and not _fits(values[field.name], field.type):
             name = names.get(field.name, field.name)
-            raise UserError(
-                f'config.model.{name}={values[field.name]!r}: must be of type '
-                f'{getattr(field.type, "__name__", field.type)}'
-            )
+            kind = field.type if typing.get_origin(field.type) else field.type.__name__
+            raise UserError(f'config.model.{name}={values[field.name]!r}: must be of type {kind}')
     net = cls(classes=classes, **values)
     net.check()
     return net

@@ -22,6 +22,8 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
     build: makes the network from the fields of `config.model`. Raises UserError for invalid values,
     and for devices or directories that do not fit.
     """
+    for name, value in configfile.fields(config).items():
+        configfile.check_value(name, value, value)
     directory.check(config, workdir)
     net = build(classes=1, **config.model)
     mesh, shapes = _values(config, net)
@@ -31,8 +33,6 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
 
 def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
     """Checks the config's values; returns the mesh and the shapes of the network's variables."""
-    for name, value in configfile.fields(config).items():
-        configfile.check_value(name, value, value)
     optim.make_rates(examples=1, batch=1, **config.optim)
     for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep', 'dispatch'):
         if config.run[field] <= 0:
@@ -67,7 +67,7 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         )
     try:
         shapes = network.shapes(net, config.augment.crop)
-    except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about a shape
+    except (TypeError, ValueError, ArithmeticError) as error:  # JAX's own, about a shape
         raise UserError(
             f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels; if '
             f'nothing is left after strides and pooling, use larger crops ({one_line(error)})'

@@ -259,6 +259,21 @@ def test_a_config_file_executes_once(tmp_path):
     assert main.parse(['main', flags[0]]).workdir == 'runs/counting-fast'
 
 
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['--config.run.mesh=(2,1)', '--config.run.mesh=(1,1)'],
+        ['--config.run.mesh=(1,2)', '--config.seed=3', '-config.run.mesh', '(1,1)'],
+        ['--config.run.mesh', '(2,1)', '--noconfig.augment.random', '--config.run.mesh=(1,1)'],
+    ],
+)
+def test_the_last_value_of_a_tuple_counts(arguments):
+    """As of every other flag; an experiment's own arguments precede those after its `--`."""
+    more = ['--config.train.freeze=conv1', '--config.optim.drops=()']
+    config = main.parse(['main', PAPER, *arguments, *more]).config
+    assert (config.run.mesh, config.train.freeze, config.optim.drops) == ((1, 1), ('conv1',), ())
+
+
 def test_help(place, no_jax):
     done = place.run('main', '--help', first_path=no_jax)
     assert done.returncode == 0 and not done.stderr
