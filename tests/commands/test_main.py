@@ -217,7 +217,7 @@ FLAGS = {
         ['model.kernels', "'a'", 'int'],
     ),
     'float in a tuple': ([PAPER, '--config.run.mesh=(1.5,2)'], ['run.mesh', '1.5', 'int']),
-    'negative': ([PAPER, '--config.seed=-1'], ['config.seed=-1', 'not negative']),
+    'negative': ([PAPER, '--config.seed=-1'], ['config.seed=-1', 'must not be negative']),
     'negative in a tuple': ([PAPER, '--config.run.mesh=(-1,2)'], ['run.mesh', 'negative']),
     'not a number': ([PAPER, '--config.optim.rate=nan'], ['config.optim.rate=nan', 'finite']),
     'infinite': ([PAPER, '--config.optim.epochs=inf'], ['config.optim.epochs=inf', 'finite']),
