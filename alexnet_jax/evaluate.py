@@ -128,17 +128,18 @@ def figure(matrix: np.ndarray, names: Sequence[str]):
     cell = 40 if classes <= NUMBERED else 18 if named else max(1, round(1000 / classes))
     side = min(classes * cell, 2000)  # in pixels, as all lengths here
     names = [name if len(name) <= 26 else f'{name[:25]}…' for name in names] if named else ['0' * 5]
-    margin = 50 + 8 * max(map(len, names))
+    blank, style = Figure(dpi=DPI), {'fontsize': 9, 'parse_math': False}
+    margin = 50 + max(blank.text(0, 0, n, **style).get_window_extent().width for n in names)
     width, height = margin + max(side, 120) + 130, margin + max(side, 120) + 40
-    made = Figure(figsize=(width / DPI, height / DPI))
+    made = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     axes = made.add_axes((margin / width, margin / height, side / width, side / height))
     # Rare confusions are visible, too, even in a single pixel.
     colours, power = ('Blues', 0.5) if classes <= 200 else ('inferno_r', 0.3)
     drawn = axes.imshow(share, cmap=colours, norm=PowerNorm(power, vmin=0, vmax=100))
     axes.set(xlabel='predicted class', ylabel='true class')
     if named:
-        axes.set_xticks(range(classes), names, rotation=90, fontsize=9, parse_math=False)
-        axes.set_yticks(range(classes), names, fontsize=9, parse_math=False)
+        axes.set_xticks(range(classes), names, rotation=90, **style)
+        axes.set_yticks(range(classes), names, **style)
     if classes <= NUMBERED:
         for i, j in zip(*np.nonzero(share), strict=True):
             text = f'{share[i, j]:.0f}' if share[i, j] >= 0.5 else '<1'
