@@ -98,7 +98,6 @@ def test_the_test_split_is_evaluated(run, tmp_path, monkeypatch, capsys):
             '--output=gone/confusion.csv: gone is not a writ',
         ),
         (['gone', '--confusion'], 'gone: not a run directory'),
-        (['RUN', '--split=all'], 'invalid choice'),
     ],
 )
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
