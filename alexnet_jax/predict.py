@@ -9,9 +9,11 @@ its folder, or the folder above, is named after a class. Pictures that cannot be
 left out, and the exit code is then 2.
 """
 
+import contextlib
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -124,7 +126,7 @@ class Table:
 
     def __init__(self, name: str, head: str, between: str = '', end: str = ''):
         self._name, self._next, self._between, self._end = name, head, between, end
-        self._lines = []
+        self._lines, self._stdout = [], sys.stdout
 
     def add(self, row: str) -> None:
         self._emit(f'{self._next}{row}')
@@ -138,7 +140,7 @@ class Table:
 
     def _emit(self, text: str) -> None:
         if self._name == '-':
-            print(text, end='', flush=True)
+            print(text, end='', flush=True, file=self._stdout)
         else:
             self._lines.append(text)
 
@@ -223,13 +225,15 @@ def main() -> None:
             print(describe(prediction, names))
         if output:
             drawn.append(prediction)
-    if not pictures.all_failed():
-        for table, _ in tables:
-            table.close()
-    if drawn:
-        buffer = io.BytesIO()
-        figure(drawn, names).savefig(buffer, format='png', dpi=120)
-        figures.write(output, buffer.getvalue())
+    # On standard output, a table is alone.
+    with contextlib.redirect_stdout(sys.stderr if '-' in (args.csv, args.json) else sys.stdout):
+        if not pictures.all_failed():
+            for table, _ in tables:
+                table.close()
+        if drawn:
+            buffer = io.BytesIO()
+            figure(drawn, names).savefig(buffer, format='png', dpi=120)
+            figures.write(output, buffer.getvalue())
     pictures.check()
 
 

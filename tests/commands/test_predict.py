@@ -234,7 +234,8 @@ def test_tables(run, tmp_path, monkeypatch, capsys):
         assert (one['path'], one['correct']) == (name, correct or None)
         assert [x['class'] for x in one['top']] == row[2::2]
         assert [x['probability'] for x in one['top']] == [float(x) for x in row[3::2]]
-    call(monkeypatch, predict, run.path, 'c.png', '--views=centre', '--json=-')
+    options = ['--views=centre', '--json=-', '--csv=again.csv']
+    call(monkeypatch, predict, run.path, 'c.png', *options)
     (one,) = json.loads(capsys.readouterr().out)
     assert one['top'][0]['class'] == told[2]['top'][0]['class']
 
