@@ -48,6 +48,7 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f'{directory}: cannot keep {keep} checkpoints; keep at least 1')
         self.directory = paths.absolute(paths.path(directory))  # orbax rejects relative paths
+        paths.plain(self.directory)  # a UserError now, not at the first save
         self._policy = _LatestAndBest(keep)
         self._manager: _Manager | None = None
         logging.getLogger('absl').addFilter(_without_chatter)
@@ -156,7 +157,9 @@ class Checkpoints:
         # Not before the first save: see _Manager.
         if self._manager is None:
             self._policy.errors = {step: self._error(step) for step in self.steps()}
-            self._manager = _Manager(self.directory, self._policy)
+            if not paths.is_remote(self.directory):  # where `plain` links to must be there
+                self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = _Manager(paths.plain(self.directory), self._policy)
         return self._manager
 
     def _restore(self, target: Any, step: int | None, *, whole: bool) -> tuple[int, Any, dict]:
@@ -259,7 +262,7 @@ class Checkpoints:
         # where the others would hang if only one process met damage; and if one of several
         # concurrent reads fails, the others print tracebacks.
         value = ocp.PyTreeCheckpointHandler().restore(
-            self._at(step) / 'state',
+            paths.plain(self.directory) / str(step) / 'state',
             args=ocp.args.PyTreeRestore(
                 item={name: leaf},
                 restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},

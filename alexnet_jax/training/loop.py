@@ -256,7 +256,8 @@ class Loop:
             self.compiled.add(count)
         start, stop = self.config.profile
         if not self.tracing and start < self.step + count and self.step < stop:
-            jax.profiler.start_trace(str(self.workdir / 'profile'))
+            folder = paths.plain(paths.absolute(self.workdir)) / 'profile'
+            jax.profiler.start_trace(str(folder))
             self.tracing = True
         rates = [self.setup.rates(self.step + i, self.history) for i in range(count)]
         names = [name for name in rates[0] if name != 'stop']
