@@ -31,7 +31,9 @@ def path(name: str | os.PathLike) -> Path:
         raise UserError(f'{text}: not supported; give a folder or {BUCKET}BUCKET/RUN')
     if text.startswith(BUCKET):
         if pattern := re.search(r'[][*?\\]', text):
-            raise UserError(f'{text}: {pattern[0]} would be taken for a pattern; give another folder')
+            raise UserError(
+                f'{text}: {pattern[0]} would be taken for a pattern; give another folder'
+            )
     elif os.path.abspath(text).split('/')[1] in SCHEMES:
         raise UserError(f'{text}: etils would treat this as a bucket; give another folder')
     return Path(text)

@@ -80,10 +80,7 @@ class Checkpoints:
         one must never displace a good one among the latest. Raises SaveError if this save or the
         previous one cannot be written.
         """
-        content = {'meta': meta, 'leaves': fingerprint.describe(state)}
-        # A JSON round trip makes a copy, and the same object that a restore will return.
-        content = json.loads(json.dumps(content, allow_nan=False))
-        record = {**content, 'crc32': fingerprint.crc32(content)}
+        record = _make_record(meta, fingerprint.describe(state))
         self.wait()
         try:
             orbax = self._open()
@@ -102,6 +99,21 @@ class Checkpoints:
         except paths.failures(self.directory) as error:
             _raise_if_lost(error)
             raise self._failed(f'cannot save step {step}', error) from error
+
+    def amend(self, step: int, meta: dict) -> None:
+        """Replaces the meta of a checkpoint in one atomic step; SaveError if it cannot be written."""
+        self.wait()
+        record = _make_record(meta, self._agreed_record(step)['leaves'])
+        self._policy.errors[step] = _own_error(step, record)
+        if jax.process_index() > 0:
+            return
+        file = self._at(step) / 'meta' / 'metadata'
+        try:
+            paths.replace(file, json.dumps(record).encode())
+        except paths.failures(file) as error:
+            raise SaveError(
+                f'{file}: cannot be written: {paths.full(error)}{one_line(error)}'
+            ) from error
 
     def restore(self, target: Any, step: int | None = None) -> tuple[int, Any, dict]:
         """Restores a whole state with the structure of `target` -> (step, state, meta).
@@ -279,6 +291,13 @@ class Checkpoints:
 
 class _Damaged(Exception):
     """A checkpoint has changed since it was saved; the message names the leaf or file."""
+
+
+def _make_record(meta: dict, leaves: dict) -> dict:
+    """What a checkpoint stores besides the arrays."""
+    # A JSON round trip makes a copy, and the same object that a restore will return.
+    content = json.loads(json.dumps({'meta': meta, 'leaves': leaves}, allow_nan=False))
+    return {**content, 'crc32': fingerprint.crc32(content)}
 
 
 def _own_error(step: int, record: dict) -> float | None:

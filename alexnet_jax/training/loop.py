@@ -52,11 +52,23 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     state, history, running = setup.start(checkpoints, config.train.init_from)
     step = int(state.step)
     distributed.agree({'the step of the checkpoint': step})
-    if step == setup.total or setup.rates(step, history)['stop']:
+    evaluated = step in history
+    changed, history = checks.schedule(setup, workdir, step, history)
+    # Before one process writes the new config, all must have read the old one.
+    distributed.agree({'the fields that differ from the run there': changed})
+    if setup.over(step, history) and step in history and not changed:
         log.info('%s: nothing left to do, the run ended at step %s', workdir, f'{step:,}')
         return
 
     _describe(setup, state, resuming=bool(there))
+    for text in changed:
+        log.info('another schedule: %s', text)
+    if changed and setup.config.run.dispatch > 1:
+        log.warning(
+            'config.run.dispatch=%s: a run that had this schedule from the start could have grouped its '
+            'steps differently, which can change the last bit',
+            setup.config.run.dispatch,
+        )
     with (
         directory.locked(workdir) if distributed.is_first() else contextlib.nullcontext(),
         preemption.watch(config.run.stop_after, step) as stop,
@@ -65,7 +77,11 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
             raise UserError(
                 f'{workdir}: another process has just saved a checkpoint here; run the command again'
             )
-        writer = Writer(workdir, start=step, active=distributed.is_first())
+        if evaluated and step not in history:
+            checkpoints.amend(step, {'history': history, 'running': running})
+        writer = Writer(
+            workdir, start=step, evaluated=step in history, active=distributed.is_first()
+        )
         try:
             if distributed.is_first():
                 directory.write(config, workdir, store)
@@ -161,6 +177,9 @@ class Loop:
             asked = stop(self.step)
             if self.save_due(evaluated, ending=over or asked):
                 self.save(last=over or asked)
+            elif evaluated:  # the checkpoint that this start began with
+                self.writer.sync()
+                self.checkpoints.amend(self.step, self.meta())
             if over or asked:
                 break
             sent = self.dispatch(batch)
@@ -185,7 +204,11 @@ class Loop:
 
     def over(self) -> bool:
         """Returns whether the schedule ends here."""
-        return self.step == self.setup.total or self.setup.rates(self.step, self.history)['stop']
+        return self.setup.over(self.step, self.history)
+
+    def meta(self) -> dict:
+        """Returns what a checkpoint stores besides the state."""
+        return {'history': self.history, 'running': self.running}
 
     def fetch(self, step: int) -> Any:
         """Returns the batch or batches of a step's dispatch, on the devices; [] after the last."""
@@ -225,8 +248,7 @@ class Loop:
         except checkpoint.SaveError as error:
             self.tolerate(error)
         try:
-            meta = {'history': self.history, 'running': self.running}
-            self.checkpoints.save(self.step, state, meta)
+            self.checkpoints.save(self.step, state, self.meta())
             if last or self.config.saves == 'wait':
                 self.checkpoints.wait()
         except checkpoint.SaveError as error:
