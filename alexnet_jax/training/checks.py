@@ -42,6 +42,8 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
                 f'config.run.{field}={config.run[field]}: must be a multiple of '
                 f'config.run.dispatch={config.run.dispatch}, the number of steps made at once'
             )
+    if offset := jax.config.jax_random_seed_offset:
+        raise UserError(f'JAX_RANDOM_SEED_OFFSET={offset}: would change all draws; set config.seed')
     preemption.parse(config.run.stop_after)
     choose('config.run.saves', config.run.saves, ('background', 'wait'))
     choose('config.run.failed_save', config.run.failed_save, ('stop', 'warn'))

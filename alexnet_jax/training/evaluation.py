@@ -64,6 +64,7 @@ def _of_batches(
     return jax.device_get(parts)
 
 
+@meshes.settings()
 def compare(
     run_dirs: Sequence[str | os.PathLike],
     *,
@@ -104,6 +105,7 @@ def compare(
     return results
 
 
+@meshes.settings()
 def hits(
     run_dir: str | os.PathLike,
     *,

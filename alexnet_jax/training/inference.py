@@ -111,6 +111,7 @@ class Classifier:
     `run` is the opened run, `size` the side in pixels of the square cropped from an image.
     """
 
+    @meshes.settings()
     def __init__(self, run_dir: str | os.PathLike, views: str, step: str | int, build: Callable):
         self._mesh = meshes.make((1, 1), towers=1, batches={})
         self.run = open_run(run_dir, self._mesh, step, build)
@@ -119,6 +120,7 @@ class Classifier:
         self.size = self.run.facts.mean.shape[0]
         self._predict = predictor(self.run, self._mesh, views)
 
+    @meshes.settings()
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Classifies images u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K].
 

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 NOT_FINITE = 'is not finite'  # part of every message about a run that diverged
 
 
+@meshes.settings()
 def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     """Trains until the schedule ends, from the last checkpoint in `workdir` if there is one.
 
