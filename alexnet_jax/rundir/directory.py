@@ -182,7 +182,7 @@ def commit() -> str:
             __file__
         ).parent  # of an installed package, perhaps in another repository
         return subprocess.run(
-            ['git', *arguments], cwd=folder, capture_output=True, text=True, check=False
+            ['git', *arguments], cwd=folder, capture_output=True, encoding='utf-8', check=False
         )
 
     try:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import os
+import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 
 from alexnet_jax.common import configfile, paths
-from alexnet_jax.common.errors import Stopped, UserError
+from alexnet_jax.common.errors import Stopped, UserError, printable
 from alexnet_jax.devices import distributed, preemption
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import prepare
@@ -198,9 +199,9 @@ class Loop:
             )
         log.info(
             '%s: ended at step %s; to evaluate: python -m alexnet_jax.evaluate %s',
-            self.workdir,
+            printable(str(self.workdir)),
             f'{self.step:,}',
-            self.workdir,
+            printable(shlex.quote(str(self.workdir))),
         )
 
     def over(self) -> bool:
