@@ -27,7 +27,7 @@ def test_every_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source, run, output = f's{ODD}', f'./-r{ODD}', f'{ODD}.png'
     names = ['a', f'b{ODD[:-2]}']  # a class is a line of a text file
-    for split, count in (('train', 10), ('val', 2)):
+    for split, count in (('train', 10), ('val', 3)):
         write_tree(tmp_path / source / split, dict.fromkeys(names, count))
     arguments = ['--config=quickstart', f'--config.data.source={source}', f'--workdir={run}']
     arguments += [f'--config.{name}={value}' for name, value in SMALL.items()]
