@@ -358,3 +358,15 @@ def test_evaluations_are_due_after_whole_intervals(store):
     object.__setattr__(setup, 'store', Counts)
     # Half epochs end after 1.25, 2.5, 3.75, 5, ... steps.
     assert [s for s in range(11) if setup.evaluation_due(s)] == [2, 3, 4, 5, 7, 8, 9, 10]
+
+
+def test_saturated_units_are_reported_at_the_first_start(store, tmp_path, caplog):
+    changes = {'model.activation': 'tanh', 'run.stop_after': '1', 'model.std': (1.0,) + (0.01,) * 7}
+    for dispatch in (1, 2):
+        changes |= {'run.dispatch': dispatch, 'run.log_every': 2, 'run.checkpoint_every': 2}
+        config = make_config(store, **changes)
+        for warned in (True, False):
+            caplog.clear()
+            with pytest.raises(Stopped):
+                loop.train(config, tmp_path / str(dispatch))
+            assert ('saturated at the start (act1' in caplog.text) == warned
