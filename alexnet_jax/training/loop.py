@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import os
+import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 
 from alexnet_jax.common import configfile, paths
-from alexnet_jax.common.errors import Stopped, UserError
+from alexnet_jax.common.errors import Stopped, UserError, printable
 from alexnet_jax.devices import distributed, preemption
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import prepare
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 NOT_FINITE = 'is not finite'  # part of every message about a run that diverged
 
 
+@meshes.settings()
 def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     """Trains until the schedule ends, from the last checkpoint in `workdir` if there is one.
 
@@ -52,11 +54,23 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     state, history, running = setup.start(checkpoints, config.train.init_from)
     step = int(state.step)
     distributed.agree({'the step of the checkpoint': step})
-    if step == setup.total or setup.rates(step, history)['stop']:
+    evaluated = step in history
+    changed, history = checks.schedule(setup, workdir, step, history)
+    # Before one process writes the new config, all must have read the old one.
+    distributed.agree({'the fields that differ from the run there': changed})
+    if setup.over(step, history) and step in history and not changed:
         log.info('%s: nothing left to do, the run ended at step %s', workdir, f'{step:,}')
         return
 
     _describe(setup, state, resuming=bool(there))
+    for text in changed:
+        log.info('another schedule: %s', text)
+    if changed and setup.config.run.dispatch > 1:
+        log.warning(
+            'config.run.dispatch=%s: a run that had this schedule from the start could have grouped its '
+            'steps differently, which can change the last bit',
+            setup.config.run.dispatch,
+        )
     with (
         directory.locked(workdir) if distributed.is_first() else contextlib.nullcontext(),
         preemption.watch(config.run.stop_after, step) as stop,
@@ -65,7 +79,11 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
             raise UserError(
                 f'{workdir}: another process has just saved a checkpoint here; run the command again'
             )
-        writer = Writer(workdir, start=step, active=distributed.is_first())
+        if evaluated and step not in history:
+            checkpoints.amend(step, {'history': history, 'running': running})
+        writer = Writer(
+            workdir, start=step, evaluated=step in history, active=distributed.is_first()
+        )
         try:
             if distributed.is_first():
                 directory.write(config, workdir, store)
@@ -162,6 +180,9 @@ class Loop:
             asked = stop(self.step)
             if self.save_due(evaluated, ending=over or asked):
                 self.save(last=over or asked)
+            elif evaluated:  # the checkpoint that this start began with
+                self.writer.sync()
+                self.checkpoints.amend(self.step, self.meta())
             if over or asked:
                 break
             sent = self.dispatch(batch)
@@ -179,14 +200,18 @@ class Loop:
             )
         log.info(
             '%s: ended at step %s; to evaluate: python -m alexnet_jax.evaluate %s',
-            self.workdir,
+            printable(str(self.workdir)),
             f'{self.step:,}',
-            self.workdir,
+            printable(shlex.quote(str(self.workdir))),
         )
 
     def over(self) -> bool:
         """Returns whether the schedule ends here."""
-        return self.step == self.setup.total or self.setup.rates(self.step, self.history)['stop']
+        return self.setup.over(self.step, self.history)
+
+    def meta(self) -> dict:
+        """Returns what a checkpoint stores besides the state."""
+        return {'history': self.history, 'running': self.running}
 
     def fetch(self, step: int) -> Any:
         """Returns the batch or batches of a step's dispatch, on the devices; [] after the last."""
@@ -235,8 +260,7 @@ class Loop:
         except checkpoint.SaveError as error:
             self.tolerate(error)
         try:
-            meta = {'history': self.history, 'running': self.running}
-            self.checkpoints.save(self.step, state, meta)
+            self.checkpoints.save(self.step, state, self.meta())
             if last or self.config.saves == 'wait':
                 self.checkpoints.wait()
         except checkpoint.SaveError as error:
@@ -266,7 +290,8 @@ class Loop:
             self.compiled.add(count)
         start, stop = self.config.profile
         if not self.tracing and start < self.step + count and self.step < stop:
-            jax.profiler.start_trace(str(self.workdir / 'profile'))
+            folder = paths.plain(paths.absolute(self.workdir)) / 'profile'
+            jax.profiler.start_trace(str(folder))
             self.tracing = True
         rates = [self.setup.rates(self.step + i, self.history) for i in range(count)]
         names = [name for name in rates[0] if name != 'stop']

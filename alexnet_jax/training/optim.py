@@ -1,5 +1,6 @@
 """The paper's SGD, LARS, and all learning rates as one pure function on the host."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -268,3 +269,10 @@ def make_rates(
         }
 
     return rates
+
+
+# The fields of `config.optim` that determine only the rates.
+SCHEDULE = {*inspect.signature(make_rates).parameters} - {
+    *('examples', 'batch'),
+    *inspect.signature(make).parameters,
+}
