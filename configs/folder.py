@@ -19,7 +19,7 @@ VARIANTS = {
 def get_config(variant: str = ''):
     config = paper.get_config()
     config.data.source = ''  # --config.data.source=FOLDER
-    config.optim.update({'schedule': 'steps', 'epochs': 60.0, 'drops': (40.0, 54.0)})
+    config.optim.update({'schedule': 'steps', 'rate': 0.005, 'epochs': 60.0, 'drops': (40.0, 54.0)})
     config.train.batch = 32
     config.run.update(
         {'eval_every': 5.0, 'checkpoint_every': 500, 'log_every': 20, 'stuck_after': 500}
