@@ -24,6 +24,7 @@ EXPERIMENTS = (
     'fig1_relu_tanh',
     'cifar_lrn',
     'does_it_train',
+    'tanh_sweep',
     'ablations',
     'table1',
     'table2',

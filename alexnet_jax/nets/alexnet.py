@@ -77,6 +77,10 @@ class AlexNet(network.Network):
     def first(self) -> tuple[str, ...]:
         return ('conv1',)
 
+    @property
+    def bound(self) -> float | None:
+        return blocks.BOUNDS.get(self.activation)
+
     @nn.nowrap
     def first_kernels(self, params: dict) -> jax.Array | None:
         return params['conv1']['kernel'] if 'conv1' in params else None

@@ -14,6 +14,7 @@ from jax import lax
 from alexnet_jax.nets import layers
 
 ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
+BOUNDS = {'tanh': 1.0}  # of the outputs' absolute values, if there is one on both sides
 
 
 def dtypes() -> tuple[str, ...]:

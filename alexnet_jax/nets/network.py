@@ -62,6 +62,11 @@ class Network(nn.Module):
         """The layers that `config.optim.conv1` applies to."""
         return ()
 
+    @property
+    def bound(self) -> float | None:
+        """The largest absolute output of a hidden unit; None if there is none, as for ReLU."""
+        return None
+
     @nn.nowrap
     def role(self, path: Path) -> str:
         """What determines a parameter's learning rate and weight decay: 'kernel', 'bias', 'scale', ..."""

@@ -1,4 +1,4 @@
-"""Diagnoses a training run: where values stopped being finite, and a loss that does not move."""
+"""Diagnoses a training run: saturated units, values that are not finite, a loss that does not move."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.training import steps
 
 STUCK = 0.005  # of ln(classes): a loss within this distance of it has learned nothing
+SATURATED = 0.99  # of its bound: a unit's output beyond this has almost no gradient
 CAUSES = (
     'likely causes: a learning rate that is too high (config.optim.rate) or too high at the start '
     "(config.optim.warmup), initial values larger than the preset's (config.model.std), bfloat16"
@@ -77,6 +79,39 @@ def first_broken(net: Network, finite: dict[str, dict[str, bool]]) -> str:
     if bad.get('gradients'):
         return f'the gradient of {bad["gradients"][-1]} broke first'
     return 'everything is finite when the step is recomputed: the hardware may be at fault'
+
+
+def make_saturated(net: Network, **inputs_of) -> Callable:
+    """Returns saturated(variables, batch, rates) -> {layer: share of its outputs at `net.bound`}.
+
+    At most 32 images of the batch count. inputs_of: see `steps.make_inputs`.
+    """
+    inputs = steps.make_inputs(**inputs_of)
+
+    @jax.jit
+    def saturated(variables, batch, rates):
+        few = {name: x[:32] for name, x in batch.items()}
+        _, out, _ = network.apply(net, variables, inputs(few, rates))
+        found = {}
+        for name, xs in out.items():
+            sizes = jnp.abs(jnp.stack(jax.tree.leaves(xs)))
+            # layers before the activation exceed the bound
+            found[name] = (sizes.max() <= net.bound) * jnp.mean(sizes > SATURATED * net.bound)
+        return found
+
+    return saturated
+
+
+def saturation(shares: dict[str, float]) -> str:
+    """Returns a warning if most units of a layer are saturated at the start, else ''."""
+    most = {name: share for name, share in shares.items() if share > 0.5}
+    if not most:
+        return ''
+    layers = ', '.join(f'{name} {100 * share:.0f} %' for name, share in most.items())
+    return (
+        f'most outputs are saturated at the start ({layers}), so gradients vanish; lower the initial '
+        'biases and standard deviations (config.model.bias, config.model.std; see paper.py:tanh)'
+    )
 
 
 class Stuck:

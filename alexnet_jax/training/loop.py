@@ -151,6 +151,7 @@ class Loop:
         """
         with self.clock.once():  # the input starts
             batch = self.fetch(self.step)
+            self.warn_if_saturated(batch)
         while True:
             over = self.over()
             evaluated = self.step not in self.history and (
@@ -198,6 +199,15 @@ class Loop:
             local = [*itertools.islice(self.local_batches, self.setup.dispatched(step))]
             batch = self.setup.config.train.batch
             return local and meshes.global_batches(self.setup.mesh, batch, local)
+
+    def warn_if_saturated(self, batch) -> None:
+        """Warns at the first start if most units begin at the bound of their outputs."""
+        if self.step == 0 and self.setup.saturated and batch:
+            if self.setup.dispatched(0) > 1:
+                batch = jax.tree.map(lambda x: x[0], batch)
+            shares = self.setup.saturated(self.state.variables, batch, self.setup.rates(0, {}))
+            if warning := diagnosis.saturation(jax.device_get(shares)):
+                log.warning('%s', warning)
 
     def evaluate(self) -> None:
         """Adds this step's validation error to the history and to metrics.jsonl."""

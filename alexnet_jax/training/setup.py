@@ -51,6 +51,7 @@ class Setup:
     predict: Callable
     all_finite: Callable
     find_broken: Callable
+    saturated: Callable | None  # if the network's units have a bound
 
     @classmethod
     def make(cls, config, mesh, store: Store, net: Network) -> 'Setup':
@@ -86,6 +87,7 @@ class Setup:
             find_broken=diagnosis.make_find_broken(
                 net, seed=config.seed, freeze=config.train.freeze, **inputs_of
             ),
+            saturated=diagnosis.make_saturated(net, **inputs_of) if net.bound else None,
         )
 
     def start(self, checkpoints, init_from: str):

@@ -1,4 +1,4 @@
-"""The diagnosis finds where values stop being finite, and notices a loss that does not move."""
+"""The diagnosis finds values that are not finite, saturated units, and a loss that does not move."""
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,27 @@ def test_parameters_alone(made):
     params = broken['params']
     params['conv5']['bias'] = params['conv5']['bias'].at[0, 0].set(jnp.inf)
     assert find_broken(broken).startswith('the gradient of conv5 broke first')
+
+
+@pytest.mark.parametrize(('std', 'bias', 'warned'), [(0.001, 0.0, ''), (0.01, 3.0, 'act1 fc6')])
+def test_saturated_tanh_units(std, bias, warned):
+    config = base.get_config()
+    config.model.update({'width': 0.0625, 'activation': 'tanh', 'std': (std, *(0.001,) * 7)})
+    config.model.bias = (0.0,) * 5 + (bias, 0.0, 0.0)
+    net = build(classes=CLASSES, **config.model)
+    variables = network.init(net, jax.random.key(0), CROP)
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, CROP, CROP, 3), dtype=np.uint8)
+    batch = {'image': images, 'z': np.zeros((BATCH, 3), np.float32)}
+    colour = {'std': 0.0, 'rescale': False}
+    axes = {'eigenvectors': np.eye(3, dtype=np.float32), 'sigma': np.ones(3, np.float32)}
+    mean = np.full((CROP, CROP, 3), 127, np.float32)
+    shares = diagnosis.make_saturated(net, mean=mean, **axes, **colour)(variables, batch, RATES)
+    out = network.apply(net, variables, images.astype(np.float32) - 127)[1]
+    assert shares['act1'] == pytest.approx(np.mean(np.abs(np.stack(out['act1'])) > 0.99), abs=1e-6)
+    assert shares['conv1'] == 0  # before the activation
+    text = diagnosis.saturation(jax.device_get(shares))
+    assert bool(text) == bool(warned)
+    assert [name for name in warned.split() if name not in text] == []
 
 
 def test_a_loss_at_pure_chance_is_noticed_once():

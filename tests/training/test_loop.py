@@ -364,7 +364,7 @@ def test_evaluations_are_due_after_whole_intervals(store):
 class Pretended:
     """A setup, a writer and checkpoints for a Loop; every step has its number as its loss."""
 
-    total, net, mesh = 40, SimpleNamespace(first_kernels=lambda params: None), None
+    total, saturated, mesh = 40, None, None
     config = make_config('store', **{'run.log_every': 4, 'run.checkpoint_every': 4})
     store = SimpleNamespace(classes=3, counts={'train': EXAMPLES})
 
@@ -447,3 +447,15 @@ def test_what_a_start_says_first_and_last(
     assert [text[: len(line)] for text, line in zip(said, lines, strict=True)] == lines
     assert said[-1] == f'step {last}: stopping (asked), saving a checkpoint'
     assert events[-2:] == [said[-1], 'save']
+
+
+def test_saturated_units_are_reported_at_the_first_start(store, tmp_path, caplog):
+    changes = {'model.activation': 'tanh', 'run.stop_after': '1', 'model.std': (1.0,) + (0.01,) * 7}
+    for dispatch in (1, 2):
+        changes |= {'run.dispatch': dispatch, 'run.log_every': 2, 'run.checkpoint_every': 2}
+        config = make_config(store, **changes)
+        for warned in (True, False):
+            caplog.clear()
+            with pytest.raises(Stopped):
+                loop.train(config, tmp_path / str(dispatch))
+            assert ('saturated at the start (act1' in caplog.text) == warned
