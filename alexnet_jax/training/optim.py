@@ -20,16 +20,17 @@ DECAYING = ('kernel', 'depthwise')  # roles of the parameters with weight decay
 def make(
     net: Network,
     *,
-    name: str,
     momentum: float,
     decay: float,
-    trust: float,
+    name: str = 'sgd',
+    trust: float = 0.001,
     decays: tuple[tuple[str, float], ...] = (),
     freeze: tuple[str, ...] = (),
     axis: str | None = None,
 ):
     """Returns the optimizer `config.optim.name` for a network's parameters.
 
+    Its update takes the rates of `make_rates`, at least 'weights', 'biases' and 'conv1', as `rates`.
     decays: ((layer, decay), ...) for layers with their own weight decay; freeze: layers that do not
     change. axis: the mesh axis that divides the network; None if each device has all of it.
     """
