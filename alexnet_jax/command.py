@@ -31,6 +31,17 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f'{message}; --help lists the options')
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Lists options with their defaults, and leaves the description as it is."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, '', []):  # the text says what happens then
+            return action.help
+        if action.default is False:
+            return f'{action.help} (default: off)'
+        return super()._get_help_string(action)
+
+
 def make_parser(name: str, description: str) -> ArgumentParser:
     """Makes the parser of the command NAME; description: the module's docstring."""
     console = os.path.basename(sys.argv[0]) == 'alexnet-jax'

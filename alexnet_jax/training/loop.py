@@ -159,7 +159,7 @@ class Loop:
         self.images = 0.0  # since the last row, in this start only; `running` may be older
         self.stuck = diagnosis.Stuck(self.config.stuck_after, self.setup.store.classes)
         self.local_batches = self.setup.batches(self.step)
-        self.compiled = set()  # sizes of the dispatches already compiled
+        self.compiled = {}  # seconds, by the size of the dispatch
         self.tracing = False
 
     def run(self, stop: Callable[[int], str]) -> None:
@@ -167,8 +167,9 @@ class Loop:
 
         stop(step): the reason to stop before this step, or ''.
         """
-        batch = self.fetch(self.step)
-        self.warn_if_saturated(batch)
+        with self.clock.once():  # the input starts
+            batch = self.fetch(self.step)
+            self.warn_if_saturated(batch)
         while True:
             over = self.over()
             evaluated = self.step not in self.history and (
@@ -179,6 +180,8 @@ class Loop:
                 over = over or self.over()  # the plateau rule may end the run now
             asked = stop(self.step)
             if self.save_due(evaluated, ending=over or asked):
+                if asked:
+                    log.info('step %s: stopping (%s), saving a checkpoint', f'{self.step:,}', asked)
                 self.save(last=over or asked)
             elif evaluated:  # the checkpoint that this start began with
                 self.writer.sync()
@@ -190,6 +193,8 @@ class Loop:
             batch = self.fetch(following)  # moves to the device while it computes
             self.report()  # the previous dispatch, so that the device never waits for the host
             self.pending, self.step = sent, following
+            if sent.step == self.first:
+                self.report()  # at once, for the log
             self.trace(self.step >= self.config.profile[1])
         self.trace(end=True)
         if not over:
@@ -285,9 +290,9 @@ class Loop:
     def dispatch(self, batch) -> Dispatch:
         """Hands the next step or steps to the device; `state` becomes the one after them."""
         count = self.setup.dispatched(self.step)
-        if count not in self.compiled:  # compile time must not count for the steps before
+        new = count not in self.compiled
+        if new:  # compile time must not count for the steps before
             self.report()
-            self.compiled.add(count)
         start, stop = self.config.profile
         if not self.tracing and start < self.step + count and self.step < stop:
             folder = paths.plain(paths.absolute(self.workdir)) / 'profile'
@@ -299,7 +304,10 @@ class Loop:
         if count == 1:
             scalars = {name: value[0] for name, value in scalars.items()}
         train = self.setup.train_steps if count > 1 else self.setup.train_step
-        self.state, sums = train(self.state, batch, scalars)
+        with self.clock.once() if new else contextlib.nullcontext() as seconds:
+            self.state, sums = train(self.state, batch, scalars)
+        if new:
+            (self.compiled[count],) = seconds
         return Dispatch(self.step, rates, scalars, batch, sums)
 
     def report(self) -> None:
@@ -319,20 +327,29 @@ class Loop:
                 self.running = dict.fromkeys(sums, 0.0)
             self.running = {name: self.running[name] + sums[name] for name in sums}
             self.images += sums['count']
+            if step == self.first:
+                line = progress.first_line(
+                    step + len(done.rates),
+                    self.setup.total,
+                    np.sum(all_sums['loss']) / np.sum(all_sums['count']),
+                    self.compiled[len(done.rates)],
+                )
+                log.info(line)
             if (step + 1) % self.config.log_every == 0:
                 self.write_row(step, rates)
 
     def write_row(self, step: int, rates: dict[str, float]) -> None:
         """Ends an interval of `log_every` steps: writes its row and its log line."""
         batch, total = self.setup.config.train.batch, self.setup.total
+        times, steady = self.clock.interval(self.images)
         values = {
             'epoch': (step + 1) * batch / self.setup.store.counts['train'],
             **metrics.values(self.running),
             **{name: rate for name, rate in rates.items() if name != 'stop'},
-            **self.clock.interval(self.images),
+            **times,
         }
         self.writer.write('train', step, values)
-        log.info(progress.line(step + 1, total, batch, values))
+        log.info(progress.line(step + 1, total, batch, values, steady))
         if self.stuck(values['loss'], self.config.log_every):
             log.warning('step %s: %s', f'{step + 1:,}', self.stuck.advice)
         self.running, self.images = {}, 0.0
