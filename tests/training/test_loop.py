@@ -16,6 +16,7 @@ from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory, metrics
 from alexnet_jax.rundir.checkpoint import Checkpoints
 from alexnet_jax.training import checks, diagnosis, evaluation, loop, optim
+from alexnet_jax.training.setup import Setup
 from configs import quickstart
 from tests.helpers.commands import assert_same, outcome
 from tests.helpers.stores import write_store
@@ -379,6 +380,8 @@ class Pretended:
 
     def evaluation_due(self, step):
         return False
+
+    over = Setup.over
 
     def rates(self, step, history):
         return {'weights': 0.1, 'stop': False}
