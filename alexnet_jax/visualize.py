@@ -9,7 +9,7 @@ the largest; with --per_kernel each kernel is first normalized to mean 0 and sta
 import numpy as np
 
 from alexnet_jax import command, figures
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.training import inference, progress
 
@@ -25,10 +25,11 @@ def first_kernels(trained: inference.Run) -> np.ndarray:
 
 
 def main() -> None:
-    parser = figures.parser('visualize', __doc__, output='kernels.png')
+    parser = figures.parser('visualize', __doc__, output='PNG file (default: kernels.png in RUN)')
     parser.add_argument('--per_kernel', action='store_true', help='normalize each kernel by itself')
     parser.add_argument('--scale', type=int, default=6, help='side of a weight in pixels')
     args = figures.start(parser)
+    output = figures.output(args, 'kernels.png')
     if not 1 <= args.scale <= 100:
         raise UserError(f'--scale={args.scale}: must be 1 to 100 pixels')
     mesh = meshes.make((1, 1), towers=1, batches={})
@@ -36,11 +37,11 @@ def main() -> None:
     kernels = first_kernels(trained)
     towers, h, w, _, count = kernels.shape
     print(
-        f'{args.run}, step {trained.step:,}: {towers * count} kernels of {h} x {w}, towers: {towers}, '
-        f'weights from {kernels.min():.3g} to {kernels.max():.3g}'
+        f'{printable(args.run)}, step {trained.step:,}: {towers * count} kernels of {h} x {w}, '
+        f'towers: {towers}, weights from {kernels.min():.3g} to {kernels.max():.3g}'
     )
     picture = progress.kernel_picture(kernels, scale=args.scale, per_kernel=args.per_kernel)
-    figures.write(args.output, figures.png(picture))
+    figures.write(output, figures.png(picture))
 
 
 if __name__ == '__main__':

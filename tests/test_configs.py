@@ -32,6 +32,7 @@ def changed(**layers):
 TABLE = {
     ('paper', ()): (PAPER, 60_965_224),
     ('original', ()): (PAPER, 60_965_224),
+    ('folder', ()): (PAPER, 60_965_224),
     ('caffe', ()): (PAPER, 60_965_224),
     ('caffenet', ()): (PAPER, 60_965_224),
     ('large_batch', ()): (PAPER, 60_965_224),
@@ -115,6 +116,13 @@ def test_parameter_counts(preset, overrides):
     layers = [name for name in net.names if name in params]
     counts = tuple(sum(x.size for x in jax.tree.leaves(params[name])) for name in layers)
     assert (counts, sum(counts)) == TABLE[preset, overrides]
+
+
+def test_the_small_network_for_folders():
+    config = load('folder', 'small')
+    _, params = shapes(config)
+    assert sum(x.size for x in jax.tree.leaves(params)) == 2_818_120
+    assert config.augment.crop / config.data.size == 224 / 256
 
 
 @pytest.mark.parametrize('preset', [preset for preset, overrides in TABLE if not overrides])

@@ -3,8 +3,10 @@
 The axis `model` shards the towers, the axis `data` the images of a batch.
 """
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
 import jax
 import jaxlib
@@ -15,6 +17,18 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.common.errors import UserError, one_line
 from alexnet_jax.devices.backend import choices
 
+# What JAX must be set to, whatever the environment or the caller says, by the names in `jax`: other values
+# change the numbers of a run or are errors in it.
+SETTINGS = {
+    'enable_x64': False,
+    'default_prng_impl': 'threefry2x32',
+    'threefry_partitionable': True,
+    'debug_key_reuse': False,
+    'numpy_dtype_promotion': 'standard',
+    'transfer_guard': 'allow',
+    'disable_jit': False,
+}
+
 
 def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
     """Configures JAX. Call this before anything uses JAX.
@@ -23,6 +37,8 @@ def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
     where the fastest kernels of some operations add in any order (CPUs reproduce them anyway). Raises
     UserError for an invalid number of devices in JAX's own variable.
     """
+    for name, value in {**SETTINGS, 'random_seed_offset': 0}.items():
+        jax.config.update(f'jax_{name}', value)
     flags = []
     if deterministic:
         flags.append('--xla_gpu_deterministic_ops=true')
@@ -68,6 +84,15 @@ def _in_one_line(record: logging.LogRecord) -> bool:
         record.msg = f'{record.getMessage()}: {one_line(record.exc_info[1])}'
         record.args, record.exc_info = (), None
     return True
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """A context, or a decorator, with `SETTINGS`, for functions that other programs call too."""
+    with contextlib.ExitStack() as stack:
+        for name, value in SETTINGS.items():
+            stack.enter_context(getattr(jax, name)(value))
+        yield
 
 
 def keep_programs() -> None:

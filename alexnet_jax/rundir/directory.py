@@ -1,6 +1,6 @@
 """The run directory: the run of one config, with everything needed to resume or use it.
 
-    config.json     the config; later starts must have the same, except for `config.run`
+    config.json     the config of the last start; what can differ between starts: `check`
     run.json        one entry per start: time, command, commit, versions, devices, processor
     store.json      description of the store
     names.txt       its class names
@@ -22,6 +22,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from collections.abc import Collection
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.devices import cpu
-from alexnet_jax.input.store import Store
+from alexnet_jax.input.store import TRAINING, Store
 
 LATER = {  # fields that older runs lack, and the values that they imply
     'data': {'exif': 'auto'},
@@ -94,8 +95,23 @@ def _free(field: str, config) -> bool:
     return field.startswith('config.run.') and not decides
 
 
-def check(config, workdir: paths.Path) -> None:
-    """Raises UserError if `workdir` is not writable or holds a run that differs beyond `config.run`."""
+def differences(config, workdir: paths.Path) -> dict[str, str]:
+    """What differs between a config and that of the run in `workdir`, in words, by the field's full name."""
+    if not (workdir / 'config.json').exists():
+        return {}
+    there, here = (configfile.fields(ConfigDict(c)) for c in (read_config(workdir), _plain(config)))
+    return {
+        name: f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    }
+
+
+def check(config, workdir: paths.Path, *, free: Collection[str] = ()) -> None:
+    """Raises UserError if `workdir` is not writable or holds a run of another config.
+
+    Only fields of `config.run`, and the fields `free`, can differ from those of that run.
+    """
     if paths.is_remote(workdir):
         paths.try_bucket(workdir)
     else:
@@ -108,19 +124,20 @@ def check(config, workdir: paths.Path) -> None:
             raise UserError(
                 f'--workdir={workdir}: {there} is not a writable folder ({reason(error)}); give another'
             ) from error
-    if not (workdir / 'config.json').exists():
-        return
-    there, here = (configfile.fields(ConfigDict(c)) for c in (read_config(workdir), _plain(config)))
+    different = differences(config, workdir)
     fields = [
-        f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name) and not _free(name, config)
+        text for name, text in different.items() if name not in free and not _free(name, config)
     ]
     if fields:
-        raise UserError(
-            f'{workdir} holds a run of another config ({"; ".join(fields)}); '
-            'give another --workdir or remove this one'
-        )
+        raise another(workdir, fields)
+
+
+def another(workdir: paths.Path, fields: Collection[str], why: str = '') -> UserError:
+    """The error for a work directory whose run has another config; fields: texts of `differences`."""
+    return UserError(
+        f'{workdir} holds a run of another config ({"; ".join(fields)}){why}; '
+        'give another --workdir or remove this one'
+    )
 
 
 def write(config, workdir: paths.Path, store: Store) -> None:
@@ -175,7 +192,7 @@ def commit() -> str:
             __file__
         ).parent  # of an installed package, perhaps in another repository
         return subprocess.run(
-            ['git', *arguments], cwd=folder, capture_output=True, text=True, check=False
+            ['git', *arguments], cwd=folder, capture_output=True, encoding='utf-8', check=False
         )
 
     try:
@@ -230,7 +247,7 @@ def check_store(workdir: paths.Path, store: Store) -> None:
         return
     facts, counts = read_facts(workdir), _read_store(workdir).get('counts')
     same = facts.names == store.names and np.array_equal(facts.mean, store.mean)
-    if not same or counts not in (None, store.counts):
+    if not same or counts and any(counts.get(s) != store.counts[s] for s in TRAINING):
         raise UserError(
             f'{workdir} was trained on different images from those now in {store.path}; '
             'restore them or give another --workdir'

@@ -1,5 +1,6 @@
 """Evaluation as in the paper: centre crop, ten crops (§4.1), and ensembles, with exact counts."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax.common.errors import printable
 from alexnet_jax.devices import distributed
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices.backend import choices
@@ -25,17 +27,40 @@ from alexnet_jax.training.inference import (
 
 
 def evaluate(
-    predicts: Sequence[Predict], mesh: Mesh, store: Store, *, split: str, batch: int, threads: int
+    predicts: Sequence[Predict],
+    mesh: Mesh,
+    store: Store,
+    *,
+    split: str,
+    batch: int,
+    threads: int,
+    confusion: bool = False,
 ) -> dict:
     """Returns the sums of `metrics.count`, also by class, over a split, each image counted once.
 
     predicts: one function per member of the ensemble; their probabilities are averaged.
+    confusion: adds 'confusion' i64[K,K], how many images of class i were taken for class j.
     """
-    score = steps.make_score(mesh)
-    parts = _of_batches(score, predicts, mesh, store, split=split, batch=batch, threads=threads)
-    sums = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *parts)
-    if sums['count'] != store.counts[split]:
-        raise AssertionError(f'counted {sums["count"]:g} pictures, not {store.counts[split]}')
+    score, labels = steps.make_score(mesh), store.labels(split)
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+    def guesses(probabilities, labels, mask):
+        return {'guess': metrics.guess(probabilities, labels)} if confusion else {}
+
+    def both(*of_batch):
+        return score(*of_batch), guesses(*of_batch)
+
+    parts = _of_batches(both, predicts, mesh, store, split=split, batch=batch, threads=threads)
+    sums = jax.tree.map(
+        lambda *x: np.sum(x, axis=0, dtype=np.float64), *(counted for counted, _ in parts)
+    )
+    if sums['count'] != len(labels):
+        raise AssertionError(f'counted {sums["count"]:g} pictures, not {len(labels)}')
+    if confusion:
+        taken = np.concatenate([guessed['guess'] for _, guessed in parts])[: len(labels)]
+        pairs = np.int64(store.classes) * labels + taken
+        counts = np.bincount(pairs, minlength=store.classes**2)
+        sums['confusion'] = counts.reshape(store.classes, store.classes)
     return sums
 
 
@@ -64,6 +89,7 @@ def _of_batches(
     return jax.device_get(parts)
 
 
+@meshes.settings()
 def compare(
     run_dirs: Sequence[str | os.PathLike],
     *,
@@ -73,19 +99,21 @@ def compare(
     store: str = '',
     batch: int = 100,
     threads: int = 0,
+    confusion: bool = False,
     build: Callable = build,
 ) -> dict[tuple[str, str], dict]:
     """Returns sums by (name, view) for each run, and for several runs also their ensemble ('N CNNs').
 
-    store: the folder of the prepared images, if not that of the first run; build: see
-    `inference.describe_run`. Raises UserError for paths that are not run directories, for damaged
-    checkpoints, and for runs on different classes.
+    store: the folder of the prepared images, if not that of the first run; confusion: see `evaluate`;
+    build: see `inference.describe_run`. Raises UserError for paths that are not run directories, for
+    damaged checkpoints, for runs on different classes, and for a split that the store does not have.
     """
     runs = [describe_run(path, build) for path in run_dirs]
     towers = {run.net.towers for run in runs}
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
     opened = open_store(runs, store)
+    opened.check_split(split)
     runs = [restore_run(run, mesh, step) for run in runs]
     # A training run may save a checkpoint meanwhile.
     distributed.agree({f'the step of {r.path}': r.step for r in runs})
@@ -99,11 +127,18 @@ def compare(
             members.append((f'{len(runs)} CNNs', predicts))
         for name, ensemble in members:
             results[name, view] = evaluate(
-                ensemble, mesh, opened, split=split, batch=batch, threads=threads
+                ensemble,
+                mesh,
+                opened,
+                split=split,
+                batch=batch,
+                threads=threads,
+                confusion=confusion,
             )
     return results
 
 
+@meshes.settings()
 def hits(
     run_dir: str | os.PathLike,
     *,
@@ -122,6 +157,7 @@ def hits(
     trained = describe_run(run_dir, build)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': batch})
     opened = open_store([trained], store)
+    opened.check_split(split)
     trained = restore_run(trained, mesh, step)
     predict = predictor(trained, mesh, views)
     right = jax.jit(
@@ -134,6 +170,7 @@ def hits(
 
 def table(results: dict[tuple[str, str], dict]) -> str:
     """Formats what `compare` returns like the paper's tables 1 and 2."""
+    results = {(printable(name), view): sums for (name, view), sums in results.items()}
     width = max(len('Model'), *(len(name) for name, _ in results))
     columns = {name: head for name, (_, head) in metrics.TEXT.items() if head}
     heads = '  '.join(f'{head:>{max(7, len(head))}}' for head in columns.values())
@@ -154,7 +191,7 @@ def class_table(results: dict[tuple[str, str], dict], names: Sequence[str]) -> s
     errors = [metrics.class_errors(one) for one in sums]
     width = max(len('Class'), *map(len, names))
     heads = '  '.join(f'{i:>7}' for i in range(1, len(sums) + 1))
-    lines = [f'({i}) {name}, {view}' for i, (name, view) in enumerate(results, start=1)]
+    lines = [f'({i}) {printable(name)}, {view}' for i, (name, view) in enumerate(results, start=1)]
     lines.append(f'{"Class":{width}}  {heads}  Pictures')
     for k, name in enumerate(names):
         row = '  '.join(f'{error[k]:5.1f} %' for error in errors)

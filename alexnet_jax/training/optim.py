@@ -1,5 +1,6 @@
 """The paper's SGD, LARS, and all learning rates as one pure function on the host."""
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -21,16 +22,17 @@ DECAYING = ('kernel', 'depthwise')  # roles of the parameters with weight decay
 def make(
     net: Network,
     *,
-    name: str,
     momentum: float,
     decay: float,
-    trust: float,
+    name: str = 'sgd',
+    trust: float = 0.001,
     decays: tuple[tuple[str, float], ...] = (),
     freeze: tuple[str, ...] = (),
     axis: str | None = None,
 ):
     """Returns the optimizer `config.optim.name` for a network's parameters.
 
+    Its update takes the rates of `make_rates`, at least 'weights', 'biases' and 'conv1', as `rates`.
     decays: ((layer, decay), ...) for layers with their own weight decay; freeze: layers that do not
     change. axis: the mesh axis that divides the network; None if each device has all of it.
     """
@@ -278,3 +280,10 @@ def make_rates(
         }
 
     return rates
+
+
+# The fields of `config.optim` that determine only the rates.
+SCHEDULE = {*inspect.signature(make_rates).parameters} - {
+    *('examples', 'batch'),
+    *inspect.signature(make).parameters,
+}

@@ -47,7 +47,9 @@ def test_commands_where_devices_are_not_there(tmp_path, command):
 
 @pytest.mark.parametrize('count', [0, -7])
 def test_an_impossible_number_of_devices(monkeypatch, count):
-    monkeypatch.setattr(jax, 'config', SimpleNamespace(jax_num_cpu_devices=count))
+    monkeypatch.setattr(
+        jax, 'config', SimpleNamespace(jax_num_cpu_devices=count, update=lambda *args: None)
+    )
     with pytest.raises(UserError, match=f'JAX_NUM_CPU_DEVICES={count}: must be at least 1'):
         mesh.configure()
 

@@ -3,7 +3,9 @@
 google-cloud-storage, which orbax uses to query the type of bucket, is a fake as well.
 """
 
+import argparse
 import contextlib
+import io
 import json
 import re
 import sys
@@ -16,9 +18,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import alexnet_jax
+from alexnet_jax import figures
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import distributed
+from alexnet_jax.input.store import open_store
 from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import directory, metrics
 from alexnet_jax.rundir.checkpoint import Checkpoints, SaveError
@@ -154,9 +158,9 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
 
     # Another config is refused, as on disk.
     with pytest.raises(
-        UserError, match='gs://bucket/run holds a run of another config .*optim.epochs'
+        UserError, match='gs://bucket/run holds a run of another config .*optim.momentum'
     ):
-        loop.train(make_config(store), run)
+        loop.train(make_config(store, **{'optim.momentum': 0.5}), run)
 
 
 STATE = {'a': jnp.arange(6000.0), 'b': {'c': jnp.ones((3, 5))}}
@@ -260,6 +264,10 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
         paths.path('s3://bucket/run')
     with pytest.raises(UserError, match='/gs/run: .*would treat this as a bucket'):
         paths.path('/gs/run')
+    with pytest.raises(UserError, match='etils would treat this as a bucket'):
+        paths.path('/hf/run')
+    with pytest.raises(UserError, match=r'gs://bucket/a\[b]: \[ would be taken for a pattern'):
+        paths.path('gs://bucket/a[b]')
     workdir = paths.path('gs://bucket/new')
     before = dict(bucket.objects)
     directory.check(None, workdir)
@@ -290,3 +298,24 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, 'google.cloud.storage', None)
     with pytest.raises(UserError, match='pip install google-cloud-storage'):
         directory.check(None, workdir)
+
+
+def test_what_commands_write_by_default_goes_to_the_bucket(bucket, store, monkeypatch, capsys):
+    """A failure to write is one line that names the file."""
+    directory.write(make_config(store), paths.path('gs://bucket/run'), open_store(store))
+    args = argparse.Namespace(run='gs://bucket/run', output=None)
+    name = figures.output(args, 'features-fc7.npz')
+    assert name == 'gs://bucket/run/features-fc7.npz'
+    figures.write(name, lambda file: np.savez(file, features=np.arange(3)))
+    assert capsys.readouterr().out == f'wrote {name}\n'
+    with np.load(io.BytesIO(bucket.objects['bucket/run/features-fc7.npz'][0])) as found:
+        assert found['features'].tolist() == [0, 1, 2]
+
+    def deny(*args):
+        raise RuntimeError('403:\nno access')
+
+    monkeypatch.setattr(Bucket, 'put', deny)
+    with pytest.raises(
+        UserError, match='features-fc7.npz: cannot be written .RuntimeError: 403: no'
+    ):
+        figures.write(name, b'content')
