@@ -61,6 +61,8 @@ def test_a_store_that_is_there_is_opened(run):
     (run / 'run.json').unlink()
     assert str(inference.open_store([changed(run, store='made')]).path) == 'made'
     shutil.copytree(made, 'data/tree-72-u8')
+    info = json.loads((made / 'store.json').read_text()) | {'source': str(run.parent / 'tree')}
+    (run.parent / 'data/tree-72-u8/store.json').write_text(json.dumps(info))
     assert str(inference.open_store([changed(run, store='')]).path) == 'data/tree-72-u8'
     assert inference.open_store([changed(run, store='gone')], str(made)).path == made
 
