@@ -13,8 +13,8 @@ Every run has the same few epochs, with the rate divided by 10 after two thirds 
 
 from typing import NamedTuple
 
+from experiments import ablations, statistics
 from experiments import lab as labs
-from experiments import statistics
 
 TITLE = 'Initial values and learning rates for tanh (§3.1)'
 NOTES = {
@@ -56,27 +56,11 @@ SETTINGS = [
     Setting('paper', 'tanh', 1.0, 0.01, 0.01),
     *(Setting('paper', 'tanh', 0.0, 0.001, rate) for rate in (0.03, 0.06)),
 ]
+SHORT = {'optim.epochs': 6.0, 'optim.drops': (4.0, 5.0)}
 SCALES = {
-    'smoke': {
-        'data.source': 'alexnet_shapes',
-        'data.size': 128,
-        'data.format': 'u8',
-        'augment.crop': 112,
-        'model.width': 0.0625,
-        'train.batch': 8,
-        'run.eval_batch': 100,
-        'run.log_every': 1,
-        'optim.epochs': 0.008,
-    },
-    'small': {
-        'data.size': 128,
-        'augment.crop': 112,
-        'model.width': 0.25,
-        'run.log_every': 10,
-        'optim.epochs': 6.0,
-        'optim.drops': (4.0, 5.0),
-    },
-    'full': {'optim.epochs': 6.0, 'optim.drops': (4.0, 5.0)},
+    'smoke': {**ablations.TINY, 'optim.epochs': 0.008},
+    'small': {**ablations.SMALL, **SHORT, 'run.log_every': 10},
+    'full': SHORT,
 }
 
 
