@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from alexnet_jax import command, figures
-from alexnet_jax.common.errors import UserError, printable
+from alexnet_jax.common.errors import UserError, choose, printable
 from alexnet_jax.devices import cpu
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import images, threads
@@ -64,16 +64,18 @@ def main() -> None:
     trained = inference.describe_run(args.run)
     there = [*steps.activations(trained.net, trained.config['augment']['crop'])]
     layer = args.layer or there[-1]
+    choose('--layer', layer, [*there, trained.net.names[-1]])
     output = figures.output(args, f'features-{layer.replace("/", "-")}.npz')
     paths = [] if args.split else figures.files(args)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': args.batch})
+    if args.split:
+        store = inference.open_store([trained], args.store)
+        store.check_split(args.split)
     trained = inference.restore_run(trained, mesh, args.step)
     features = inference.make_features(trained, mesh, layer)
     names = trained.facts.names
     pictures, numbers = None, []
     if args.split:
-        store = inference.open_store([trained], args.store)
-        store.check_split(args.split)
         count = store.counts[args.split]
         rows = np.arange(args.batch)
         batches = eval_batches(store, args.split, batch=args.batch, rows=rows, threads=args.threads)

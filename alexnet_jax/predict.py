@@ -186,6 +186,8 @@ def main() -> None:
         )
     if args.csv == args.json == '-':
         raise UserError('--csv=- and --json=- cannot share standard output: give one a file')
+    if args.csv and args.csv == args.json:
+        raise UserError(f'--csv={args.csv} and --json={args.json}: give each its own file')
     for name in ('csv', 'json'):
         if getattr(args, name) not in (None, '-'):
             figures.check_file(f'--{name}', getattr(args, name))

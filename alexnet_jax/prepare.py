@@ -59,7 +59,8 @@ def main() -> None:
         f'{made.classes} classes, {time.monotonic() - began:.1f} s'
     )
     print(
-        f'mean colour {made.mean.mean((0, 1)).round(2)}, standard deviations {made.sigma.round(2)}'
+        f'mean colour (R G B) {made.mean.mean((0, 1)).round(2)}, standard deviations along the principal '
+        f'axes {made.sigma.round(2)}'
     )
 
 

@@ -13,6 +13,7 @@ Every run has the same few epochs, with the rate divided by 10 after two thirds 
 
 from typing import NamedTuple
 
+from alexnet_jax.common import configfile
 from experiments import ablations, statistics
 from experiments import lab as labs
 
@@ -36,12 +37,11 @@ class Setting(NamedTuple):
         return ' '.join(map(str, self))
 
     def changes(self) -> dict:
-        std = (self.std, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
-        one = (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+        model = configfile.load(f'configs/{self.preset}.py').model
         return {
             'model.activation': self.activation,
-            'model.bias': tuple(self.biases * bias for bias in one),
-            'model.std': std,
+            'model.bias': tuple(self.biases * bias for bias in model.bias),
+            'model.std': (self.std, *model.std[1:]),
             'optim.rate': self.rate,
         }
 

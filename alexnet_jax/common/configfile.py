@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.common.paths import Path
@@ -23,6 +23,7 @@ _PACKAGE = Path(__file__).parents[1]
 # A wheel has the presets inside the package, a checkout beside it.
 PRESETS = _PACKAGE / 'configs' if (_PACKAGE / 'configs').is_dir() else _PACKAGE.parent / 'configs'
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which devices compute
+LONG = 300  # characters of an error from a config file that are shown
 
 
 def find(name: str) -> str:
@@ -67,7 +68,10 @@ def load(argument: str) -> ConfigDict:
         if text.startswith('get_config() takes'):
             kind, text = '', f'this config has no variants: --config={name}'
         at = lines[-1] if lines else ''
+        text = text if len(text) <= LONG else f'{text[:LONG]} ...'
         raise UserError(f'--config={argument}: {at}{kind}{text}') from error
+    if isinstance(config, FrozenConfigDict):
+        config = ConfigDict(config)
     if not isinstance(config, ConfigDict):
         raise UserError(
             f'--config={argument}: must define get_config() and return a ConfigDict from it, as '

@@ -48,7 +48,7 @@ class Undecodable(Exception):
 
 
 def decode(data: bytes | np.ndarray | Image.Image, *, exif: bool = False) -> Image.Image:
-    """Decodes an image file of any format, u8 or u16[H,W,C], or Pillow's image of any mode, to RGB.
+    """Decodes an image file of any format, u8 or u16[H,W,C], or Pillow's image, to RGB.
 
     Transparency is dropped. Of 16 bits per channel, the high byte is kept. exif: turns the image upright
     as its EXIF orientation says. (TIFF and HEIF images are always upright.)
@@ -205,9 +205,11 @@ def read(path: str, size: int, *, exif: bool) -> np.ndarray:
     Raises InputError if the file cannot be read or decoded.
     """
     try:
-        content = paths.Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f'{path}: cannot be read: {reason(error)}; give a picture file') from error
+        content = paths.Path(path or 'the empty path').read_bytes()
+    except (OSError, ValueError) as error:  # the latter for a null byte
+        raise InputError(
+            f'{path or "an empty path"}: cannot be read: {reason(error)}; give a picture file'
+        ) from error
     try:
         return square(content, size, exif=exif)
     except Undecodable as error:

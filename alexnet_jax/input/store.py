@@ -31,10 +31,7 @@ from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input.threads import ordered_map
 
 FORMATS = ('jpg', 'u8')
-TRAINING = (
-    'train',
-    'val',
-)  # the splits that training reads; `test`, if there is one, is evaluated only
+TRAINING = ('train', 'val')  # the splits that training reads; a test split is only evaluated
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +84,8 @@ class Store:
             raise UserError(
                 f'{self.path} has no split {split!r}, only {", ".join(self.splits)}'
                 + (f': its val is {self.validation}' if self.validation else '')
-                + '; to have one, add labeled test images to the source, remove the store and prepare '
-                'it again'
+                + '; a store has one if its source has labeled test images besides validation images: add '
+                'those, remove the store and prepare it again'
             )
 
     def records(self, split: str, indices: Sequence[int]) -> list[bytes]:

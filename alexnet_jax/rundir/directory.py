@@ -41,6 +41,14 @@ LATER = {  # fields that older runs lack, and the values that they imply
     'model': {'net': 'alexnet'},
 }
 
+DATA = {
+    'source': str,
+    'dir': str,
+    'store': str,
+    'format': str,
+    'size': int,
+}  # types in `config.data`
+
 
 class Facts(NamedTuple):
     """What is needed to use a network, besides its parameters."""
@@ -55,6 +63,9 @@ def read_config(path: str | os.PathLike) -> dict:
     file = paths.path(path) / 'config.json'
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
+        for name, kind in DATA.items():
+            if type(config['data'].get(name, kind())) is not kind:
+                raise ValueError(f'data.{name} is {config["data"][name]!r}')
         return config | {part: fields | config[part] for part, fields in LATER.items()}
     except (paths.failures(file), ValueError, KeyError, TypeError) as error:
         raise UserError(

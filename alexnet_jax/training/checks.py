@@ -180,6 +180,6 @@ def schedule(
             if old[name] != new[name]:
                 values = f'{name} {old[name]:.6g} there, {new[name]:.6g} here'
                 raise directory.another(
-                    workdir, changed, f', with other rates from step {s:,} on ({values})'
+                    workdir, changed, f', but the rates differ from step {s:,} on ({values})'
                 )
     return changed, history

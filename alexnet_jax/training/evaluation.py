@@ -174,7 +174,7 @@ def table(results: dict[tuple[str, str], dict]) -> str:
     width = max(len('Model'), *(len(name) for name, _ in results))
     columns = {name: head for name, (_, head) in metrics.TEXT.items() if head}
     heads = '  '.join(f'{head:>{max(7, len(head))}}' for head in columns.values())
-    lines = [f'{"Model":{width}}  Crops  {heads}  Pictures']
+    lines = ['Errors:', f'{"Model":{width}}  Crops  {heads}  Pictures']
     for (name, view), sums in results.items():
         found = metrics.values(sums)
         crops = {'centre': 1, 'ten': 10}[view]
@@ -192,7 +192,7 @@ def class_table(results: dict[tuple[str, str], dict], names: Sequence[str]) -> s
     width = max(len('Class'), *map(len, names))
     heads = '  '.join(f'{i:>7}' for i in range(1, len(sums) + 1))
     lines = [f'({i}) {printable(name)}, {view}' for i, (name, view) in enumerate(results, start=1)]
-    lines.append(f'{"Class":{width}}  {heads}  Pictures')
+    lines += ['Top-1 errors:', f'{"Class":{width}}  {heads}  Pictures']
     for k, name in enumerate(names):
         row = '  '.join(f'{error[k]:5.1f} %' for error in errors)
         lines.append(f'{name:{width}}  {row}  {sums[0]["class_count"][k]:8,.0f}')

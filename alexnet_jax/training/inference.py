@@ -155,7 +155,7 @@ def padded(images: np.ndarray, batch: int) -> Iterator[Batch]:
 class Classifier:
     """What `alexnet_jax.load` returns: images -> probabilities, with `names`, one per class.
 
-    An image is a path, a picture of PIL in any mode, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4]:
+    An image is a path, a picture of PIL, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4]:
     uint8, or floats from 0 to 1, which are rounded to multiples of 1/255. They can have any sizes, and
     are read like training images: turned by their EXIF orientation if those were, without alpha channel
     (dropped, not composited), the central square resized. Several images are a list, a tuple, or an

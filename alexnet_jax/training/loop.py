@@ -67,7 +67,7 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
 
     _describe(setup, state, resuming=bool(there))
     for text in changed:
-        log.info('another schedule: %s', text)
+        log.info('continuing with another schedule: %s', text)
     if changed and setup.config.run.dispatch > 1:
         log.warning(
             'config.run.dispatch=%s: a run that had this schedule from the start could have grouped its '
@@ -158,10 +158,10 @@ class Loop:
         self.config = self.setup.config.run
         self.step = self.first = int(self.state.step)
         self.pending: Dispatch | None = None  # the previous one; its sums are read a dispatch late
-        self.clock = progress.Clock()
         self.images = 0.0  # since the last row, in this start only; `running` may be older
         self.stuck = diagnosis.Stuck(self.config.stuck_after, self.setup.store.classes)
-        self.local_batches = self.setup.batches(self.step)
+        self.local_batches = self.setup.batches(self.step)  # may import TensorFlow for seconds
+        self.clock = progress.Clock()
         self.compiled = {}  # seconds, by the size of the dispatch
         self.tracing = False
 
@@ -187,8 +187,7 @@ class Loop:
                     log.info('step %s: stopping (%s), saving a checkpoint', f'{self.step:,}', asked)
                 self.save(last=over or asked)
             elif evaluated:  # the checkpoint that this start began with
-                self.writer.sync()
-                self.checkpoints.amend(self.step, self.meta())
+                self.amend()
             if over or asked:
                 break
             sent = self.dispatch(batch)
@@ -274,6 +273,14 @@ class Loop:
         except checkpoint.SaveError as error:
             if last:
                 raise
+            self.tolerate(error)
+
+    def amend(self) -> None:
+        """Adds an evaluation to the checkpoint that this start began with."""
+        self.writer.sync()
+        try:
+            self.checkpoints.amend(self.step, self.meta())
+        except checkpoint.SaveError as error:
             self.tolerate(error)
 
     def tolerate(self, error: checkpoint.SaveError) -> None:
@@ -363,3 +370,4 @@ class Loop:
             self.report()
             jax.profiler.stop_trace()
             self.tracing = False
+            log.info('wrote %s', printable(str(self.workdir / 'profile')))

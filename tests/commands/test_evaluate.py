@@ -85,7 +85,7 @@ def test_the_test_split_is_evaluated(run, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     matrix = expected(run, 'test', 'centre')
     wrong = 100 * (TEST - np.trace(matrix)) / TEST
-    assert f'{wrong:.2f} %' in said[1] and said[1].split()[-1] == str(TEST)
+    assert f'{wrong:.2f} %' in said[2] and said[2].split()[-1] == str(TEST)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,7 @@ def test_a_store_without_a_test_split(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dirs, 'write_store', without)
     made = write_run(tmp_path / 'made')
     (tmp_path / 'here').mkdir()
-    message = (
-        "made/store has no split 'test', only train, val; to have one, add labeled test images"
-    )
+    message = "made/store has no split 'test', only train, val; a store has one if its source has labeled test images"
     arguments = ['RUN', '--split=test', '--batch=8']
     refuses(monkeypatch, tmp_path / 'here', evaluate, made.path, arguments, message)
 

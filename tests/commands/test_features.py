@@ -105,7 +105,7 @@ def test_too_many_activations(run, tmp_path, monkeypatch):
         (['RUN'], 'give either pictures, folders or --list=FILE, or --split=val'),
         (['RUN', 'text.jpg', '--split=val'], 'give either pictures'),
         (['RUN', '--split=all'], 'invalid choice'),
-        (['RUN', '--split=val', '--layer=fc9'], "layer='fc9': choose one of conv1, .*, fc7, fc8"),
+        (['RUN', '--split=val', '--layer=fc9'], "--layer='fc9': choose one of conv1, .*, fc7, fc8"),
         (['RUN', '--split=val', '--output=f.png'], 'features are written as NPZ; end the name in'),
         (['RUN', '--split=val', '--threads=-1'], '--threads=-1'),
         (['RUN', '--split=val', '--batch=0'], '--batch=0'),

@@ -111,12 +111,21 @@ def test_names_of_files_that_look_like_something_else(elsewhere, name):
     assert configfile.load(name).seed == (0 if name == 'paper' else 7)
 
 
+def test_a_frozen_config(elsewhere):
+    (elsewhere / 'mine.py').write_text(
+        'from ml_collections import FrozenConfigDict\n\nfrom configs import quickstart\n\n\n'
+        'def get_config():\n    return FrozenConfigDict(quickstart.get_config())\n'
+    )
+    assert configfile.load('mine.py').to_dict() == configfile.load('quickstart').to_dict()
+
+
 @pytest.mark.parametrize(
     ('line', 'words'),
     [
         ('config.run.foo = 1', 'line 6: .*foo'),
         ('config.optim.rtae = 0.1', 'line 6: .*rtae'),
         ('raise SystemExit(3)', 'line 6: SystemExit: 3'),
+        ('raise ValueError("abc " * 999)', r'line 6: ValueError: (abc ){74}abc  \.\.\.$'),
         ('raise type("Own", (BaseException,), {})("a\\nb")', 'line 6: Own: a b'),
         ('return type(config)()', 'lacks config.augment.chunk and [0-9]+ more of the fields in '),
         ('return {}', 'must define get_config'),

@@ -34,8 +34,10 @@ def files(store):
     return found | {'store.json': {key: description[key] for key in ('classes', 'counts')}}
 
 
-def test_an_empty_folder_of_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize('stray', ['.DS_Store', 'README.txt', ''])
+def test_an_empty_folder_of_its_name(tmp_path, monkeypatch, stray):
     (tmp_path / 'imagenet2012').mkdir()
+    (tmp_path / 'imagenet2012' / stray).touch()
     monkeypatch.chdir(tmp_path)
     for name in ('imagenet2012', str(tmp_path / 'imagenet2012')):
         with pytest.raises(

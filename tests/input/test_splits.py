@@ -58,7 +58,7 @@ def test_the_test_split_changes_nothing_else(tree, tmp_path):
     assert made.identity() == plain.identity()  # runs on one go on with the other
     plain.check_split('val')
     with pytest.raises(
-        UserError, match=r"b has no split 'test', only train, val; to have one, add"
+        UserError, match=r"b has no split 'test', only train, val; a store has one if"
     ):
         plain.check_split('test')
     directory.write(base.get_config(), tmp_path / 'run', plain)

@@ -466,6 +466,16 @@ def test_what_a_start_says_first_and_last(
     assert events[-2:] == [said[-1], 'save']
 
 
+def test_the_start_of_the_input_does_not_count(tmp_path, monkeypatch):
+    """The import of TensorFlow, for one, must not lengthen the time to go."""
+    one, now = Pretended(), iter([100.0, 200.0, 200.5, 201.0])
+    monkeypatch.setattr(loop.progress.time, 'perf_counter', lambda: next(now))
+    monkeypatch.setattr(one, 'batches', lambda step: iter([next(now)]))
+    state = loop.TrainState(step=0, params={}, batch_stats={}, opt_state=())
+    running = loop.Loop(one, tmp_path, one, one, state, {}, {})
+    assert running.clock.interval(8.0)[1] == 16.0
+
+
 def test_saturated_units_are_reported_at_the_first_start(store, tmp_path, caplog):
     changes = {'model.activation': 'tanh', 'run.stop_after': '1', 'model.std': (1.0,) + (0.01,) * 7}
     for dispatch in (1, 2):

@@ -86,6 +86,14 @@ def test_a_bucket_that_only_the_run_names_is_not_copied(run, monkeypatch):
     assert str(inference.open_store([there]).path) == buckets.copy_of(url)
 
 
+@pytest.mark.parametrize(
+    ('name', 'value'), [('store', 5), ('size', '../..'), ('source', None), ('format', ['u8'])]
+)
+def test_values_of_other_types(run, name, value):
+    with pytest.raises(UserError, match=f'not a run directory .*data.{name} is '):
+        changed(run, **{name: value})
+
+
 def test_nothing_in_a_run_directory_is_unpickled(run):
     class Bomb:
         def __reduce__(self):

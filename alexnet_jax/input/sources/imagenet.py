@@ -90,7 +90,7 @@ def recognizes(name: str) -> bool:
         or _unnamed(parts)
         or any(KNOWN.match(file) for file in os.listdir(name) if file not in (TRAIN, VAL))
         or os.path.basename(os.path.abspath(name)) == NAME
-        and not any(os.scandir(name))
+        and not any(entry.is_dir() for entry in os.scandir(name))
     )
 
 
