@@ -116,7 +116,9 @@ def test_a_store_without_a_test_split(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dirs, 'write_store', without)
     made = write_run(tmp_path / 'made')
     (tmp_path / 'here').mkdir()
-    message = "made/store has no split 'test', only train, val; a store has one if its source has labeled"
+    message = (
+        "made/store has no split 'test', only train, val; a store has one if its source has labeled"
+    )
     arguments = ['RUN', '--split=test', '--batch=8']
     refuses(monkeypatch, tmp_path / 'here', evaluate, made.path, arguments, message)
 
