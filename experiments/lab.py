@@ -59,6 +59,7 @@ SCALES = ('smoke', 'small', 'full')
 HERE = pathlib.Path(__file__).parent
 RESULTS, FIGURES = HERE / 'results', HERE / 'figures'
 EARLIER = 'earlier'  # subfolder for results and figures from earlier versions of the code
+NONE = frozenset({''})  # instead of names of runs: matches none
 Rows = list[dict[str, Any]]
 
 
@@ -150,6 +151,8 @@ class Lab:
             *_arguments(last),
         ]
         there = self.results.get(key)
+        if self._only == NONE:
+            return there
         if there and _decisive(there['command']) != _decisive(
             command
         ):  # even if --only names others
@@ -273,7 +276,7 @@ class Lab:
 
     def ask(self, run: Callable[['Lab'], Any]) -> list[str]:
         """Returns the keys, NAME-SEED, of the runs that run(lab) requests; they must be independent."""
-        self._only, self._asked = {''}, []  # matches no run, so none is made
+        self._only, self._asked = NONE, []
         run(self)
         self._only = set()
         return self._asked

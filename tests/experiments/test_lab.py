@@ -540,6 +540,12 @@ def test_a_wrong_only_lists_the_names(tmp_path):
         '--only=d: no such run at --scale=smoke --seeds=2; choose from a b, c, or name a single seed, as '
         "in --only='a b-0'"
     )
+    # also where the stored runs were made with other arguments
+    make(tmp_path, ['--config.data.source=other'], start=leave, seeds=2).run(
+        'c', 0, 'configs/paper.py'
+    )
+    with pytest.raises(UserError, match='--only=d: no such run'):
+        make(tmp_path, start=leave, seeds=2).choose(run, ['d'])
 
 
 def test_what_a_run_still_takes(tmp_path):
