@@ -29,6 +29,10 @@ def get_config() -> ConfigDict:
         {
             'crop': 224,  # pixels, side of the crops the network sees (§4.1)
             'random': True,  # random crops and flips; False: always the centre crop
+            # Mixup: each image is mixed with its neighbor in the batch, in shares drawn from
+            # Beta(mixup, mixup); 0: none. The training error counts the image's own label.
+            'mixup': 0.0,
+            'mixup_off': 0.0,  # epoch from which nothing is mixed; 0: never
             'chunk': 1,  # consecutive images that share a crop offset and a flip; 32 in the source
         }
     )
@@ -72,19 +76,29 @@ def get_config() -> ConfigDict:
     )
     config.optim = ConfigDict(
         {
-            'name': 'sgd',  # or 'lars': each layer scales the rate by its own norm (`large_batch.py`)
+            # or 'lars': each layer scales the rate by its own norm (`large_batch.py`); or 'rmsprop',
+            # TensorFlow's: divides by the root of a running mean of squares (`mobilenet.py`)
+            'name': 'sgd',
             'momentum': 0.9,
-            'decay': 5e-4,  # weight decay, on kernels only (§5)
+            'nesterov': False,  # Nesterov's momentum
+            'decay': 5e-4,  # weight decay (§5)
+            'decay_roles': ('kernel', 'depthwise'),  # which parameters decay; or 'bias', 'scale'
             'decays': (),  # ((layer, decay), ...): layers with their own weight decay
+            'clip': 0.0,  # largest norm of the whole gradient; 0: no limit
+            'rms_decay': 0.9,  # 'rmsprop': of the running mean
+            'rms_epsilon': 1.0,  # 'rmsprop': added to it, inside the root
             'trust': 0.001,  # 'lars': fraction of its norm by which a layer changes per step, at rate 1
             'rate': 0.01,  # initial learning rate (§5)
             'bias_factor': 1.0,  # the biases' rate as a multiple of `rate`; 2 in the source and Caffe
             'bias_drops': True,  # the biases' rate drops with the kernels'
             'bias_final': 0.0,  # the biases' rate from the last drop on; 0: no override
-            'schedule': 'plateau',  # or, running for all `epochs`: 'steps', 'poly' (see `drops`, `power`)
+            # or, running for all `epochs`: 'steps' (at `drops`), 'exponential' (every `drop_every`), or
+            # 'poly', 'linear', 'cosine', which fall to 0
+            'schedule': 'plateau',
             'factor': 0.1,  # multiplies the rate at every drop
             'epochs': 120.0,  # the run ends here at the latest (the paper: roughly 90)
             'drops': (),  # 'steps': the epochs of the drops
+            'drop_every': 1.0,  # 'exponential': epochs between drops
             'power': 2.0,  # 'poly': the rate is multiplied by (1 - step / total steps) ** power
             'patience': 5.0,  # 'plateau': epochs without improvement before a drop
             'threshold': 0.1,  # 'plateau': points of top-1 error that count as an improvement
@@ -98,6 +112,11 @@ def get_config() -> ConfigDict:
         {
             'batch': 128,  # images per step, over all devices
             'init_from': '',  # a run directory whose parameters to start from
+            # Moving average of parameters and statistics: the part that a step keeps, such as 0.9999; 0: none.
+            # The log shows its error beside that of the last parameters.
+            'ema': 0.0,
+            'ema_used': False,  # the average decides the best checkpoint, and is what `load` returns
+            'smoothing': 0.0,  # label smoothing: part of the target spread evenly over all classes
             'freeze': (),  # layers whose parameters do not change, for example ('conv1',)
         }
     )

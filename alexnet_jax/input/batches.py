@@ -47,13 +47,16 @@ def train_batches(
     chunk: int,
     random: bool,
     threads: int,
+    mixup: float = 0.0,
+    mixup_off: float = 0.0,
     reader: str = 'auto',
 ) -> Iterator[Batch]:
     """Yields this process's rows of the global batches for steps start .. stop - 1.
 
     Each is {'image': u8[b,crop,crop,3], 'z': f32[b,3], 'label': i32[b]} with b = len(rows). Row i
     of step s is position s * batch + i of `sampler`; `random=False` takes the centre crop,
-    unmirrored. `chunk`: see `sampler.draws`.
+    unmirrored. `chunk`: see `sampler.draws`. With `mixup`, there is also 'mix': f32[b], the images'
+    shares (`sampler.shares`), all 1 from the epoch `mixup_off` on.
 
     Args:
       rows: indices into the global batch of `batch` rows.
@@ -78,7 +81,12 @@ def train_batches(
         checked = records[(first + rows) % CHECK_EVERY == 0]
         if not random:
             y, x, flip = np.full_like(y, room // 2), np.full_like(x, room // 2), flip & False
-        return Plan(records, y, x, flip, {'z': z, 'label': labels[records]}, checked)
+        rest = {'z': z, 'label': labels[records]}
+        if mixup:
+            off = mixup_off and first >= mixup_off * len(labels)
+            mix = np.ones(batch) if off else sampler.shares(seed, first, batch, mixup)
+            rest['mix'] = mix[rows].astype(np.float32)
+        return Plan(records, y, x, flip, rest, checked)
 
     return _batches(store, 'train', plan, range(start, stop), crop, threads, reader)
 

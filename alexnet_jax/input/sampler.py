@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 # One stream of random words for each kind of draw.
-CROP, COLOUR = 1, 2
+CROP, COLOUR, MIXUP = 1, 2, 3
 
 
 class Draws(NamedTuple):
@@ -50,6 +50,14 @@ def draws(seed: int, first: int, count: int, *, room: int, chunk: int = 1) -> Dr
     angle = 2 * np.pi * u[:, 2:]
     z = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)
     return Draws(y, x, (crop[:, 2] >> np.uint64(63)).astype(bool), z.astype(np.float32))
+
+
+def shares(seed: int, first: int, count: int, alpha: float) -> np.ndarray:
+    """Returns mixup's shares of positions first .. first + count - 1, f32[count] of Beta(alpha, alpha)."""
+    from scipy.special import betaincinv
+
+    uniform = (_words(seed, MIXUP, first, count)[:, 0] >> np.uint64(11)) * 2.0**-53
+    return betaincinv(alpha, alpha, uniform).astype(np.float32)
 
 
 @lru_cache(maxsize=4)  # a batch may span two epochs; 10 MB each for ImageNet

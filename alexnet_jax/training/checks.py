@@ -51,6 +51,16 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         raise UserError(f'config.seed={config.seed}: must be below 2^32')
     if config.augment.chunk < 1:
         raise UserError(f'config.augment.chunk={config.augment.chunk}: must be at least 1')
+    for field in ('mixup', 'mixup_off'):
+        if not config.augment[field] >= 0:
+            raise UserError(f'config.augment.{field}={config.augment[field]}: must be at least 0')
+    for field in ('ema', 'smoothing'):
+        if not 0 <= config.train[field] < 1:
+            raise UserError(
+                f'config.train.{field}={config.train[field]}: must be at least 0 and below 1'
+            )
+    if config.train.ema_used and not config.train.ema:
+        raise UserError('config.train.ema_used=True: there is no average; set config.train.ema')
     if not 0 < config.augment.crop <= config.data.size:
         raise UserError(
             f'config.augment.crop={config.augment.crop} does not fit pictures of '
@@ -92,6 +102,11 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             'config.run.eval_batch': config.run.eval_batch,
         },
     )
+    if config.augment.mixup and config.train.batch % (2 * mesh.shape['data']):
+        raise UserError(
+            f'config.augment.mixup mixes pairs of images: config.train.batch={config.train.batch} must '
+            f'be a multiple of {2 * mesh.shape["data"]}, two per device along data'
+        )
     return mesh, shapes
 
 

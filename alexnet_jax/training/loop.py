@@ -226,7 +226,7 @@ class Loop:
         """Saves the state, after checking that everything that led to it is finite."""
         self.report()
         state = self.state
-        if not self.setup.all_finite((state.params, state.batch_stats, state.opt_state)):
+        if not self.setup.all_finite((state.variables, state.opt_state, state.ema)):
             broken = self.setup.find_broken(state.variables)
             self.diverged(f'step {self.step:,} {NOT_FINITE}: {broken}')
         self.writer.sync()

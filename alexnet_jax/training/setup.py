@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax.common import paths
@@ -25,11 +26,7 @@ def make_optimizer(config, net: Network, mesh: jax.sharding.Mesh):
     """Returns a config's optimizer for a network's parameters on a mesh."""
     return optim.make(
         net,
-        name=config.optim.name,
-        momentum=config.optim.momentum,
-        decay=config.optim.decay,
-        decays=config.optim.decays,
-        trust=config.optim.trust,
+        **{name: config.optim[name] for name in optim.FIELDS},
         freeze=config.train.freeze,
         axis='model' if mesh.shape['model'] > 1 else None,
     )
@@ -63,14 +60,19 @@ class Setup:
             'sigma': store.sigma,
             **config.colour,
         }
+        of_loss = {
+            'seed': config.seed,
+            'freeze': config.train.freeze,
+            'smoothing': config.train.smoothing,
+            **inputs_of,
+        }
         make_step = functools.partial(
             steps.make_train_step,
             net,
             optimizer,
             mesh,
-            seed=config.seed,
-            freeze=config.train.freeze,
-            **inputs_of,
+            ema=config.train.ema,
+            **of_loss,
         )
         return cls(
             config=config,
@@ -84,26 +86,28 @@ class Setup:
             train_steps=make_step(several=True) if config.run.dispatch > 1 else None,
             predict=steps.make_predict(net, mesh, mean=store.mean, views='centre', crop=crop),
             all_finite=steps.make_all_finite(mesh),
-            find_broken=diagnosis.make_find_broken(
-                net, seed=config.seed, freeze=config.train.freeze, **inputs_of
-            ),
+            find_broken=diagnosis.make_find_broken(net, **of_loss),
             saturated=diagnosis.make_saturated(net, **inputs_of) if net.bound else None,
         )
 
     def start(self, checkpoints, init_from: str):
         """Returns (state, history, running sums) at the last checkpoint, or at the beginning."""
         crop = self.config.augment.crop
-        target = steps.abstract_state(self.net, self.optimizer, self.mesh, crop)
+        of_state = {'crop': crop, 'ema': self.config.train.ema > 0}
+        target = steps.abstract_state(self.net, self.optimizer, self.mesh, **of_state)
         if checkpoints.steps():
             _, state, meta = checkpoints.restore(target)
             history = {int(step): error for step, error in meta['history'].items()}
             return state, history, meta['running']
         state = steps.init_state(
-            self.net, self.optimizer, self.mesh, seed=self.config.seed, crop=crop
+            self.net, self.optimizer, self.mesh, seed=self.config.seed, **of_state
         )
         if init_from:
             names = self.store.names
-            state = state.replace(**_variables_from(init_from, self.net, names, target, state))
+            variables = _variables_from(init_from, self.net, names, target, state)
+            state = state.replace(**variables)
+            if state.ema:
+                state = state.replace(ema=jax.tree.map(jnp.copy, variables))
         return state, {}, {}
 
     def batches(self, start: int):
@@ -120,16 +124,30 @@ class Setup:
         )
 
     def evaluate(self, state: steps.TrainState) -> dict[str, float]:
-        """Returns the metrics of the validation split with the centre crop."""
-        sums = evaluation.evaluate(
-            [lambda images: self.predict(state.variables, images)],
-            self.mesh,
-            self.store,
-            split='val',
-            batch=self.config.run.eval_batch,
-            threads=self.config.run.threads,
+        """Returns the metrics of the validation split with the centre crop.
+
+        With a moving average, also the other network's, as 'ema_...' or 'last_...'; `config.train.ema_used`
+        decides which is which.
+        """
+
+        def of(variables):
+            sums = evaluation.evaluate(
+                [lambda images: self.predict(variables, images)],
+                self.mesh,
+                self.store,
+                split='val',
+                batch=self.config.run.eval_batch,
+                threads=self.config.run.threads,
+            )
+            return metrics.values(sums)
+
+        if not state.ema:
+            return of(state.variables)
+        last, ema = of(state.variables), of(state.ema)
+        used, name, other = (
+            (ema, 'last', last) if self.config.train.ema_used else (last, 'ema', ema)
         )
-        return metrics.values(sums)
+        return used | {f'{name}_{key}': value for key, value in other.items()}
 
     def dispatched(self, step: int) -> int:
         """Returns the number of steps in a dispatch: `run.dispatch`, or 1 if an evaluation falls inside.

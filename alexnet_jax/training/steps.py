@@ -32,13 +32,15 @@ VIEWS = {  # offsets as fractions of the room, and flips; in the 2012 code's ord
 class TrainState:
     """The state that training updates. step: i32[], updates made; the others: trees of f32.
 
-    batch_stats: the running statistics of batch normalization, {} for a network without it.
+    batch_stats: the running statistics of batch normalization, {} for a network without it. ema: the
+    moving average of both, {'params', 'batch_stats'}; None unless `config.train.ema` asks for it.
     """
 
     step: jax.Array
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
+    ema: dict | None = None
 
     @property
     def variables(self) -> dict:
@@ -76,6 +78,9 @@ def make_inputs(
 ) -> Callable:
     """Returns inputs(batch, rates) -> f32[B,H,W,3], what the network sees in training.
 
+    A batch with 'mix' f32[B] is mixed: each image gets that share, and the other row of its pair (its
+    row in the global batch XOR 1) the rest (mixup, Zhang et al. 2018).
+
     mean f32[H,W,3], eigenvectors f32[3,3] (columns) and sigma f32[3] come from the store, std and
     rescale from `config.colour`.
     """
@@ -84,24 +89,45 @@ def make_inputs(
     def inputs(batch, rates):
         noise = rates['colour'] * batch['z'] @ axes.T
         divisor = jnp.where(rates['colour'] > 0, 1 + std, 1.0) if rescale and std else 1.0
-        return normalize(batch['image'], mean, noise if std else None, divisor)
+        x = normalize(batch['image'], mean, noise if std else None, divisor)
+        return _mix(x, batch['mix'][:, None, None, None]) if 'mix' in batch else x
 
     return inputs
 
 
-def apply_loss(net: Network, variables, x, labels, seed: int, step, rows, frozen=()):
-    """Runs the net in training mode -> losses f32[B] (nats), logits f32[B,K], activations, batch_stats."""
+def _mix(x, share):
+    """Mixes each row of x [B,...], B even, with its pair's other row."""
+    other = jnp.flip(x.reshape(-1, 2, *x.shape[1:]), axis=1).reshape(x.shape)
+    return share * x + (1 - share) * other
+
+
+def truth(batch, classes: int, smoothing: float) -> jax.Array:
+    """Returns the probabilities f32[B,K] that a batch's images should get, mixed like `make_inputs`.
+
+    smoothing: the part spread evenly over all classes (Szegedy et al. 2016).
+    """
+    # One-hot, because the gradient of indexing is a scatter, which is slow when deterministic.
+    wanted = jax.nn.one_hot(batch['label'], classes)
+    if 'mix' in batch:
+        wanted = _mix(wanted, batch['mix'][:, None])
+    return optax.smooth_labels(wanted, smoothing) if smoothing else wanted
+
+
+def apply_loss(net: Network, variables, x, wanted, seed: int, step, rows, frozen=()):
+    """Runs the net in training mode -> losses f32[B] (nats), logits f32[B,K], activations, batch_stats.
+
+    x f32[B,H,W,3]: see `make_inputs`; wanted f32[B,K]: see `truth`.
+    """
     key = jax.random.fold_in(jax.random.key(seed), step)
     train = network.Training(key, rows, tuple(frozen))
     logits, out, batch_stats = network.apply(net, variables, x, train)
-    # One-hot, because the gradient of indexing is a scatter, which is slow when deterministic.
-    truth = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, truth), logits, out, batch_stats
+    wanted = wanted.astype(logits.dtype)
+    return optax.softmax_cross_entropy(logits, wanted), logits, out, batch_stats
 
 
-def abstract_state(net: Network, optimizer, mesh: Mesh, crop: int) -> TrainState:
+def abstract_state(net: Network, optimizer, mesh: Mesh, crop: int, ema: bool = False) -> TrainState:
     """Returns the shapes and shardings of the state on a mesh, for `init_state` and checkpoints."""
-    shapes = jax.eval_shape(lambda: _init(net, optimizer, 0, crop))
+    shapes = jax.eval_shape(lambda: _init(net, optimizer, 0, crop, ema))
     return meshes.place(mesh, shapes, state_specs(net, shapes, mesh))
 
 
@@ -111,10 +137,13 @@ def abstract_variables(net: Network, mesh: Mesh, crop: int) -> dict:
     return meshes.place(mesh, shapes, _variable_specs(net, shapes, mesh))
 
 
-def _init(net, optimizer, seed, crop):
+def _init(net, optimizer, seed, crop, ema):
     variables = network.init(net, jax.random.key(seed), crop)
     params, batch_stats = variables['params'], variables['batch_stats']
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+    average = jax.tree.map(jnp.copy, variables) if ema else None
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), average
+    )
 
 
 def _variable_specs(net: Network, variables: dict, mesh: Mesh) -> dict:
@@ -133,14 +162,17 @@ def state_specs(net: Network, state: TrainState, mesh: Mesh) -> TrainState:
     opt_specs = jax.tree.map(
         lambda x: specs['params'] if like_params(x) else P(), state.opt_state, is_leaf=like_params
     )
-    return TrainState(P(), specs['params'], specs['batch_stats'], opt_specs)
+    ema = specs if state.ema else None
+    return TrainState(P(), specs['params'], specs['batch_stats'], opt_specs, ema)
 
 
-def init_state(net: Network, optimizer, mesh: Mesh, *, seed: int, crop: int) -> TrainState:
-    """Returns a fresh state, the same on every mesh."""
-    target = abstract_state(net, optimizer, mesh, crop)
+def init_state(
+    net: Network, optimizer, mesh: Mesh, *, seed: int, crop: int, ema: bool = False
+) -> TrainState:
+    """Returns a fresh state, the same on every mesh; ema: with a moving average."""
+    target = abstract_state(net, optimizer, mesh, crop, ema)
     shardings = jax.tree.map(lambda x: x.sharding, target)
-    return jax.jit(lambda: _init(net, optimizer, seed, crop), out_shardings=shardings)()
+    return jax.jit(lambda: _init(net, optimizer, seed, crop, ema), out_shardings=shardings)()
 
 
 def make_train_step(
@@ -151,37 +183,42 @@ def make_train_step(
     seed: int,
     freeze: Sequence[str] = (),
     several: bool = False,
+    smoothing: float = 0.0,
+    ema: float = 0.0,
     **inputs_of,
 ) -> Callable:
     """Returns step(state, batch, rates) -> (state, sums), one update on a global batch.
 
-    batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`; rates: f32
-    scalars by name. sums: those of `metrics.count` over the batch, in training mode. If the loss is
-    not finite, nothing is updated, so that `diagnosis` can find the cause. The state is donated,
-    except on CPUs.
+    batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`, and perhaps
+    'mix' (`make_inputs`); rates: f32 scalars by name. sums: those of `metrics.count` over the batch, in
+    training mode, for the images' own labels. If the loss is not finite, nothing is updated, so that
+    `diagnosis` can find the cause. The state is donated, except on CPUs.
 
     Args:
       freeze: layers whose running statistics do not change; the optimizer freezes their parameters.
       several: make several updates in one program, none after a loss that is not finite; every array
         in batch, rates and sums then has a leading axis, the updates.
+      smoothing: see `truth`.
+      ema: how much of the moving average a step keeps, at most; less at the start, like TensorFlow's:
+        (1 + step) / (10 + step).
       inputs_of: the arguments of `make_inputs`.
     """
     backend = choices(mesh)
     alone = mesh.size == 1  # nothing to exchange: even a sum over one device copies every gradient
     local = net.local(mesh.shape['model'], None if alone else 'data')
-    target = abstract_state(net, optimizer, mesh, inputs_of['mean'].shape[0])
+    target = abstract_state(net, optimizer, mesh, inputs_of['mean'].shape[0], ema > 0)
     specs = jax.tree.map(lambda x: x.sharding.spec, target)
     inputs = make_inputs(**inputs_of)
 
     def step(state, batch, rates):
         labels, size = batch['label'], batch['label'].shape[0]
         rows = jnp.arange(size) + (0 if alone else lax.axis_index('data') * size)
-        x = inputs(batch, rates)
+        x, wanted = inputs(batch, rates), truth(batch, net.classes, smoothing)
 
         def loss(params):
             variables = {'params': params, 'batch_stats': state.batch_stats}
             losses, logits, _, batch_stats = apply_loss(
-                local, variables, x, labels, seed, state.step, rows, freeze
+                local, variables, x, wanted, seed, state.step, rows, freeze
             )
             # Divided by the global batch, because gradients of replicated parameters arrive summed.
             return jnp.sum(losses) / (size * mesh.shape['data']), (logits, losses, batch_stats)
@@ -194,7 +231,13 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rates=rates)
         params = optax.apply_updates(state.params, updates)
         batch_stats = _hold(finite, batch_stats, state.batch_stats)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), sums
+        new = TrainState(state.step + 1, params, batch_stats, opt_state)
+        if ema:
+            count = state.step.astype(jnp.float32)
+            keep = jnp.minimum(jnp.float32(ema), (1 + count) / (10 + count))
+            moved = jax.tree.map(lambda a, x: x + keep * (a - x), state.ema, new.variables)
+            new = new.replace(ema=_hold(finite, moved, state.ema))
+        return new, sums
 
     mapped = step
     if not alone:
@@ -208,7 +251,9 @@ def make_train_step(
             (state, finite), (batch, rates) = carry, inputs
             rates = {name: jnp.where(finite, rate, 0.0) for name, rate in rates.items()}
             new, sums = mapped(state, batch, rates)
-            new = new.replace(batch_stats=_hold(finite, new.batch_stats, state.batch_stats))
+            held = {name: getattr(new, name) for name in ('batch_stats', 'ema')}
+            held = {name: _hold(finite, x, getattr(state, name)) for name, x in held.items()}
+            new = new.replace(**held)
             return (new, finite & jnp.isfinite(sums['loss'])), sums
 
         (state, _), sums = lax.scan(one, (state, True), (batches, rates), unroll=not backend.loop)

@@ -474,7 +474,7 @@ def test_poly_falls_to_zero_at_the_end():
     [
         (
             {'schedule': 'zigzag'},
-            "config.optim.schedule='zigzag': choose one of steps, plateau, poly",
+            "config.optim.schedule='zigzag': choose one of steps, plateau, poly, linear, cosine, exponential",
         ),
         ({'name': 'adam'}, "config.optim.name='adam': choose one of sgd, lars"),
         ({'name': 'lars', 'trust': 0.0}, 'config.optim.trust=0.0: must be above 0'),
