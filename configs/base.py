@@ -112,7 +112,7 @@ def get_config() -> ConfigDict:
         {
             'batch': 128,  # images per step, over all devices
             'init_from': '',  # a run directory whose parameters to start from
-            # Moving average of parameters and statistics: the part that a step keeps, such as 0.9999; 0: none.
+            # Moving average of parameters and statistics: the part a step keeps, such as 0.9999; 0: none.
             # The log shows its error beside that of the last parameters.
             'ema': 0.0,
             'ema_used': False,  # the average decides the best checkpoint, and is what `load` returns
