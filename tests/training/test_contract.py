@@ -206,6 +206,42 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(runs, folder, net, shape)
     assert_same(outcome(train(folder, name, net, shape)), outcome(runs(net, shape)))
 
 
+RECIPE = {
+    'augment.mixup': 0.4,
+    'augment.mixup_off': 1.5,
+    'train.ema': 0.9,
+    'train.ema_used': True,
+    'train.smoothing': 0.1,
+    'optim.name': 'rmsprop',
+    'optim.rate': 0.01,
+    'optim.clip': 1.0,
+    'optim.nesterov': True,
+    'optim.schedule': 'cosine',
+}
+
+
+@pytest.mark.parametrize(('net', 'shape'), [('nested', (2, 1)), ('towers', (2, 2))], ids=str)
+def test_a_modern_recipe_is_the_same_on_every_mesh_and_resumed(folder, net, shape):
+    one = train(folder, f'{net}-recipe', net, **RECIPE)
+    other = train(folder, f'{net}-{shape}-recipe', net, shape, **RECIPE)
+    name = f'{net}-{shape}-recipe-resumed'
+    with pytest.raises(loop.Stopped):
+        train(folder, name, net, shape, **RECIPE, **{'run.stop_after': '4'})
+    assert_same(outcome(train(folder, name, net, shape, **RECIPE)), outcome(other))
+    for run in (one, other):
+        last = metrics.read(run)[-1]
+        images, labels = (
+            open_store(folder / 'three').pixels('val'),
+            open_store(folder / 'three').labels('val'),
+        )
+        found = inference.load(run, 'centre', build=build)(images)  # the average
+        wrong = 100 * (found.argmax(1) != labels).mean()
+        assert last['top1_error'] == pytest.approx(wrong) and last['last_loss'] != last['loss']
+    rows = [metrics.read(run) for run in (one, other)]
+    for row, same in zip(*rows, strict=True):
+        assert row['loss'] == pytest.approx(same['loss'], rel=1e-3)
+
+
 @pytest.mark.parametrize(('net', 'shape'), MESHES, ids=str)
 def test_fine_tuning_takes_everything_but_the_head(runs, folder, net, shape):
     old = variables(runs(net, (1, 1)))
