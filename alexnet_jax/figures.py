@@ -1,12 +1,15 @@
-"""Shared by the commands that draw figures: arguments, choice of pictures, and picture files.
+"""Shared by the commands that use a run: arguments, choice and reading of pictures, and files to write.
 
-`visualize`, `retrieve` and `predict` draw Figures 3 and 4 of the paper from a run directory.
+`visualize`, `retrieve` and `predict` draw Figures 3 and 4 of the paper.
 """
 
 import argparse
 import io
 import os
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -14,15 +17,20 @@ from PIL import Image
 from alexnet_jax import command
 from alexnet_jax.common import class_names, paths
 from alexnet_jax.common.errors import UserError, printable, reason
+from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input.batches import eval_batches
-from alexnet_jax.input.images import Undecodable, square
+from alexnet_jax.input.sources.source import image_files
 from alexnet_jax.input.store import Store
+from alexnet_jax.input.threads import ordered_map
+from alexnet_jax.rundir import directory
 
 DRAWN = 100  # most pictures in a row or column of a figure
+KINDS = {'.png': 'pictures are written as PNG', '.npz': 'features are written as NPZ'}
+SPLITS = {'val': 'validation', 'train': 'training', 'test': 'test'}  # what to call them
 
 
-def parser(name: str, description: str, *, output: str | None) -> argparse.ArgumentParser:
-    """Makes a parser with the common arguments; output: the default of --output, None for no picture."""
+def parser(name: str, description: str, *, output: str) -> argparse.ArgumentParser:
+    """Makes a parser with the common arguments; output: what --output is and its default."""
     made = command.make_parser(name, description)
     made.add_argument('run', metavar='RUN', help='run directory')
     made.add_argument(
@@ -31,47 +39,57 @@ def parser(name: str, description: str, *, output: str | None) -> argparse.Argum
         help="checkpoint: 'best', 'latest' or a step",
         type=lambda text: int(text) if text.isdigit() else text,
     )
-    made.add_argument(
-        '--output',
-        default=output,
-        metavar='FILE.png',
-        help=f'PNG file to write (default: {output or "none"})',
-    )
+    made.add_argument('--output', metavar='FILE', help=output)
     command.add_devices(made)
     return made
 
 
-def add_pictures(made: argparse.ArgumentParser) -> None:
-    """Adds the arguments for pictures: files, or some of the validation split."""
-    made.add_argument('images', nargs='*', metavar='IMAGE', help='image files')
-    made.add_argument('--seed', type=int, default=0, help='seed for choosing validation pictures')
+def add_pictures(made: argparse.ArgumentParser, *, seed: bool = True) -> None:
+    """Adds the arguments for pictures: files, or some of a split of the store."""
+    made.add_argument('images', nargs='*', metavar='IMAGE', help='image files, or folders of them')
+    made.add_argument('--list', metavar='FILE', help='a text file with a path per line; -: stdin')
     made.add_argument('--store', default='', help='path of the store, if it has moved')
+    if seed:
+        made.add_argument('--seed', type=int, default=0, help='seed for choosing from a split')
 
 
 def start(made: argparse.ArgumentParser) -> argparse.Namespace:
     """Parses the arguments and configures JAX; UserError for invalid arguments."""
     args = made.parse_intermixed_args()  # options can appear between pictures
-    if getattr(args, 'seed', 0) < 0:
-        raise UserError(f'--seed={args.seed}: must be at least 0')
-    if args.output is not None:
-        check_output(args.output)
+    for name in ('seed', 'threads'):
+        if getattr(args, name, 0) < 0:
+            raise UserError(f'--{name}={getattr(args, name)}: must be at least 0')
     command.start(args.cpu_devices)
     return args
 
 
-def check_output(output: str) -> None:
-    """Raises UserError unless a PNG file can be written to `output`."""
-    path = paths.path(output)
-    if path.suffix.lower() != '.png':
-        raise UserError(f'--output={output}: pictures are written as PNG; end the name in .png')
+def output(args: argparse.Namespace, default: str) -> str:
+    """Returns the file to write: --output, or else `default` in the run directory.
+
+    Raises UserError if there is no such run, the suffix is not that of `default`, or no file can be
+    written there.
+    """
+    kind = os.path.splitext(default)[1]
+    if args.output is None:
+        directory.read_config(args.run)
+        args.output = os.path.join(args.run, default)
+    elif paths.path(args.output).suffix.lower() != kind:
+        raise UserError(f'--output={args.output}: {KINDS[kind]}; end the name in {kind}')
+    check_file('--output', args.output)
+    return args.output
+
+
+def check_file(flag: str, name: str) -> None:
+    """Raises UserError, naming the flag, unless a file of this name can be written."""
+    path = paths.path(name)
     if paths.is_remote(path):
         return
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(
-            f'--output={output}: {path.parent} is not a writable folder; create it or give another'
+            f'{flag}={name}: {path.parent} is not a writable folder; create it or give another'
         )
     if path.is_dir():
-        raise UserError(f'--output={output}: this is a folder; give a file name')
+        raise UserError(f'{flag}={name}: this is a folder; give a file name')
 
 
 def check_drawn(count: int) -> None:
@@ -87,27 +105,96 @@ def png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write(output: str, content: bytes) -> None:
-    """Writes a file atomically and prints its name."""
-    paths.replace(paths.path(output), content)
-    print(printable(f'wrote {output}'))
-
-
-def read(path: str, size: int, *, exif: bool) -> np.ndarray:
-    """Reads a picture file of any format -> the square that the network gets, u8[size,size,3].
-
-    exif: see `images.decode`. Raises UserError if the file cannot be read or decoded.
-    """
+def write(name: str, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Writes a file atomically and prints its name; content: see `paths.replace`."""
+    path = paths.path(name)
     try:
-        content = paths.Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read: {reason(error)}; give a picture file') from error
-    try:
-        return square(content, size, exif=exif)
-    except Undecodable as error:
+        paths.replace(path, content)
+    except paths.failures(path) as error:
         raise UserError(
-            f'{path}: cannot be decoded ({error}); repair it or leave it out'
+            f'{paths.full(error)}{name}: cannot be written ({reason(error)}); give another file'
         ) from error
+    print(printable(f'wrote {name}'))
+
+
+def files(args: argparse.Namespace) -> list[str]:
+    """Returns the paths of the pictures: the arguments, then --list; a folder means those below it.
+
+    Raises UserError for a list that cannot be read, and for folders without pictures.
+    """
+    found = []
+    for name in [*args.images, *(_lines(args.list) if args.list else [])]:
+        if not os.path.isdir(name):
+            found.append(name)
+            continue
+        folder = os.path.abspath(name)
+        inside = image_files(folder, Counter())
+        if not inside:
+            raise UserError(f'{name}: no pictures in this folder; give another, or files')
+        found += [os.path.join(name, os.path.relpath(file, folder)) for file in inside]
+    return found
+
+
+def _lines(name: str) -> list[str]:
+    """Returns the lines of a text file, '-' for standard input, that are not empty."""
+    try:
+        data = sys.stdin.buffer.read() if name == '-' else paths.path(name).read_bytes()
+    except OSError as error:
+        raise UserError(f'--list={name}: cannot be read: {reason(error)}') from error
+    lines = os.fsdecode(data.removeprefix(b'\xef\xbb\xbf')).split('\n')
+    lines = [line.removesuffix('\r') for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f'--list={name}: is empty; write a path per line')
+    return lines
+
+
+class Pictures:
+    """Reads squares in threads, in order. What cannot be read is reported and left out."""
+
+    def __init__(self, count: int, read: Callable[[int], np.ndarray], threads: int = 0):
+        """read(i): picture i as u8[S,S,3]; may raise UserError. threads: 0 means one per core."""
+        self._count, self._read, self._threads = count, read, threads or cores()
+        self._failed = []
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yields (numbers of pictures, squares u8[n,S,S,3]), `size` at a time."""
+        numbers, squares = [], []
+        found = ordered_map(
+            self._try, range(self._count), threads=self._threads, ahead=size + self._threads
+        )
+        for number, square in enumerate(found):
+            if isinstance(square, UserError):
+                self._failed.append(square)
+                if self._count > 1:
+                    print(printable(f'error: {square}'), file=sys.stderr, flush=True)
+                continue
+            numbers.append(number)
+            squares.append(square)
+            if len(numbers) == size:
+                yield numbers, np.stack(squares)
+                numbers, squares = [], []
+        if numbers:
+            yield numbers, np.stack(squares)
+
+    def _try(self, number: int) -> np.ndarray | UserError:
+        try:
+            return self._read(number)
+        except UserError as error:
+            return error
+
+    def all_failed(self) -> bool:
+        """Whether no picture could be read."""
+        return len(self._failed) == self._count
+
+    def check(self) -> None:
+        """Raises UserError if some pictures could not be read."""
+        if self._failed and self._count == 1:
+            raise self._failed[0]
+        if self._failed:
+            raise UserError(
+                f'{len(self._failed):,} of {self._count:,} pictures could not be read; they are '
+                'listed above'
+            )
 
 
 def label_of(path: str, names: list[str]) -> int | None:
@@ -131,15 +218,16 @@ def choose(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return order[np.argsort(turns, kind='stable')[:count]]
 
 
-def chosen(store: Store, flag: str, count: int, seed: int) -> np.ndarray:
-    """`choose` from the validation split; UserError that names the flag for an invalid count."""
-    there = store.counts['val']
+def chosen(store: Store, split: str, flag: str, count: int, seed: int) -> np.ndarray:
+    """`choose` from a split; UserError that names the flag for an invalid count."""
+    store.check_split(split)
+    there = store.counts[split]
     if not 1 <= count <= there:
         raise UserError(
-            f'{flag}={count}: the validation split of {store.path} has {there:,} '
+            f'{flag}={count}: the {SPLITS[split]} split of {store.path} has {there:,} '
             f'pictures; give a number from 1 to {there}'
         )
-    return choose(store.labels('val'), count, seed)
+    return choose(store.labels(split), count, seed)
 
 
 def squares(store: Store, split: str, records: np.ndarray) -> np.ndarray:

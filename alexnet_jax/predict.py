@@ -1,14 +1,20 @@
 """Classifies pictures with a trained network and draws the result as in the paper's Figure 4, left.
 
-    python -m alexnet_jax.predict RUN a.jpg b.png
+    python -m alexnet_jax.predict RUN a.jpg b.png photos/
+    python -m alexnet_jax.predict RUN --list=paths.txt --csv=predictions.csv
     python -m alexnet_jax.predict RUN --val=8 --output=predictions.png
 
-Prints the five most probable classes of each picture. A picture is labeled if its folder, or the
-folder above, is named after a class.
+Prints the five most probable classes of each picture, or writes them to a table. A picture is labeled if
+its folder, or the folder above, is named after a class. Pictures that cannot be read are reported and
+left out, and the exit code is then 2.
 """
 
+import contextlib
+import csv
 import io
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +22,11 @@ import numpy as np
 from alexnet_jax import command, figures
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, printable
+from alexnet_jax.input import images
 from alexnet_jax.training import inference, steps
 
 COLUMNS, BATCH = 4, 20  # columns of a figure, as in the paper; pictures per batch
+SPLITS = ('val', 'test')  # of which pictures can be drawn
 # Safe for colour-blind readers; in grey, lightness and hatching tell them apart.
 OTHER, CORRECT = '#a6cee3', '#e08214'
 
@@ -43,12 +51,23 @@ def predict(
     pictures: Sequence[np.ndarray],
 ) -> list[Prediction]:
     """Classifies square pictures u8[S,S,3]."""
-    probabilities = [
-        row
-        for start in range(0, len(pictures), BATCH)
-        for row in classify(pictures[start : start + BATCH])
-    ]
+    probabilities = classify(list(pictures))
     return [Prediction(*row) for row in zip(titles, labels, pictures, probabilities, strict=True)]
+
+
+def stream(
+    classify: inference.Classifier,
+    titles: Sequence[str],
+    labels: Sequence[int | None],
+    pictures: figures.Pictures,
+) -> Iterator[Prediction]:
+    """Classifies pictures a batch at a time; titles and labels are those of all of them."""
+    for numbers, squares in pictures.batches(BATCH):
+        # Batches of one size: another one would be compiled again.
+        missing = min(BATCH, len(titles)) - len(squares)
+        whole = np.concatenate([squares, np.zeros((missing, *squares.shape[1:]), np.uint8)])
+        for i, square, row in zip(numbers, squares, classify(whole), strict=False):
+            yield Prediction(titles[i], labels[i], square, row)
 
 
 def describe(prediction: Prediction, names: Sequence[str]) -> str:
@@ -102,34 +121,136 @@ def _short(text: str) -> str:
     return text if len(text) <= 26 else f'{text[:25]}…'
 
 
+class Table:
+    """A table of predictions: lines for a file, or printed at once for '-'."""
+
+    def __init__(self, name: str, head: str, between: str = '', end: str = ''):
+        self._name, self._next, self._between, self._end = name, head, between, end
+        self._lines, self._stdout = [], sys.stdout
+
+    def add(self, row: str) -> None:
+        self._emit(f'{self._next}{row}')
+        self._next = self._between
+
+    def close(self) -> None:
+        """Ends the table, and writes its file."""
+        self._emit(self._end)
+        if self._name != '-':
+            figures.write(self._name, ''.join(self._lines).encode('utf-8', 'surrogateescape'))
+
+    def _emit(self, text: str) -> None:
+        if self._name == '-':
+            print(text, end='', flush=True, file=self._stdout)
+        else:
+            self._lines.append(text)
+
+
+def csv_line(cells: Sequence) -> str:
+    """One line of a CSV file."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator='\n').writerow(cells)
+    return buffer.getvalue()
+
+
+def cells(prediction: Prediction, names: Sequence[str]) -> list:
+    """The path, the correct class ('': unknown), and five classes with their probabilities."""
+    correct = '' if prediction.label is None else names[prediction.label]
+    best = [(names[k], f'{prediction.probabilities[k]:.6g}') for k in prediction.top()]
+    return [prediction.title, correct, *(cell for pair in best for cell in pair)]
+
+
+def as_json(prediction: Prediction, names: Sequence[str]) -> str:
+    """What `cells` has, as a JSON object."""
+    title, correct, *best = cells(prediction, names)
+    top = [{'class': c, 'probability': float(p)} for c, p in zip(*[iter(best)] * 2, strict=True)]
+    return json.dumps({'path': title, 'correct': correct or None, 'top': top})
+
+
 def main() -> None:
-    parser = figures.parser('predict', __doc__, output=None)
+    parser = figures.parser(
+        'predict', __doc__, output='PNG file to draw them in (default: none), at most 100'
+    )
     figures.add_pictures(parser)
-    parser.add_argument('--val', type=int, help='classify N validation pictures instead')
+    for split in SPLITS:
+        text = f'classify N {figures.SPLITS[split]} pictures instead'
+        parser.add_argument(f'--{split}', type=int, metavar='N', help=text)
+    for name in ('csv', 'json'):
+        text = f'write a table as {name.upper()} instead of printing; -: to standard output'
+        parser.add_argument(f'--{name}', metavar='FILE', help=text)
     parser.add_argument('--views', default='ten', choices=tuple(steps.VIEWS), help='crops (§4.1)')
     args = figures.start(parser)
-    if bool(args.images) == (args.val is not None):
-        raise UserError('give either picture files or --val=N for validation pictures')
+    asked = [split for split in SPLITS if getattr(args, split) is not None]
+    if bool(args.images or args.list) + len(asked) != 1:
+        raise UserError(
+            'give either picture files or --val=N for validation pictures (--test=N for test pictures)'
+        )
+    if args.csv == args.json == '-':
+        raise UserError('--csv=- and --json=- cannot share standard output: give one a file')
+    for name in ('csv', 'json'):
+        if getattr(args, name) not in (None, '-'):
+            figures.check_file(f'--{name}', getattr(args, name))
+    output = None if args.output is None else figures.output(args, 'predictions.png')
+    titles = [] if asked else figures.files(args)
     classify = inference.load(args.run, args.views, args.step)
-    if args.images:
-        titles, names, facts = args.images, classify.names, classify.run.facts
-        labels = [figures.label_of(path, names) for path in titles]
-        pictures = [figures.read(path, classify.size, exif=facts.exif) for path in titles]
+    names = classify.names
+    if asked:
+        titles, labels, read = _of_store(args, classify, *asked)
     else:
-        store = inference.open_store([classify.run], args.store)
-        records = figures.chosen(store, '--val', args.val, args.seed)
-        titles = [f'validation picture {record}' for record in records]
-        labels = store.labels('val')[records].tolist()
-        pictures = figures.squares(store, 'val', records)
-    if args.output:
-        figures.check_drawn(len(pictures))
-    predictions = predict(classify, titles, labels, pictures)
-    for prediction in predictions:
-        print(describe(prediction, classify.names))
-    if args.output:
-        buffer = io.BytesIO()
-        figure(predictions, classify.names).savefig(buffer, format='png', dpi=120)
-        figures.write(args.output, buffer.getvalue())
+        exif = classify.run.facts.exif
+        labels = [figures.label_of(path, names) for path in titles]
+
+        def read(i):
+            return images.read(titles[i], classify.size, exif=exif)
+
+    if output:
+        figures.check_drawn(len(titles))
+    tables: list[tuple[Table, Callable]] = []
+    if args.csv:
+        best = [
+            f'{word}{i + 1}' for i in range(min(5, len(names))) for word in ('class', 'probability')
+        ]
+        tables.append(
+            (
+                Table(args.csv, csv_line(['path', 'correct', *best])),
+                lambda *one: csv_line(cells(*one)),
+            )
+        )
+    if args.json:
+        tables.append((Table(args.json, '[\n', ',\n', '\n]\n'), as_json))
+    pictures, drawn = figures.Pictures(len(titles), read), []
+    for prediction in stream(classify, titles, labels, pictures):
+        for table, row in tables:
+            table.add(row(prediction, names))
+        if not tables:
+            print(describe(prediction, names))
+        if output:
+            drawn.append(prediction)
+    # On standard output, a table is alone.
+    with contextlib.redirect_stdout(sys.stderr if '-' in (args.csv, args.json) else sys.stdout):
+        if not pictures.all_failed():
+            for table, _ in tables:
+                table.close()
+        if drawn:
+            buffer = io.BytesIO()
+            figure(drawn, names).savefig(buffer, format='png', dpi=120)
+            figures.write(output, buffer.getvalue())
+    pictures.check()
+
+
+def _of_store(args, classify: inference.Classifier, split: str) -> tuple[list, list, Callable]:
+    """The titles, labels and reader of some pictures of a split."""
+    store = inference.open_store([classify.run], args.store)
+    records = figures.chosen(store, split, f'--{split}', getattr(args, split), args.seed)
+    pictures = store.pictures(split)
+
+    def read(i):
+        picture = pictures[records[i]]
+        if store.format == 'u8':
+            store.check(split, records[i], picture)
+        return picture
+
+    titles = [f'{figures.SPLITS[split]} picture {record}' for record in records]
+    return titles, store.labels(split)[records].tolist(), read
 
 
 if __name__ == '__main__':

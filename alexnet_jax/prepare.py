@@ -55,7 +55,7 @@ def main() -> None:
     began = time.monotonic()
     made = prepare.prepare(**options)
     print(
-        f'{printable(str(made.path))}: {made.counts["train"]} + {made.counts["val"]} images of '
+        f'{printable(str(made.path))}: {" + ".join(map(str, made.counts.values()))} images of '
         f'{made.classes} classes, {time.monotonic() - began:.1f} s'
     )
     print(

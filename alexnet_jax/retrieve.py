@@ -9,7 +9,7 @@ none, of its last feature map. Queries are in the first column of the figure. Be
 class or, if unknown, the file name.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,42 +19,21 @@ from alexnet_jax import command, figures
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input import images as pictures
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.input.store import Store
-from alexnet_jax.training import inference, steps
+from alexnet_jax.training import inference
 
 
 def make_features(trained: inference.Run, mesh: Mesh) -> Callable[[Batch], np.ndarray]:
-    """Makes features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,F], of pictures with mask 1.
+    """`inference.make_features` of the last layer before the logits; maps are flattened: f32[b,F]."""
+    features = inference.make_features(trained, mesh)
 
-    It raises UserError for features that are not finite, since they have no nearest neighbours.
-    """
-    crop = trained.config['augment']['crop']
-    extract = steps.make_features(trained.net, mesh, mean=trained.facts.mean, crop=crop)
+    def flat(batch):
+        values = features(batch)
+        return values.reshape(len(values), -1)
 
-    def features(batch):
-        there = batch['mask'] > 0
-        images = meshes.global_batch(mesh, len(there), {'image': batch['image']})['image']
-        values = np.asarray(extract(trained.variables, images))[there]
-        if not np.isfinite(values).all():
-            raise UserError(
-                f'{trained.path}, step {trained.step:,}: activations are not finite; '
-                'give another --step'
-            )
-        return values
-
-    return features
-
-
-def padded(images: np.ndarray, batch: int) -> Iterator[Batch]:
-    """Yields pictures u8[N,S,S,3] in batches of equal size, padded, for `make_features`."""
-    for start in range(0, len(images), batch):
-        part = images[start : start + batch]
-        missing = batch - len(part)
-        yield {
-            'image': np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))),
-            'mask': np.pad(np.ones(len(part), np.float32), (0, missing)),
-        }
+    return flat
 
 
 def nearest(
@@ -131,20 +110,20 @@ def shared(labels: Sequence[int | None], neighbours: np.ndarray) -> str:
 
 def _queries(args, store: Store, exif: bool) -> tuple[list[str], list[int | None], np.ndarray]:
     """The titles, labels (None: unknown) and pictures u8[N,S,S,3] of the queries."""
-    if args.images:
-        figures.check_drawn(len(args.images))
-        labels = [figures.label_of(path, store.names) for path in args.images]
-        squares = [figures.read(path, store.size, exif=exif) for path in args.images]
-        return args.images, labels, np.stack(squares)
+    if args.files:
+        figures.check_drawn(len(args.files))
+        labels = [figures.label_of(path, store.names) for path in args.files]
+        squares = [pictures.read(path, store.size, exif=exif) for path in args.files]
+        return args.files, labels, np.stack(squares)
     count = 5 if args.queries is None else args.queries
-    records = figures.chosen(store, '--queries', count, args.seed)
+    records = figures.chosen(store, 'val', '--queries', count, args.seed)
     figures.check_drawn(len(records))
     titles = [f'validation picture {record}' for record in records]
     return titles, store.labels('val')[records].tolist(), figures.squares(store, 'val', records)
 
 
 def main() -> None:
-    parser = figures.parser('retrieve', __doc__, output='neighbours.png')
+    parser = figures.parser('retrieve', __doc__, output='PNG file (default: neighbours.png in RUN)')
     figures.add_pictures(parser)
     parser.add_argument('--queries', type=int, help='validation pictures as queries (default: 5)')
     parser.add_argument('--neighbours', type=int, default=6, help='training pictures per query')
@@ -152,9 +131,8 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     args = figures.start(parser)
-    if args.threads < 0:
-        raise UserError(f'--threads={args.threads}: must be at least 0')
-    if args.images and args.queries is not None:
+    output, args.files = figures.output(args, 'neighbours.png'), figures.files(args)
+    if args.files and args.queries is not None:
         raise UserError('--queries picks validation pictures: give --queries or files, not both')
     trained = inference.describe_run(args.run)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': args.batch})
@@ -175,7 +153,7 @@ def main() -> None:
         batches = eval_batches(store, split, batch=args.batch, rows=rows, threads=args.threads)
         return map(features, batches)
 
-    asked = [*map(features, padded(images, args.batch))]
+    asked = [*map(features, inference.padded(images, args.batch))]
     if args.score:
         asked += of_split('val')
     found, distances = nearest(np.concatenate(asked), of_split('train'), k)
@@ -196,7 +174,7 @@ def main() -> None:
         ]
         for title, label, row in zip(titles, labels, classes[:n], strict=True)
     ]
-    figures.write(args.output, figures.png(draw(images, neighbours, captions)))
+    figures.write(output, figures.png(draw(images, neighbours, captions)))
 
 
 if __name__ == '__main__':

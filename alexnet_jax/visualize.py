@@ -25,10 +25,11 @@ def first_kernels(trained: inference.Run) -> np.ndarray:
 
 
 def main() -> None:
-    parser = figures.parser('visualize', __doc__, output='kernels.png')
+    parser = figures.parser('visualize', __doc__, output='PNG file (default: kernels.png in RUN)')
     parser.add_argument('--per_kernel', action='store_true', help='normalize each kernel by itself')
     parser.add_argument('--scale', type=int, default=6, help='side of a weight in pixels')
     args = figures.start(parser)
+    output = figures.output(args, 'kernels.png')
     if not 1 <= args.scale <= 100:
         raise UserError(f'--scale={args.scale}: must be 1 to 100 pixels')
     mesh = meshes.make((1, 1), towers=1, batches={})
@@ -40,7 +41,7 @@ def main() -> None:
         f'weights from {kernels.min():.3g} to {kernels.max():.3g}'
     )
     picture = progress.kernel_picture(kernels, scale=args.scale, per_kernel=args.per_kernel)
-    figures.write(args.output, figures.png(picture))
+    figures.write(output, figures.png(picture))
 
 
 if __name__ == '__main__':

@@ -8,11 +8,13 @@ in conv3 to conv5; biases learn at twice the rate, which does not drop; towards 
 and the colour noise turned off; noisy images are divided by 1.1; 32 images share a crop and a flip.
 The rates are those of the ILSVRC-2012 run (top-1/top-5 error 40.66/18.21 % with ten crops) or, with
 `original.py:2010`, those of the ILSVRC-2010 run (37.47/17.00 % on the test set). Not yet run here.
+`original.py:tanh` has tanh units, with the initial values and rate of `paper.py:tanh`.
 """
 
-from configs import base
+from configs import base, paper
 
 VARIANTS = {
+    'tanh': paper.TANH,
     '2010': {
         'optim.drops': (23.0, 51.0, 78.0),
         'optim.conv1': ((68.0, 1e-5), (72.0, 0.0)),
@@ -31,7 +33,7 @@ def get_config(variant: str = ''):
         {
             'after': ('norm pool act', 'act norm map_norm pool', 'act', 'act', 'pool act'),
             'norm_alpha_per': 'window',
-            'std': (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01),
+            'std': paper.STD,
         }
     )
     config.optim.update(

@@ -10,14 +10,27 @@ One number is the source's: the standard deviation of the initial kernels of con
 the text's 0.01 the loss stays at chance level, the longer the more classes there are: on the 200 classes
 of Tiny ImageNet, at a quarter of the width, for 2,300 steps instead of 300 (`docs/original.md` §3).
 
-Variants: `paper.py:text`, the text literally; `paper.py:tanh`, the same with tanh for ReLU.
+Variants: `paper.py:text`, the text literally; `paper.py:tanh`, tanh units (§3.1). The paper gives no initial
+values or rate for those. Biases of 1 and conv1's 0.01 saturate them, and at ReLU's rate they barely learn;
+so the biases are 0, conv1's standard deviation is 0.001 and the rate is 0.06 (`experiments/tanh_sweep.py`).
+`paper.py:tanh_literal` replaces nothing but the text's activation, and stays at chance level.
 """
 
 from configs import base
 
 STD = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)
 TEXT = {'model.std': base.get_config().model.std}
-VARIANTS = {'text': TEXT, 'tanh': {**TEXT, 'model.activation': 'tanh'}}
+TANH = {
+    'model.activation': 'tanh',
+    'model.std': (0.001, *STD[1:]),
+    'model.bias': (0.0,) * 8,
+    'optim.rate': 0.06,
+}
+VARIANTS = {
+    'text': TEXT,
+    'tanh': TANH,
+    'tanh_literal': {**TEXT, 'model.activation': 'tanh'},
+}
 
 
 def get_config(variant: str = ''):

@@ -207,3 +207,14 @@ def test_impossible_switches_are_one_line(change, message):
 def test_an_unknown_field_is_one_line():
     with pytest.raises(UserError, match='unknown: colour'):
         build(classes=10, **base.get_config().model, colour=1)
+
+
+def test_tanh_has_values_of_its_own():
+    """The literal variant differs from the text in nothing but the activation."""
+    text, literal = load('paper', 'text'), load('paper', 'tanh_literal')
+    text.model.activation = 'tanh'
+    assert literal.to_dict() == text.to_dict()
+    for preset in ('paper', 'original'):
+        config = load(preset, 'tanh')
+        assert config.model.activation == 'tanh' and set(config.model.bias) == {0.0}
+        assert config.optim.rate > load(preset).optim.rate

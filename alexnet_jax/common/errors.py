@@ -21,6 +21,10 @@ class UserError(Exception):
     """One line: what is wrong, where, and what to do."""
 
 
+class InputError(UserError, ValueError):
+    """A UserError about an argument of a function that other programs call."""
+
+
 def choose(name: str, value, choices) -> None:
     """Raises UserError if a field's value is not one of the choices."""
     if value not in choices:

@@ -5,6 +5,7 @@ or renamed, but each appears whole or not at all.
 """
 
 import errno
+import io
 import os
 import uuid
 from collections.abc import Callable
@@ -48,9 +49,13 @@ def existing(path: Path) -> Path:
 def replace(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Writes a file atomically: after a kill, either the old or the new one exists.
 
-    content: the bytes or, on disk only, a function that writes them to an open file.
+    content: the bytes, or a function that writes them to an open file.
     """
     if is_remote(path):
+        if callable(content):
+            buffer = io.BytesIO()
+            content(buffer)
+            content = buffer.getvalue()
         Path(path).write_bytes(content)
         return
     temporary = f'{os.fspath(path)}.tmp'

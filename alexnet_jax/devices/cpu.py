@@ -9,6 +9,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
+def memory() -> int:
+    """The memory of this machine in bytes."""
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
 def processor() -> str:
     """The model of the CPU."""
     try:

@@ -40,13 +40,13 @@ def train_batches(
     *,
     seed: int,
     batch: int,
-    start: int,
+    start: int = 0,
     stop: int,
-    rows: np.ndarray,
+    rows: np.ndarray | None = None,
     crop: int,
     chunk: int,
     random: bool,
-    threads: int,
+    threads: int = 0,
     mixup: float = 0.0,
     mixup_off: float = 0.0,
     reader: str = 'auto',
@@ -59,7 +59,7 @@ def train_batches(
     shares (`sampler.shares`), all 1 from the epoch `mixup_off` on.
 
     Args:
-      rows: indices into the global batch of `batch` rows.
+      rows: indices into the global batch of `batch` rows; None: all of them.
       threads: number of threads that read and decode; 0: one per core.
       reader: 'tf' (tf.data), 'threads' (without TensorFlow) or 'auto' (tf.data if TensorFlow is
         installed). All readers give the same bytes.
@@ -71,7 +71,8 @@ def train_batches(
         raise UserError(
             f'a crop of {crop} pixels does not fit the {store.size}-pixel pictures of {store.path}'
         )
-    rows, labels, room = np.asarray(rows, np.int64), store.labels('train'), store.size - crop
+    rows = np.arange(batch) if rows is None else np.asarray(rows, np.int64)
+    labels, room = store.labels('train'), store.size - crop
 
     def plan(step: int) -> Plan:
         first = step * batch

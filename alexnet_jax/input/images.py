@@ -7,15 +7,30 @@ import threading
 from contextlib import nullcontext
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from alexnet_jax.common.errors import one_line
+from alexnet_jax.common import paths
+from alexnet_jax.common.errors import InputError, one_line, reason
 
 # Mean absolute difference from the INTER_AREA of the 2012 source code on 903 photographs: bilinear
 # 0.96 levels, Hamming 1.04, box 2.96 (Pillow's box filter takes whole pixels, so it aliases).
 FILTER = 'antialiased bilinear down, bicubic up'
 LARGE, LARGEST = 50_000_000, 500_000_000  # pixels: decoded one at a time; refused beyond
 ORIENTATION = 0x0112  # EXIF's tag
+TURNS = dict(  # what undoes each orientation
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        start=2,
+    )
+)
 HEIF = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1')
 MAGIC = {
     b'\xff\xd8\xff': 'JPEG',
@@ -32,11 +47,11 @@ class Undecodable(Exception):
     """An image that cannot be decoded; the message is the reason, without the image's name."""
 
 
-def decode(data: bytes | np.ndarray, *, exif: bool = False) -> Image.Image:
-    """Decodes an image file of any format, or u8 or u16[H,W,C], to RGB.
+def decode(data: bytes | np.ndarray | Image.Image, *, exif: bool = False) -> Image.Image:
+    """Decodes an image file of any format, u8 or u16[H,W,C], or Pillow's image of any mode, to RGB.
 
-    Of 16 bits per channel, the high byte is kept. exif: turns the image upright as its EXIF
-    orientation says. (TIFF and HEIF images are always upright.)
+    Transparency is dropped. Of 16 bits per channel, the high byte is kept. exif: turns the image upright
+    as its EXIF orientation says. (TIFF and HEIF images are always upright.)
 
     Raises:
       Undecodable: why not, and what to do if that is known.
@@ -44,10 +59,12 @@ def decode(data: bytes | np.ndarray, *, exif: bool = False) -> Image.Image:
     if isinstance(data, np.ndarray):
         return _from_array(data)
     try:
-        return _from_file(data, exif)
+        return _to_rgb(data if isinstance(data, Image.Image) else _open(data), exif)
     except Undecodable:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        if isinstance(data, Image.Image):
+            raise Undecodable(one_line(error)) from error
         if without := _without_metadata(data):  # Pillow refuses PNGs for their metadata alone
             return decode(without, exif=exif)
         raise Undecodable(_reason(error, data)) from error
@@ -65,8 +82,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array).convert('RGB')
 
 
-def _from_file(data: bytes, exif: bool) -> Image.Image:
-    image = _open(data)
+def _to_rgb(image: Image.Image, exif: bool) -> Image.Image:
     width, height = image.size
     if width * height > LARGEST:
         raise Undecodable(
@@ -74,7 +90,7 @@ def _from_file(data: bytes, exif: bool) -> Image.Image:
             f'{LARGEST // 1_000_000} million pixels'
         )
     with _large if width * height > LARGE else nullcontext():
-        raw = str(image.tile[:1])  # after loading it is gone
+        raw = str(getattr(image, 'tile', [])[:1])  # after loading it is gone
         image.load()
         orientation = _orientation(image) if exif else 1
         if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
@@ -94,9 +110,7 @@ def _from_file(data: bytes, exif: bool) -> Image.Image:
         if ';16' in raw:  # Pillow has kept the high bytes
             _check_range(np.asarray(image))
         if orientation != 1:
-            image.info = {}  # of the metadata, what may be damaged is not needed
-            image.getexif()[ORIENTATION] = orientation
-            image = ImageOps.exif_transpose(image)
+            image = image.transpose(TURNS[orientation])
         return image
 
 
@@ -131,7 +145,7 @@ def _orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged metadata
         return 1
-    return orientation if orientation in range(2, 9) else 1
+    return orientation if orientation in TURNS else 1
 
 
 def _high_byte(values: np.ndarray) -> np.ndarray:
@@ -185,7 +199,24 @@ def _reason(error: Exception, data: bytes) -> str:
     return re.sub(r'<[^<>]* at 0x[0-9a-f]+>', 'the file', text)[:200] or type(error).__name__
 
 
-def square(data: bytes | np.ndarray, size: int, *, exif: bool = False) -> np.ndarray:
+def read(path: str, size: int, *, exif: bool) -> np.ndarray:
+    """Reads an image file of any format -> its `square`, u8[size,size,3].
+
+    Raises InputError if the file cannot be read or decoded.
+    """
+    try:
+        content = paths.Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f'{path}: cannot be read: {reason(error)}; give a picture file') from error
+    try:
+        return square(content, size, exif=exif)
+    except Undecodable as error:
+        raise InputError(
+            f'{path}: cannot be decoded ({error}); repair it or leave it out'
+        ) from error
+
+
+def square(data: bytes | np.ndarray | Image.Image, size: int, *, exif: bool = False) -> np.ndarray:
     """Resizes the shorter side to `size` and crops the central square -> u8[size,size,3].
 
     As in the paper (§2); rounding, the corner at (n - size) // 2 and bicubic upscaling are those

@@ -259,10 +259,15 @@ def _make(
             'counts': opened.splits,
             'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},
         }
-        _check_same(path, begun or {}, wanted)
+        # A pass that an earlier version began has no test split yet.
+        known = {**wanted, 'counts': {s: opened.splits.get(s) for s in (begun or wanted)['counts']}}
+        _check_same(path, begun or {}, known)
         if opened.content is not None:
             wanted['content'] = opened.content
-            if (begun or wanted).get('content', opened.content) != opened.content:
+        if opened.test:
+            wanted['test'] = [*opened.test]
+        for field in {'content', 'test'} & {*wanted} & {*(begun or {})}:
+            if begun[field] != wanted[field]:
                 raise UserError(
                     f'{path}: {source} has other images, labels or names than when this pass began: '
                     f'remove {path} and run prepare again'
@@ -302,12 +307,22 @@ def _check_source(path: str, source: str, dir: str | None, val_fraction: float) 
     except UserError as error:
         say(f'{path}: cannot be compared with its source ({error})')
         return
-    more = (opened.files or there['files'])[0] - there['files'][0]
+    if opened.test and 'test' not in there:
+        say(
+            f'{path}: without the test split of its source, since an earlier version made it or the '
+            'split is new: to have it, remove the store and prepare it again'
+        )
+    test = (opened.test or (0, 0, 0)) if 'test' in there else ()
+    now, then = (
+        [*(opened.files or there['files']), *test],
+        [*there['files'], *there.get('test', ())],
+    )
+    more = sum(now[:4:2]) - sum(then[:4:2])  # number and digest of train and val, then of test
     if more:
         what = f'{abs(more):,} image{"s" * (abs(more) != 1)} {"more" if more > 0 else "fewer"} than'
-    elif opened.files and [*opened.files] != there['files']:
+    elif now[:4] != then[:4]:
         what = 'different images from'
-    elif opened.content != there.get('content', opened.content):
+    elif opened.content != there.get('content', opened.content) or now != then:
         what = 'different labels or class names from'
     else:
         return

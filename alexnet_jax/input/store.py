@@ -4,7 +4,7 @@
     {split}.jpg             concatenated JPEG records, with {split}.offsets.npy i64[N+1]
     {split}.u8              or raw images u8[N,S,S,3]
     {split}.crc.npy         u32[N], zlib.crc32 of each record
-    {split}.labels.npy      i32[N]
+    {split}.labels.npy      i32[N]; the splits are train, val and, if the source has both, test
     names.txt               class names in the order of their labels, one per line
     stats.npz               mean f32[S,S,3], eigenvectors f32[3,3], sigma f32[3]
 
@@ -31,6 +31,10 @@ from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input.threads import ordered_map
 
 FORMATS = ('jpg', 'u8')
+TRAINING = (
+    'train',
+    'val',
+)  # the splits that training reads; `test`, if there is one, is evaluated only
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +74,22 @@ class Store:
         return self.splits[split].labels
 
     def identity(self) -> int:
-        """Returns a CRC-32 of the class names and, per split, of the record CRCs and labels."""
+        """Returns a CRC-32 of the class names and, for train and val, of the record CRCs and labels."""
         value = zlib.crc32('\n'.join(self.names).encode())
-        for name in sorted(self.splits):
+        for name in TRAINING:
             for array in (self.splits[name].crc, self.splits[name].labels):
                 value = zlib.crc32(np.ascontiguousarray(array), value)
         return value
+
+    def check_split(self, split: str) -> None:
+        """Raises UserError unless the store has a split."""
+        if split not in self.splits:
+            raise UserError(
+                f'{self.path} has no split {split!r}, only {", ".join(self.splits)}'
+                + (f': its val is {self.validation}' if self.validation else '')
+                + '; to have one, add labeled test images to the source, remove the store and prepare '
+                'it again'
+            )
 
     def records(self, split: str, indices: Sequence[int]) -> list[bytes]:
         """Returns the bytes of some records, in the given order; safe to call from several threads.

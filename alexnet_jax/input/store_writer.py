@@ -23,14 +23,13 @@ from alexnet_jax.common.errors import UserError, printable, say
 from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input import store as stores
 from alexnet_jax.input.images import Undecodable, square, statistics
-from alexnet_jax.input.sources.source import Example, Source
+from alexnet_jax.input.sources.source import SPLITS, Example, Source
 from alexnet_jax.input.threads import ordered_map
 
 FLUSH_SECONDS = 5.0  # between the points at which an interrupted pass can resume
 INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one row per record
 LOCK = 'lock.tmp'  # like every .tmp file, not part of a store
 PROGRESS = 'progress.npz'
-SPLITS = ('train', 'val')
 SHOWN = 20  # bad images in a message
 FILES = (  # all that are ever written
     'store.json',
@@ -92,8 +91,8 @@ def read_progress(path: str, size: int, *, skip_bad: bool = False) -> dict:
     A pass that has left images out starts over unless `skip_bad`: they may have been repaired.
 
     Returns:
-      written i64[2,3]: each split's number of records, their bytes and the bytes of its index;
-      read i64[2]: each split's number of images read from the source, and skipped, a list of `Bad`
+      written i64[3,3]: each split's number of records, their bytes and the bytes of its index;
+      read i64[3]: each split's number of images read from the source, and skipped, a list of `Bad`
       by split, those that were left out; and over the training images, image i64[size,size,3],
       their sum, and products i64[3,3], the sum of r_i r_j over their pixels.
     """
@@ -106,6 +105,10 @@ def read_progress(path: str, size: int, *, skip_bad: bool = False) -> dict:
             'image': np.zeros((size, size, 3), np.int64),
             'products': np.zeros((3, 3), np.int64),
         }
+    for name in {'written', 'read'} & {*progress}:  # earlier versions had no test split
+        missing = len(SPLITS) - len(progress[name])
+        rows = [(0, missing)] + [(0, 0)] * (progress[name].ndim - 1)
+        progress[name] = np.pad(progress[name], rows)
     skipped = json.loads(bytes(progress.get('skipped', b'{}')))
     if skipped and not skip_bad:
         say(f'{path}: starting over, since images were left out with --skip_bad')
@@ -161,7 +164,7 @@ def write_records(
     began, bad = time.monotonic(), []
     with contextlib.suppress(FileNotFoundError):
         os.remove(bad_list(path))  # of an earlier pass
-    for split in SPLITS:
+    for split in source.splits:
         bad += _write_split(
             path,
             source,
@@ -202,10 +205,10 @@ def _table(bad: list[Bad]) -> bytes:
 
 def _check_rest(path: str, source: Source, progress: dict) -> None:
     """UserError if nothing is left of a split, or of a class to train with."""
-    skipped = {split: progress['skipped'].get(split, []) for split in SPLITS}
+    skipped = {split: progress['skipped'].get(split, []) for split in source.splits}
     repair = 'repair some of them, and run the same command again'
-    for split, written in zip(SPLITS, progress['written'][:, 0], strict=True):
-        if not written:
+    for split in source.splits:
+        if not progress['written'][SPLITS.index(split), 0]:
             listed = _list(path, skipped[split], source.splits[split])
             raise UserError(
                 f'{source.name}: no image is left of the {split} split: {listed}; {repair}'
@@ -284,7 +287,7 @@ def finish(path: str, source: Source, *, format: str, progress: dict, descriptio
     def save(name, write):
         paths.replace(os.path.join(path, name), write)
 
-    for split in SPLITS:
+    for split in source.splits:
         index = np.fromfile(os.path.join(path, f'{split}.index'), INDEX)
         arrays = {'crc': index['crc'], 'labels': index['label']}
         if format == 'jpg':
@@ -293,14 +296,14 @@ def finish(path: str, source: Source, *, format: str, progress: dict, descriptio
             save(f'{split}.{kind}.npy', lambda file, array=array: np.save(file, array))
     names = ''.join(f'{name}\n' for name in source.class_names)
     save('names.txt', lambda file: file.write(names.encode()))
-    counts = dict(zip(SPLITS, progress['written'][:, 0].tolist(), strict=True))
+    counts = {s: int(progress['written'][SPLITS.index(s), 0]) for s in source.splits}
     stats = statistics(progress['image'], progress['products'], counts['train'])
     save('stats.npz', lambda file: np.savez(file, **stats))
     description = {**description, 'counts': counts}
     if progress['skipped']:
-        skipped = {split: progress['skipped'].get(split, []) for split in SPLITS}
+        skipped = {split: progress['skipped'].get(split, []) for split in source.splits}
         description['skipped'] = {split: len(bad) for split, bad in skipped.items()}
-        bad = [one for split in SPLITS for one in skipped[split]]
+        bad = [one for split in source.splits for one in skipped[split]]
         save('skipped.txt', _table(bad))
         text = f'left out {len(bad):,} images that cannot be decoded; skipped.txt lists them'
         say(f'{path}: {text}')

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.devices import cpu
-from alexnet_jax.input.store import Store
+from alexnet_jax.input.store import TRAINING, Store
 
 LATER = {  # fields that older runs lack, and the values that they imply
     'data': {'exif': 'auto'},
@@ -233,7 +233,7 @@ def check_store(workdir: paths.Path, store: Store) -> None:
         return
     facts, counts = read_facts(workdir), _read_store(workdir).get('counts')
     same = facts.names == store.names and np.array_equal(facts.mean, store.mean)
-    if not same or counts not in (None, store.counts):
+    if not same or counts and any(counts.get(s) != store.counts[s] for s in TRAINING):
         raise UserError(
             f'{workdir} was trained on different images from those now in {store.path}; '
             'restore them or give another --workdir'

@@ -1,5 +1,6 @@
 """Evaluation as in the paper: centre crop, ten crops (§4.1), and ensembles, with exact counts."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -25,17 +26,40 @@ from alexnet_jax.training.inference import (
 
 
 def evaluate(
-    predicts: Sequence[Predict], mesh: Mesh, store: Store, *, split: str, batch: int, threads: int
+    predicts: Sequence[Predict],
+    mesh: Mesh,
+    store: Store,
+    *,
+    split: str,
+    batch: int,
+    threads: int,
+    confusion: bool = False,
 ) -> dict:
     """Returns the sums of `metrics.count`, also by class, over a split, each image counted once.
 
     predicts: one function per member of the ensemble; their probabilities are averaged.
+    confusion: adds 'confusion' i64[K,K], how many images of class i were taken for class j.
     """
-    score = steps.make_score(mesh)
-    parts = _of_batches(score, predicts, mesh, store, split=split, batch=batch, threads=threads)
-    sums = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *parts)
-    if sums['count'] != store.counts[split]:
-        raise AssertionError(f'counted {sums["count"]:g} pictures, not {store.counts[split]}')
+    score, labels = steps.make_score(mesh), store.labels(split)
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+    def guesses(probabilities, labels, mask):
+        return {'guess': metrics.guess(probabilities, labels)} if confusion else {}
+
+    def both(*of_batch):
+        return score(*of_batch), guesses(*of_batch)
+
+    parts = _of_batches(both, predicts, mesh, store, split=split, batch=batch, threads=threads)
+    sums = jax.tree.map(
+        lambda *x: np.sum(x, axis=0, dtype=np.float64), *(counted for counted, _ in parts)
+    )
+    if sums['count'] != len(labels):
+        raise AssertionError(f'counted {sums["count"]:g} pictures, not {len(labels)}')
+    if confusion:
+        taken = np.concatenate([guessed['guess'] for _, guessed in parts])[: len(labels)]
+        pairs = np.int64(store.classes) * labels + taken
+        counts = np.bincount(pairs, minlength=store.classes**2)
+        sums['confusion'] = counts.reshape(store.classes, store.classes)
     return sums
 
 
@@ -73,13 +97,14 @@ def compare(
     store: str = '',
     batch: int = 100,
     threads: int = 0,
+    confusion: bool = False,
     build: Callable = build,
 ) -> dict[tuple[str, str], dict]:
     """Returns sums by (name, view) for each run, and for several runs also their ensemble ('N CNNs').
 
-    store: the folder of the prepared images, if not that of the first run; build: see
-    `inference.describe_run`. Raises UserError for paths that are not run directories, for damaged
-    checkpoints, and for runs on different classes.
+    store: the folder of the prepared images, if not that of the first run; confusion: see `evaluate`;
+    build: see `inference.describe_run`. Raises UserError for paths that are not run directories, for
+    damaged checkpoints, for runs on different classes, and for a split that the store does not have.
     """
     runs = [describe_run(path, build) for path in run_dirs]
     towers = {run.net.towers for run in runs}
@@ -89,6 +114,7 @@ def compare(
     # A training run may save a checkpoint meanwhile.
     distributed.agree({f'the step of {r.path}': r.step for r in runs})
     opened = open_store(runs, store)
+    opened.check_split(split)
     results = {}
     for view in views:
         predicts = [predictor(r, mesh, view) for r in runs]
@@ -99,7 +125,13 @@ def compare(
             members.append((f'{len(runs)} CNNs', predicts))
         for name, ensemble in members:
             results[name, view] = evaluate(
-                ensemble, mesh, opened, split=split, batch=batch, threads=threads
+                ensemble,
+                mesh,
+                opened,
+                split=split,
+                batch=batch,
+                threads=threads,
+                confusion=confusion,
             )
     return results
 
@@ -123,6 +155,7 @@ def hits(
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': batch})
     trained = restore_run(trained, mesh, step)
     opened = open_store([trained], store)
+    opened.check_split(split)
     predict = predictor(trained, mesh, views)
     right = jax.jit(
         lambda p, labels, mask: metrics.rank(p, labels) < 1,

@@ -1,19 +1,22 @@
-"""Loads a trained network from its run directory, as a function from images to probabilities."""
+"""Loads a trained network from its run directory, as functions from images to probabilities or features."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError, choose
+from alexnet_jax.common.errors import InputError, UserError, choose
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input import images as pictures
 from alexnet_jax.input import prepare
 from alexnet_jax.input import store as stores
-from alexnet_jax.input.images import square
+from alexnet_jax.input.batches import Batch
 from alexnet_jax.input.store import Store
 from alexnet_jax.nets.build import build
 from alexnet_jax.nets.network import Network
@@ -21,6 +24,11 @@ from alexnet_jax.rundir import checkpoint, directory
 from alexnet_jax.training import steps
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
+BATCH = 64  # images that a Classifier computes at once
+ACCEPTED = (
+    'give a path, a PIL picture, or an array of shape [H,W], [H,W,1], [H,W,3] or [H,W,4], either '
+    'uint8 or floats from 0 to 1; or several of them as a list, a tuple or an array [B,H,W,C]'
+)
 
 
 class Run(NamedTuple):
@@ -107,8 +115,53 @@ def predictor(trained: Run, mesh: Mesh, views: str) -> Predict:
     return lambda images: predict(trained.variables, images)
 
 
+def make_features(
+    trained: Run, mesh: Mesh, layer: str | None = None
+) -> Callable[[Batch], np.ndarray]:
+    """Makes features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,...], of pictures with mask 1.
+
+    layer: see `steps.make_features`, which also has the shapes. Raises UserError for a wrong layer; what
+    it returns does so for features that are not finite.
+    """
+    crop = trained.config['augment']['crop']
+    extract = steps.make_features(
+        trained.net, mesh, mean=trained.facts.mean, crop=crop, layer=layer
+    )
+
+    def features(batch):
+        there = batch['mask'] > 0
+        images = meshes.global_batch(mesh, len(there), {'image': batch['image']})['image']
+        values = np.asarray(extract(trained.variables, images))[there]
+        if not np.isfinite(values).all():
+            raise UserError(
+                f'{trained.path}, step {trained.step:,}: activations are not finite; '
+                'give another --step'
+            )
+        return values
+
+    return features
+
+
+def padded(images: np.ndarray, batch: int) -> Iterator[Batch]:
+    """Yields pictures u8[N,S,S,3] in batches of equal size, padded, for `make_features`."""
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        missing = batch - len(part)
+        yield {
+            'image': np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))),
+            'mask': np.pad(np.ones(len(part), np.float32), (0, missing)),
+        }
+
+
 class Classifier:
     """What `alexnet_jax.load` returns: images -> probabilities, with `names`, one per class.
+
+    An image is a path, a picture of PIL in any mode, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4]:
+    uint8, or floats from 0 to 1, which are rounded to multiples of 1/255. They can have any sizes, and
+    are read like training images: turned by their EXIF orientation if those were, without alpha channel
+    (dropped, not composited), the central square resized. Several images are a list, a tuple, or an
+    array [B,H,W,C]. One gives a result without the leading axis, several give one with it, also a list
+    of one. Anything else raises InputError, which is a ValueError.
 
     `run` is the opened run, `size` the side in pixels of the square cropped from an image.
     """
@@ -120,17 +173,66 @@ class Classifier:
         self.step = self.run.step
         self.size = self.run.facts.mean.shape[0]
         self._predict = predictor(self.run, self._mesh, views)
+        self._features = {}  # compiled, by layer
 
-    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Classifies images u8[H,W,3] of any sizes (or u8[B,H,W,3]) -> probabilities f32[B,K].
+    def __call__(self, images) -> np.ndarray:
+        """Classifies one image -> probabilities f32[K], or several -> f32[B,K]."""
+        return self._map(lambda batch: np.asarray(self._predict(batch['image'])), images)
 
-        Raises UserError for anything else.
+    def features(self, images, layer: str | None = None) -> np.ndarray:
+        """Returns the activations of a layer, of the centre crop: f32[H,W,C] or f32[F], [B,...] of several.
+
+        layer: one of `run.net.names`, by default the last before the logits (fc7 in the paper's
+        network); channels of all towers are in order. Raises UserError for other names.
         """
-        shapes = [(getattr(x, 'dtype', None), getattr(x, 'shape', ())) for x in images]
-        if not shapes or any(d != np.uint8 or len(s) != 3 or s[2] != 3 for d, s in shapes):
-            raise UserError('give a list of pictures, each a NumPy array u8[H,W,3]')
-        squares = [square(image, self.size) for image in images]
-        return np.asarray(self._predict(np.stack(squares)))
+        if layer not in self._features:
+            self._features[layer] = make_features(self.run, self._mesh, layer)
+        return self._map(self._features[layer], images)
+
+    def _map(self, function: Callable[[Batch], np.ndarray], images) -> np.ndarray:
+        alone = not isinstance(images, list | tuple) and getattr(images, 'ndim', 0) != 4
+        images = [images] if alone else images
+        if not len(images):
+            raise InputError(f'no images: {ACCEPTED}')
+        found = []
+        for start in range(0, len(images), BATCH):
+            part = [self._square(image) for image in images[start : start + BATCH]]
+            (batch,) = padded(np.stack(part), BATCH if start else len(part))
+            found.append(function(batch)[: len(part)])
+        return found[0][0] if alone else np.concatenate(found)
+
+    def _square(self, image) -> np.ndarray:
+        """The square u8[S,S,3] of one image."""
+        exif = self.run.facts.exif
+        if isinstance(image, str | os.PathLike):
+            return pictures.read(os.fspath(image), self.size, exif=exif)
+        if not isinstance(image, Image.Image):
+            image = _levels(image)
+        try:
+            return pictures.square(image, self.size, exif=exif)
+        except pictures.Undecodable as error:
+            raise InputError(f'a picture of PIL cannot be used ({error}): {ACCEPTED}') from error
+
+
+def _levels(image) -> np.ndarray:
+    """An image's array as u8[H,W] or u8[H,W,C]; InputError for anything else."""
+    shape, dtype = getattr(image, 'shape', None), getattr(image, 'dtype', None)
+    if shape is None or dtype is None:
+        raise InputError(f'{type(image).__name__} is not an image: {ACCEPTED}')
+    array = np.asarray(image)
+    if not array.size or array.ndim not in (2, 3) or array.ndim == 3 and shape[2] not in (1, 3, 4):
+        raise InputError(f'an array of shape {tuple(shape)} is not an image: {ACCEPTED}')
+    if array.dtype == np.uint8:
+        return array
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(f'an array of {array.dtype} is not an image: {ACCEPTED}')
+    array = array.astype(np.float32)
+    low, high = array.min(), array.max()
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise InputError(
+            f'an array of floats from {low:.3g} to {high:.3g} is not an image: {ACCEPTED}'
+        )
+    return np.rint(255 * array.clip(0, 1)).astype(np.uint8)
 
 
 def load(
@@ -139,7 +241,7 @@ def load(
     step: str | int = 'latest',
     build: Callable = build,
 ) -> Classifier:
-    """Loads a trained network as a function from uint8 images to probabilities, with class names.
+    """Loads a trained network as a function from images to probabilities, with class names.
 
     views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number; build: see
     `describe_run`. Raises UserError if `run_dir` is not a run directory, and for missing or damaged

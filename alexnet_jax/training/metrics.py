@@ -30,6 +30,13 @@ def rank(scores, labels) -> jax.Array:
     return jnp.where(jnp.isnan(true[:, 0]), jnp.iinfo(ranks.dtype).max, ranks)
 
 
+def guess(scores, labels) -> jax.Array:
+    """Returns the predicted classes i32[B], which are right where `rank` is 0 and nowhere else."""
+    true = jax.nn.one_hot(labels, scores.shape[1], dtype=bool)
+    best = jnp.argmax(jnp.where(true, -jnp.inf, scores), axis=1)
+    return jnp.where(rank(scores, labels) < 1, labels, best.astype(labels.dtype))
+
+
 def count(scores, losses, labels, mask, *, by_class: bool = False) -> dict[str, jax.Array]:
     """Returns sums over the images whose mask f32[B] is 1.
 

@@ -33,9 +33,9 @@ ROLES = ('kernel', 'depthwise', 'scale', 'bias')  # of parameters, see `Network.
 def make(
     net: Network,
     *,
-    name: str,
     momentum: float,
     decay: float,
+    name: str = 'sgd',
     trust: float = 0.001,
     decays: tuple[tuple[str, float], ...] = (),
     decay_roles: tuple[str, ...] = ('kernel', 'depthwise'),
@@ -48,6 +48,7 @@ def make(
 ):
     """Returns the optimizer `config.optim.name` for a network's parameters.
 
+    Its update takes the rates of `make_rates`, at least 'weights', 'biases' and 'conv1', as `rates`.
     decay_roles: the roles of parameters with weight decay; decays: ((layer, decay), ...) for layers
     with their own; freeze: layers that do not change. axis: the mesh axis that divides the network;
     None if each device has all of it.

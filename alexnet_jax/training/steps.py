@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax.common.errors import choose
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices.backend import choices
 from alexnet_jax.nets import network
@@ -306,23 +307,45 @@ def _forward(function: Callable, net: Network, mesh: Mesh, crop: int, out: P) ->
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, out))
 
 
-def make_features(net: Network, mesh: Mesh, *, mean: np.ndarray, crop: int) -> Callable:
-    """Returns features(variables, images u8[B,S,S,3]) -> f32[B,F], of the centre crop in test mode.
+def activations(net: Network, crop: int) -> dict:
+    """Returns the shapes of the activations of one image by name, in the order of the forward pass."""
+    names = []
 
-    Features are the last activations before the logits, over all towers: in the paper's network, those
-    of fc7 (§6.1), before dropout halves them. Maps are flattened.
+    def forward(variables):
+        _, out, _ = network.apply(net, variables, jnp.zeros((1, crop, crop, 3)))
+        names.extend(out)  # JAX sorts the keys of what it returns
+        return out
+
+    shapes = jax.eval_shape(forward, network.shapes(net, crop))
+    return {name: shapes[name] for name in names}
+
+
+def make_features(
+    net: Network, mesh: Mesh, *, mean: np.ndarray, crop: int, layer: str | None = None
+) -> Callable:
+    """Returns features(variables, images u8[B,S,S,3]) -> f32[B,...], of the centre crop in test mode.
+
+    layer: the activation by its name in `net.names`, f32[B,H,W,C] or f32[B,F] with the channels of all
+    towers in order; the last name means the logits. None: the last one before the logits, in the
+    paper's network fc7 (§6.1), before dropout halves it. Raises UserError for other names.
     """
+    there = activations(net, crop)
+    layer = layer or [*there][-1]
+    if layer not in there:
+        choose('layer', layer, [*there, net.names[-1]])
     local = net.local(mesh.shape['model'], 'data')
     window = window_mean(mean, crop)
 
     def features(variables, images):
-        _, out, _ = network.apply(local, variables, normalize(centre(images, crop), window))
-        *_, last = out.values()
-        flat = [x.reshape(x.shape[0], -1) for x in (last if isinstance(last, tuple) else (last,))]
-        return jnp.concatenate(flat, axis=1).astype(jnp.float32)
+        logits, out, _ = network.apply(local, variables, normalize(centre(images, crop), window))
+        values = out.get(layer, logits)
+        values = values if isinstance(values, tuple) else (values,)
+        return jnp.concatenate(values, axis=-1).astype(jnp.float32)
 
-    out = P('data', 'model') if net.towers > 1 else P('data')
-    return _forward(features, net, mesh, crop, out)
+    shape, spec = there.get(layer), P('data')
+    if isinstance(shape, tuple):  # of the towers
+        spec = P('data', *[None] * (shape[0].ndim - 2), 'model')
+    return _forward(features, net, mesh, crop, spec)
 
 
 @functools.cache

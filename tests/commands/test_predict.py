@@ -1,17 +1,23 @@
 """The command prints what the loaded network computes, in the right order."""
 
+import csv
 import functools
+import io
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import predict
+from alexnet_jax import figures, predict
+from alexnet_jax.common import errors
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices.cpu import cores
+from alexnet_jax.input.store import open_store
 from alexnet_jax.training import inference
-from tests.helpers.run_dirs import CLASSES, call, refuses, write_run
+from tests.helpers.run_dirs import CLASSES, TEST, call, refuses, write_run
 
 NAMES = list('abcdefg')
 load = functools.cache(inference.load)  # commands and tests share one compiled program
@@ -141,7 +147,16 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
         (['RUN', '--val=13'], '--val=13: the validation split of .* has 12 pictures'),
         (['RUN', '--val=1', '--step=7'], 'no checkpoint of step 7'),
         (['RUN', 'nowhere.jpg'], 'nowhere.jpg: cannot be read: No such file'),
-        (['RUN', '.'], '.: cannot be read: Is a directory'),
+        (['RUN', '.'], './text.jpg: cannot be decoded'),
+        (['RUN', 'empty'], 'empty: no pictures in this folder'),
+        (['RUN', '--list=nowhere'], '--list=nowhere: cannot be read: No such file'),
+        (['RUN', '--list=empty'], '--list=empty: cannot be read: Is a directory'),
+        (['RUN', '--list=blank'], '--list=blank: is empty'),
+        (['RUN', '--test=1', '--val=1'], 'give either picture files or --val=N'),
+        (['RUN', '--test=6'], '--test=6: the test split of .* has 5 pictures'),
+        (['RUN', 'text.jpg', '--csv=-', '--json=-'], 'cannot share standard output'),
+        (['RUN', 'text.jpg', '--csv=nowhere/t.csv'], '--csv=nowhere/t.csv: nowhere is not a wri'),
+        (['RUN', 'text.jpg', '--json=empty'], '--json=empty: this is a folder'),
         (
             ['RUN', 'text.jpg'],
             'text.jpg: cannot be decoded .not an image that Pillow can read.; repair',
@@ -154,21 +169,159 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
 )
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
     (tmp_path / 'text.jpg').write_text('no picture')
+    (tmp_path / 'blank').write_text('\n\n')
+    (tmp_path / 'empty').mkdir()
+    if '.' in arguments:
+        (tmp_path / 'blank').unlink()
     refuses(monkeypatch, tmp_path, predict, run.path, arguments, message)
 
 
-@pytest.mark.parametrize(
-    'pictures',
-    [
-        [],
-        ['picture.jpg'],
-        np.zeros((64, 64, 3), np.uint8),  # not in a list
-        [np.zeros((64, 64), np.uint8)],
-        [np.zeros((64, 64, 3), np.float32)],
-        [np.zeros((64, 64, 4), np.uint8)],
-    ],
-    ids=['none', 'a path', 'no list', 'grey', 'float', 'four channels'],
-)
-def test_what_a_network_is_not_given(run, pictures):
-    with pytest.raises(UserError, match='give a list of pictures'):
-        load(run.path)(pictures)
+def photos(folder, run, *names):
+    """Writes training pictures 1, 2, ... as PNGs of these names."""
+    for record, name in enumerate(names, start=1):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(run.pictures['train'][record]).save(folder / name, 'PNG')
+
+
+def test_folders_and_lists(run, tmp_path, monkeypatch, capsys):
+    """Recursively, in order; files that are no images are not tried."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, 'load', load)
+    photos(tmp_path, run, 'in/a/x.png', 'in/b.jpg', 'other.png')
+    (tmp_path / 'in/notes.txt').write_text('not an image')
+    (tmp_path / 'list').write_bytes(b'\xef\xbb\xbfother.png\r\n\nin/a\n')
+    for arguments, expected in (
+        (['in', 'other.png'], ['in/a/x.png', 'in/b.jpg', 'other.png']),
+        (['.'], ['./in/a/x.png', './in/b.jpg', './other.png']),
+        (['in/b.jpg', '--list=list'], ['in/b.jpg', 'other.png', 'in/a/x.png']),
+    ):
+        if arguments == ['.']:
+            (tmp_path / 'list').rename(tmp_path / 'list.txt')
+        call(monkeypatch, predict, run.path, '--views=centre', *arguments)
+        assert [*parse(capsys.readouterr().out)] == expected
+        if arguments == ['.']:
+            (tmp_path / 'list.txt').rename(tmp_path / 'list')
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'in/b.jpg\n')))
+    call(monkeypatch, predict, run.path, '--views=centre', '--list=-')
+    assert [*parse(capsys.readouterr().out)] == ['in/b.jpg']
+
+
+def test_tables(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, 'load', load)
+    monkeypatch.setattr(predict, 'BATCH', 2)
+    names = ['class 2/a "b", c.png', os.fsdecode(b'\xff.png'), 'c.png']
+    photos(tmp_path, run, *names)
+    options = ['--views=centre', '--csv=t.csv', '--json=t.json']
+    call(monkeypatch, predict, run.path, *names, *options)
+    assert capsys.readouterr().out == 'wrote t.csv\nwrote t.json\n'
+    p = load(run.path, 'centre', 'latest')(run.pictures['train'][1:4])
+    with open('t.csv', encoding='utf-8', errors='surrogateescape', newline='') as file:
+        head, *rows = csv.reader(file)
+    assert head == [
+        'path',
+        'correct',
+        *(f'{w}{i}' for i in range(1, 6) for w in ('class', 'probability')),
+    ]
+    told = json.loads((tmp_path / 't.json').read_text())
+    assert len(rows) == len(told) == 3
+    for name, row, one, each, correct in zip(
+        names, rows, told, p, ('class 2', '', ''), strict=True
+    ):
+        top = np.argsort(-each, kind='stable')[:5]
+        assert row[:2] == [name, correct] and row[2::2] == [f'class {k}' for k in top]
+        np.testing.assert_allclose([float(x) for x in row[3::2]], each[top], rtol=1e-4)
+        assert (one['path'], one['correct']) == (name, correct or None)
+        assert [x['class'] for x in one['top']] == row[2::2]
+        assert [x['probability'] for x in one['top']] == [float(x) for x in row[3::2]]
+    options = ['--views=centre', '--json=-', '--csv=again.csv']
+    call(monkeypatch, predict, run.path, 'c.png', *options)
+    (one,) = json.loads(capsys.readouterr().out)
+    assert one['top'][0]['class'] == told[2]['top'][0]['class']
+
+
+@pytest.mark.parametrize('bad', [['text.jpg', 'gone.png'], ['text.jpg']])
+def test_one_bad_file_does_not_stop_the_others(run, tmp_path, monkeypatch, capsys, bad):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, 'load', load)
+    monkeypatch.setattr(predict, 'BATCH', 2)
+    (tmp_path / 'text.jpg').write_text('no picture')
+    photos(tmp_path, run, '1.png', '2.png', '3.png')
+    images = [bad[0], '1.png', '2.png', *bad[1:], '3.png']
+    with pytest.raises(UserError) as error:
+        call(
+            monkeypatch,
+            predict,
+            run.path,
+            *images,
+            '--views=centre',
+            '--csv=t.csv',
+            '--output=p.png',
+        )
+    count = len(bad)
+    assert str(error.value) == (
+        f'{count} of {3 + count} pictures could not be read; they are listed above'
+    )
+    assert errors.end(error.value)[1] == 2
+    said = capsys.readouterr()
+    assert said.out == 'wrote t.csv\nwrote p.png\n'
+    lines = ['error: text.jpg: cannot be decoded', 'error: gone.png: cannot be read: No such file']
+    for line, expected in zip(said.err.splitlines(), lines[:count], strict=True):
+        assert line.startswith(expected)
+    rows = [*csv.reader((tmp_path / 't.csv').read_text().splitlines())][1:]
+    assert [row[0] for row in rows] == ['1.png', '2.png', '3.png']
+    (tmp_path / 't.csv').write_text('an earlier result')
+    with pytest.raises(UserError, match='2 of 2 pictures could not be read'):
+        call(
+            monkeypatch, predict, run.path, 'text.jpg', 'gone.png', '--views=centre', '--csv=t.csv'
+        )
+    assert (tmp_path / 't.csv').read_text() == 'an earlier result'
+
+
+def test_many_files_are_never_in_memory_at_once(run, tmp_path, monkeypatch, capsys):
+    """Reading keeps only a little ahead of the network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, 'load', load)
+    monkeypatch.setattr(predict, 'BATCH', 4)
+    photos(tmp_path, run, 'a.png')
+    begun, done, ahead = [], [], []
+    real = figures.Pictures.batches
+
+    def batches(self, size):
+        read = self._read
+        self._read = lambda i: (begun.append(i), read(i))[1]
+        for numbers, squares in real(self, size):
+            ahead.append(len(begun) - len(done))
+            yield numbers, squares
+            done.extend(numbers)
+
+    monkeypatch.setattr(figures.Pictures, 'batches', batches)
+    call(monkeypatch, predict, run.path, *['a.png'] * 200, '--views=centre', '--csv=-')
+    assert len(capsys.readouterr().out.splitlines()) == 201
+    assert len(done) == 200 and max(ahead) <= 2 * 4 + 2 * cores() + 1
+
+
+def test_the_test_split(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, 'load', load)
+    call(monkeypatch, predict, run.path, f'--test={TEST}', '--views=centre')
+    found = parse(capsys.readouterr().out)
+    p = load(run.path, 'centre', 'latest')(run.pictures['test'])
+    for record in range(TEST):
+        lines = found[f'test picture {record} (correct: class {record % CLASSES})']
+        np.testing.assert_allclose(
+            [x for x, _ in lines], 100 * np.sort(p[record])[:0:-1], atol=0.051
+        )
+    store = open_store(run.store)
+    with open(store.splits['test'].file, 'r+b') as file:
+        before = file.read(4)
+        file.seek(0)
+        file.write(bytes(x ^ 1 for x in before))
+    try:
+        with pytest.raises(UserError, match='1 of 5 pictures could not be read'):
+            call(monkeypatch, predict, run.path, f'--test={TEST}', '--views=centre', '--csv=-')
+    finally:
+        with open(store.splits['test'].file, 'r+b') as file:
+            file.write(before)
+    said = capsys.readouterr()
+    assert "record 0 of split 'test'" in said.err and len(said.out.splitlines()) == TEST

@@ -12,7 +12,7 @@ from alexnet_jax import figures, retrieve
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.nets import network
-from alexnet_jax.training import steps
+from alexnet_jax.training import inference, steps
 from tests.helpers.run_dirs import CLASSES, CROP, TRAIN, VAL, call, refuses, write_run
 
 
@@ -110,7 +110,9 @@ def test_pictures_from_files(run, tmp_path, monkeypatch, capsys):
     assert share == '1 of 1 neighbours share the class of their query: 100.0 %'
     pictures, names = run.pictures['train'][[13, 8]], [['class 1'] * 2, ['b.bin', 'class 2']]
     drawn = retrieve.draw(pictures, pictures[:, None], names)
-    np.testing.assert_array_equal(np.asarray(Image.open('neighbours.png')), drawn)
+    drawn_there = np.asarray(Image.open(run.path / 'neighbours.png'))
+    (run.path / 'neighbours.png').unlink()
+    np.testing.assert_array_equal(drawn_there, drawn)
 
 
 def test_names_stay_below_their_pictures():
@@ -152,8 +154,8 @@ def test_features_of_a_network_without_hidden_layers():
     variables = network.init(net, jax.random.key(0), 6)
     found = steps.make_features(net, mesh, mean=mean, crop=6)(variables, images)
     _, out = net.apply(variables, (images - mean[None])[:, 1:7, 1:7])
-    expected = np.concatenate([x.reshape(3, -1) for x in out['a']], axis=1)
-    assert found.shape == (3, 6 * 6 * 2) and found.dtype == np.float32
+    expected = np.concatenate(out['a'], axis=-1)
+    assert found.shape == (3, 3, 6, 4) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
 
 
@@ -173,7 +175,7 @@ def test_features_that_are_not_finite(run, monkeypatch):
             'config': {'augment': {'crop': CROP}},
         },
     )
-    batches = retrieve.padded(run.pictures['val'][:3], 2)
+    batches = inference.padded(run.pictures['val'][:3], 2)
     mesh = meshes.make((1, 1), towers=1, batches={})
     with pytest.raises(UserError, match='run, step 3: activations are not finite'):
         retrieve.make_features(trained, mesh)(next(batches))
@@ -181,7 +183,7 @@ def test_features_that_are_not_finite(run, monkeypatch):
 
 def test_padded():
     images = np.arange(5 * 2 * 2 * 3, dtype=np.uint8).reshape(5, 2, 2, 3)
-    batches = [*retrieve.padded(images, 3)]
+    batches = [*inference.padded(images, 3)]
     assert [b['mask'].tolist() for b in batches] == [[1, 1, 1], [1, 1, 0]]
     np.testing.assert_array_equal(np.concatenate([b['image'] for b in batches])[:5], images)
 

@@ -100,6 +100,7 @@ def evaluated_by_two(workdir, store):
                 'alexnet_jax.evaluate',
                 str(workdir),
                 '--batch=4',
+                '--confusion',
                 '--cpu_devices=2',
                 f'--coordinator=localhost:{port}',
                 '--num_processes=2',
@@ -195,7 +196,11 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
     # Evaluate with two processes and, in this process, with all devices and with one.
     if kills:
         printed = evaluated_by_two(workdir, store)
-        assert printed == evaluation.table(evaluation.compare([workdir], batch=4))
+        results = evaluation.compare([workdir], batch=4, confusion=True)
+        assert printed.startswith(f'{evaluation.table(results)}\nmost often confused by ')
+        matrix = results[[*results][-1]]['confusion']
+        rows = (workdir / 'confusion.csv').read_text().splitlines()[1:]
+        assert [row.split(',')[1:] for row in rows] == [[*map(str, row)] for row in matrix]
     mesh = meshes.make((1, 1), towers=2, batches={})
     trained = inference.open_run(workdir, mesh)
     predict = inference.predictor(trained, mesh, 'centre')

@@ -20,7 +20,7 @@ from alexnet_jax.rundir import checkpoint, directory
 from configs import quickstart
 from tests.helpers.stores import write_store
 
-SIZE, CROP, CLASSES, TRAIN, VAL, STEP = 72, 64, 6, 30, 12, 3
+SIZE, CROP, CLASSES, TRAIN, VAL, TEST, STEP = 72, 64, 6, 30, 12, 5, 3
 
 
 class TinyRun(NamedTuple):
@@ -41,7 +41,7 @@ def write_run(folder: Path) -> TinyRun:
         format='u8',
         size=SIZE,
         classes=CLASSES,
-        counts={'train': TRAIN, 'val': VAL},
+        counts={'train': TRAIN, 'val': VAL, 'test': TEST},
     )
     store = open_store(folder / 'store')
     config = quickstart.get_config()

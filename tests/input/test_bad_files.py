@@ -88,7 +88,7 @@ def test_a_repaired_pass_ends_with_the_same_bytes(tree, tmp_path, monkeypatch, f
             prepare.prepare(str(tree), store=str(path), **options)
         name.write_bytes(data)
     progress = store_writer.read_progress(str(path), 24)
-    assert progress['written'][:, 0].tolist() == progress['read'].tolist() == [13, 3]
+    assert progress['written'][:, 0].tolist() == progress['read'].tolist() == [13, 3, 0]
     prepare.prepare(str(tree), store=str(path), **options)
     assert files(path) == files(tmp_path / 'whole')
 
@@ -215,6 +215,7 @@ def test_a_progress_file_of_an_earlier_version(tree, tmp_path, monkeypatch):
     try_until_made(tree, path, [False])
     with np.load(path / 'progress.npz') as arrays:
         old = {name: arrays[name] for name in ('written', 'image', 'products')}
+    old['written'] = old['written'][:2]
     np.savez(path / 'progress.npz', **old)
     told = json.loads((path / 'store.json').read_text())
     del told['exif']

@@ -121,9 +121,10 @@ def test_split_folders_under_any_name(tmp_path, train, val, test):
     for name, count in ((train, 3), (val, 2), (test, 1)):
         fixtures.write_tree(tmp_path / name, {'a': count, 'b': count})
     source = sources.open_source(str(tmp_path))
-    assert source.splits == {'train': 6, 'val': 4}
+    assert source.splits == {'train': 6, 'val': 4, 'test': 2}
     assert all(f'/{val}/' in example.name for example in read(source, 'val'))
-    assert source.notes == (f'not used: {test}/',)
+    assert all(f'/{test}/' in example.name for example in read(source, 'test'))
+    assert not source.notes
     shutil.rmtree(tmp_path / val)
     source = sources.open_source(str(tmp_path))
     assert source.splits == {'train': 6, 'val': 2}
@@ -630,7 +631,7 @@ def test_large_tfds_sets_are_known_by_their_download(tmp_path, name, pictures, l
 @pytest.mark.parametrize(
     'prepared, counts, large',
     [
-        (False, {'train': 60, 'validation': 39, 'test': 50}, False),  # 99 would be read
+        (False, {'train': 60, 'validation': 20, 'test': 19, 'extra': 50}, False),  # 99 are read
         (False, {'train': 60, 'test': 40, 'extra': 500}, True),
         (False, {'train': 99, 'extra': 500}, False),
         (False, {'train': 100}, True),

@@ -3,7 +3,9 @@
 google-cloud-storage, which orbax uses to query the type of bucket, is a fake as well.
 """
 
+import argparse
 import contextlib
+import io
 import json
 import re
 import sys
@@ -16,9 +18,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import alexnet_jax
+from alexnet_jax import figures
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import distributed
+from alexnet_jax.input.store import open_store
 from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import directory, metrics
 from alexnet_jax.rundir.checkpoint import Checkpoints, SaveError
@@ -290,3 +294,24 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, 'google.cloud.storage', None)
     with pytest.raises(UserError, match='pip install google-cloud-storage'):
         directory.check(None, workdir)
+
+
+def test_what_commands_write_by_default_goes_to_the_bucket(bucket, store, monkeypatch, capsys):
+    """A failure to write is one line that names the file."""
+    directory.write(make_config(store), paths.path('gs://bucket/run'), open_store(store))
+    args = argparse.Namespace(run='gs://bucket/run', output=None)
+    name = figures.output(args, 'features-fc7.npz')
+    assert name == 'gs://bucket/run/features-fc7.npz'
+    figures.write(name, lambda file: np.savez(file, features=np.arange(3)))
+    assert capsys.readouterr().out == f'wrote {name}\n'
+    with np.load(io.BytesIO(bucket.objects['bucket/run/features-fc7.npz'][0])) as found:
+        assert found['features'].tolist() == [0, 1, 2]
+
+    def deny(*args):
+        raise RuntimeError('403:\nno access')
+
+    monkeypatch.setattr(Bucket, 'put', deny)
+    with pytest.raises(
+        UserError, match='features-fc7.npz: cannot be written .RuntimeError: 403: no'
+    ):
+        figures.write(name, b'content')

@@ -42,8 +42,9 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
     The sorted names of the class folders are the class names and give the labels. Every file below
     them counts as an image unless its name says otherwise (`source.not_an_image`). `source.ALIASES` lists
     what the folders of the splits may be called. Without val/, the validation split is test/ (as in
-    CIFAR-10); without either, `val_fraction` of the images, selected by `seed`, is held out. Tiny
-    ImageNet is read as distributed; its class names are WordNet IDs.
+    CIFAR-10); without either, `val_fraction` of the images, selected by `seed`, is held out. A test/
+    without class folders is not used. Tiny ImageNet is read as distributed; its class names are WordNet
+    IDs.
     """
     del data_dir  # only for TFDS
     if os.path.isfile(path):
@@ -65,24 +66,24 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         )
     notes += _loose(tree, loose)
     entries = {'train': _entries(path, tree, class_names, class_names, skipped)}
-    val = splits.get('val')
+    others = {split: splits[split] for split in ('val', 'test') if split in splits}
     validation = ''
-    if not val and 'test' in splits:
-        if _has_classes(splits['test'], class_names):
-            val, validation = splits['test'], f'{os.path.basename(splits["test"])}/'
+    if 'test' in others:
+        name = f'{os.path.basename(others["test"])}/'
+        if not _has_classes(others['test'], class_names):
+            del others['test']
+            notes.append(f'{name} is not used: it has no class folders')
+        elif 'val' not in others:
+            others, validation = {'val': others['test']}, name
+    for split, folder in others.items():
+        if os.path.exists(os.path.join(folder, LIST)):
+            entries[split] = _listed(folder, class_names)
         else:
-            notes.append(
-                f'{os.path.basename(splits["test"])}/ is not used: it has no class folders'
-            )
-    if val:
-        if os.path.exists(os.path.join(val, LIST)):
-            entries['val'] = _listed(val, class_names)
-        else:
-            found, loose = _classes(path, val, skipped)
-            entries['val'] = _entries(path, val, found, class_names, skipped)
-            notes += _loose(val, loose)
-        if not entries['val']:
-            raise UserError(f'{val}: has no pictures of the classes in {tree}: {LAYOUT}')
+            found, loose = _classes(path, folder, skipped)
+            entries[split] = _entries(path, folder, found, class_names, skipped)
+            notes += _loose(folder, loose)
+        if not entries[split]:
+            raise UserError(f'{folder}: has no pictures of the classes in {tree}: {LAYOUT}')
     return from_entries(
         path,
         class_names,
@@ -162,10 +163,7 @@ def _unused(path: str, folders: list[str], splits: dict[str, str]) -> list[str]:
                 f'{path}: {name}/ has pictures and is beside {train}/: move it into {train}/ if it is a '
                 'class, or out of this folder'
             )
-    names = [f'{name}/' for name in others]
-    if 'test' in splits and 'val' in splits:
-        names.append(f'{os.path.basename(splits["test"])}/')
-    return [not_used(names)] if names else []
+    return [not_used([f'{name}/' for name in others])] if others else []
 
 
 def _hint(tree: str, folders: list[str], loose: list[str]) -> str:
@@ -204,7 +202,7 @@ def _all_hold(parent: str, folders: list[str]) -> bool:
 
 
 def _has_classes(test: str, class_names: list[str]) -> bool:
-    """Returns whether test/ has class folders, so that it can serve as validation split."""
+    """Returns whether test/ has class folders, that is, labels."""
     folders, _ = list_folder(test, collections.Counter())
     return bool({*folders} & {*class_names})
 

@@ -8,7 +8,7 @@ import csv
 import os
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.input.sources.source import Entry, Source, from_entries, split_of
+from alexnet_jax.input.sources.source import Entry, Source, from_entries, split_of, unlabeled
 
 DELIMITERS = {'.csv': ',', '.tsv': '\t'}
 HEADERS = {
@@ -34,7 +34,8 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
     """Opens a list; records are sorted by (label, path), whatever the order of the lines.
 
     Splits may have any name in `source.ALIASES`. Without 'val', the test split is used; without
-    either, `val_fraction` of the images, selected by `seed`, is held out.
+    either, `val_fraction` of the images, selected by `seed`, is held out. A test split whose labels are
+    all -1 is not used.
 
     Raises:
       UserError: a line or a split is not as described, a file is missing, or a class has no images in
@@ -63,16 +64,16 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         splits.setdefault(split, []).append((label, file))
     if 'train' not in splits:
         raise UserError(f'{path}: has no images for training, only for {", ".join(splits)}')
+    if all(label == '-1' for label, _ in splits.get('test', [])) and splits.pop('test', None):
+        notes.append(unlabeled('the test split'))
     if 'test' in splits and 'val' not in splits:
         splits['val'] = splits.pop('test')
         validation = 'the test split'
-    elif 'test' in splits:
-        notes.append(f'the split test is not used ({len(splits.pop("test"))} images)')
     names = _sorted({label for label, _ in splits['train']})
     if len(names) < 2:
         raise UserError(f'{path}: needs at least two labels, found {len(names)}')
     numbers = {name: number for number, name in enumerate(names)}
-    strange = _sorted({label for label, _ in splits.get('val', [])} - {*names})
+    strange = _sorted({label for found in splits.values() for label, _ in found} - {*names})
     if strange:
         raise UserError(f'{path}: the label {strange[0]!r} has no images for training')
     entries = {

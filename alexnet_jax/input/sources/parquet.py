@@ -21,6 +21,7 @@ from alexnet_jax.common.errors import UserError, one_line, say
 from alexnet_jax.input.sources.source import (
     HELD_OUT,
     PICTURE_BYTES,
+    SPLITS,
     Example,
     Source,
     class_notes,
@@ -33,6 +34,7 @@ from alexnet_jax.input.sources.source import (
     number_names,
     split_in,
     split_off,
+    unlabeled,
 )
 
 HUB = 'hf://'
@@ -99,13 +101,13 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         split: [(path, _values(path, columns, files['train'][0])) for path in paths]
         for split, paths in files.items()
     }
-    if 'test' in files and 'val' not in files and _labeled(values['test']):
-        files['val'], values['val'] = files['test'], values['test']
+    if 'test' in files and not _labeled(values['test']):
+        del files['test']
+        notes.append(unlabeled('the test split'))
+    elif 'test' in files and 'val' not in files:
+        files['val'], values['val'] = files.pop('test'), values['test']
         validation = 'the test split'
-    elif 'test' in files:
-        reason = '' if _labeled(values['test']) else ': it has no labels'
-        notes.append(f'the test split is not used{reason}')
-    values = {split: values[split] for split in ('train', 'val') if split in values}
+    values = {split: values[split] for split in SPLITS if split in files}
     for split, parts in values.items():
         if not any(found for _, found in parts):
             raise UserError(f'{parts[0][0]}: there are no rows of {split}: download it again')
@@ -113,7 +115,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     labels = {split: _labels(parts, names) for split, parts in values.items()}
     if 'val' in files:
         chosen = {split: np.arange(len(labels[split])) for split in labels}
-        origin = {'train': 'train', 'val': 'val'}
+        origin = {split: split for split in labels}
     else:
         validation = HELD_OUT
         chosen = split_off(len(labels['train']), val_fraction, seed, name, labels['train'])
@@ -125,14 +127,19 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         for index, (where, data) in zip(wanted, rows, strict=True):
             yield Example(where, data, int(labels[place][index]))
 
-    used = [path for split in labels for path in files[split]]
+    def prints(*wanted: str) -> tuple[int, int]:
+        used = [split for split in wanted if split in files]
+        paths = ((path, None) for split in used for path in files[split])
+        return fingerprint(root, paths, sum(len(labels[split]) for split in used))
+
     places = {
         split: [f'{path}: {row}' for path, found in parts for row in range(len(found))]
         for split, parts in values.items()
     }
     final = {split: labels[origin[split]][rows] for split, rows in chosen.items()}
     named = {split: [places[origin[split]][row] for row in rows] for split, rows in chosen.items()}
-    pairs = {split: zip(named[split], final[split].tolist(), strict=True) for split in chosen}
+    pairs = {split: [*zip(named[split], final[split].tolist(), strict=True)] for split in chosen}
+    test = {'test': pairs.pop('test', [])}
     return Source(
         name,
         names,
@@ -141,8 +148,9 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         exif=not is_imagenet(names),
         notes=(*notes, *class_notes(names, final)),
         validation=validation,
-        files=fingerprint(root, ((path, None) for path in used), sum(map(len, labels.values()))),
+        files=prints('train', 'val'),
         content=content_of(names, pairs, root),
+        test=(*prints('test'), content_of(names, test, root)) if 'test' in files else None,
         place=os.path.abspath(root),
     )
 

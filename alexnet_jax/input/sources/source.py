@@ -27,17 +27,19 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A labeled set of images with a 'train' and a 'val' split."""
+    """A labeled set of images with the splits 'train', 'val' and, if it has both, 'test'."""
 
     name: str
     class_names: list[str]  # by label
-    splits: dict[str, int]  # {'train': N, 'val': M}
+    splits: dict[str, int]  # {'train': N, 'val': M}, in this order; maybe also 'test'
     read: Callable[[str, int], Iterator[Example]]  # (split, start): records start, start + 1, ...
     exif: bool = True  # what `data.exif` 'auto' means: images are turned as their EXIF data say
     notes: tuple[str, ...] = ()  # what the user should know, a line each
     validation: str = ''  # where the validation images come from, if not from a split of their own
-    files: tuple[int, int] | None = None  # `fingerprint`; None for TFDS sets
-    content: int | None = None  # `content_of`; None for TFDS sets
+    # Of train and val; None for TFDS sets.
+    files: tuple[int, int] | None = None  # `fingerprint`
+    content: int | None = None  # `content_of`
+    test: tuple[int, int, int] | None = None  # both of the test split
     place: str | None = None  # the absolute path of what is read, if known
 
 
@@ -52,6 +54,7 @@ class Entry(NamedTuple):
 
 
 WNID = re.compile(r'n\d{8}')  # a WordNet ID, ImageNet's name of a class
+SPLITS = ('train', 'val', 'test')
 HELD_OUT = 'a part of the training images that is held out'
 PICTURE_BYTES = 100_000  # rough size of a photograph's file; ImageNet's average 110 kB
 
@@ -213,6 +216,11 @@ def not_used(names: Sequence[str], why: str = '') -> str:
     return f'not used{why}: {", ".join(names[:3])}{more}'
 
 
+def unlabeled(test: str) -> str:
+    """Returns the note about a test split without labels; test: what to call it."""
+    return f'{test} is not used: it has no labels'
+
+
 def skipped_note(skipped: collections.Counter) -> tuple[str, ...]:
     """Returns the note about the files that were skipped, if any."""
     if not skipped:
@@ -331,15 +339,21 @@ def from_entries(
     root: the folder that the names of the entries start with.
     place: what is read, if that is not `path`.
     """
-    everything = [entry for entries in splits.values() for entry in entries]
-    files = fingerprint(root, ((entry.name, entry.size) for entry in everything), len(everything))
+    test = splits.get('test', ())
+    everything = [e for split in splits if split != 'test' for e in splits[split]]
+    files, test_files = (
+        fingerprint(root, ((entry.name, entry.size) for entry in entries), len(entries))
+        for entries in (everything, test)
+    )
     if 'val' not in splits:
         validation = HELD_OUT
         labels = [entry.label for entry in splits['train']]
         chosen = split_off(len(labels), val_fraction, seed, path, labels)
         splits = {split: [splits['train'][i] for i in chosen[split]] for split in chosen}
+    splits = {split: splits[split] for split in SPLITS if split in splits}
     labels = {split: [entry.label for entry in entries] for split, entries in splits.items()}
-    pairs = {split: ((e.name, e.label) for e in entries) for split, entries in splits.items()}
+    pairs = {split: [(e.name, e.label) for e in entries] for split, entries in splits.items()}
+    test_pairs = {'test': pairs.pop('test', [])}
     return Source(
         path,
         class_names,
@@ -350,6 +364,7 @@ def from_entries(
         validation=validation,
         files=files,
         content=content_of(class_names, pairs, root),
+        test=(*test_files, content_of(class_names, test_pairs, root)) if test else None,
         place=os.path.abspath(place or path),
     )
 

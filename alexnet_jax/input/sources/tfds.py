@@ -15,6 +15,7 @@ from alexnet_jax.input.sources.source import (
     Source,
     import_tensorflow,
     split_off,
+    unlabeled,
 )
 
 EMBEDDED = 'alexnet_shapes'
@@ -75,11 +76,12 @@ def _builder(name: str, root: str):
 
 
 def _origin(counts: dict[str, int], name: str) -> dict[str, str]:
-    """Returns the TFDS splits that 'train' and 'val' come from."""
+    """Returns the TFDS splits that 'train', 'val' and, if there is one, 'test' come from."""
     if 'train' not in counts:
         raise UserError(f'{name}: has no train split, only {", ".join(counts)}')
     held_out = next((split for split in ('validation', 'test') if split in counts), 'train')
-    return {'train': 'train', 'val': held_out}
+    test = {'test': 'test'} if held_out == 'validation' and 'test' in counts else {}
+    return {'train': 'train', 'val': held_out, **test}
 
 
 def _build(builder, name: str, root: str) -> None:
@@ -102,7 +104,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     """Opens a TFDS classification set, building it first if needed.
 
     The validation split is 'validation', or else 'test'; without either, it is `val_fraction` of
-    'train', selected by `seed`.
+    'train', selected by `seed`. A 'test' whose first label is -1 is not used.
 
     Raises:
       UserError: there is no such set, it cannot be built or read, or it does not consist of images of
@@ -153,6 +155,25 @@ def _source(builder, name: str, val_fraction: float, seed: int) -> Source:
             'images can be used; convert it to a folder of pictures'
         )
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    notes = ()
+
+    def records(split: str, start: int, stop: int | str = '') -> Iterator[dict]:
+        try:
+            yield from builder.as_dataset(
+                split=f'{split}[{start}:{stop}]',
+                shuffle_files=False,
+                decoders={image: tfds.decode.SkipDecoding()},
+                read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+            ).as_numpy_iterator()
+        except Exception as error:  # TensorFlow raises many kinds: DataLossError, NotFoundError
+            raise UserError(
+                f'{name}: cannot be read from {builder.data_dir} ({one_line(error)}): '
+                'fix that, or remove this folder and run the same command again'
+            ) from error
+
+    if counts.get('test') and any(one[label] == -1 for one in records('test', 0, 1)):
+        del counts['test']
+        notes = (unlabeled('the test split'),)
     origin = _origin(counts, name)
     if origin['val'] == 'train':
         chosen = split_off(counts['train'], val_fraction, seed, name)
@@ -160,26 +181,11 @@ def _source(builder, name: str, val_fraction: float, seed: int) -> Source:
         chosen = {split: np.arange(counts[origin[split]]) for split in origin}
 
     def read(split: str, start: int) -> Iterator[Example]:
-        try:
-            yield from read_all(split, start)
-        except Exception as error:  # TensorFlow raises many kinds: DataLossError, NotFoundError
-            raise UserError(
-                f'{name}: cannot be read from {builder.data_dir} ({one_line(error)}): '
-                'fix that, or remove this folder and run the same command again'
-            ) from error
-
-    def read_all(split: str, start: int) -> Iterator[Example]:
         wanted = chosen[split][start:]
         if not len(wanted):
             return
-        records = builder.as_dataset(
-            split=f'{origin[split]}[{wanted[0]}:]',
-            shuffle_files=False,
-            decoders={image: tfds.decode.SkipDecoding()},
-            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
-        )
         position = 0
-        for index, record in enumerate(records.as_numpy_iterator(), start=wanted[0]):
+        for index, record in enumerate(records(origin[split], wanted[0]), start=wanted[0]):
             if position < len(wanted) and index == wanted[position]:
                 place = record.get('file_name', f'{origin[split]}[{index}]'.encode()).decode()
                 yield Example(f'{name}: {place}', record[image], int(record[label]))
@@ -191,5 +197,6 @@ def _source(builder, name: str, val_fraction: float, seed: int) -> Source:
         {split: len(indices) for split, indices in chosen.items()},
         read,
         exif=False,
+        notes=notes,
         validation={'test': 'the test split', 'train': HELD_OUT}.get(origin['val'], ''),
     )

@@ -12,6 +12,7 @@ from alexnet_jax.input.sources import tars
 from alexnet_jax.input.sources.source import (
     IMAGES,
     PICTURE_BYTES,
+    SPLITS,
     Entry,
     Source,
     from_entries,
@@ -23,6 +24,7 @@ from alexnet_jax.input.sources.source import (
     skipped_note,
     split_in,
     split_of,
+    unlabeled,
 )
 
 NAMES = 'classnames.txt'
@@ -57,19 +59,28 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
             f'{path}: {shards[next(iter(shards))][0]} is not for training by its name, and no other '
             'shard is: call the shards for training ...train...tar'
         )
-    if 'val' not in shards and 'test' in shards:
-        shards['val'] = shards.pop('test')
-        validation = 'the test shards'
-    for split in ('test', None):
-        if split in shards:
-            notes.append(not_used(shards[split]))
+    if None in shards:
+        notes.append(not_used(shards[None]))
     say(f'{path}: reading the index of the shards')
     skipped = collections.Counter()
     entries = {
-        split: [entry for shard in shards[split] for entry in _entries(path, shard, skipped)]
-        for split in ('train', 'val')
+        split: [
+            entry
+            for shard in shards[split]
+            for entry in _entries(path, shard, skipped, labeled=split != 'test')
+        ]
+        for split in SPLITS
         if split in shards
     }
+    missing = [entry for entry in entries.get('test', ()) if entry.label == -1]
+    if missing and len(missing) == len(entries['test']):
+        del entries['test']
+        notes.append(unlabeled('the test split'))
+    elif missing:
+        raise UserError(f'{missing[0].name}: has no label, but other images of the test split do')
+    elif 'test' in entries and 'val' not in entries:
+        entries['val'] = entries.pop('test')
+        validation = 'the test shards'
     for split, found in entries.items():
         if not found:
             raise UserError(
@@ -104,8 +115,11 @@ def _shards(path: str) -> list[str]:
     ]
 
 
-def _entries(path: str, shard: str, skipped: collections.Counter) -> list[Entry]:
-    """Lists the images of a shard with their labels, in the order of the shard."""
+def _entries(path: str, shard: str, skipped: collections.Counter, *, labeled: bool) -> list[Entry]:
+    """Lists the images of a shard with their labels, in the order of the shard.
+
+    If not `labeled`, images may have the label -1, and all do in a shard without labels.
+    """
     file = os.path.join(path, shard)
     found, labels = [], {}
     for member in tars.members(file):
@@ -127,6 +141,11 @@ def _entries(path: str, shard: str, skipped: collections.Counter) -> list[Entry]
         if key in images:
             raise UserError(f'{file}: two images have the key {key}: make the keys unique')
         images[key] = member
+    if not labeled and not labels:
+        return [
+            Entry(file, image.offset, image.size, f'{file}: {image.name}', -1)
+            for image in images.values()
+        ]
     missing = [key for key in images if key not in labels]
     if missing and not labels and all(map(os.path.dirname, images)):
         raise UserError(
@@ -146,8 +165,8 @@ def _entries(path: str, shard: str, skipped: collections.Counter) -> list[Entry]
             try:
                 label = int(text)
             except ValueError:
-                label = -1
-            if label < 0:
+                label = -2
+            if label < (0 if labeled else -1):
                 raise UserError(
                     f'{file}: {labels[key].name} is {text[:20]!r}, not the number of a class'
                 )

@@ -1,0 +1,52 @@
+"""The README's program runs as it stands."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import ROOT, run_dirs
+from tests.helpers.run_dirs import CLASSES, without_tensorflow
+
+
+@pytest.mark.slow
+def test_the_program_in_python(tmp_path, monkeypatch, capsys):
+    """On a tiny run in place of the quickstart's."""
+    (program,) = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
+    assert len(program.splitlines()) <= 40
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 160
+    monkeypatch.chdir(tmp_path)
+    without_tensorflow(monkeypatch)
+    write_store, rng = run_dirs.write_store, np.random.default_rng(0)
+
+    def colored(path, *, classes, counts, size, **options):
+        """Classes that a network can learn: noise around a color of their own."""
+        colors = rng.integers(0, 256, (classes, 1, 1, 3))
+        pictures = {
+            split: (
+                0.8 * colors[np.arange(n) % classes]
+                + 0.2 * rng.integers(0, 256, (n, size, size, 3))
+            ).astype(np.uint8)
+            for split, n in counts.items()
+        }
+        return write_store(
+            path,
+            classes=classes,
+            size=size,
+            pictures=pictures,
+            labels={split: np.arange(n) % classes for split, n in counts.items()},
+            **options,
+        )
+
+    monkeypatch.setattr(run_dirs, 'write_store', colored)
+    made = run_dirs.write_run(tmp_path)
+    (tmp_path / 'runs').mkdir()
+    made.path.rename(tmp_path / 'runs/quickstart')
+    for name in ('picture.jpg', 'other.png'):
+        Image.fromarray(made.pictures['train'][0]).resize((90, 70)).save(name)
+    names = {}
+    exec(compile(program, 'README.md', 'exec'), names)
+    assert capsys.readouterr().out.startswith('class ')
+    assert names['probabilities'].shape == (CLASSES,) and names['fc7'].shape == (2, 256)
+    assert names['step'] == 99 and 0 < names['value'] < 0.95 * np.log(CLASSES)
