@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
             'source': 'imagenet2012',  # a path, a TFDS name, ... (docs/data.md); 'alexnet_shapes': embedded
             'dir': '',  # where TFDS keeps its data sets, or where imagenet2012 is; '': TFDS's default
             'store': '',  # a prepared store, also gs://BUCKET/STORE; '': data/<source>-<size>-<format>
-            'format': 'jpg',  # of the store: 'jpg' (38 GB for ImageNet) or 'u8' (raw, 262 GB, faster)
+            # of the store: 'jpg' (38 GB for ImageNet), 'u8' (raw, 262 GB, faster), or 'whole' (as 'jpg', but
+            # of whole images, for config.augment.area)
+            'format': 'jpg',
             'size': 256,  # pixels, side of the prepared square images (§2)
             # Images turned upright as their EXIF orientation says: 'on', 'off', or 'auto', which is off for
             # ImageNet (as in 2012) and TFDS sets, and whatever a store was prepared with.
@@ -28,6 +30,10 @@ def get_config() -> ConfigDict:
     config.augment = ConfigDict(
         {
             'crop': 224,  # pixels, side of the crops the network sees (§4.1)
+            # Random resized crops: the least and the largest part of an image's area, as in (0.08, 1.0), for
+            # stores of whole images; (): crops at random offsets.
+            'area': (),
+            'jitter': 0.0,  # brightness, contrast and saturation vary by this factor, such as 0.4
             'random': True,  # random crops and flips; False: always the centre crop
             # Mixup: each image is mixed with its neighbor in the batch, in shares drawn from
             # Beta(mixup, mixup); 0: none. The training error counts the image's own label.

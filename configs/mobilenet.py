@@ -31,6 +31,8 @@ VARIANTS = {
 def get_config(variant: str = ''):
     config = base.get_config()
     config.colour.std = 0.0
+    config.augment.area = (0.08, 1.0)
+    config.data.format = 'whole'
     config.model = ConfigDict(
         {
             'net': 'mobilenet',

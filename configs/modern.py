@@ -2,9 +2,10 @@
 
     python -m alexnet_jax.main --config=configs/modern.py
 
-Batch 1,024, a rate of 0.06 with warm-up and half a cosine, label smoothing, mixup until 12 epochs before
-the end, a moving average, and inverted dropout. The aim is a top-1/top-5 error of 38.1/16.1 % with a
-single crop, the best known for a plain AlexNet (imgclsmob, without towers). Not run on ImageNet here.
+Batch 1,024, a rate of 0.06 with warm-up and half a cosine, random resized crops, label smoothing, mixup
+until 12 epochs before the end, a moving average, and inverted dropout. The aim is a top-1/top-5 error of
+38.1/16.1 % with a single crop, the best known for a plain AlexNet (imgclsmob, without towers). Not run on
+ImageNet here.
 """
 
 from configs import alexnet_bn, paper
@@ -18,7 +19,8 @@ def get_config(variant: str = ''):
     config = alexnet_bn.get_config() if variant else paper.get_config()
     if not variant:
         config.model.dropout = 'inverted'
-    config.augment.update({'mixup': 0.2, 'mixup_off': EPOCHS - 12})
+    config.data.format = 'whole'
+    config.augment.update({'area': (0.08, 1.0), 'mixup': 0.2, 'mixup_off': EPOCHS - 12})
     config.optim.update(
         {
             'rate': 0.06,

@@ -17,6 +17,8 @@ VARIANTS = {'x0.5': {'model.size': 'x0.5'}}
 def get_config(variant: str = ''):
     config = base.get_config()
     config.colour.std = 0.0
+    config.augment.update({'area': (0.08, 1.0), 'jitter': 0.4})
+    config.data.format = 'whole'
     config.model = ConfigDict(
         {
             'net': 'shufflenet',

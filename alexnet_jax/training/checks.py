@@ -51,7 +51,17 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         raise UserError(f'config.seed={config.seed}: must be below 2^32')
     if config.augment.chunk < 1:
         raise UserError(f'config.augment.chunk={config.augment.chunk}: must be at least 1')
-    for field in ('mixup', 'mixup_off'):
+    if area := config.augment.area:
+        if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+            raise UserError(
+                f'config.augment.area={area}: must be the least and the largest part of the area, as in '
+                '(0.08, 1.0), or ()'
+            )
+        if config.data.format != 'whole':
+            raise UserError(
+                'config.augment.area needs a store of whole images: set config.data.format=whole'
+            )
+    for field in ('jitter', 'mixup', 'mixup_off'):
         if not config.augment[field] >= 0:
             raise UserError(f'config.augment.{field}={config.augment[field]}: must be at least 0')
     for field in ('ema', 'smoothing'):

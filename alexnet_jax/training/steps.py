@@ -79,8 +79,9 @@ def make_inputs(
 ) -> Callable:
     """Returns inputs(batch, rates) -> f32[B,H,W,3], what the network sees in training.
 
-    A batch with 'mix' f32[B] is mixed: each image gets that share, and the other row of its pair (its
-    row in the global batch XOR 1) the rest (mixup, Zhang et al. 2018).
+    With 'jitter' f32[B,3], brightness, contrast and saturation are multiplied by those, in this order, and
+    clipped to 0..255. With 'mix' f32[B], each image gets that share, and the other row of its pair (its row
+    in the global batch XOR 1) the rest (mixup, Zhang et al. 2018).
 
     mean f32[H,W,3], eigenvectors f32[3,3] (columns) and sigma f32[3] come from the store, std and
     rescale from `config.colour`.
@@ -90,10 +91,24 @@ def make_inputs(
     def inputs(batch, rates):
         noise = rates['colour'] * batch['z'] @ axes.T
         divisor = jnp.where(rates['colour'] > 0, 1 + std, 1.0) if rescale and std else 1.0
-        x = normalize(batch['image'], mean, noise if std else None, divisor)
+        images = _jitter(batch['image'], batch['jitter']) if 'jitter' in batch else batch['image']
+        x = normalize(images, mean, noise if std else None, divisor)
         return _mix(x, batch['mix'][:, None, None, None]) if 'mix' in batch else x
 
     return inputs
+
+
+def _jitter(images, factors):
+    brightness, contrast, saturation = jnp.split(factors[:, :, None, None], 3, axis=1)
+
+    def grey(x):
+        return x @ jnp.array([0.299, 0.587, 0.114], x.dtype)  # ITU-R 601, as torchvision
+
+    x = jnp.clip(images.astype(jnp.float32) * brightness, 0, 255)
+    means = jnp.mean(grey(x), axis=(1, 2))[:, None, None, None]
+    x = jnp.clip(means + contrast * (x - means), 0, 255)
+    each = grey(x)[..., None]
+    return jnp.clip(each + saturation * (x - each), 0, 255)
 
 
 def _mix(x, share):

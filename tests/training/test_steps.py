@@ -228,6 +228,25 @@ def test_targets_are_mixed_and_smoothed_and_images_mixed():
     np.testing.assert_array_equal(steps.truth(plain, CLASSES, 0.0), one_hot)
 
 
+def test_jitter():
+    """Brightness, contrast against the mean of the gray image, saturation against each pixel's gray."""
+    batch = {
+        **make_batch(),
+        'jitter': np.float32([[1.3, 0.7, 1.4], [1, 1, 1], [0.6, 1, 1], [1, 1, 0]]),
+    }
+    settings = {'eigenvectors': np.eye(3), 'sigma': np.ones(3), 'std': 0.0, 'rescale': False}
+    inputs = steps.make_inputs(mean=np.zeros((CROP, CROP, 3), np.float32), **settings)
+    found = inputs(batch, RATES)
+    gray = np.array([0.299, 0.587, 0.114])
+    for image, (bright, contrast, saturation), result in zip(
+        batch['image'].astype(float), batch['jitter'].astype(float), found, strict=True
+    ):
+        x = np.clip(image * bright, 0, 255)
+        x = np.clip((1 - contrast) * (x @ gray).mean() + contrast * x, 0, 255)
+        x = np.clip((1 - saturation) * (x @ gray)[..., None] + saturation * x, 0, 255)
+        np.testing.assert_allclose(result, x, atol=1e-3)
+
+
 def test_the_moving_average(net, mesh):
     """It holds still, like the parameters, in a step whose loss is not finite."""
     step, _, settings = make_step(net, mesh, ema=0.15)
