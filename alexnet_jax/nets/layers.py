@@ -81,7 +81,7 @@ def depthwise(x, kernel, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0))
         for j in range(size):
             ends = (x.shape[0], i + (out[0] - 1) * stride + 1, j + (out[1] - 1) * stride + 1)
             view = lax.slice(x, (0, i, j, 0), (*ends, x.shape[3]), (1, stride, stride, 1))
-            total = total + view * kernel[i, j]
+            total = total + view * kernel[None, None, i : i + 1, j]
     return total
 
 
