@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from alexnet_jax.common.errors import INTERRUPTED, UNREAD, Stopped, UserError, end
+from alexnet_jax.common.errors import INTERRUPTED, UNREAD, Stopped, UserError, end, printable
 
 # Flags for multi-process runs and their defaults: the arguments of `distributed.start`.
 DISTRIBUTED = {
@@ -29,6 +29,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f'{message}; --help lists the options')
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Lists options with their defaults, and leaves the description as it is."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, '', []):  # the text says what happens then
+            return action.help
+        if action.default is False:
+            return f'{action.help} (default: off)'
+        return super()._get_help_string(action)
 
 
 def make_parser(name: str, description: str) -> ArgumentParser:
@@ -74,6 +85,9 @@ def log_to_stdout() -> None:
 class _Log(logging.StreamHandler):
     """A handler that goes quiet once the output pipe is closed, so that training continues."""
 
+    def format(self, record):
+        return '\n'.join(map(printable, super().format(record).split('\n')))
+
     def handleError(self, record):  # noqa: N802
         if isinstance(sys.exception(), BrokenPipeError):
             _discard_output()
@@ -92,12 +106,23 @@ def _is_unread() -> bool:
     return bool(poll.poll(0))
 
 
+def _use_utf8() -> None:
+    """Starts Python again in UTF-8 mode if the locale has another encoding, also of file names.
+
+    Otherwise the paths in a run directory or a store would not be those of another locale.
+    """
+    if sys.getfilesystemencoding() != 'utf-8':
+        encoding = {'PYTHONIOENCODING': sys.stdout.encoding, **os.environ}  # the terminal's
+        os.execve(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]], encoding)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command; errors that are not bugs become one line on stderr and an exit code.
 
     Characters that the terminal's encoding lacks are escaped; Pillow's warnings about metadata are
     hidden.
     """
+    _use_utf8()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')

@@ -9,7 +9,7 @@ the largest; with --per_kernel each kernel is first normalized to mean 0 and sta
 import numpy as np
 
 from alexnet_jax import command, figures
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.training import inference, progress
 
@@ -37,8 +37,8 @@ def main() -> None:
     kernels = first_kernels(trained)
     towers, h, w, _, count = kernels.shape
     print(
-        f'{args.run}, step {trained.step:,}: {towers * count} kernels of {h} x {w}, towers: {towers}, '
-        f'weights from {kernels.min():.3g} to {kernels.max():.3g}'
+        f'{printable(args.run)}, step {trained.step:,}: {towers * count} kernels of {h} x {w}, '
+        f'towers: {towers}, weights from {kernels.min():.3g} to {kernels.max():.3g}'
     )
     picture = progress.kernel_picture(kernels, scale=args.scale, per_kernel=args.per_kernel)
     figures.write(output, figures.png(picture))

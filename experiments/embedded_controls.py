@@ -8,13 +8,12 @@ of a control must be above its bound. The networks are variants of the quickstar
 interrupted, repeat the command to resume.
 """
 
-import argparse
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.command import run
+from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.images import decode, square
 from alexnet_jax.input.sources import shapes
@@ -184,10 +183,15 @@ def corrected(of_views: dict[str, dict[str, list[float]]]) -> dict[tuple[str, st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m experiments.embedded_controls')
+    parser = ArgumentParser(
+        prog='python -m experiments.embedded_controls', description=__doc__, formatter_class=Help
+    )
     parser.add_argument('--seeds', type=int, default=3, help='seeds per network; 0: no networks')
     parser.add_argument(
-        '--workdir', type=pathlib.Path, default=pathlib.Path('runs/embedded_controls')
+        '--workdir',
+        type=pathlib.Path,
+        default=pathlib.Path('runs/embedded_controls'),
+        help='folder for the runs',
     )
     args = parser.parse_args()
     meshes.configure(cpu_devices=2)

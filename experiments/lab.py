@@ -28,13 +28,13 @@ that would not is refused. For every run that an experiment analyzes, the row al
 images were classified correctly: top-1, centre crop.
 """
 
-import argparse
 import concurrent.futures
 import fcntl
 import json
 import math
 import multiprocessing
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,6 +43,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from alexnet_jax import command
 from alexnet_jax.common import configfile, paths
@@ -99,6 +101,8 @@ class Lab:
                 )
         # Names and keys of the runs to make (empty: all), and the keys requested so far.
         self._only, self._asked = set(), []
+        self._planned: list[str] = []  # keys of all runs, if known
+        self._took: list[float] = []  # seconds, of the runs made here
         self.folder = runs / f'{runs_of or experiment}-{scale}'
         self._file = results / f'{experiment}-{scale}.json'
         self.results = read(self._file)
@@ -185,7 +189,8 @@ class Lab:
                 f'remove {workdir} and start again'
             )
 
-        print(f'{key}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
+        print(f'{self._position(key)}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
+        began = time.monotonic()
         workdir = self.workdir(name, seed)
         provenance.note(workdir, now['code'], now['start'])
         diverged = self._start(command, workdir, until)
@@ -213,7 +218,18 @@ class Lab:
         unchanged()
         result |= {'extra': found[0], 'hits': found[1]}
         self.results = add(self._file, key, result)
+        self._took.append(time.monotonic() - began)
         return result
+
+    def _position(self, key: str) -> str:
+        """Returns 'run 3 of 8, about 20 minutes left: KEY', as far as that is known."""
+        if key not in self._planned:
+            return key
+        trained = (training_time(result) for result in self.results.values())
+        times = self._took or [seconds for seconds in trained if seconds]
+        missing = sum(other not in self.results for other in self._planned)
+        left = f', {about(np.mean(times) * missing)} left' if times else ''
+        return f'run {self._planned.index(key) + 1} of {len(self._planned)}{left}: {key}'
 
     def _uncommitted(self, key: str) -> bool:
         """Returns whether the code is uncommitted; UserError if it must be committed."""
@@ -269,10 +285,43 @@ class Lab:
         """
         keys = self.ask(run)
         self._only = {*only}
-        for name in sorted(self._only - {*keys} - {*map(name_of, keys)}):
+        names = dict.fromkeys(map(name_of, keys))
+        for name in sorted(self._only - {*keys} - {*names}):
             raise UserError(
-                f'--only={name}: no such run at --scale={self.scale} --seeds={self.seeds}'
+                f'--only={name}: no such run at --scale={self.scale} --seeds={self.seeds}; choose from '
+                f'{", ".join(names)}, or name a single seed, as in --only={shlex.quote(keys[0])}'
             )
+
+    def plan(self, run: Callable[['Lab'], Any]) -> None:
+        """Finds out which runs run(lab) will request, so that each can say how many are left."""
+        dry = _Dry(self)
+        run(dry)
+        self._planned = [
+            key for key in dry.results if not self._only or {name_of(key), key} & self._only
+        ]
+
+
+class _Dry(Lab):
+    """A copy of a lab that makes no runs: those that are missing count as diverged."""
+
+    def __init__(self, lab: Lab):
+        vars(self).update(vars(lab))
+        self._stored, self.results = lab.results, {}
+
+    def run(self, name: str, seed: int, *args, **kwargs) -> dict[str, Any]:
+        stub = {
+            'name': name,
+            'seed': seed,
+            'diverged': True,
+            'train': [],
+            'eval': [],
+            'extra': None,
+        }
+        key = f'{name}-{seed}'
+        return self.results.setdefault(key, self._stored.get(key, stub))
+
+    def extend(self, *args) -> None:
+        pass
 
 
 def name_of(key: str) -> str:
@@ -291,12 +340,21 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
             stdout=out,
             stderr=subprocess.STDOUT,
         )
-        asked = False
+        asked = told = False
         try:
             while process.poll() is None:
                 time.sleep(0.5)
-                rows = _rows(workdir, 'train') if until and not asked else before
-                if rows != before and until(rows):
+                wanted = until and not asked or not told
+                rows = _rows(workdir, 'train') if wanted else before
+                if (
+                    not told and rows[1:] and rows[-1] not in before
+                ):  # the first row has compilation
+                    most = 'at most ' * bool(until)
+                    print(
+                        f'{workdir.name}: {most}{about(_left(workdir, rows[-1]))} left', flush=True
+                    )
+                    told = True
+                if until and not asked and rows != before and until(rows):
                     process.send_signal(signal.SIGTERM)
                     asked = True
         except KeyboardInterrupt:
@@ -393,6 +451,50 @@ def _origin(workdir: pathlib.Path) -> dict[str, Any]:
         'classes': store['classes'],
     }
     return {'starts': starts, 'data': data}
+
+
+def _left(workdir: pathlib.Path, row: dict[str, Any]) -> float:
+    """Returns the seconds that a run still trains at the speed of a row."""
+    epochs = directory.read_config(workdir)['optim']['epochs'] - row['epoch']
+    images = json.loads((workdir / 'store.json').read_text())['counts']['train']
+    return max(epochs, 0) * images / row['images_per_second']
+
+
+def training_time(result: dict[str, Any]) -> float:
+    """Returns the seconds that a run trained, from its rows; 0 if they do not tell."""
+    rows, images = result['train'], result.get('data', {}).get('counts', {}).get('train', 0)
+    if not all('images_per_second' in row for row in rows):
+        return 0.0
+    begun = [0.0, *(row['epoch'] for row in rows)]
+    return sum(
+        (row['epoch'] - start) * images / row['images_per_second']
+        for start, row in zip(begun, rows, strict=False)
+    )
+
+
+def about(seconds: float) -> str:
+    """Returns 'about 40 seconds', 'about 20 minutes', 'about 16 hours'."""
+    units = (('hour', 3600), ('minute', 60), ('second', 1))
+    unit, length = next((one for one in units if seconds >= 1.5 * one[1]), units[-1])
+    return f'about {count(max(round(seconds / length), 1), unit)}'
+
+
+def durations(name: str) -> str:
+    """Describes how long the stored runs of an experiment trained, a line per scale."""
+    lines = ['training time:']
+    for scale in SCALES:
+        files = [folder / f'{name}-{scale}.json' for folder in (RESULTS, RESULTS / EARLIER)]
+        results = next(filter(None, map(read, files)), {})
+        timed = {key: t for key, r in results.items() if (t := training_time(r))}
+        text = 'not measured'
+        if timed:
+            starts = [start for key in timed for start in results[key]['starts']]
+            each = about(np.median([*timed.values()])) + ' each (median), ' * (len(timed) > 1)
+            whole = f'{about(sum(timed.values()))} in all' * (len(timed) > 1)
+            on = ', '.join(sorted({start['processor'] for start in starts}))
+            text = f'{count(len(timed), "run")} measured, {each}{whole}; processors: {on}'
+        lines.append(f'  {scale}: {text}')
+    return '\n'.join(lines)
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
@@ -510,16 +612,17 @@ def _main(module: ModuleType) -> None:
     notes = [f'{scale}: {note}' for scale, note in getattr(module, 'NOTES', {}).items()]
     parser = command.ArgumentParser(
         prog=f'python -m experiments.{name}',
-        description='\n'.join([module.__doc__, *notes]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='\n'.join([module.__doc__, *notes, '', durations(name)]),
+        formatter_class=command.Help,
     )
-    parser.add_argument('--scale', choices=SCALES, default='small')
-    parser.add_argument('--seeds', type=int, default=3, help='number of seeds; default: 3')
+    parser.add_argument('--scale', choices=SCALES, default='small', help='size of the experiment')
+    parser.add_argument('--seeds', type=int, default=3, help='number of seeds')
     parser.add_argument(
         '--results',
         type=pathlib.Path,
         metavar='DIR',
-        help='folder for new results, their figure and run directories',
+        help='folder for new results, their figure and run directories (default: experiments/results, '
+        'experiments/figures and runs)',
     )
     parser.add_argument(
         '--report', action='store_true', help='only print the table of stored results'
@@ -535,7 +638,8 @@ def _main(module: ModuleType) -> None:
             action='append',
             default=[],
             metavar='RUN',
-            help='only analyze this run directory, without training or storing; can be repeated',
+            help='only analyze this run directory, without training or storing; can be repeated '
+            '(default: train)',
         )
     if getattr(module, 'INDEPENDENT', False):
         parser.add_argument(
@@ -543,7 +647,7 @@ def _main(module: ModuleType) -> None:
             action='append',
             default=[],
             metavar='NAME',
-            help='make only these runs, NAME or NAME-SEED; can be repeated',
+            help='make only these runs, NAME or NAME-SEED; can be repeated (default: all)',
         )
     split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:split])
@@ -578,6 +682,7 @@ def _main(module: ModuleType) -> None:
     elif getattr(module, 'INDEPENDENT', False) and not options.report:
         lab.ask(module.run)  # rejects rows of other commands before anything is run
     if not options.report:
+        lab.plan(module.run)
         module.run(lab)
     if not lab.results:
         raise UserError(f'{name}, {options.scale}: no results yet; run it without --report')

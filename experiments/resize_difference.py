@@ -8,12 +8,11 @@ FOLDER is searched recursively. Both resize the shorter side to `size` pixels an
 levels (0-255), separately for images that shrink and for those that grow.
 """
 
-import argparse
 import pathlib
 
 import numpy as np
 
-from alexnet_jax.command import run
+from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input.images import decode, square
 
@@ -32,8 +31,10 @@ def opencv_square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m experiments.resize_difference')
-    parser.add_argument('folder', type=pathlib.Path)
+    parser = ArgumentParser(
+        prog='python -m experiments.resize_difference', description=__doc__, formatter_class=Help
+    )
+    parser.add_argument('folder', type=pathlib.Path, help='images, in any subfolder')
     parser.add_argument('--size', type=int, default=256, help='pixels per side')
     args = parser.parse_args()
     suffixes = {'.jpg', '.jpeg', '.png'}

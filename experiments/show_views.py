@@ -7,11 +7,9 @@ pipeline at its position in that epoch, with that position's colour noise. The m
 being subtracted, and values outside 0..255 are clipped.
 """
 
-import argparse
-
 import numpy as np
 
-from alexnet_jax.command import run
+from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import sampler
 from alexnet_jax.input.batches import eval_batches, train_batches
@@ -96,7 +94,9 @@ def draw(training: list[View], testing: list[View], title: str, out: str) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m experiments.show_views')
+    parser = ArgumentParser(
+        prog='python -m experiments.show_views', description=__doc__, formatter_class=Help
+    )
     parser.add_argument('--store', required=True, help='a folder written by prepare')
     parser.add_argument('--index', type=int, default=0, help='the training image to show')
     parser.add_argument('--out', default='views.png', help='the image file to write')

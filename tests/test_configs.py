@@ -32,6 +32,7 @@ def changed(**layers):
 TABLE = {
     ('paper', ()): (PAPER, 60_965_224),
     ('original', ()): (PAPER, 60_965_224),
+    ('folder', ()): (PAPER, 60_965_224),
     ('caffe', ()): (PAPER, 60_965_224),
     ('caffenet', ()): (PAPER, 60_965_224),
     ('large_batch', ()): (PAPER, 60_965_224),
@@ -131,6 +132,13 @@ def test_parameter_counts(preset, overrides):
     counts = tuple(sum(x.size for x in jax.tree.leaves(params[name])) for name in layers)
     expected, total = TABLE[preset, overrides]
     assert expected in (..., counts) and sum(counts) == total
+
+
+def test_the_small_network_for_folders():
+    config = load('folder', 'small')
+    _, params = shapes(config)
+    assert sum(x.size for x in jax.tree.leaves(params)) == 2_818_120
+    assert config.augment.crop / config.data.size == 224 / 256
 
 
 @pytest.mark.parametrize('preset', [preset for preset, overrides in TABLE if not overrides])

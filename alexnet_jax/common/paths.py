@@ -5,8 +5,12 @@ or renamed, but each appears whole or not at all.
 """
 
 import errno
+import functools
+import hashlib
 import io
 import os
+import re
+import tempfile
 import uuid
 from collections.abc import Callable
 from typing import BinaryIO
@@ -16,6 +20,8 @@ from etils import epath
 from alexnet_jax.common.errors import UserError, reason
 
 BUCKET = 'gs://'
+SCHEMES = ('gs', 's3', 'az', 'hf')  # etils takes /gs/x for gs://x
+PLAIN = r'[\w/.+,=@~ -]*'  # paths that every library takes literally
 Path = epath.Path
 
 
@@ -24,7 +30,12 @@ def path(name: str | os.PathLike) -> Path:
     text = os.fspath(name)
     if '://' in text and not text.startswith(BUCKET):
         raise UserError(f'{text}: not supported; give a folder or {BUCKET}BUCKET/RUN')
-    if text.startswith(('/gs/', '/s3/')):
+    if text.startswith(BUCKET):
+        if pattern := re.search(r'[][*?\\]', text):
+            raise UserError(
+                f'{text}: {pattern[0]} would be taken for a pattern; give another folder'
+            )
+    elif os.path.abspath(text).split('/')[1] in SCHEMES:
         raise UserError(f'{text}: etils would treat this as a bucket; give another folder')
     return Path(text)
 
@@ -37,6 +48,29 @@ def is_remote(path: str | os.PathLike) -> bool:
 def absolute(path: Path) -> Path:
     """The absolute path; paths in a bucket already are."""
     return path if is_remote(path) else path.absolute()
+
+
+def plain(folder: Path) -> Path:
+    """The path by which libraries reach an absolute folder: its own or, if that is unusual, a link to it.
+
+    etils takes brackets for a pattern and tensorstore a backslash for a slash; others want UTF-8.
+    Raises UserError if the temporary folder, where the link is, has such a path too.
+    """
+    if is_remote(folder) or re.fullmatch(PLAIN, str(folder)):
+        return folder
+    links = _links().name
+    if not re.fullmatch(PLAIN, links):
+        raise UserError(f'TMPDIR={os.path.dirname(links)}: set it to a folder such as /tmp')
+    link = os.path.join(links, hashlib.sha1(os.fsencode(folder)).hexdigest())
+    if not os.path.islink(link):
+        os.symlink(folder, link)
+    return Path(link)
+
+
+@functools.cache
+def _links() -> tempfile.TemporaryDirectory:
+    """The folder of the links that `plain` makes; removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix='alexnet_jax-')
 
 
 def existing(path: Path) -> Path:

@@ -3,7 +3,9 @@
 The axis `model` shards the towers, the axis `data` the images of a batch.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
 import jaxlib
@@ -14,6 +16,18 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices.backend import choices
 
+# What JAX must be set to, whatever the environment or the caller says, by the names in `jax`: other values
+# change the numbers of a run or are errors in it.
+SETTINGS = {
+    'enable_x64': False,
+    'default_prng_impl': 'threefry2x32',
+    'threefry_partitionable': True,
+    'debug_key_reuse': False,
+    'numpy_dtype_promotion': 'standard',
+    'transfer_guard': 'allow',
+    'disable_jit': False,
+}
+
 
 def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
     """Configures JAX. Call this before anything uses JAX.
@@ -21,6 +35,8 @@ def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
     cpu_devices: how many virtual CPU devices to create; deterministic: reproduce the same bits on GPUs,
     where the fastest kernels of some operations add in any order (CPUs reproduce them anyway).
     """
+    for name, value in {**SETTINGS, 'random_seed_offset': 0}.items():
+        jax.config.update(f'jax_{name}', value)
     flags = []
     if deterministic:
         flags.append('--xla_gpu_deterministic_ops=true')
@@ -32,6 +48,15 @@ def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
     if jaxlib.__version__.startswith('0.10.'):
         flags.append('--xla_cpu_experimental_ynn_fusion_type=-individual_convolution')
     os.environ['XLA_FLAGS'] = ' '.join([*flags, os.environ.get('XLA_FLAGS', '')]).strip()
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """A context, or a decorator, with `SETTINGS`, for functions that other programs call too."""
+    with contextlib.ExitStack() as stack:
+        for name, value in SETTINGS.items():
+            stack.enter_context(getattr(jax, name)(value))
+        yield
 
 
 def keep_programs() -> None:

@@ -48,6 +48,7 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f'{directory}: cannot keep {keep} checkpoints; keep at least 1')
         self.directory = paths.absolute(paths.path(directory))  # orbax rejects relative paths
+        paths.plain(self.directory)  # a UserError now, not at the first save
         self._policy = _LatestAndBest(keep)
         self._manager: _Manager | None = None
         logging.getLogger('absl').addFilter(_without_chatter)
@@ -79,10 +80,7 @@ class Checkpoints:
         one must never displace a good one among the latest. Raises SaveError if this save or the
         previous one cannot be written.
         """
-        content = {'meta': meta, 'leaves': fingerprint.describe(state)}
-        # A JSON round trip makes a copy, and the same object that a restore will return.
-        content = json.loads(json.dumps(content, allow_nan=False))
-        record = {**content, 'crc32': fingerprint.crc32(content)}
+        record = _make_record(meta, fingerprint.describe(state))
         self.wait()
         try:
             orbax = self._open()
@@ -101,6 +99,21 @@ class Checkpoints:
         except paths.failures(self.directory) as error:
             _raise_if_lost(error)
             raise self._failed(f'cannot save step {step}', error) from error
+
+    def amend(self, step: int, meta: dict) -> None:
+        """Replaces the meta of a checkpoint in one atomic step; SaveError if it cannot be written."""
+        self.wait()
+        record = _make_record(meta, self._agreed_record(step)['leaves'])
+        self._policy.errors[step] = _own_error(step, record)
+        if jax.process_index() > 0:
+            return
+        file = self._at(step) / 'meta' / 'metadata'
+        try:
+            paths.replace(file, json.dumps(record).encode())
+        except paths.failures(file) as error:
+            raise SaveError(
+                f'{file}: cannot be written: {paths.full(error)}{one_line(error)}'
+            ) from error
 
     def restore(self, target: Any, step: int | None = None) -> tuple[int, Any, dict]:
         """Restores a whole state with the structure of `target` -> (step, state, meta).
@@ -156,7 +169,9 @@ class Checkpoints:
         # Not before the first save: see _Manager.
         if self._manager is None:
             self._policy.errors = {step: self._error(step) for step in self.steps()}
-            self._manager = _Manager(self.directory, self._policy)
+            if not paths.is_remote(self.directory):  # where `plain` links to must be there
+                self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = _Manager(paths.plain(self.directory), self._policy)
         return self._manager
 
     def _restore(self, target: Any, step: int | None, *, whole: bool) -> tuple[int, Any, dict]:
@@ -259,7 +274,7 @@ class Checkpoints:
         # where the others would hang if only one process met damage; and if one of several
         # concurrent reads fails, the others print tracebacks.
         value = ocp.PyTreeCheckpointHandler().restore(
-            self._at(step) / 'state',
+            paths.plain(self.directory) / str(step) / 'state',
             args=ocp.args.PyTreeRestore(
                 item={name: leaf},
                 restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
@@ -276,6 +291,13 @@ class Checkpoints:
 
 class _Damaged(Exception):
     """A checkpoint has changed since it was saved; the message names the leaf or file."""
+
+
+def _make_record(meta: dict, leaves: dict) -> dict:
+    """What a checkpoint stores besides the arrays."""
+    # A JSON round trip makes a copy, and the same object that a restore will return.
+    content = json.loads(json.dumps({'meta': meta, 'leaves': leaves}, allow_nan=False))
+    return {**content, 'crc32': fingerprint.crc32(content)}
 
 
 def _own_error(step: int, record: dict) -> float | None:

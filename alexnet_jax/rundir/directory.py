@@ -1,6 +1,6 @@
 """The run directory: the run of one config, with everything needed to resume or use it.
 
-    config.json     the config; later starts must have the same, except for `config.run`
+    config.json     the config of the last start; what can differ between starts: `check`
     run.json        one entry per start: time, command, commit, versions, devices, processor
     store.json      description of the store
     names.txt       its class names
@@ -21,6 +21,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Collection
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -103,27 +104,43 @@ def _free(field: str, config) -> bool:
     return field.startswith('config.run.') and not decides
 
 
-def check(config, workdir: paths.Path) -> None:
-    """Raises UserError if `workdir` is not writable or holds a run that differs beyond `config.run`."""
+def differences(config, workdir: paths.Path) -> dict[str, str]:
+    """What differs between a config and that of the run in `workdir`, in words, by the field's full name."""
+    if not (workdir / 'config.json').exists():
+        return {}
+    there, here = (configfile.fields(ConfigDict(c)) for c in (read_config(workdir), _plain(config)))
+    return {
+        name: f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    }
+
+
+def check(config, workdir: paths.Path, *, free: Collection[str] = ()) -> None:
+    """Raises UserError if `workdir` is not writable or holds a run of another config.
+
+    Only fields of `config.run`, and the fields `free`, can differ from those of that run.
+    """
     if paths.is_remote(workdir):
         paths.try_bucket(workdir)
     else:
         there = paths.existing(workdir)
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f'--workdir={workdir}: {there} is not a writable folder; give another')
-    if not (workdir / 'config.json').exists():
-        return
-    there, here = (configfile.fields(ConfigDict(c)) for c in (read_config(workdir), _plain(config)))
+    different = differences(config, workdir)
     fields = [
-        f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name) and not _free(name, config)
+        text for name, text in different.items() if name not in free and not _free(name, config)
     ]
     if fields:
-        raise UserError(
-            f'{workdir} holds a run of another config ({"; ".join(fields)}); '
-            'give another --workdir or remove this one'
-        )
+        raise another(workdir, fields)
+
+
+def another(workdir: paths.Path, fields: Collection[str], why: str = '') -> UserError:
+    """The error for a work directory whose run has another config; fields: texts of `differences`."""
+    return UserError(
+        f'{workdir} holds a run of another config ({"; ".join(fields)}){why}; '
+        'give another --workdir or remove this one'
+    )
 
 
 def write(config, workdir: paths.Path, store: Store) -> None:
@@ -178,7 +195,7 @@ def commit() -> str:
             __file__
         ).parent  # of an installed package, perhaps in another repository
         return subprocess.run(
-            ['git', *arguments], cwd=folder, capture_output=True, text=True, check=False
+            ['git', *arguments], cwd=folder, capture_output=True, encoding='utf-8', check=False
         )
 
     try:

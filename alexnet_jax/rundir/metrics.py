@@ -26,7 +26,8 @@ class Writer:
 
     A run that resumes at step `start` repeats everything after it. Opening therefore removes, in one
     atomic replacement, the train rows of steps >= start (row s is the update from s to s + 1), all
-    other rows of steps > start, and a torn last line; a start of -1 removes every row. The
+    other rows of steps > start (or >= start, unless `evaluated`: step `start` was evaluated), and a
+    torn last line; a start of -1 removes every row. The
     TensorBoard files are only a mirror: they keep the events of removed rows, so repeated steps
     appear twice.
 
@@ -38,7 +39,14 @@ class Writer:
     and `sync` and `close` write them to the bucket whole.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, start: int, active: bool = True):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        start: int,
+        evaluated: bool = True,
+        active: bool = True,
+    ):
         self._active = active
         if not active:
             return
@@ -49,7 +57,7 @@ class Writer:
             folder = paths.Path(self._scratch.name)
             (folder / FILE).write_bytes(b''.join(line for line, _ in _rows(self._workdir / FILE)))
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_repeated(folder / FILE, start)
+        _remove_repeated(folder / FILE, start, evaluated)
         self._file = open(folder / FILE, 'a', encoding='utf-8')
         self._events = _Events(folder / 'tensorboard')
 
@@ -152,11 +160,11 @@ def _rows(path: paths.Path) -> list[tuple[bytes, dict[str, Any]]]:
     return rows
 
 
-def _remove_repeated(path: paths.Path, start: int) -> None:
+def _remove_repeated(path: paths.Path, start: int, evaluated: bool) -> None:
     kept = [
         line
         for line, row in _rows(path)
-        if row['step'] < start or (row['step'] == start and row['kind'] != 'train')
+        if row['step'] < start or (evaluated and row['step'] == start and row['kind'] != 'train')
     ]
     content = b''.join(kept)
     if not path.exists() or content == path.read_bytes():

@@ -12,6 +12,9 @@ from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.rundir import checkpoint, directory, fingerprint
 from alexnet_jax.training import optim
+from alexnet_jax.training.setup import Setup
+
+SCHEDULE = {f'config.optim.{field}' for field in optim.SCHEDULE}
 
 
 def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Mesh, Network]:
@@ -20,7 +23,7 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
     build: makes the network from the fields of `config.model`. Raises UserError for invalid values,
     and for devices or directories that do not fit.
     """
-    directory.check(config, workdir)
+    directory.check(config, workdir, free=SCHEDULE)
     net = build(classes=1, **config.model)
     mesh, shapes = _values(config, net)
     _start(config, workdir, net, shapes)
@@ -39,6 +42,8 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
                 f'config.run.{field}={config.run[field]}: must be a multiple of '
                 f'config.run.dispatch={config.run.dispatch}, the number of steps made at once'
             )
+    if offset := jax.config.jax_random_seed_offset:
+        raise UserError(f'JAX_RANDOM_SEED_OFFSET={offset}: would change all draws; set config.seed')
     preemption.parse(config.run.stop_after)
     choose('config.run.saves', config.run.saves, ('background', 'wait'))
     choose('config.run.failed_save', config.run.failed_save, ('stop', 'warn'))
@@ -140,3 +145,42 @@ def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
                     f'config.train.init_from={path}: a run of another network: its {called} is '
                     f'{list(other.shape) if other else "missing"}, expected {list(leaf.shape)}'
                 )
+
+
+def schedule(
+    setup: Setup, workdir: paths.Path, step: int, history: dict[int, float]
+) -> tuple[list[str], dict[int, float]]:
+    """Checks that a run at `step` could have had the config's schedule from the start.
+
+    Returns the changed fields, as in `directory.differences`, and the history without an evaluation
+    that was only made because an earlier schedule ended at `step`. Raises UserError if the rates of a
+    step that was made would be others.
+    """
+    config, examples = setup.config, setup.store.counts['train']
+    different = directory.differences(config, workdir)
+    changed = [text for name, text in different.items() if name in SCHEDULE]
+    if not changed:
+        return [], history
+    there = directory.read_config(workdir)
+    before = optim.make_rates(examples=examples, batch=config.train.batch, **there['optim'])
+    due = [*map(setup.evaluation_due, range(step + 1))]
+    if before(step, history)['stop'] and not due[step] and not setup.over(step, history):
+        every = there['run']['eval_every']
+        if not setup.evaluation_due(step, every):
+            history = {s: error for s, error in history.items() if s != step}
+    if config.optim.schedule == 'plateau' and {*history} != {s for s in range(step + 1) if due[s]}:
+        why = (
+            ', and the evaluations so far, which decide under the plateau rule, were at other steps'
+        )
+        raise directory.another(workdir, changed, why)
+    for s in range(step):
+        old, new = before(s, history), setup.rates(s, history)
+        if new['stop']:
+            raise directory.another(workdir, changed, f', would have ended at step {s:,}')
+        for name in old:
+            if old[name] != new[name]:
+                values = f'{name} {old[name]:.6g} there, {new[name]:.6g} here'
+                raise directory.another(
+                    workdir, changed, f', with other rates from step {s:,} on ({values})'
+                )
+    return changed, history

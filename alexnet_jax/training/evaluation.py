@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax.common.errors import printable
 from alexnet_jax.devices import distributed
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices.backend import choices
@@ -88,6 +89,7 @@ def _of_batches(
     return jax.device_get(parts)
 
 
+@meshes.settings()
 def compare(
     run_dirs: Sequence[str | os.PathLike],
     *,
@@ -136,6 +138,7 @@ def compare(
     return results
 
 
+@meshes.settings()
 def hits(
     run_dir: str | os.PathLike,
     *,
@@ -167,6 +170,7 @@ def hits(
 
 def table(results: dict[tuple[str, str], dict]) -> str:
     """Formats what `compare` returns like the paper's tables 1 and 2."""
+    results = {(printable(name), view): sums for (name, view), sums in results.items()}
     width = max(len('Model'), *(len(name) for name, _ in results))
     columns = {name: head for name, (_, head) in metrics.TEXT.items() if head}
     heads = '  '.join(f'{head:>{max(7, len(head))}}' for head in columns.values())
@@ -187,7 +191,7 @@ def class_table(results: dict[tuple[str, str], dict], names: Sequence[str]) -> s
     errors = [metrics.class_errors(one) for one in sums]
     width = max(len('Class'), *map(len, names))
     heads = '  '.join(f'{i:>7}' for i in range(1, len(sums) + 1))
-    lines = [f'({i}) {name}, {view}' for i, (name, view) in enumerate(results, start=1)]
+    lines = [f'({i}) {printable(name)}, {view}' for i, (name, view) in enumerate(results, start=1)]
     lines.append(f'{"Class":{width}}  {heads}  Pictures')
     for k, name in enumerate(names):
         row = '  '.join(f'{error[k]:5.1f} %' for error in errors)

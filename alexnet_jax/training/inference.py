@@ -166,6 +166,7 @@ class Classifier:
     `run` is the opened run, `size` the side in pixels of the square cropped from an image.
     """
 
+    @meshes.settings()
     def __init__(self, run_dir: str | os.PathLike, views: str, step: str | int, build: Callable):
         self._mesh = meshes.make((1, 1), towers=1, batches={})
         self.run = open_run(run_dir, self._mesh, step, build)
@@ -175,10 +176,12 @@ class Classifier:
         self._predict = predictor(self.run, self._mesh, views)
         self._features = {}  # compiled, by layer
 
+    @meshes.settings()
     def __call__(self, images) -> np.ndarray:
         """Classifies one image -> probabilities f32[K], or several -> f32[B,K]."""
         return self._map(lambda batch: np.asarray(self._predict(batch['image'])), images)
 
+    @meshes.settings()
     def features(self, images, layer: str | None = None) -> np.ndarray:
         """Returns the activations of a layer, of the centre crop: f32[H,W,C] or f32[F], [B,...] of several.
 

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import os
+import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 
 from alexnet_jax.common import configfile, paths
-from alexnet_jax.common.errors import Stopped, UserError
+from alexnet_jax.common.errors import Stopped, UserError, printable
 from alexnet_jax.devices import distributed, preemption
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import prepare
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 NOT_FINITE = 'is not finite'  # part of every message about a run that diverged
 
 
+@meshes.settings()
 def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     """Trains until the schedule ends, from the last checkpoint in `workdir` if there is one.
 
@@ -52,11 +54,23 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     state, history, running = setup.start(checkpoints, config.train.init_from)
     step = int(state.step)
     distributed.agree({'the step of the checkpoint': step})
-    if step == setup.total or setup.rates(step, history)['stop']:
+    evaluated = step in history
+    changed, history = checks.schedule(setup, workdir, step, history)
+    # Before one process writes the new config, all must have read the old one.
+    distributed.agree({'the fields that differ from the run there': changed})
+    if setup.over(step, history) and step in history and not changed:
         log.info('%s: nothing left to do, the run ended at step %s', workdir, f'{step:,}')
         return
 
     _describe(setup, state, resuming=bool(there))
+    for text in changed:
+        log.info('another schedule: %s', text)
+    if changed and setup.config.run.dispatch > 1:
+        log.warning(
+            'config.run.dispatch=%s: a run that had this schedule from the start could have grouped its '
+            'steps differently, which can change the last bit',
+            setup.config.run.dispatch,
+        )
     with (
         directory.locked(workdir) if distributed.is_first() else contextlib.nullcontext(),
         preemption.watch(config.run.stop_after, step) as stop,
@@ -65,7 +79,11 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
             raise UserError(
                 f'{workdir}: another process has just saved a checkpoint here; run the command again'
             )
-        writer = Writer(workdir, start=step, active=distributed.is_first())
+        if evaluated and step not in history:
+            checkpoints.amend(step, {'history': history, 'running': running})
+        writer = Writer(
+            workdir, start=step, evaluated=step in history, active=distributed.is_first()
+        )
         try:
             if distributed.is_first():
                 directory.write(config, workdir, store)
@@ -141,7 +159,7 @@ class Loop:
         self.images = 0.0  # since the last row, in this start only; `running` may be older
         self.stuck = diagnosis.Stuck(self.config.stuck_after, self.setup.store.classes)
         self.local_batches = self.setup.batches(self.step)
-        self.compiled = set()  # sizes of the dispatches already compiled
+        self.compiled = {}  # seconds, by the size of the dispatch
         self.tracing = False
 
     def run(self, stop: Callable[[int], str]) -> None:
@@ -149,8 +167,9 @@ class Loop:
 
         stop(step): the reason to stop before this step, or ''.
         """
-        batch = self.fetch(self.step)
-        self.warn_if_saturated(batch)
+        with self.clock.once():  # the input starts
+            batch = self.fetch(self.step)
+            self.warn_if_saturated(batch)
         while True:
             over = self.over()
             evaluated = self.step not in self.history and (
@@ -161,7 +180,12 @@ class Loop:
                 over = over or self.over()  # the plateau rule may end the run now
             asked = stop(self.step)
             if self.save_due(evaluated, ending=over or asked):
+                if asked:
+                    log.info('step %s: stopping (%s), saving a checkpoint', f'{self.step:,}', asked)
                 self.save(last=over or asked)
+            elif evaluated:  # the checkpoint that this start began with
+                self.writer.sync()
+                self.checkpoints.amend(self.step, self.meta())
             if over or asked:
                 break
             sent = self.dispatch(batch)
@@ -169,6 +193,8 @@ class Loop:
             batch = self.fetch(following)  # moves to the device while it computes
             self.report()  # the previous dispatch, so that the device never waits for the host
             self.pending, self.step = sent, following
+            if sent.step == self.first:
+                self.report()  # at once, for the log
             self.trace(self.step >= self.config.profile[1])
         self.trace(end=True)
         if not over:
@@ -179,14 +205,18 @@ class Loop:
             )
         log.info(
             '%s: ended at step %s; to evaluate: python -m alexnet_jax.evaluate %s',
-            self.workdir,
+            printable(str(self.workdir)),
             f'{self.step:,}',
-            self.workdir,
+            printable(shlex.quote(str(self.workdir))),
         )
 
     def over(self) -> bool:
         """Returns whether the schedule ends here."""
-        return self.step == self.setup.total or self.setup.rates(self.step, self.history)['stop']
+        return self.setup.over(self.step, self.history)
+
+    def meta(self) -> dict:
+        """Returns what a checkpoint stores besides the state."""
+        return {'history': self.history, 'running': self.running}
 
     def fetch(self, step: int) -> Any:
         """Returns the batch or batches of a step's dispatch, on the devices; [] after the last."""
@@ -235,8 +265,7 @@ class Loop:
         except checkpoint.SaveError as error:
             self.tolerate(error)
         try:
-            meta = {'history': self.history, 'running': self.running}
-            self.checkpoints.save(self.step, state, meta)
+            self.checkpoints.save(self.step, state, self.meta())
             if last or self.config.saves == 'wait':
                 self.checkpoints.wait()
         except checkpoint.SaveError as error:
@@ -261,12 +290,13 @@ class Loop:
     def dispatch(self, batch) -> Dispatch:
         """Hands the next step or steps to the device; `state` becomes the one after them."""
         count = self.setup.dispatched(self.step)
-        if count not in self.compiled:  # compile time must not count for the steps before
+        new = count not in self.compiled
+        if new:  # compile time must not count for the steps before
             self.report()
-            self.compiled.add(count)
         start, stop = self.config.profile
         if not self.tracing and start < self.step + count and self.step < stop:
-            jax.profiler.start_trace(str(self.workdir / 'profile'))
+            folder = paths.plain(paths.absolute(self.workdir)) / 'profile'
+            jax.profiler.start_trace(str(folder))
             self.tracing = True
         rates = [self.setup.rates(self.step + i, self.history) for i in range(count)]
         names = [name for name in rates[0] if name != 'stop']
@@ -274,7 +304,10 @@ class Loop:
         if count == 1:
             scalars = {name: value[0] for name, value in scalars.items()}
         train = self.setup.train_steps if count > 1 else self.setup.train_step
-        self.state, sums = train(self.state, batch, scalars)
+        with self.clock.once() if new else contextlib.nullcontext() as seconds:
+            self.state, sums = train(self.state, batch, scalars)
+        if new:
+            (self.compiled[count],) = seconds
         return Dispatch(self.step, rates, scalars, batch, sums)
 
     def report(self) -> None:
@@ -294,20 +327,29 @@ class Loop:
                 self.running = dict.fromkeys(sums, 0.0)
             self.running = {name: self.running[name] + sums[name] for name in sums}
             self.images += sums['count']
+            if step == self.first:
+                line = progress.first_line(
+                    step + len(done.rates),
+                    self.setup.total,
+                    np.sum(all_sums['loss']) / np.sum(all_sums['count']),
+                    self.compiled[len(done.rates)],
+                )
+                log.info(line)
             if (step + 1) % self.config.log_every == 0:
                 self.write_row(step, rates)
 
     def write_row(self, step: int, rates: dict[str, float]) -> None:
         """Ends an interval of `log_every` steps: writes its row and its log line."""
         batch, total = self.setup.config.train.batch, self.setup.total
+        times, steady = self.clock.interval(self.images)
         values = {
             'epoch': (step + 1) * batch / self.setup.store.counts['train'],
             **metrics.values(self.running),
             **{name: rate for name, rate in rates.items() if name != 'stop'},
-            **self.clock.interval(self.images),
+            **times,
         }
         self.writer.write('train', step, values)
-        log.info(progress.line(step + 1, total, batch, values))
+        log.info(progress.line(step + 1, total, batch, values, steady))
         if self.stuck(values['loss'], self.config.log_every):
             log.warning('step %s: %s', f'{step + 1:,}', self.stuck.advice)
         self.running, self.images = {}, 0.0

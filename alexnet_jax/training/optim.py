@@ -1,6 +1,7 @@
 """The paper's SGD, LARS, RMSProp, and all learning rates as one pure function on the host."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,18 +16,6 @@ from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 
 NAMES = ('sgd', 'lars', 'rmsprop')
-FIELDS = (  # of `config.optim`, the arguments of `make`
-    'name',
-    'momentum',
-    'nesterov',
-    'decay',
-    'decays',
-    'decay_roles',
-    'trust',
-    'rms_decay',
-    'rms_epsilon',
-    'clip',
-)
 ROLES = ('kernel', 'depthwise', 'scale', 'bias')  # of parameters, see `Network.role`
 
 
@@ -344,3 +333,10 @@ def make_rates(
         }
 
     return rates
+
+
+_fields = {*inspect.signature(make_rates).parameters} - {'examples', 'batch'}
+UPDATE = _fields & {
+    *inspect.signature(make).parameters
+}  # fields of `config.optim` that `make` takes
+SCHEDULE = _fields - UPDATE  # those that determine only the rates

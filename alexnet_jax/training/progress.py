@@ -60,7 +60,7 @@ class Clock:
 
     def _reset(self) -> None:
         self._start = time.perf_counter()
-        self._waited = self._paused = 0.0
+        self._waited = self._paused = self._once = 0.0
 
     @contextlib.contextmanager
     def waiting(self):
@@ -76,17 +76,37 @@ class Clock:
         yield
         self._paused += time.perf_counter() - start
 
-    def interval(self, images: float) -> dict[str, float]:
-        """Ends an interval of `images` images; returns images/s and the fraction of time waiting."""
+    @contextlib.contextmanager
+    def once(self):
+        """Times a block that will not be repeated, such as compilation; yields its list of seconds."""
+        start, seconds = time.perf_counter(), []
+        yield seconds
+        seconds.append(time.perf_counter() - start)
+        self._once += seconds[0]
+
+    def interval(self, images: float) -> tuple[dict[str, float], float]:
+        """Ends an interval of `images` images.
+
+        Returns images/s and the fraction of time waiting, and the images/s without what happens once.
+        """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         values = {'images_per_second': images / seconds, 'waiting': self._waited / seconds}
+        steady = images / max(seconds - self._once, 1e-9)
         self._reset()
-        return values
+        return values, steady
 
 
-def line(step: int, total: int, batch: int, values: dict[str, float]) -> str:
-    """Formats an interval's log line; values: those of the train row, times included."""
-    left = (total - step) * batch / values['images_per_second']
+def first_line(step: int, total: int, loss: float, compiled: float) -> str:
+    """Formats the line after a start's first dispatch; compiled: seconds."""
+    return f'step {step:,} of {total:,}: loss {loss:.4f}, compiled in {compiled:.0f} s'
+
+
+def line(step: int, total: int, batch: int, values: dict[str, float], steady: float) -> str:
+    """Formats an interval's log line.
+
+    values: those of the train row, times included; steady: images/s from here on.
+    """
+    left = (total - step) * batch / steady
     hours, minutes = divmod(int(left) // 60, 60)
     to_go = f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{int(left) % 60:02d}s'
     return (

@@ -26,7 +26,7 @@ def make_optimizer(config, net: Network, mesh: jax.sharding.Mesh):
     """Returns a config's optimizer for a network's parameters on a mesh."""
     return optim.make(
         net,
-        **{name: config.optim[name] for name in optim.FIELDS},
+        **{name: config.optim[name] for name in optim.UPDATE},
         freeze=config.train.freeze,
         axis='model' if mesh.shape['model'] > 1 else None,
     )
@@ -159,10 +159,14 @@ class Setup:
         between = map(self.evaluation_due, range(step + 1, step + count))
         return count if whole and not any(between) else 1
 
-    def evaluation_due(self, step: int) -> bool:
-        """Returns whether `config.run.eval_every` calls for an evaluation before this step."""
+    def over(self, step: int, history: dict[int, float]) -> bool:
+        """Returns whether the schedule ends at this step."""
+        return step == self.total or self.rates(step, history)['stop']
+
+    def evaluation_due(self, step: int, every: float = 0.0) -> bool:
+        """Returns whether `config.run.eval_every`, or `every`, calls for an evaluation before this step."""
         examples, batch = self.store.counts['train'], self.config.train.batch
-        every = self.config.run.eval_every
+        every = every or self.config.run.eval_every
         number = math.floor(step * batch / (every * examples) + 1e-9)
         return number > 0 and step == optim.steps_per(number * every, examples, batch)
 

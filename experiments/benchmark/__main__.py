@@ -13,7 +13,6 @@ docs/devices.md, except the plain form and PyTorch forms without "our malloc" in
 written to benchmark.json and benchmark.png in `--out`, a folder that must not contain earlier ones.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -27,7 +26,7 @@ import tempfile
 import time
 from importlib.metadata import version
 
-from alexnet_jax.command import ArgumentParser, run
+from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import cpu
@@ -128,13 +127,13 @@ def _arguments():
     parser = ArgumentParser(
         prog='python -m experiments.benchmark',
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument('--config', default='configs/paper.py', help='a preset')
     parser.add_argument('--tasks', default='train,infer', help=f'any of {",".join(TASKS)}')
     parser.add_argument('--batch', type=int, default=128, help='images per batch')
     parser.add_argument('--dtype', default='float32', choices=TOLERANCE, help='compute dtype')
-    parser.add_argument('--classes', type=int, default=1000)
+    parser.add_argument('--classes', type=int, default=1000, help='number of classes')
     parser.add_argument('--repeats', type=int, default=10, help='number of rounds')
     parser.add_argument('--seconds', type=float, default=2.0, help='minimum length of a turn')
     parser.add_argument(

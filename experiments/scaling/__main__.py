@@ -9,13 +9,12 @@ FLOPs and memory of one device. Then it prints and plots the predictions of `acc
 a program moves anything that the formula does not predict.
 """
 
-import argparse
 import collections
 import pathlib
 import sys
 import time
 
-from alexnet_jax.command import ArgumentParser, run
+from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
@@ -98,7 +97,7 @@ def _arguments():
     parser = ArgumentParser(
         prog='python -m experiments.scaling',
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument('--config', default='configs/paper.py', help='a preset')
     parser.add_argument(
@@ -107,7 +106,7 @@ def _arguments():
         choices=('', 'float32', 'bfloat16'),
         help="dtype of the computation; '': the preset's",
     )
-    parser.add_argument('--classes', type=int, default=1000)
+    parser.add_argument('--classes', type=int, default=1000, help='number of classes')
     parser.add_argument('--images', type=int, default=64, help='per device, in compiled programs')
     parser.add_argument('--max_devices', type=int, default=MAX_DEVICES, help='virtual CPU devices')
     parser.add_argument('--share', type=float, default=0.3, help='fraction of peak FLOP/s reached')

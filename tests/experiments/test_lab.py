@@ -435,3 +435,115 @@ def test_rows_of_another_command_are_found_before_anything_is_run(tmp_path, monk
     assert started == ['a-0']
     run(['new', 'a'], 30.0)
     assert started == ['a-0', 'new-0']
+
+
+def test_each_run_says_how_many_are_left(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(lab.time, 'monotonic', lambda: now[0])
+
+    def start(command, workdir, until):
+        leave(command, workdir, until)
+        now[0] += 600
+        return True
+
+    def run(trial):
+        for net in ('x', 'y'):
+            trial.run(f'{net} sweep', 0, 'configs/paper.py')
+            assert trial.results[f'{net} sweep-0']['diverged']  # a result that decides what follows
+            trial.run(net, 0, 'configs/paper.py')
+        trial.extend('x-0', 'both', dict)
+
+    trial = make(tmp_path, start=start)
+    monkeypatch.setattr(trial, 'extend', lambda *args: None)
+    trial.plan(run)
+    run(trial)
+    said = [line.partition(': python')[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [
+        'run 1 of 4: x sweep-0',
+        'run 2 of 4, about 30 minutes left: x-0',
+        'run 3 of 4, about 20 minutes left: y sweep-0',
+        'run 4 of 4, about 10 minutes left: y-0',
+    ]
+
+
+def trained(images_per_second):
+    row = {'kind': 'train', 'step': 1, 'epoch': 0.5, 'images_per_second': images_per_second}
+    start = {'processor': 'Z80'}
+    data = {'counts': {'train': 7200}}
+    return {
+        'name': 'a',
+        'seed': 0,
+        'diverged': False,
+        'train': [row],
+        'data': data,
+        'starts': [start],
+    }
+
+
+def test_stored_runs_say_how_long_the_others_take(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'results').mkdir()
+    lab.write(tmp_path / 'results/trial-smoke.json', {'a-0': trained(3), 'a-1': trained(1)})
+    trial = make(tmp_path, start=leave)
+    trial.plan(lambda lab: [lab.run('a', seed, 'configs/paper.py') for seed in range(4)])
+    assert trial._position('a-2') == 'run 3 of 4, about 80 minutes left: a-2'
+    trial = make(tmp_path, start=leave)
+    trial._only = {'a-3'}
+    trial.plan(lambda lab: [lab.run('a', seed, 'configs/paper.py') for seed in range(4)])
+    assert trial._position('a-3') == 'run 1 of 1, about 40 minutes left: a-3'
+    assert lab.training_time(trained(3)) == 1200
+    assert lab.training_time({'train': [{'step': 1}]}) == 0  # of an earlier version
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'text'),
+    [
+        (0, 'about 1 second'),
+        (80, 'about 80 seconds'),
+        (100, 'about 2 minutes'),
+        (5000, 'about 83 minutes'),
+        (57000, 'about 16 hours'),
+    ],
+)
+def test_about(seconds, text):
+    assert lab.about(seconds) == text
+
+
+def test_help_gives_defaults_and_durations(command, tmp_path, capsys):
+    lab.write(lab.RESULTS / 'trial-full.json', {'a-0': trained(3), 'a-1': trained(1)})
+    lab.write(lab.RESULTS / 'earlier/trial-small.json', {'a-0': trained(3)})
+    with pytest.raises(SystemExit):
+        command('--help')
+    out = ' '.join(capsys.readouterr().out.split())
+    assert (
+        'smoke: not measured small: 1 run measured, about 20 minutes; processors: Z80 full: 2'
+        in out
+    )
+    assert 'full: 2 runs measured, about 40 minutes each (median), about 80 minutes in all' in out
+    for text in (
+        'experiment (default: small)',
+        'seeds (default: 3)',
+        '(default: off)',
+        'and runs)',
+    ):
+        assert text in out
+
+
+def test_a_wrong_only_lists_the_names(tmp_path):
+    def run(trial):
+        for seed in range(2):
+            for name in ('a b', 'c'):
+                trial.run(name, seed, 'configs/paper.py')
+
+    with pytest.raises(UserError) as error:
+        make(tmp_path, start=leave, seeds=2).choose(run, ['d'])
+    assert str(error.value) == (
+        '--only=d: no such run at --scale=smoke --seeds=2; choose from a b, c, or name a single seed, as '
+        "in --only='a b-0'"
+    )
+
+
+def test_what_a_run_still_takes(tmp_path):
+    leave(['--config=configs/cifar10.py', '--workdir=w'], tmp_path / 'runs/w', None)
+    (tmp_path / 'runs/w/store.json').write_text('{"counts": {"train": 100}}')
+    row = {'epoch': 20.0, 'images_per_second': 10.0}
+    assert lab._left(tmp_path / 'runs/w', row) == 1200  # of 140 epochs

@@ -545,6 +545,11 @@ def refused(name, root):
     return message
 
 
+def test_no_source():
+    with pytest.raises(UserError, match='^no images: name their folder or data set'):
+        sources.open_source('')
+
+
 @pytest.mark.parametrize('name', ['no_such_set', 'sub/gone', 'sub/deep/gone', 'gone/', 'a b/c'])
 def test_neither_a_folder_nor_a_tfds_name(tmp_path, name):
     message = refused(name, tmp_path)

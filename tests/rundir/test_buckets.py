@@ -158,9 +158,9 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
 
     # Another config is refused, as on disk.
     with pytest.raises(
-        UserError, match='gs://bucket/run holds a run of another config .*optim.epochs'
+        UserError, match='gs://bucket/run holds a run of another config .*optim.momentum'
     ):
-        loop.train(make_config(store), run)
+        loop.train(make_config(store, **{'optim.momentum': 0.5}), run)
 
 
 STATE = {'a': jnp.arange(6000.0), 'b': {'c': jnp.ones((3, 5))}}
@@ -264,6 +264,10 @@ def test_a_bucket_that_fails(bucket, monkeypatch):
         paths.path('s3://bucket/run')
     with pytest.raises(UserError, match='/gs/run: .*would treat this as a bucket'):
         paths.path('/gs/run')
+    with pytest.raises(UserError, match='etils would treat this as a bucket'):
+        paths.path('/hf/run')
+    with pytest.raises(UserError, match=r'gs://bucket/a\[b]: \[ would be taken for a pattern'):
+        paths.path('gs://bucket/a[b]')
     workdir = paths.path('gs://bucket/new')
     before = dict(bucket.objects)
     directory.check(None, workdir)

@@ -17,10 +17,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.rundir import fingerprint
 from alexnet_jax.rundir.checkpoint import Checkpoints
-from tests.helpers import ROOT
+from tests.helpers import ODD, ROOT
 from tests.helpers.processes import free_port
 
 
@@ -518,3 +519,41 @@ def test_two_processes_agree_on_what_is_damaged(tmp_path):
     _, found, _ = Checkpoints(tmp_path).restore_part({'params': {'x': x}}, step=2)
     values = np.random.default_rng(0).normal(size=(2, 64, 100)).astype(np.float32)
     np.testing.assert_array_equal(found['params']['x'], np.float32(1) + values)
+
+
+@pytest.mark.parametrize(
+    'name', [ODD, 'a[b]', '**', '*', '?', 'a\\b', 'a\\', '~', '-x', ' ', '%20']
+)
+def test_a_folder_of_any_name(tmp_path, name):
+    """Saved, read again, and continued; folders that the name matches as a pattern are left alone."""
+    for other in ('ab', 'a/b'):
+        (tmp_path / other).mkdir(parents=True)
+    before = sorted(tmp_path.rglob('*'))
+    states = {step: make_state(seed=step, step=step) for step in (1, 2)}
+    for step, state in states.items():
+        checkpoints = Checkpoints(tmp_path / name / 'checkpoints')
+        checkpoints.save(step, state, {'history': {step: 50.0 + step}})
+        checkpoints.close()
+    for step, state in states.items():
+        there = Checkpoints(tmp_path / name / 'checkpoints')
+        assert_same_bits(there.restore(target_of(state), step)[1], state)
+    assert there.best_step() == 1
+    shutil.rmtree(tmp_path / name)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_temporary_folder_with_an_odd_name_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, '_links', lambda: pathlib.Path(tmp_path / 'a[b]'))
+    with pytest.raises(UserError, match='TMPDIR=.*: set it to a folder such as /tmp'):
+        Checkpoints(tmp_path / 'c[d]')
+
+
+def test_meta_can_be_amended(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path), make_state()
+    for step in (1, 2):
+        checkpoints.save(step, state, {'history': {step: float(step)}})
+    checkpoints.amend(1, {'history': {}})
+    assert checkpoints.best_step() == 2
+    checkpoints.close()
+    assert_same_bits(Checkpoints(tmp_path).restore(target_of(state), 1)[1], state)
+    assert Checkpoints(tmp_path).restore(target_of(state), 1)[2] == {'history': {}}

@@ -1,6 +1,7 @@
 """The training loop: when it evaluates, saves and stops, and what it refuses to save."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory, metrics
 from alexnet_jax.rundir.checkpoint import Checkpoints
 from alexnet_jax.training import checks, diagnosis, evaluation, loop, optim
+from alexnet_jax.training.setup import Setup
 from configs import quickstart
 from tests.helpers.commands import assert_same, outcome
 from tests.helpers.stores import write_store
@@ -151,7 +153,7 @@ def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, 
     }
     with pytest.raises(Stopped):
         loop.train(make_config(store, **every, **{'run.dispatch': 2}), tmp_path / 'run')
-    assert events == ['two', 'two', 'rate', 'rate', 'one', 'one', 'rate']
+    assert events == ['two', 'rate', 'two', 'rate', 'one', 'one', 'rate']
 
 
 @pytest.mark.full
@@ -358,6 +360,96 @@ def test_evaluations_are_due_after_whole_intervals(store):
     object.__setattr__(setup, 'store', Counts)
     # Half epochs end after 1.25, 2.5, 3.75, 5, ... steps.
     assert [s for s in range(11) if setup.evaluation_due(s)] == [2, 3, 4, 5, 7, 8, 9, 10]
+
+
+class Pretended:
+    """A setup, a writer and checkpoints for a Loop; every step has its number as its loss."""
+
+    total, saturated, mesh = 40, None, None
+    config = make_config('store', **{'run.log_every': 4, 'run.checkpoint_every': 4})
+    store = SimpleNamespace(classes=3, counts={'train': EXAMPLES})
+
+    def __init__(self, dispatch=1):
+        self.count, self.done = dispatch, []
+
+    def batches(self, step):
+        return iter(range(self.total))
+
+    def dispatched(self, step):
+        return self.count
+
+    def evaluation_due(self, step):
+        return False
+
+    over = Setup.over
+
+    def rates(self, step, history):
+        return {'weights': 0.1, 'stop': False}
+
+    def train_step(self, state, batch, rates):
+        numbers = np.arange(int(state.step), int(state.step) + self.count, dtype=float)
+        sums = {'loss': 8 * numbers, 'count': np.full(self.count, 8.0)}
+        sums |= {'top1': np.zeros(self.count), 'top5': np.zeros(self.count)}
+        after = state.replace(step=state.step + self.count)
+        return after, jax.tree.map(lambda x: x if self.count > 1 else x[0], sums)
+
+    train_steps = train_step
+
+    def all_finite(self, state):
+        return True
+
+    def write(self, *row):
+        self.done.append(row[:2])
+
+    def sync(self):
+        pass
+
+    def steps(self):
+        return []
+
+    def wait(self):
+        pass
+
+    def save(self, step, *args):
+        self.done.append(('save', step))
+
+
+@pytest.mark.parametrize(
+    ('start', 'dispatch', 'last', 'lines', 'done'),
+    [
+        (0, 1, 2, ['step 1 of 40: loss 0.0000, compiled', 'step 2: stop'], [('save', 2)]),
+        (0, 2, 2, ['step 2 of 40: loss 0.5000, compiled', 'step 2: stop'], [('save', 2)]),
+        (
+            6,
+            1,
+            9,
+            ['step 7 of 40: loss 6.0000, compiled', 'step 8/40  ', 'step 9: stop'],
+            [('train', 7), ('save', 8), ('save', 9)],
+        ),
+    ],
+)
+def test_what_a_start_says_first_and_last(
+    tmp_path, monkeypatch, caplog, start, dispatch, last, lines, done
+):
+    monkeypatch.setattr(loop.meshes, 'global_batches', lambda mesh, batch, local: local)
+    caplog.set_level('INFO', 'alexnet_jax')
+    one = Pretended(dispatch)
+    events = []
+    monkeypatch.setattr(
+        loop.log, 'info', lambda text, *args: events.append(text % args if args else text)
+    )
+    monkeypatch.setattr(
+        one, 'save', lambda step, *args: events.append('save') or Pretended.save(one, step)
+    )
+    state = loop.TrainState(step=start, params={}, batch_stats={}, opt_state=())
+    running = loop.Loop(one, tmp_path, one, one, state, {}, {})
+    with pytest.raises(Stopped, match=f'stopped at step {last} \\(asked\\), saved'):
+        running.run(lambda step: 'asked' if step == last else '')
+    assert one.done == done
+    said = [event for event in events if event != 'save']
+    assert [text[: len(line)] for text, line in zip(said, lines, strict=True)] == lines
+    assert said[-1] == f'step {last}: stopping (asked), saving a checkpoint'
+    assert events[-2:] == [said[-1], 'save']
 
 
 def test_saturated_units_are_reported_at_the_first_start(store, tmp_path, caplog):

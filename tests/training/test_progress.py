@@ -60,3 +60,24 @@ def test_a_single_class(store):
     assert progress.data_warning(store, batch=9) == (
         'a batch of 9 repeats the 2 training images; there is only one class, so there is nothing to learn'
     )
+
+
+def test_what_happens_once_does_not_count_in_the_time_to_go(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, 'perf_counter', lambda: now[0])
+    clock = progress.Clock()
+    with clock.once() as seconds:
+        now[0] += 90
+    assert seconds == [90]
+    with clock.waiting():
+        now[0] += 2
+    with clock.paused():
+        now[0] += 7
+    now[0] += 8
+    times, steady = clock.interval(100)
+    assert times == {'images_per_second': 1.0, 'waiting': 0.02} and steady == 10
+    now[0] += 5
+    assert clock.interval(100) == ({'images_per_second': 20.0, 'waiting': 0.0}, 20)
+    values = {'epoch': 1, 'loss': 1, 'top1_error': 2, 'top5_error': 3, 'weights': 0.1, **times}
+    line = progress.line(10, 50, 5, values, steady)
+    assert '1 images/s' in line and line.endswith('  0m20s to go')

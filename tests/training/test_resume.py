@@ -24,7 +24,23 @@ from tests.helpers.commands import (
 ENDS = {'never': 0, 'TensorFlow': 0, 'SIGTERM': 75, 'SIGINT': 75, 'stop_after': 75}
 
 
-def start(workdir, store, event='never', number=1):
+# Other settings than those of the machine where the run began; Python must read ASCII as such.
+OTHERS = {
+    'JAX_ENABLE_X64': '1',
+    'JAX_DEFAULT_PRNG_IMPL': 'rbg',
+    'JAX_THREEFRY_PARTITIONABLE': '0',
+    'JAX_RANDOM_SEED_OFFSET': '3',
+    'JAX_NUMPY_DTYPE_PROMOTION': 'strict',
+    'JAX_NUMPY_RANK_PROMOTION': 'raise',
+    'JAX_TRANSFER_GUARD': 'disallow',
+    'JAX_DISABLE_JIT': '1',
+    'LC_ALL': 'C',
+    'PYTHONUTF8': '0',
+    'PYTHONCOERCECLOCALE': '0',
+}
+
+
+def start(workdir, store, event='never', number=1, settings=()):
     if event == 'stop_after':
         line = command(workdir, store, '--cpu_devices=2', f'--config.run.stop_after={number}')
     else:
@@ -32,7 +48,7 @@ def start(workdir, store, event='never', number=1):
     done = subprocess.run(
         line,
         cwd=ROOT,
-        env=environment(store),
+        env=environment(store) | dict(settings),
         capture_output=True,
         text=True,
         timeout=300,
@@ -97,6 +113,14 @@ def test_stopped_on_purpose_and_resumed_is_the_same(store, alone, tmp_path):
         assert f'stopped at step {outcome(workdir)[0]} ({reason}), saved' in said
         assert 'Traceback' not in said
     start(workdir, store)
+    assert_same(outcome(workdir), alone)
+
+
+@pytest.mark.slow
+def test_one_start_with_other_settings_is_the_same(store, alone, tmp_path):
+    workdir = tmp_path / 'läuft'
+    start(workdir, store, 'stop_after', 7)
+    start(workdir, store, settings=OTHERS)
     assert_same(outcome(workdir), alone)
 
 

@@ -19,6 +19,8 @@ FORMS = (imagenet, listing, parquet, webdataset, folder, tfds)
 
 def _form(name: str):
     """Returns the form of a source and its name with ~ expanded."""
+    if not name:
+        raise UserError('no images: name their folder or data set, as in --source=FOLDER')
     name = os.path.expanduser(name) if is_path(name) else name
     try:
         return next(form for form in FORMS if form.recognizes(name)), name
