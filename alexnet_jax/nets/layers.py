@@ -359,8 +359,9 @@ class BatchNorm(nn.Module):
             if self.data_axis:
                 means, squares = lax.pmean((means, squares), self.data_axis)
             variances = jnp.maximum(squares - means**2, 0)
+            momentum = self.momentum if train.momentum is None else train.momentum
             for running, batch in ((mean, means), (var, variances)):
-                new = self.momentum * running.value + (1 - self.momentum) * batch.reshape(shape)
+                new = momentum * running.value + (1 - momentum) * batch.reshape(shape)
                 running.value = new.astype(running.value.dtype)
 
         def normalize(x, mean, variance, scale, bias):

@@ -25,12 +25,14 @@ class Training(NamedTuple):
     """Inputs that only training needs.
 
     key: the dropout key of this step; rows i32[B]: the images' rows in the global batch, which key
-    their masks; frozen: layers whose running statistics do not change, such as 'block/norm1'.
+    their masks; frozen: layers whose running statistics do not change, such as 'block/norm1'; momentum:
+    replaces that of the running statistics, if given.
     """
 
     key: jax.Array
     rows: jax.Array
     frozen: tuple[str, ...] = ()
+    momentum: float | None = None
 
 
 class Network(nn.Module):

@@ -37,7 +37,7 @@ from alexnet_jax.input.store import TRAINING, Store
 LATER = {  # fields that older runs lack, and the values that they imply
     'data': {'exif': 'auto'},
     'augment': {'area': [], 'jitter': 0.0, 'mixup': 0.0, 'mixup_off': 0.0},
-    'train': {'ema': 0.0, 'ema_used': False, 'smoothing': 0.0},
+    'train': {'ema': 0.0, 'ema_used': False, 'smoothing': 0.0, 'recompute': 0},
     'optim': {
         'name': 'sgd',
         'trust': 0.001,

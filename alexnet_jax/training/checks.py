@@ -74,6 +74,10 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             raise UserError(
                 f'config.train.{field}={config.train[field]}: must be at least 0 and below 1'
             )
+    if config.train.recompute < 0:
+        raise UserError(f'config.train.recompute={config.train.recompute}: must be at least 0')
+    if config.train.recompute and config.optim.schedule == 'plateau':
+        raise UserError('config.train.recompute needs a schedule with a fixed end: not plateau')
     if config.train.ema_used and not config.train.ema:
         raise UserError('config.train.ema_used=True: there is no average; set config.train.ema')
     if not 0 < config.augment.crop <= config.data.size:
@@ -163,6 +167,8 @@ def schedule(
         return [], history
     there = directory.read_config(workdir)
     before = optim.make_rates(examples=examples, batch=config.train.batch, **there['optim'])
+    if config.train.recompute and before(step, history)['stop']:
+        raise directory.another(workdir, changed, ', whose statistics were recomputed at its end')
     due = [*map(setup.evaluation_due, range(step + 1))]
     if before(step, history)['stop'] and not due[step] and not setup.over(step, history):
         every = there['run']['eval_every']

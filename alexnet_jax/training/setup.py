@@ -49,6 +49,8 @@ class Setup:
     all_finite: Callable
     find_broken: Callable
     saturated: Callable | None  # if the network's units have a bound
+    modes: Callable
+    statistics: Callable
 
     @classmethod
     def make(cls, config, mesh, store: Store, net: Network) -> 'Setup':
@@ -88,6 +90,10 @@ class Setup:
             all_finite=steps.make_all_finite(mesh),
             find_broken=diagnosis.make_find_broken(net, **of_loss),
             saturated=diagnosis.make_saturated(net, **inputs_of) if net.bound else None,
+            modes=steps.make_modes(
+                net, seed=config.seed, smoothing=config.train.smoothing, **inputs_of
+            ),
+            statistics=steps.make_statistics(net, seed=config.seed, **inputs_of),
         )
 
     def start(self, checkpoints, init_from: str):
@@ -110,18 +116,39 @@ class Setup:
                 state = state.replace(ema=jax.tree.map(jnp.copy, variables))
         return state, {}, {}
 
-    def batches(self, start: int):
-        """Returns this process's rows of the batches from step `start` on."""
+    def batches(self, start: int, stop: int | None = None):
+        """Returns this process's rows of the batches from step `start` on, to the end or `stop`."""
         return batches.train_batches(
             self.store,
             seed=self.config.seed,
             batch=self.config.train.batch,
             start=start,
-            stop=self.total,
+            stop=self.total if stop is None else stop,
             rows=meshes.rows(self.mesh, self.config.train.batch),
             threads=self.config.run.threads,
             **self.config.augment,
         )
+
+    def recompute(self, state: steps.TrainState) -> steps.TrainState:
+        """Returns a state with statistics over `config.train.recompute` more training images, at least."""
+        batch = self.config.train.batch
+        count = -(-self.config.train.recompute // batch)
+        start = int(state.step)
+        rates = {**self.rates(start, {}), 'colour': 0.0}
+
+        def batches():
+            for i, local in enumerate(self.batches(start, start + count)):
+                yield start + i, meshes.global_batch(self.mesh, batch, local), rates
+
+        def stats(variables):
+            found = steps.recompute_statistics(self.statistics, variables, batches())
+            place = jax.tree.map(lambda x: x.sharding, variables['batch_stats'])
+            return jax.device_put(found, place)
+
+        new = state.replace(batch_stats=stats(state.variables))
+        if state.ema:
+            new = new.replace(ema={**state.ema, 'batch_stats': stats(state.ema)})
+        return new
 
     def evaluate(self, state: steps.TrainState) -> dict[str, float]:
         """Returns the metrics of the validation split with the centre crop.

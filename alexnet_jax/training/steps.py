@@ -280,6 +280,68 @@ def make_train_step(
     return jax.jit(chain if several else mapped, donate_argnums=donated, out_shardings=out)
 
 
+def make_modes(net: Network, *, seed: int, smoothing: float = 0.0, **inputs_of) -> Callable:
+    """Returns modes(variables, step, batch, rates) -> mean loss in training and in test mode, f32[2].
+
+    Both are of the same inputs; far apart, they show that running statistics are not those of the data.
+    Works on any mesh; arguments: see `make_train_step`.
+    """
+    inputs = make_inputs(**inputs_of)
+
+    @jax.jit
+    def modes(variables, step, batch, rates):
+        x, wanted = inputs(batch, rates), truth(batch, net.classes, smoothing)
+        losses, *_ = apply_loss(net, variables, x, wanted, seed, step, jnp.arange(len(x)))
+        logits, *_ = network.apply(net, variables, x)
+        tested = optax.softmax_cross_entropy(logits, wanted.astype(logits.dtype))
+        return jnp.stack([jnp.mean(losses), jnp.mean(tested)])
+
+    return modes
+
+
+def make_statistics(net: Network, *, seed: int, **inputs_of) -> Callable:
+    """Returns statistics(variables, step, batch, rates) -> batch_stats of this batch alone.
+
+    Works on any mesh; arguments: see `make_train_step`.
+    """
+    inputs = make_inputs(**inputs_of)
+
+    @jax.jit
+    def statistics(variables, step, batch, rates):
+        x = inputs(batch, rates)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        train = network.Training(key, jnp.arange(len(x)), momentum=0.0)
+        return network.apply(net, variables, x, train)[2]
+
+    return statistics
+
+
+def recompute_statistics(statistics: Callable, variables: dict, batches) -> dict:
+    """Returns new batch_stats: the mean and the variance over several batches of equal size.
+
+    statistics: see `make_statistics`; batches: (step, batch, rates) of each. As ShuffleNet's authors do
+    after training, and for networks whose published weights have none.
+    """
+
+    def squares(stats):  # var becomes the mean of squares, which can be averaged
+        return _with_var(stats, lambda mean, var: var + mean**2)
+
+    total, count = None, 0
+    for step, batch, rates in batches:
+        one = squares(statistics(variables, step, batch, rates))
+        total = one if total is None else jax.tree.map(jnp.add, total, one)
+        count += 1
+    mean = jax.tree.map(lambda x: x / count, total)
+    return _with_var(mean, lambda mean, var: jnp.maximum(var - mean**2, 0))
+
+
+def _with_var(stats: dict, function: Callable) -> dict:
+    """Replaces every 'var' of a tree by function(mean, var), from the 'mean' beside it."""
+    if 'var' in stats:
+        return {**stats, 'var': function(stats['mean'], stats['var'])}
+    return {name: _with_var(inner, function) for name, inner in stats.items()}
+
+
 def _hold(update, new, old):
     """Returns the new tree where `update` is true, else the old one."""
     return jax.tree.map(lambda n, o: jnp.where(update, n, o), new, old)
