@@ -29,13 +29,13 @@ quickstart: $(VENV)/.installed
 	@echo 'Next: "Your own images" and "ImageNet" in README.md.'
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m 'not full' $(ARGS)
+	$(PYTEST) -m 'not full and not deploy' $(ARGS)
 
 test-all: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST) -m 'not slow and not full' $(ARGS)
+	$(PYTEST) -m 'not slow and not full and not deploy' $(ARGS)
 
 test-deploy: $(DEPLOY)/.installed
 	$(DEPLOY)/bin/python -m pytest tests/deploy $(ARGS)

@@ -1,5 +1,6 @@
 """From the arrays of another program's file to the variables of a network."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ def content(file: str) -> bytes:
         raise UserError(f'{file}: cannot be read: {reason(error)}') from error
 
 
+@functools.lru_cache(maxsize=8)
 def leaves(net: Network) -> dict[network.Path, tuple[int, ...]]:
     """The shape of every variable of a network, by its path: ('params', 'conv1', 'kernel')."""
     found = jax.tree.leaves_with_path(network.shapes(net, ANY_CROP))
