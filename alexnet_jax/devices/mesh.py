@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.devices import cpu
 from alexnet_jax.devices.backend import choices
 
 # What JAX must be set to, whatever the environment or the caller says, by the names in `jax`: other values
@@ -163,7 +164,7 @@ def memory(mesh: Mesh) -> int:
     stats = device.memory_stats() if device.platform != 'cpu' else None
     if stats and 'bytes_limit' in stats:
         return stats['bytes_limit'] * mesh.size
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * jax.process_count()
+    return cpu.memory() * jax.process_count()
 
 
 def describe(mesh: Mesh) -> str:
