@@ -19,6 +19,7 @@ from alexnet_jax import command, figures
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.devices import distributed
+from alexnet_jax.input import threads
 from alexnet_jax.rundir import directory
 from alexnet_jax.training import evaluation, metrics, steps
 
@@ -42,8 +43,7 @@ def main() -> None:
     parser.add_argument('--output', metavar='DIR', help='for --confusion, instead of RUN')
     command.add_devices(parser, distributed=True)
     args = parser.parse_args()
-    if args.threads < 0:
-        raise UserError(f'--threads={args.threads}: must be at least 0')
+    threads.check('--threads', args.threads)
     if args.output is not None and not args.confusion:
         raise UserError('--output is the folder for --confusion: give both')
     if args.confusion and args.output is None and len(args.runs) > 1:

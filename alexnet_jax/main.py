@@ -5,6 +5,7 @@ the command line, as in --config.model.activation=tanh; `configs/base.py` lists 
 """
 
 import difflib
+import itertools
 import logging
 import re
 import sys
@@ -56,6 +57,7 @@ def parse(argv: list[str]) -> Arguments:
         for argument in rest:
             if override := re.match(r'--?(no)?(config\.[^=]*)', argument):
                 configfile.check_name(override[2], fields)
+        rest = _last_of_each(rest, fields)
         overrides = flags.FlagValues()
         config_flags.DEFINE_config_dict('config', config, flag_values=overrides, sys_argv=rest)
         rest = overrides(rest)[1:]
@@ -85,6 +87,19 @@ def parse(argv: list[str]) -> Arguments:
     workdir = known.workdir or configfile.run_directory(known.config)
     processes = {name: known[name].value for name in command.DISTRIBUTED}
     return Arguments(config, workdir, known.cpu_devices, processes)
+
+
+def _last_of_each(arguments: list[str], fields: dict) -> list[str]:
+    """Keeps only the last value of each tuple field: config_flags would join them."""
+    kept, rest = [], iter(arguments)  # (the field, the arguments that set it)
+    for argument in rest:
+        name, equals, _ = argument.lstrip('-').partition('=')
+        if not argument.startswith('-') or not isinstance(fields.get(name), tuple):
+            kept.append(('', [argument]))
+            continue
+        value = [] if equals else [*itertools.islice(rest, 1)]
+        kept = [pair for pair in kept if pair[0] != name] + [(name, [argument, *value])]
+    return [argument for _, setting in kept for argument in setting]
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import images as pictures
+from alexnet_jax.input import threads
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.input.store import Store
 from alexnet_jax.training import inference
@@ -131,13 +132,14 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     args = figures.start(parser)
+    threads.check('--threads', args.threads)
     output, args.files = figures.output(args, 'neighbours.png'), figures.files(args)
     if args.files and args.queries is not None:
         raise UserError('--queries picks validation pictures: give --queries or files, not both')
     trained = inference.describe_run(args.run)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': args.batch})
-    trained = inference.restore_run(trained, mesh, args.step)
     store = inference.open_store([trained], args.store)
+    trained = inference.restore_run(trained, mesh, args.step)
     k, there = args.neighbours, store.counts['train']
     if not 1 <= k <= there:
         raise UserError(

@@ -11,9 +11,10 @@ the text's 0.01 the loss stays at chance level, the longer the more classes ther
 of Tiny ImageNet, at a quarter of the width, for 2,300 steps instead of 300 (`docs/original.md` §3).
 
 Variants: `paper.py:text`, the text literally; `paper.py:tanh`, tanh units (§3.1). The paper gives no initial
-values or rate for those. Biases of 1 and conv1's 0.01 saturate them, and at ReLU's rate they barely learn;
-so the biases are 0, conv1's standard deviation is 0.001 and the rate is 0.06 (`experiments/tanh_sweep.py`).
-`paper.py:tanh_literal` replaces nothing but the text's activation, and stays at chance level.
+values or rate for those. With its biases of 1 they stay at chance level, and at ReLU's rate they learn
+slowly; so the biases are 0 and the rate is 0.06 (`experiments/tanh_sweep.py`). conv1's standard deviation of
+0.001 keeps its units from starting saturated, which made little difference. `paper.py:tanh_literal` replaces
+nothing but the text's activation.
 """
 
 from configs import base

@@ -169,12 +169,15 @@ def report(results) -> str:
         '| top-5, ten crops | top-1, centre crop | the same over images |',
         '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
-    tests = tested(results)
+    tests, absent = tested(results), []
     for name, row in ROWS.items():
         if name == REFERENCE:
             continue
         first, fifth = (differences(results, name, error) for error in ERRORS)
         runs = labs.named(results, name)
+        if not runs and name != ONE_CROP:
+            absent.append(name)
+            continue
         pairs = [str(len(first))]
         for word, many in (
             ('diverged', sum(r['diverged'] for r in runs)),
@@ -195,6 +198,8 @@ def report(results) -> str:
             f'| {row.words or theirs(row.paper, 1)} | {theirs(row.log, 2)} | {sign} '
             f'| {measured(fifth)} | {centre} | {pictures} |'
         )
+    if absent:
+        lines += ['', f'Not run: {", ".join(absent)}.']
     if tests:
         of = 'top-1 error with ten crops, every row with several pairs'
         lines += ['', statistics.family(len(tests), of)]

@@ -5,7 +5,6 @@
 
 import contextlib
 import difflib
-import math
 import os
 import re
 import runpy
@@ -23,6 +22,7 @@ from alexnet_jax.common.paths import Path
 _PACKAGE = Path(__file__).parents[1]
 # A wheel has the presets inside the package, a checkout beside it.
 PRESETS = _PACKAGE / 'configs' if (_PACKAGE / 'configs').is_dir() else _PACKAGE.parent / 'configs'
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which devices compute
 
 
 def find(name: str) -> str:
@@ -48,18 +48,18 @@ def load(argument: str) -> ConfigDict:
     """Returns the config of FILE[:variant] or PRESET[:variant].
 
     The file can import the presets from `configs`, as in `from configs import base`, and modules beside
-    it by their names or from `configs`. Raises UserError if there is no such file, or if running it
-    fails in any way.
+    it by their names or from `configs`. Raises UserError if there is no such file, if running it
+    fails in any way, or if its fields are not those of `configs/base.py`.
     """
     name, colon, variant = argument.partition(':')
     if Path(argument).is_file():  # its name has a colon
         name, colon = argument, ''
     file = find(name)
     try:
-        with _importable(os.path.dirname(os.path.abspath(file))):
-            make = runpy.run_path(file).get('get_config')
-            config = make(*([variant] if colon else [])) if make else None
-    except (Exception, SystemExit) as error:  # a config file can do anything
+        config = _execute(file, *([variant] if colon else []))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a config file can do anything
         stack = traceback.extract_tb(error.__traceback__)
         lines = [f'line {frame.lineno}: ' for frame in stack if frame.filename == file]
         text = ' '.join(str(error).split())
@@ -73,7 +73,44 @@ def load(argument: str) -> ConfigDict:
             f'--config={argument}: must define get_config() and return a ConfigDict from it, as '
             'configs/base.py does'
         )
+    _check_fields(argument, config)
     return config
+
+
+def _execute(file: str, *arguments: str) -> Any:
+    with _importable(os.path.dirname(os.path.abspath(file))):
+        make = runpy.run_path(file).get('get_config')
+        return make(*arguments) if make else None
+
+
+def _check_fields(argument: str, config: ConfigDict) -> None:
+    """Raises UserError unless a config has the fields of `configs/base.py`, with values of their types.
+
+    The fields of `config.model` but `net` are those of its network, which checks them.
+    """
+
+    def checked(config):
+        return {
+            name: value
+            for name, value in fields(config).items()
+            if name == 'config.model.net' or not name.startswith('config.model.')
+        }
+
+    there, base = checked(config), checked(_execute(str(PRESETS / 'base.py')))
+    lacking = [name for name in base if name not in there]
+    if lacking:
+        more = f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''
+        raise UserError(
+            f'--config={argument}: lacks {lacking[0]}{more} of the fields in configs/base.py; start from a '
+            'preset, as in `from configs import base`'
+        )
+    for name, value in there.items():
+        check_name(name, base)
+        if not _like(value, base[name]):
+            raise UserError(
+                f'--config={argument}: {name}={value!r}: must be of type '
+                f'{type(base[name]).__name__}, like {base[name]!r}'
+            )
 
 
 @contextlib.contextmanager
@@ -132,25 +169,38 @@ def check_name(name: str, known: dict[str, Any]) -> None:
 
 
 def check_value(name: str, value: Any, default: Any) -> None:
-    """Raises UserError for negative or non-finite numbers, and for tuples with elements of a wrong type.
+    """Raises UserError for invalid numbers, and for tuples with elements of a wrong type.
 
+    Numbers must fit in float32 or 32 bits, at any depth, and not be negative; floats in a tuple may be.
     ConfigDict checks the types of fields, but not of the elements of a tuple: they must have the type
     of the first element of `default`, the config file's own value, unless that is empty.
     """
-    if isinstance(value, tuple):
-        if default and not all(_like(element, default[0]) for element in value):
+    if isinstance(value, tuple) and default and not all(_like(x, default[0]) for x in value):
+        raise UserError(
+            f'{name}={value!r}: every element must be of type '
+            f'{type(default[0]).__name__}, as in {default!r}'
+        )
+    for number in _numbers(value):
+        if isinstance(number, float) and not abs(number) <= LARGEST:
             raise UserError(
-                f'{name}={value!r}: every element must be of type '
-                f'{type(default[0]).__name__}, as in {default!r}'
+                f'{name}={value!r}: must be finite, and at most {LARGEST:.2g} (float32)'
             )
+        if number < 0 and (isinstance(number, int) or not isinstance(value, tuple)):
+            raise UserError(f'{name}={value!r}: must not be negative')
+        if isinstance(number, int) and number >= 2**32:
+            raise UserError(f'{name}={value!r}: must be below 2^32')
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    if isinstance(value, tuple):
         for element in value:
-            if isinstance(element, float) and not math.isfinite(element):
-                raise UserError(f'{name}={value!r}: all numbers must be finite')
-            if isinstance(element, int) and element < 0:
-                raise UserError(f'{name}={value!r}: no number can be negative')
-    elif isinstance(value, int | float) and not 0 <= value < math.inf:
-        raise UserError(f'{name}={value!r}: must be finite and not negative')
+            yield from _numbers(element)
+    elif isinstance(value, int | float):
+        yield value
 
 
-def _like(element: Any, example: Any) -> bool:
-    return isinstance(element, (int, float) if isinstance(example, float) else type(example))
+def _like(value: Any, example: Any) -> bool:
+    """Whether a value has the type of an example; an integer can stand for a float, but not a bool."""
+    if isinstance(value, bool) or isinstance(example, bool):
+        return type(value) is type(example)
+    return isinstance(value, (int, float) if isinstance(example, float) else type(example))

@@ -80,6 +80,18 @@ def existing(path: Path) -> Path:
     return next(there for there in (path, *path.absolute().parents) if there.exists())
 
 
+def check_links(name: str, path: Path) -> None:
+    """Raises UserError for a path on disk that leads through a link to nothing; name: its flag."""
+    if is_remote(path):
+        return
+    for there in (path, *path.absolute().parents):
+        if os.path.islink(there) and not there.exists():
+            raise UserError(
+                f'{name}: {there} is a link to {os.readlink(there)}, which does not exist; create or mount '
+                'that, or give another path'
+            )
+
+
 def replace(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Writes a file atomically: after a kill, either the old or the new one exists.
 

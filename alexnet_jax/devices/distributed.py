@@ -5,11 +5,13 @@ notice at their next collective operation or, if they wait for none, when its he
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
 import threading
 import uuid
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -18,7 +20,26 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax.common import errors, paths
 from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.devices import mesh as meshes
 
+# What JAX detects a cluster by; of each, it needs all variables.
+CLUSTERS = {
+    'SLURM': (
+        'SLURM_JOB_ID',
+        'SLURM_STEP_NODELIST',
+        'SLURM_NTASKS',
+        'SLURM_PROCID',
+        'SLURM_LOCALID',
+    ),
+    'Open MPI': (
+        'OMPI_MCA_orte_hnp_uri',
+        'OMPI_COMM_WORLD_SIZE',
+        'OMPI_COMM_WORLD_RANK',
+        'OMPI_COMM_WORLD_LOCAL_RANK',
+    ),
+    'a TPU pod': ('TPU_WORKER_HOSTNAMES', 'TPU_WORKER_ID'),
+    'Kubernetes': ('KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'),
+}
 OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX errors of one process
 HEARTBEAT = 30  # seconds; a process that is silent for longer is lost
 
@@ -91,21 +112,50 @@ def start(
     clock.daemon = True
     clock.start()
     try:
-        jax.distributed.initialize(
-            **arguments,
-            initialization_timeout=connect_timeout + 60,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            # `_cluster` says it in one line
+            warnings.filterwarnings('ignore', 'Kubernetes environment detected')
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=connect_timeout + 60,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=HEARTBEAT,
+            )
+    except Exception as error:  # of any kind, as this also asks the servers of clusters
+        if distributed and (problem := _cluster(error)):
+            raise UserError(f'--distributed: {problem}') from error
         raise UserError(f'{message} ({one_line(error)})') from error
     finally:
         clock.cancel()
+    meshes.start_devices()
     counts = multihost_utils.process_allgather(np.int32(num_processes)).tolist()
     if len({*counts}) > 1:
         raise UserError(
             f'--num_processes is {counts} in the processes of this run: give all the same number'
         )
+
+
+def _cluster(error: Exception) -> str:
+    """What in the variables of clusters made `initialize` fail; '' if they are all right."""
+    advice = 'give --coordinator, --num_processes and --process_id instead'
+    missing = {
+        name: [variable for variable in variables if not os.environ.get(variable)]
+        for name, variables in CLUSTERS.items()
+    }
+    whole = [name for name in missing if not missing[name]]
+    if whole == ['Kubernetes'] and not importlib.util.find_spec('kubernetes'):
+        return f"Kubernetes needs the package kubernetes: pip install 'jax[k8s]', or {advice}"
+    if whole:
+        wrong = isinstance(error, ValueError)
+        return f'wrong variables of {whole[0]} ({one_line(error)}); or {advice}' if wrong else ''
+    for name, variables in CLUSTERS.items():
+        if there := [variable for variable in variables if variable not in missing[name]]:
+            return (
+                f'this looks like {name} ({there[0]} is set), but {", ".join(missing[name])} '
+                f'{"is" if len(missing[name]) == 1 else "are"} not set; start the command as a task of '
+                f'the cluster, as with srun or mpirun, or {advice}'
+            )
+    return f'no variables of {", ".join(CLUSTERS)} are set here; {advice}'
 
 
 def is_first() -> bool:

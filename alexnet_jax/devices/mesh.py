@@ -4,6 +4,7 @@ The axis `model` shards the towers, the axis `data` the images of a batch.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 
@@ -13,7 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.devices import cpu
 from alexnet_jax.devices.backend import choices
 
 # What JAX must be set to, whatever the environment or the caller says, by the names in `jax`: other values
@@ -33,7 +35,8 @@ def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
     """Configures JAX. Call this before anything uses JAX.
 
     cpu_devices: how many virtual CPU devices to create; deterministic: reproduce the same bits on GPUs,
-    where the fastest kernels of some operations add in any order (CPUs reproduce them anyway).
+    where the fastest kernels of some operations add in any order (CPUs reproduce them anyway). Raises
+    UserError for an invalid number of devices in JAX's own variable.
     """
     for name, value in {**SETTINGS, 'random_seed_offset': 0}.items():
         jax.config.update(f'jax_{name}', value)
@@ -43,11 +46,45 @@ def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
     if cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', cpu_devices)
+    count = jax.config.jax_num_cpu_devices
+    if count < 1 and count != -1:  # -1: not set
+        raise UserError(f'JAX_NUM_CPU_DEVICES={count}: must be at least 1')
     # jaxlib 0.10 runs convolutions on CPUs in a library that is slower than Eigen for this network.
     # XLA aborts on unknown flags, so set this one only where it exists.
     if jaxlib.__version__.startswith('0.10.'):
         flags.append('--xla_cpu_experimental_ynn_fusion_type=-individual_convolution')
     os.environ['XLA_FLAGS'] = ' '.join([*flags, os.environ.get('XLA_FLAGS', '')]).strip()
+
+
+def start_devices() -> None:
+    """Starts JAX's devices; UserError if that fails, or if JAX_PLATFORMS names a kind that is not here."""
+    named = jax.config.jax_platforms
+    logging.getLogger('jax._src.xla_bridge').addFilter(_in_one_line)
+    try:
+        for kind in (named or '').split(','):
+            jax.devices(kind or None)
+    except (RuntimeError, AssertionError) as error:  # the latter without a GPU
+        if not named:
+            raise UserError(
+                f'JAX cannot start its devices ({one_line(error)}); JAX_PLATFORMS=cpu uses the CPU alone'
+            ) from error
+        jax.config.update('jax_platforms', None)
+        try:
+            here = ', '.join(sorted({device.platform for device in jax.devices()}))
+        except RuntimeError:
+            here = 'none that works'
+        raise UserError(
+            f'JAX_PLATFORMS={named}: this machine does not have all of these devices, or JAX lacks the '
+            f'package for them; unset it to use what is here ({here})'
+        ) from error
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Replaces the traceback of a plugin that fails; JAX goes on without it."""
+    if record.exc_info:
+        record.msg = f'{record.getMessage()}: {one_line(record.exc_info[1])}'
+        record.args, record.exc_info = (), None
+    return True
 
 
 @contextlib.contextmanager
@@ -77,6 +114,7 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
     batches: images per step, by config field; each must be divisible by `data`. Raises UserError for
     a shape that the devices, the towers or a batch do not allow.
     """
+    start_devices()
     devices = jax.device_count()
     data, model = shape
     for field, batch in batches.items():
@@ -118,6 +156,15 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
         axis_types=(AxisType.Auto,) * 2,
         devices=jax.devices()[: data * model],
     )
+
+
+def memory(mesh: Mesh) -> int:
+    """The memory of a mesh's devices in bytes; that of the machines for CPUs."""
+    device = mesh.local_devices[0]
+    stats = device.memory_stats() if device.platform != 'cpu' else None
+    if stats and 'bytes_limit' in stats:
+        return stats['bytes_limit'] * mesh.size
+    return cpu.memory() * jax.process_count()
 
 
 def describe(mesh: Mesh) -> str:

@@ -21,7 +21,7 @@ def parse(stop_after: str) -> tuple[int | None, float | None]:
     """'100' -> (100 steps, None), '23h' -> (None, 82800 seconds), '' -> (None, None)."""
     if not stop_after:
         return None, None
-    match = re.fullmatch(r'(\d+)([smhd]?)', stop_after)
+    match = re.fullmatch(r'(\d{1,9})([smhd]?)', stop_after)
     if not match or not int(match[1]):
         raise UserError(
             f'config.run.stop_after={stop_after!r}: give a number of steps, such as 1000, or a '

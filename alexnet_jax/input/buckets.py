@@ -41,6 +41,13 @@ class Records(NamedTuple):
         return [*zip(ends, ends[1:], strict=False)]
 
 
+def copy_of(url: str) -> str:
+    """Returns where `local_copy` puts the store at gs://BUCKET/.../NAME."""
+    remote = paths.path(url.rstrip('/'))
+    digest = hashlib.sha1(os.fspath(remote).encode()).hexdigest()[:8]
+    return os.path.join('data', f'{remote.name}-{digest}')
+
+
 def local_copy(url: str) -> str:
     """Copies the store at gs://BUCKET/.../NAME to data/NAME-XXXXXXXX, unless it is there -> its path.
 
@@ -50,9 +57,7 @@ def local_copy(url: str) -> str:
       UserError: there is no complete store, it cannot be read, its checksums do not match, the local
         copy is of another store, or the disk is too small.
     """
-    remote = paths.path(url.rstrip('/'))
-    digest = hashlib.sha1(os.fspath(remote).encode()).hexdigest()[:8]
-    path = os.path.join('data', f'{remote.name}-{digest}')
+    remote, path = paths.path(url.rstrip('/')), copy_of(url)
     try:
         content = _read(remote / 'store.json')
     except UserError as error:

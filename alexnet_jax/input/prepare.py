@@ -15,6 +15,7 @@ import shutil
 import numpy as np
 import PIL
 
+from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, choose, say
 from alexnet_jax.input import buckets, sources, store_writer
 from alexnet_jax.input import store as stores
@@ -133,14 +134,12 @@ def ensure(
     exif: str = 'auto',
     alone: bool = True,
     resuming: bool = False,
-    flags: str = '--config.data.',
 ) -> stores.Store:
     """Opens a source's store for training, preparing it first if the set is small (< 200,000).
 
     alone: whether this is the only process; if not, nothing is prepared. resuming: whether a run has
-    begun with this store, which is then not compared with its source. flags: how the flags of the
-    command that calls this begin, for messages. A store in a bucket, gs://BUCKET/STORE, is copied to
-    this host first (`buckets.local_copy`).
+    begun with this store, which is then not compared with its source. A store in a bucket,
+    gs://BUCKET/STORE, is copied to this host first (`buckets.local_copy`).
 
     Raises:
       UserError: as `prepare`. If a large set has no store yet, the error gives the command to run;
@@ -156,7 +155,7 @@ def ensure(
         'val_fraction': val_fraction,
         'exif': exif,
     }
-    with _named(flags, _command(source=source, **options)):
+    with _named(_command(source=source, **options)):
         _check_options(format, size, val_fraction, exif)
         there = _description(store or default_store(source, size, format))
         complete = there and there['complete']
@@ -165,17 +164,32 @@ def ensure(
         return prepare(source, **options, limit=LARGE, resuming=resuming)
 
 
-@contextlib.contextmanager
-def _named(flags: str, command: str):
-    """Errors inside, which name the flags of `prepare`, name those of another command instead.
+def existing(*, source: str, store: str, format: str, size: int, **options) -> stores.Store:
+    """Opens the store that the config of a run names, if there is one on this machine.
 
-    That command has no --skip_bad: `command` is the one to run with it.
+    A run directory may be someone else's: this prepares and copies nothing, and reads no source.
+    Arguments: those of `ensure`. Raises UserError, with the command that makes the store, without one.
+    """
+    remote = '://' in store
+    path = buckets.copy_of(store) if remote else store or default_store(source, size, format)
+    if os.path.isfile(os.path.join(path, 'store.json')):
+        return stores.open_store(path)
+    given = {'source': source, 'store': store, 'format': format, 'size': size, **options}
+    how = f'--store={store} to copy it' if remote else f'prepare it: {_command(**given)}'
+    raise UserError(f'{path}: there is no store here; give --store=DIR, or {how}')
+
+
+@contextlib.contextmanager
+def _named(command: str):
+    """Errors inside, which name the flags of `prepare`, name fields of the config instead.
+
+    Training has no --skip_bad: `command` is the one to run with it.
     """
     try:
         yield
     except UserError as error:
         text, prepare, rest = str(error).partition(COMMAND)
-        text = re.sub(rf'(?<![\w-])--(?={FIELDS}\b)', flags, text)
+        text = re.sub(rf'(?<![\w-])--(?={FIELDS}\b)', '--config.data.', text)
         text = text.replace('with --skip_bad', f'with {command} --skip_bad')
         raise UserError(f'{text}{prepare}{rest}') from error
 
@@ -342,6 +356,7 @@ def _open(source: str, dir: str | None, val_fraction: float) -> sources.Source:
 
 def _description(path: str) -> dict | None:
     """Returns the store.json of a folder, or None if a new store can be started there."""
+    paths.check_links(f'--store={path}', paths.Path(path))
     try:
         with open(os.path.join(path, 'store.json'), 'rb') as file:
             return {'complete': False, 'exif': False, **stores.decode(file.read())}

@@ -211,6 +211,8 @@ def open_store(path: str | os.PathLike) -> Store:
         shapes = [mean.shape, vectors.shape, sigma.shape]
         expected = [(size, size, 3), (3, 3), (3,)]
         _check(shapes == expected, path / 'stats.npz', f'shapes {shapes}, not {expected}')
+        finite = all(np.isfinite(array).all() for array in (mean, vectors, sigma))
+        _check(finite, path / 'stats.npz', 'statistics that are not finite')
         splits = {name: _open_split(path, name, info) for name in counts}
     except FileNotFoundError as error:
         begun = (path / 'store.json').exists()

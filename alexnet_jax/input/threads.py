@@ -1,9 +1,19 @@
-"""A map over threads that preserves order."""
+"""A map over threads that preserves order, and how many threads are allowed."""
 
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+
+from alexnet_jax.common.errors import UserError
+
+MOST = 1000
+
+
+def check(name: str, threads: int) -> None:
+    """Raises UserError for an impossible number of reader threads; name: the flag or field."""
+    if not 0 <= threads <= MOST:
+        raise UserError(f'{name}={threads}: must be 0 (one per core) to {MOST}')
 
 
 def ordered_map(

@@ -267,12 +267,19 @@ class AlexNet(network.Network):
         for name in ('towers', 'groups', 'width'):
             if getattr(self, name) <= 0:
                 raise UserError(f'config.model.{name}={getattr(self, name)}: must be above 0')
-        if self.norm_n % 2 == 0:
-            raise UserError(
-                f'config.model.norm_n={self.norm_n}: must be odd (channels in the window)'
-            )
         for channels in (*self.kernels, *self.hidden):
             self.per_tower(channels)
+        largest = self.per_tower(max(self.kernels)) * self.towers
+        if self.norm_n % 2 == 0 or self.norm_n > 2 * largest:
+            raise UserError(
+                f'config.model.norm_n={self.norm_n}: must be odd (channels in the window), and at most '
+                f'twice the {largest} kernels of the widest layer'
+            )
+        if max(self.conv1_padding) >= SIZES[0]:
+            raise UserError(
+                f'config.model.conv1_padding={self.conv1_padding}: must be below {SIZES[0]}, the size of '
+                "conv1's kernels"
+            )
 
 
 def build(**fields) -> AlexNet:

@@ -8,6 +8,7 @@ network without running statistics. A path is a tuple of names, such as ('conv1'
 
 import dataclasses
 import math
+import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -126,9 +127,26 @@ def make(
         )
     # A config read back from JSON has lists, which would make the network unhashable.
     values = {renamed.get(name, name): _tuples(value) for name, value in fields.items()}
+    for field in dataclasses.fields(cls):
+        if field.name in values and not _fits(values[field.name], field.type):
+            name = names.get(field.name, field.name)
+            kind = field.type if typing.get_origin(field.type) else field.type.__name__
+            raise UserError(f'config.model.{name}={values[field.name]!r}: must be of type {kind}')
     net = cls(classes=classes, **values)
     net.check()
     return net
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of a field's annotation; True for annotations other than these."""
+    if typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_fits(x, element) for x in value)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return kind not in (bool, int, float, str) or isinstance(
+        value, (int, float) if kind is float else kind
+    )
 
 
 def _tuples(value):

@@ -13,9 +13,11 @@ or the fingerprints detect later damage; a damaged checkpoint is never used.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +170,8 @@ class Checkpoints:
     def _open(self) -> '_Manager':
         # Not before the first save: see _Manager.
         if self._manager is None:
+            if getattr(sys.unraisablehook, 'func', None) is not _without_leftovers:
+                sys.unraisablehook = functools.partial(_without_leftovers, sys.unraisablehook)
             self._policy.errors = {step: self._error(step) for step in self.steps()}
             if not paths.is_remote(self.directory):  # where `plain` links to must be there
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -358,5 +362,14 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _without_chatter(record: logging.LogRecord) -> bool:
-    """Drops orbax's log messages below error level, dozens of lines per save."""
-    return record.levelno >= logging.ERROR or '/orbax/' not in record.pathname
+    """Drops orbax's log messages, dozens of lines per save; what it logs as errors, it also raises."""
+    return '/orbax/' not in record.pathname
+
+
+def _without_leftovers(before: Callable, unraisable: Any) -> None:
+    """The sys.unraisablehook of a process that saves; before: the one that it replaces.
+
+    If a save fails, tensorstore calls it for each write that is still under way.
+    """
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        before(unraisable)

@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -81,7 +82,10 @@ def read_facts(path: str | os.PathLike) -> Facts:
     try:
         names = (path / 'names.txt').read_text(encoding='utf-8').splitlines()
         with np.load(io.BytesIO((path / 'stats.npz').read_bytes())) as stats:
-            return Facts(names, stats['mean'], bool(_read_store(path).get('exif', False)))
+            mean = stats['mean']
+        if mean.ndim != 3 or mean.dtype.kind != 'f' or not np.isfinite(mean).all():
+            raise ValueError('the mean in stats.npz is not an image of finite numbers')
+        return Facts(names, mean, bool(_read_store(path).get('exif', False)))
     except (
         paths.failures(path),
         ValueError,
@@ -124,9 +128,15 @@ def check(config, workdir: paths.Path, *, free: Collection[str] = ()) -> None:
     if paths.is_remote(workdir):
         paths.try_bucket(workdir)
     else:
+        paths.check_links(f'--workdir={workdir}', workdir)
         there = paths.existing(workdir)
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f'--workdir={workdir}: {there} is not a writable folder; give another')
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise UserError(
+                f'--workdir={workdir}: {there} is not a writable folder ({reason(error)}); give another'
+            ) from error
     different = differences(config, workdir)
     fields = [
         text for name, text in different.items() if name not in free and not _free(name, config)

@@ -1,13 +1,15 @@
 """Checks of a training start, made before any data is read or anything is written."""
 
+import math
 from collections.abc import Callable
 
 import jax
 
-from alexnet_jax.common import paths
+from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import UserError, choose, one_line
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices import preemption
+from alexnet_jax.input import threads
 from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.rundir import checkpoint, directory, fingerprint
@@ -23,6 +25,8 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
     build: makes the network from the fields of `config.model`. Raises UserError for invalid values,
     and for devices or directories that do not fit.
     """
+    for name, value in configfile.fields(config).items():
+        configfile.check_value(name, value, value)
     directory.check(config, workdir, free=SCHEDULE)
     net = build(classes=1, **config.model)
     mesh, shapes = _values(config, net)
@@ -49,9 +53,14 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
     choose('config.run.failed_save', config.run.failed_save, ('stop', 'warn'))
     if config.run.failed_save == 'warn' and jax.process_count() > 1:
         raise UserError('config.run.failed_save=warn needs a single process: choose stop')
+    threads.check('config.run.threads', config.run.threads)
     for field in ('mesh', 'profile'):
         if len(config.run[field]) != 2:
             raise UserError(f'config.run.{field}={config.run[field]}: must be two numbers')
+    if config.run.profile[0] > config.run.profile[1]:
+        raise UserError(
+            f'config.run.profile={config.run.profile}: the first must not be above the second'
+        )
     if config.seed >= 2**32:  # JAX's keys would repeat those of smaller seeds
         raise UserError(f'config.seed={config.seed}: must be below 2^32')
     if config.augment.chunk < 1:
@@ -87,7 +96,7 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         )
     try:
         shapes = network.shapes(net, config.augment.crop)
-    except (TypeError, ValueError, ZeroDivisionError) as error:  # JAX's own, about a shape
+    except (TypeError, ValueError, ArithmeticError) as error:  # JAX's own, about a shape
         raise UserError(
             f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels; if '
             f'nothing is left after strides and pooling, use larger crops ({one_line(error)})'
@@ -126,7 +135,22 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             f'config.augment.mixup mixes pairs of images: config.train.batch={config.train.batch} must '
             f'be a multiple of {2 * mesh.shape["data"]}, two per device along data'
         )
+    _memory(config, mesh, shapes)
     return mesh, shapes
+
+
+def _memory(config, mesh: jax.sharding.Mesh, shapes: dict) -> None:
+    """Raises UserError if the parameters, their velocity and one batch cannot fit in memory."""
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    batch = max(config.train.batch, config.run.eval_batch) * config.data.size**2
+    needed = 2 * 4 * parameters * mesh.shape['data'] + 3 * batch
+    there = meshes.memory(mesh)
+    if needed > there:
+        raise UserError(
+            f'{parameters:,} parameters and batches of {batch // config.data.size**2:,} images need at '
+            f'least {needed / 1e9:,.1f} GB, and there are {there / 1e9:,.1f} GB; reduce config.model.width '
+            'or the layers, or config.train.batch and config.run.eval_batch'
+        )
 
 
 def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:

@@ -112,11 +112,11 @@ def compare(
     towers = {run.net.towers for run in runs}
     shape = (0, 0) if len(towers) == 1 else (0, 1)
     mesh = meshes.make(shape, towers=min(towers), batches={'--batch': batch})
+    opened = open_store(runs, store)
+    opened.check_split(split)
     runs = [restore_run(run, mesh, step) for run in runs]
     # A training run may save a checkpoint meanwhile.
     distributed.agree({f'the step of {r.path}': r.step for r in runs})
-    opened = open_store(runs, store)
-    opened.check_split(split)
     results = {}
     for view in views:
         predicts = [predictor(r, mesh, view) for r in runs]
@@ -156,9 +156,9 @@ def hits(
     """
     trained = describe_run(run_dir, build)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': batch})
-    trained = restore_run(trained, mesh, step)
     opened = open_store([trained], store)
     opened.check_split(split)
+    trained = restore_run(trained, mesh, step)
     predict = predictor(trained, mesh, views)
     right = jax.jit(
         lambda p, labels, mask: metrics.rank(p, labels) < 1,

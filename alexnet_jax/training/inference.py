@@ -13,8 +13,8 @@ from PIL import Image
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import InputError, UserError, choose
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input import buckets, prepare
 from alexnet_jax.input import images as pictures
-from alexnet_jax.input import prepare
 from alexnet_jax.input import store as stores
 from alexnet_jax.input.batches import Batch
 from alexnet_jax.input.store import Store
@@ -79,19 +79,20 @@ def open_run(
 def open_store(runs: Sequence[Run], store: str = '') -> Store:
     """Opens the store of some runs: `store`, or else the one that the first run was trained on.
 
-    Raises UserError if its classes or the size of its images differ from those of a run.
+    Prepares nothing. Raises UserError if there is no store, or if its classes or the size of its images
+    differ from those of a run.
     """
     first = runs[0]
     if any(r.facts.names != first.facts.names for r in runs):
         raise UserError('these runs were trained on different classes: evaluate them separately')
     if store and '://' not in store and not os.path.isfile(os.path.join(store, 'store.json')):
         raise UserError(f'--store={store}: there is no store; give the folder that prepare wrote')
-    if recorded := None if store else directory.recorded_store(first.path):
+    if store:
+        opened = stores.open_store(buckets.local_copy(store) if '://' in store else store)
+    elif recorded := directory.recorded_store(first.path):
         opened = stores.open_store(recorded)
     else:
-        data_config = {**first.config['data'], 'store': store or first.config['data']['store']}
-        alone = jax.process_count() == 1
-        opened = prepare.ensure(**data_config, alone=alone, resuming=True, flags='--')
+        opened = prepare.existing(**first.config['data'])
     if opened.names != first.facts.names:
         raise UserError(
             f'{opened.path} does not have the classes that {first.path} was trained on; '

@@ -43,6 +43,9 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     distributed.agree({**configfile.fields(config), '--workdir': str(workdir)})
     if jax.process_count() > 1:
         distributed.check_shared(workdir)
+    if distributed.is_first() and workdir.is_dir():
+        with directory.locked(workdir):  # now only whether it is free, before anything takes long
+            pass
     mesh, net = checks.check(config, workdir, build)
     resuming = (workdir / 'config.json').exists()
     store = prepare.ensure(**config.data, alone=jax.process_count() == 1, resuming=resuming)

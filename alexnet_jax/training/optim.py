@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -234,20 +235,23 @@ def make_rates(
     error, %} of the evaluations so far; colour is 1 or 0; stop is True when the run is over. Raises
     UserError for invalid values, including those only `make` uses: it is called too late to check.
     """
-    del momentum, decay, nesterov  # used by the update, not by the rates
+    del decay, nesterov  # used by the update, not by the rates
     choose('config.optim.name', name, NAMES)
+    for field, value, fits, range_ in (
+        ('momentum', momentum, 0 <= momentum < 1, 'at least 0 and below 1'),
+        ('factor', factor, 0 < factor <= 1, 'above 0 and at most 1'),
+        ('epochs', epochs, epochs > 0, 'above 0'),
+        ('drop_every', drop_every, drop_every > 0, 'above 0'),
+        ('rms_decay', rms_decay, 0 <= rms_decay < 1, 'at least 0 and below 1'),
+        ('rms_epsilon', rms_epsilon, rms_epsilon > 0, 'above 0'),
+        ('clip', clip, clip >= 0, 'at least 0'),
+    ):
+        if not fits:
+            raise UserError(f'config.optim.{field}={value}: must be {range_}')
     if name == 'lars' and trust <= 0:
         raise UserError(f'config.optim.trust={trust}: must be above 0')
     for role in decay_roles:
         choose('config.optim.decay_roles', role, ROLES)
-    for field, value in (('rms_decay', rms_decay), ('clip', clip)):
-        if not value >= 0:
-            raise UserError(f'config.optim.{field}={value}: must be at least 0')
-    if rms_decay >= 1:
-        raise UserError(f'config.optim.rms_decay={rms_decay}: must be below 1')
-    for field, value in (('rms_epsilon', rms_epsilon), ('drop_every', drop_every)):
-        if not value > 0:
-            raise UserError(f'config.optim.{field}={value}: must be above 0')
 
     def at(e):
         return steps_per(e, examples, batch)
@@ -261,14 +265,17 @@ def make_rates(
             f'config.optim.drops={drops} must be epochs, as in (25.0, 51.0), and config.optim.conv1='
             f'{conv1} must be pairs of an epoch and a rate, as in ((67.0, 1e-5), (72.0, 0.0))'
         ) from error
+    for field, numbers in (('drops', boundaries), ('conv1', itertools.chain(*conv1))):
+        if any(number < 0 for number in numbers):
+            raise UserError(f'config.optim.{field}: must not have negative numbers')
 
     for pair in decays:
         match pair:
-            case (str(), int() | float()):
+            case (str(), int() | float() as beta) if beta >= 0:
                 pass
             case _:
                 raise UserError(
-                    f'config.optim.decays={decays}: must be pairs of a layer and a weight decay, '
+                    f'config.optim.decays={decays}: must be pairs of a layer and a weight decay >= 0, '
                     "as in (('fc8', 0.001),)"
                 )
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax.common import paths
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import Store
@@ -56,6 +57,7 @@ class Setup:
     def make(cls, config, mesh, store: Store, net: Network) -> 'Setup':
         optimizer = make_optimizer(config, net, mesh)
         examples, crop = store.counts['train'], config.augment.crop
+        _check_intervals(config, examples)
         inputs_of = {
             'mean': steps.window_mean(store.mean, crop),
             'eigenvectors': store.eigenvectors,
@@ -196,6 +198,18 @@ class Setup:
         every = every or self.config.run.eval_every
         number = math.floor(step * batch / (every * examples) + 1e-9)
         return number > 0 and step == optim.steps_per(number * every, examples, batch)
+
+
+def _check_intervals(config, examples: int) -> None:
+    """Raises UserError for intervals shorter than a step; a whole epoch may be shorter."""
+    step = config.train.batch / examples
+    if config.run.eval_every < min(step, 1):
+        raise UserError(
+            f'config.run.eval_every={config.run.eval_every}: shorter than a step, which is '
+            f'{step:.2g} epochs of {examples:,} images; give at least that or 1.0'
+        )
+    if optim.steps_per(config.optim.epochs, examples, config.train.batch) < 1:
+        raise UserError(f'config.optim.epochs={config.optim.epochs}: shorter than a step')
 
 
 def _variables_from(run_dir: str, net: Network, names: list[str], target, state) -> dict:

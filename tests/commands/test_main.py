@@ -217,7 +217,7 @@ FLAGS = {
         ['model.kernels', "'a'", 'int'],
     ),
     'float in a tuple': ([PAPER, '--config.run.mesh=(1.5,2)'], ['run.mesh', '1.5', 'int']),
-    'negative': ([PAPER, '--config.seed=-1'], ['config.seed=-1', 'not negative']),
+    'negative': ([PAPER, '--config.seed=-1'], ['config.seed=-1', 'must not be negative']),
     'negative in a tuple': ([PAPER, '--config.run.mesh=(-1,2)'], ['run.mesh', 'negative']),
     'not a number': ([PAPER, '--config.optim.rate=nan'], ['config.optim.rate=nan', 'finite']),
     'infinite': ([PAPER, '--config.optim.epochs=inf'], ['config.optim.epochs=inf', 'finite']),
@@ -257,6 +257,21 @@ def test_a_config_file_executes_once(tmp_path):
     assert (tmp_path / 'count').read_text() == 'xf'
     assert (args.config.seed, args.config.model.kernels, args.workdir) == (3, (96,), 'w')
     assert main.parse(['main', flags[0]]).workdir == 'runs/counting-fast'
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['--config.run.mesh=(2,1)', '--config.run.mesh=(1,1)'],
+        ['--config.run.mesh=(1,2)', '--config.seed=3', '-config.run.mesh', '(1,1)'],
+        ['--config.run.mesh', '(2,1)', '--noconfig.augment.random', '--config.run.mesh=(1,1)'],
+    ],
+)
+def test_the_last_value_of_a_tuple_counts(arguments):
+    """As of every other flag; an experiment's own arguments precede those after its `--`."""
+    more = ['--config.train.freeze=conv1', '--config.optim.drops=()']
+    config = main.parse(['main', PAPER, *arguments, *more]).config
+    assert (config.run.mesh, config.train.freeze, config.optim.drops) == ((1, 1), ('conv1',), ())
 
 
 def test_help(place, no_jax):

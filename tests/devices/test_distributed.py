@@ -1,6 +1,7 @@
 """Multi-process runs: the same bits as one process, and what happens on disagreement, stops and kills."""
 
 import functools
+import itertools
 import signal
 import subprocess
 import sys
@@ -272,6 +273,49 @@ def test_a_coordinator_that_is_not_there(store, tmp_path):
         'localhost:9: the processes of this run did not find each other within 3 s' in done.stderr
     )
     assert not (tmp_path / 'run').exists()
+
+
+WHOLE_SLURM = {name: '1' for name in distributed.CLUSTERS['SLURM']}
+
+
+@pytest.mark.parametrize(
+    ('variables', 'message'),
+    [
+        ({}, 'no variables of SLURM, Open MPI, a TPU pod, Kubernetes are set here'),
+        (
+            {'SLURM_JOB_ID': '3'},
+            r'SLURM \(SLURM_JOB_ID is set\), but SLURM_STEP_NODELIST, .* not set',
+        ),
+        (
+            {**WHOLE_SLURM, 'SLURM_PROCID': ''},
+            r'SLURM \(SLURM_JOB_ID is set\), but SLURM_PROCID is not set; .* srun',
+        ),
+        ({**WHOLE_SLURM, 'SLURM_NTASKS': 'x'}, "wrong variables of SLURM .*: 'x'"),
+        ({'OMPI_COMM_WORLD_RANK': '0'}, 'Open MPI .*, but OMPI_MCA_orte_hnp_uri, .* are not set'),
+        (
+            {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:3'},
+            'but OMPI_COMM_WORLD_SIZE, .* are not set',
+        ),
+        ({'TPU_WORKER_ID': '0'}, 'a TPU pod .*, but TPU_WORKER_HOSTNAMES is not set'),
+        ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, 'but JOB_COMPLETION_INDEX is not set'),
+        (
+            {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '0'},
+            'the package kubernetes: pip install',
+        ),
+    ],
+)
+def test_a_cluster_that_is_not_there_or_not_whole(monkeypatch, variables, message):
+    for name in itertools.chain(*distributed.CLUSTERS.values()):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr('jax._src.xla_bridge.backends_are_initialized', lambda: False)
+    flags = {'coordinator': '', 'num_processes': 0, 'process_id': -1, 'connect_timeout': 60}
+    with pytest.raises(
+        UserError, match=f'^--distributed: .*{message}.* give --coordinator'
+    ) as error:
+        distributed.start(**flags, distributed=True)
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def test_the_presets_of_a_row(tmp_path):
         return provenance.presets(argument, tmp_path)
 
     first = now()
-    assert {*first} == {f'configs/{name}.py' for name in ('base', 'original', 'one_gpu')}
+    names = ('base', 'paper', 'original', 'one_gpu')
+    assert {*first} == {f'configs/{name}.py' for name in names}
     rewrite(preset, 'def get', '# a comment\ndef get')
     assert now() == first
     rewrite(tmp_path / 'configs/base.py', "'std': 0.1,", "'std': 0.2,")
@@ -281,7 +282,7 @@ def test_the_fingerprint_of_a_row(tmp_path):
     assert mine['code'] == provenance.code()
     assert mine['config']['config.optim.rate'] == 0.5
     assert mine['data'] == provenance.pictures(store)
-    assert [*mine['files']] == ['configs/base.py', 'configs/original.py']
+    assert [*mine['files']] == [f'configs/{n}.py' for n in ('base', 'original', 'paper')]
     kept = json.loads((tmp_path / 'results/trial-smoke.json').read_text())
     assert kept == {'a-0': made}
     provenance.check({**kept, 'a-1': copy.deepcopy(made)})

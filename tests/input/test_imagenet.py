@@ -34,6 +34,24 @@ def files(store):
     return found | {'store.json': {key: description[key] for key in ('classes', 'counts')}}
 
 
+def test_an_empty_folder_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / 'imagenet2012').mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ('imagenet2012', str(tmp_path / 'imagenet2012')):
+        with pytest.raises(
+            UserError, match='no training images and .* expected ILSVRC2012_img_train'
+        ):
+            sources.open_source(name)
+
+
+def test_a_validation_tar_that_is_cut_off_is_found_first(tars, tmp_path, monkeypatch):
+    shutil.copytree(tars[0], tmp_path, dirs_exist_ok=True)
+    os.truncate(tmp_path / TARS[1], 12_000)
+    monkeypatch.setattr(imagenet, '_train', None)  # reading its index takes a minute
+    with pytest.raises(UserError, match=f'{TARS[1]}: cut off: 12,000 bytes'):
+        sources.open_source(str(tmp_path))
+
+
 def test_all_forms_give_the_same_store(tars, tmp_path, capsys):
     folder, made = tars
     places = {'tars': [('imagenet2012', folder), (str(folder), None)]}

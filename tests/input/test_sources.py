@@ -14,7 +14,7 @@ from PIL import Image
 
 from alexnet_jax import figures
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.input import images, sources
+from alexnet_jax.input import images, prepare, sources
 from alexnet_jax.input.sources import shapes, tfds
 from alexnet_jax.input.sources.source import split_off
 from tests.helpers import fixtures
@@ -557,6 +557,16 @@ def test_neither_a_folder_nor_a_tfds_name(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_to_nothing(tmp_path, monkeypatch):
+    (tmp_path / 'link').symlink_to(tmp_path / 'gone')
+    monkeypatch.chdir(tmp_path)
+    for name in ('link', './link/deep', str(tmp_path / 'link')):
+        with pytest.raises(UserError, match='link is a link to .*gone, which does not exist'):
+            sources.open_source(name)
+    with pytest.raises(UserError, match='--store=link/s: .*link is a link to .*gone'):
+        prepare.prepare('flowers', store='link/s')
+
+
 @pytest.mark.parametrize(
     'name, cause',
     [
@@ -574,7 +584,8 @@ def test_tfds_sets_that_do_not_open(tmp_path, name, cause):
 def test_names_on_a_machine_without_tensorflow(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, 'tensorflow', None)
     message = refused(name, tmp_path)
-    assert 'not a folder' in message and 'needs TensorFlow' in message
+    assert 'neither a folder nor a TFDS set' in message
+    assert 'needs TensorFlow' in refused('mnist', tmp_path)
 
 
 def test_a_tfds_name_with_a_config():

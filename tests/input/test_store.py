@@ -127,6 +127,16 @@ def shrink(name):
     return lambda path: np.save(path / name, np.load(path / name)[:-1])
 
 
+def poison(name):
+    def change(path):
+        with np.load(path / 'stats.npz') as stats:
+            values = dict(stats)
+        values[name].flat[0] = np.nan
+        np.savez(path / 'stats.npz', **values)
+
+    return change
+
+
 BROKEN = {
     'no folder': (lambda p: p.rename(p.parent / 'elsewhere'), 'store.json is missing'),
     'incomplete': (lambda p: edit(p, complete=False), 'is incomplete; run its prepare command'),
@@ -140,6 +150,8 @@ BROKEN = {
     'no names': (lambda p: (p / 'names.txt').unlink(), 'names.txt is missing'),
     'stats cut': (cut('stats.npz', 300), 'is damaged'),
     'stats shape': (lambda p: edit(p, size=41), 'stats.npz does not match .*41'),
+    'stats NaN': (poison('mean'), 'stats.npz does not match .* not finite'),
+    'axes NaN': (poison('eigenvectors'), 'stats.npz does not match .* not finite'),
     'no records': (lambda p: (p / 'train.jpg').unlink(), 'train.jpg is missing'),
     'records cut': (cut('val.jpg', 1000), 'val.jpg does not match the store: 1000 bytes, not'),
     'crc cut': (cut('train.crc.npy', 100), 'is damaged'),

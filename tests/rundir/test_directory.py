@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from alexnet_jax.common.errors import UserError
@@ -43,6 +45,29 @@ def test_one_start_at_a_time(tmp_path):
         pass
     with directory.locked(tmp_path / 'run'):
         assert not list((tmp_path / 'run').iterdir())
+
+
+@pytest.mark.parametrize('name', ['link', 'link/run', 'link/a/run'])
+def test_a_link_to_nothing(tmp_path, name):
+    (tmp_path / 'link').symlink_to(tmp_path / 'gone')
+    with pytest.raises(
+        UserError, match='--workdir=.*link is a link to .*gone, which does not exist'
+    ):
+        directory.check(paper.get_config(), Path(tmp_path / name))
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs Linux')
+def test_a_folder_in_which_nothing_can_be_made(tmp_path):
+    """Although its permissions allow it to an administrator."""
+    with pytest.raises(UserError, match='--workdir=/proc/run: /proc is not a writable folder'):
+        directory.check(paper.get_config(), Path('/proc/run'))
+
+
+def test_a_mean_that_is_not_finite(tmp_path):
+    (tmp_path / 'names.txt').write_text('a\n')
+    np.savez(tmp_path / 'stats.npz', mean=np.full((2, 2, 3), np.nan, np.float32))
+    with pytest.raises(UserError, match='incomplete run directory: the mean in stats.npz'):
+        directory.read_facts(tmp_path)
 
 
 def test_a_commit_where_git_is(monkeypatch):

@@ -64,6 +64,20 @@ def test_only_the_first_start_compares_the_data_with_its_source(store, tmp_path,
         loop.train(config, tmp_path / 'run')
 
 
+def test_a_locked_directory_is_refused_first(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.checks, 'check', None)
+    with directory.locked(tmp_path / 'run'):
+        with pytest.raises(UserError, match='another process is training here'):
+            loop.train(make_config(store), tmp_path / 'run')
+
+
+@pytest.mark.parametrize(('field', 'value'), [('run.eval_every', 1e-9), ('optim.epochs', 1e-12)])
+def test_intervals_shorter_than_a_step(store, tmp_path, field, value):
+    with pytest.raises(UserError, match=f'config.{field}={value}: shorter than a step'):
+        loop.train(make_config(store, **{field: value}), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.full
 def test_plateau_drops_the_rate_and_then_ends_the_run(store, tmp_path):
     """No error can fall by 200 points, so every evaluation after the first is a stall."""

@@ -538,7 +538,7 @@ def test_linear_cosine_and_exponential_schedules():
             {'decay_roles': ('kernels',)},
             "config.optim.decay_roles='kernels': choose one of kernel, depthwise, scale, bias",
         ),
-        ({'rms_decay': 1.0}, 'config.optim.rms_decay=1.0: must be below 1'),
+        ({'rms_decay': 1.0}, 'config.optim.rms_decay=1.0: must be at least 0 and below 1'),
         ({'clip': -1.0}, 'config.optim.clip=-1.0: must be at least 0'),
         ({'drop_every': 0.0}, 'config.optim.drop_every=0.0: must be above 0'),
         (

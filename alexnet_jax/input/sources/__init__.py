@@ -6,7 +6,7 @@ Each form is a module with `recognizes(name)`, `open_source(name, ...)` and `is_
 import dataclasses
 import os
 
-from alexnet_jax.common import class_names
+from alexnet_jax.common import class_names, paths
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input.sources import folder, imagenet, listing, parquet, tfds, webdataset
 from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, is_path
@@ -22,6 +22,8 @@ def _form(name: str):
     if not name:
         raise UserError('no images: name their folder or data set, as in --source=FOLDER')
     name = os.path.expanduser(name) if is_path(name) else name
+    if is_path(name):
+        paths.check_links(name, paths.Path(name))
     try:
         return next(form for form in FORMS if form.recognizes(name)), name
     except OSError as error:  # a folder that may not be read

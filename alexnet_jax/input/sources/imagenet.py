@@ -89,6 +89,8 @@ def recognizes(name: str) -> bool:
         or parts.root != name
         or _unnamed(parts)
         or any(KNOWN.match(file) for file in os.listdir(name) if file not in (TRAIN, VAL))
+        or os.path.basename(os.path.abspath(name)) == NAME
+        and not any(os.scandir(name))
     )
 
 
@@ -125,10 +127,10 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     if parts.train_tar or parts.class_tars or parts.val_tar:
         say(f'{parts.root}: reading the index of the tars')
     skipped = collections.Counter()
+    val = _val(parts, skipped)  # first: a tar that is cut off is found in seconds
     train = _train(parts, skipped)
     class_names = sorted(train)
     labels = {wnid: label for label, wnid in enumerate(class_names)}
-    val = _val(parts, skipped)
     there = {wnid: files for wnid, files in val.items() if wnid in labels}
     left_out = sum(len(files) for files in val.values()) - sum(map(len, there.values()))
     if len(class_names) < 2 or not there:

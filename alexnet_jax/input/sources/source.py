@@ -382,7 +382,8 @@ def is_path(name: str) -> bool:
     A '/' alone does not decide: TFDS names can contain one, as in imagenet_resized/32x32.
     """
     file = os.path.isfile(name) and bool(os.path.splitext(name)[1])
-    return file or os.path.isdir(name) or name.startswith(('/', './', '../', '~'))
+    folder = os.path.isdir(name) or os.path.islink(name)
+    return file or folder or name.startswith(('/', './', '../', '~'))
 
 
 def split_off(

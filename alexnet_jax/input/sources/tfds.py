@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,13 +49,20 @@ def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
 def _builder(name: str, root: str):
     """Returns TFDS's builder of a set; UserError if there is no set of this name."""
     try:
-        import_tensorflow()
         import tensorflow_datasets as tfds
+
+        known = name == EMBEDDED or _is_known(name, root)
+        if known:
+            import_tensorflow()  # takes seconds
     except (UserError, ImportError) as error:
         raise UserError(
             f'{name}: not a folder, and it cannot be opened as a TFDS set: {error}'
         ) from error
 
+    catalog = 'a name from https://www.tensorflow.org/datasets/catalog'
+    unknown = f'{name}: neither a folder nor a TFDS set: give an existing folder, or {catalog}'
+    if not known:
+        raise UserError(unknown)
     logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns about sets it is about to build
     if name == EMBEDDED:
         from alexnet_jax.input.sources import shapes_builder  # noqa: F401  registers the builder
@@ -63,16 +71,29 @@ def _builder(name: str, root: str):
     try:
         return tfds.builder(name, data_dir=root)
     except Exception as error:  # of any kind: this runs the set's own code and reads its files
-        catalog = 'a name from https://www.tensorflow.org/datasets/catalog'
         if isinstance(error, tfds.core.DatasetNotFoundError) or str(error).startswith(
             'Parsing builder name'
         ):
-            raise UserError(
-                f'{name}: neither a folder nor a TFDS set: give an existing folder, or {catalog}'
-            ) from error
+            raise UserError(unknown) from error
         raise UserError(
             f'{name}: TFDS cannot open it ({one_line(error)}): fix that, or give {catalog}'
         ) from error
+
+
+def _is_known(name: str, root: str) -> bool:
+    """Whether TFDS may have a set of this name, found out without TensorFlow; True for other forms."""
+    import tensorflow_datasets as tfds
+
+    base = name.partition('/')[0]
+    if not re.fullmatch(r'\w+', base) or os.path.isdir(os.path.join(root, base)):
+        return True
+    try:
+        tfds.builder_cls(base)
+    except tfds.core.DatasetNotFoundError:
+        return False
+    except Exception:  # of any kind: `tfds.builder` tells
+        pass
+    return True
 
 
 def _origin(counts: dict[str, int], name: str) -> dict[str, str]:
