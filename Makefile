@@ -2,11 +2,13 @@
 # make test         the tests (6 minutes on 2 cores)
 # make test-fast    without the slow tests
 # make test-all     with the end-to-end checks to run before a release (15 minutes)
+# make test-deploy  compares the networks with those of PyTorch, Keras and TensorFlow Lite (installs them)
 # make lint         ruff: rules and format
 # To use another Python: `make test PYTHON=python3.12`. To pass arguments to pytest: `make test ARGS='-k layers'`.
 
 PYTHON ?= python3
 VENV := .venv
+DEPLOY := .venv-deploy
 RUN := runs/quickstart
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 # The tests of a file run in one process, so that its fixtures (prepared stores, short runs) are made once.
@@ -16,7 +18,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reord
 # libraries ignore this variable, and older versions of glibc ignore settings that they do not know.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-fast test-all lint clean
+.PHONY: quickstart test test-fast test-all test-deploy lint clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2
@@ -27,20 +29,23 @@ quickstart: $(VENV)/.installed
 	@echo 'Next: "Your own images" and "ImageNet" in README.md.'
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m 'not full' $(ARGS)
+	$(PYTEST) -m 'not full and not deploy' $(ARGS)
 
 test-all: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST) -m 'not slow and not full' $(ARGS)
+	$(PYTEST) -m 'not slow and not full and not deploy' $(ARGS)
+
+test-deploy: $(DEPLOY)/.installed
+	$(DEPLOY)/bin/python -m pytest tests/deploy $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DEPLOY)
 
 # The stamps are newer than the requirements installed from, so nothing is installed twice.
 $(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/bin/python
@@ -52,7 +57,12 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(PIP_INSTALL) -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-$(VENV)/bin/python:
+$(DEPLOY)/.installed: requirements-deploy.txt requirements-dev.txt requirements.txt constraints.txt | $(DEPLOY)/bin/python
+	@echo "Installing requirements-deploy.txt into $(DEPLOY) (about 3 GB) ..."
+	$(DEPLOY)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-deploy.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/bin/python $(DEPLOY)/bin/python:
 	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or later, or choose another: make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old; use Python 3.11 or later, for example: make PYTHON=python3.12"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@D:/bin=)

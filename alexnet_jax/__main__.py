@@ -4,8 +4,8 @@
     alexnet-jax evaluate runs/quickstart    measure the error of a run
     alexnet-jax COMMAND --help              list the flags of a command
 
-Commands: train, prepare, evaluate, predict, features, retrieve, visualize. `python -m alexnet_jax` does
-the same.
+Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary.
+`python -m alexnet_jax` does the same.
 """
 
 import importlib
@@ -15,7 +15,16 @@ from alexnet_jax import command
 from alexnet_jax.common.configfile import PRESETS
 from alexnet_jax.common.errors import UserError
 
-COMMANDS = ('train', 'prepare', 'evaluate', 'predict', 'features', 'retrieve', 'visualize')
+COMMANDS = (
+    'train',
+    'prepare',
+    'evaluate',
+    'predict',
+    'features',
+    'retrieve',
+    'visualize',
+    'summary',
+)
 
 
 def main() -> None:

@@ -26,7 +26,12 @@ def main() -> None:
     )
     parser.add_argument('--dir', help='TFDS data directory; for imagenet2012, where it is')
     parser.add_argument('--store', help='folder to write (default: data/SOURCE-SIZE-FORMAT)')
-    parser.add_argument('--format', choices=store.FORMATS, default='jpg', help='JPEG or raw pixels')
+    parser.add_argument(
+        '--format',
+        choices=store.FORMATS,
+        default='jpg',
+        help='JPEG, raw pixels, or JPEG of whole images',
+    )
     parser.add_argument('--size', type=int, default=256, help='side of the square in pixels')
     parser.add_argument(
         '--val_fraction',

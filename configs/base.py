@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
             'source': 'imagenet2012',  # a path, a TFDS name, ... (docs/data.md); 'alexnet_shapes': embedded
             'dir': '',  # where TFDS keeps its data sets, or where imagenet2012 is; '': TFDS's default
             'store': '',  # a prepared store, also gs://BUCKET/STORE; '': data/<source>-<size>-<format>
-            'format': 'jpg',  # of the store: 'jpg' (38 GB for ImageNet) or 'u8' (raw, 262 GB, faster)
+            # of the store: 'jpg' (38 GB for ImageNet), 'u8' (raw, 262 GB, faster), or 'whole' (as 'jpg', but
+            # of whole images, for config.augment.area)
+            'format': 'jpg',
             'size': 256,  # pixels, side of the prepared square images (§2)
             # Images turned upright as their EXIF orientation says: 'on', 'off', or 'auto', which is off for
             # ImageNet (as in 2012) and TFDS sets, and whatever a store was prepared with.
@@ -28,7 +30,15 @@ def get_config() -> ConfigDict:
     config.augment = ConfigDict(
         {
             'crop': 224,  # pixels, side of the crops the network sees (§4.1)
+            # Random resized crops: the least and the largest part of an image's area, as in (0.08, 1.0), for
+            # stores of whole images; (): crops at random offsets.
+            'area': (),
+            'jitter': 0.0,  # brightness, contrast and saturation vary by this factor, such as 0.4
             'random': True,  # random crops and flips; False: always the centre crop
+            # Mixup: each image is mixed with its neighbor in the batch, in shares drawn from
+            # Beta(mixup, mixup); 0: none. The training error counts the image's own label.
+            'mixup': 0.0,
+            'mixup_off': 0.0,  # epoch from which nothing is mixed; 0: never
             'chunk': 1,  # consecutive images that share a crop offset and a flip; 32 in the source
         }
     )
@@ -72,19 +82,29 @@ def get_config() -> ConfigDict:
     )
     config.optim = ConfigDict(
         {
-            'name': 'sgd',  # or 'lars': each layer scales the rate by its own norm (`large_batch.py`)
+            # or 'lars': each layer scales the rate by its own norm (`large_batch.py`); or 'rmsprop',
+            # TensorFlow's: divides by the root of a running mean of squares (`mobilenet.py`)
+            'name': 'sgd',
             'momentum': 0.9,
-            'decay': 5e-4,  # weight decay, on kernels only (§5)
+            'nesterov': False,  # Nesterov's momentum
+            'decay': 5e-4,  # weight decay (§5)
+            'decay_roles': ('kernel', 'depthwise'),  # which parameters decay; or 'bias', 'scale'
             'decays': (),  # ((layer, decay), ...): layers with their own weight decay
+            'clip': 0.0,  # largest norm of the whole gradient; 0: no limit
+            'rms_decay': 0.9,  # 'rmsprop': of the running mean
+            'rms_epsilon': 1.0,  # 'rmsprop': added to it, inside the root
             'trust': 0.001,  # 'lars': fraction of its norm by which a layer changes per step, at rate 1
             'rate': 0.01,  # initial learning rate (§5)
             'bias_factor': 1.0,  # the biases' rate as a multiple of `rate`; 2 in the source and Caffe
             'bias_drops': True,  # the biases' rate drops with the kernels'
             'bias_final': 0.0,  # the biases' rate from the last drop on; 0: no override
-            'schedule': 'plateau',  # or, running for all `epochs`: 'steps', 'poly' (see `drops`, `power`)
+            # or, running for all `epochs`: 'steps' (at `drops`), 'exponential' (every `drop_every`), or
+            # 'poly', 'linear', 'cosine', which fall to 0
+            'schedule': 'plateau',
             'factor': 0.1,  # multiplies the rate at every drop
             'epochs': 120.0,  # the run ends here at the latest (the paper: roughly 90)
             'drops': (),  # 'steps': the epochs of the drops
+            'drop_every': 1.0,  # 'exponential': epochs between drops
             'power': 2.0,  # 'poly': the rate is multiplied by (1 - step / total steps) ** power
             'patience': 5.0,  # 'plateau': epochs without improvement before a drop
             'threshold': 0.1,  # 'plateau': points of top-1 error that count as an improvement
@@ -98,6 +118,13 @@ def get_config() -> ConfigDict:
         {
             'batch': 128,  # images per step, over all devices
             'init_from': '',  # a run directory whose parameters to start from
+            # Moving average of parameters and statistics: the part a step keeps, such as 0.9999; 0: none.
+            # The log shows its error beside that of the last parameters.
+            'ema': 0.0,
+            'ema_used': False,  # the average decides the best checkpoint, and is what `load` returns
+            'smoothing': 0.0,  # label smoothing: part of the target spread evenly over all classes
+            # Training images over which batch normalization's statistics are recomputed at the end; 0: none
+            'recompute': 0,
             'freeze': (),  # layers whose parameters do not change, for example ('conv1',)
         }
     )

@@ -22,6 +22,7 @@ FLOORS = (
     ('devices',),
     ('input',),
     ('rundir', 'nets'),
+    ('weights',),
     ('training',),
     ('shared',),  # shared by the commands
     ('commands',),
@@ -44,7 +45,7 @@ OUTSIDE = {
     'huggingface_hub': ({'input'}, True),
     'optax': ({'training'}, False),
     'orbax': ({'rundir'}, False),
-    'flax': ({'nets', 'training'}, False),
+    'flax': ({'nets', 'weights', 'training'}, False),
     'clu': (set(), False),
     'clu.parameter_overview': ({'training'}, False),
     'tensorboard': ({'rundir'}, False),
@@ -52,6 +53,8 @@ OUTSIDE = {
     'etils': ({'common'}, False),  # paths are `common.paths.Path`
     'pathlib': (set(), False),
     'google.cloud': ({'common'}, True),
+    'torch': (set(), False),  # files of other frameworks are read without them
+    'flatbuffers': (set(), False),
     'ml_collections.config_flags': ({'commands'}, False),  # the library has no flags
     'absl.flags': ({'commands'}, False),
     'configs': (set(), False),
@@ -163,6 +166,8 @@ def test_configs_import_nothing_of_the_library(path):
         ('nets.layers', 'def f():\n    import alexnet_jax.training.steps', 1),
         ('nets.layers', 'from alexnet_jax.rundir import directory', 1),
         ('rundir.directory', 'from alexnet_jax.nets import layers', 1),
+        ('weights.torch', 'from alexnet_jax.nets import network\nimport torch', 1),
+        ('nets.layers', 'from alexnet_jax.weights import torch', 1),
         ('common.errors', 'from alexnet_jax.devices import mesh', 1),
         ('input.store', 'from alexnet_jax.common.errors import UserError', 0),
         ('main', 'from alexnet_jax.training import loop', 0),

@@ -18,11 +18,16 @@ class Backend(NamedTuple):
     loop: bool
     # several programs in flight, with which virtual CPU devices could deadlock
     overlap: bool
+    shifts: bool  # depthwise convolutions as shifted products, for which XLA is slow on CPUs
     keep_programs: bool  # cache compiled programs on disk; compiling for CPUs takes seconds
 
 
-CPU = Backend(blocks=False, donate=False, loop=False, overlap=False, keep_programs=False)
-ACCELERATOR = Backend(blocks=True, donate=True, loop=True, overlap=True, keep_programs=True)
+CPU = Backend(
+    blocks=False, donate=False, loop=False, overlap=False, shifts=True, keep_programs=False
+)
+ACCELERATOR = Backend(
+    blocks=True, donate=True, loop=True, overlap=True, shifts=False, keep_programs=True
+)
 
 
 def choices(mesh: Mesh | None = None) -> Backend:

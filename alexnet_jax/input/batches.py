@@ -14,6 +14,7 @@ import numpy as np
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input import sampler
+from alexnet_jax.input.images import resized_crop
 from alexnet_jax.input.sources import import_tensorflow
 from alexnet_jax.input.store import Jpegs, Store
 from alexnet_jax.input.threads import ordered_map
@@ -33,6 +34,8 @@ class Plan(NamedTuple):
     flip: np.ndarray  # bool[b]
     rest: Batch
     checked: np.ndarray  # i64[n], the records to check in a raw store
+    resized: np.ndarray | None = None  # `sampler.resized` of each row, instead of a corner
+    area: tuple[float, ...] = ()
 
 
 def train_batches(
@@ -47,13 +50,20 @@ def train_batches(
     chunk: int,
     random: bool,
     threads: int = 0,
+    area: tuple[float, ...] = (),
+    jitter: float = 0.0,
+    mixup: float = 0.0,
+    mixup_off: float = 0.0,
     reader: str = 'auto',
 ) -> Iterator[Batch]:
     """Yields this process's rows of the global batches for steps start .. stop - 1.
 
     Each is {'image': u8[b,crop,crop,3], 'z': f32[b,3], 'label': i32[b]} with b = len(rows). Row i
     of step s is position s * batch + i of `sampler`; `random=False` takes the centre crop,
-    unmirrored. `chunk`: see `sampler.draws`.
+    unmirrored. `chunk`: see `sampler.draws`. `area`: random resized crops of a store of whole images
+    (`sampler.box`), for which the reader is always 'threads'. With `jitter`, there is also 'jitter':
+    f32[b,3] (`sampler.jitters`); with `mixup`, 'mix': f32[b], the images' shares (`sampler.shares`),
+    all 1 from the epoch `mixup_off` on.
 
     Args:
       rows: indices into the global batch of `batch` rows; None: all of them.
@@ -79,7 +89,15 @@ def train_batches(
         checked = records[(first + rows) % CHECK_EVERY == 0]
         if not random:
             y, x, flip = np.full_like(y, room // 2), np.full_like(x, room // 2), flip & False
-        return Plan(records, y, x, flip, {'z': z, 'label': labels[records]}, checked)
+        rest = {'z': z, 'label': labels[records]}
+        if mixup:
+            off = mixup_off and first >= mixup_off * len(labels)
+            mix = np.ones(batch) if off else sampler.shares(seed, first, batch, mixup)
+            rest['mix'] = mix[rows].astype(np.float32)
+        if jitter:
+            rest['jitter'] = sampler.jitters(seed, first, batch, jitter)[rows]
+        resized = sampler.resized(seed, first, batch)[rows] if area and random else None
+        return Plan(records, y, x, flip, rest, checked, resized, area)
 
     return _batches(store, 'train', plan, range(start, stop), crop, threads, reader)
 
@@ -143,7 +161,9 @@ def _batches(
     if reader not in ('auto', 'tf', 'threads'):
         raise UserError(f'unknown reader {reader!r}: choose one of auto, tf, threads')
     threads = threads or cores()
-    if reader == 'auto':
+    if store.format == 'whole':  # one resampler, Pillow's
+        reader = 'threads'
+    elif reader == 'auto':
         reader = 'tf' if importlib.util.find_spec('tensorflow') else 'threads'
     if not steps:
         return iter(())
@@ -180,10 +200,16 @@ def _cut(pictures: np.ndarray | Jpegs, plan: Plan, crop: int) -> Batch:
     if whole and not plan.flip.any() and (plan.records >= 0).all():
         return {'image': pictures[plan.records], **plan.rest}  # ten times as fast
     image = np.zeros((len(plan.records), crop, crop, 3), np.uint8)
-    for out, record, y, x, flip in zip(image, plan.records, plan.y, plan.x, plan.flip, strict=True):
+    places = zip(image, plan.records, plan.y, plan.x, plan.flip, strict=True)
+    for i, (out, record, y, x, flip) in enumerate(places):
         if record < 0:
             continue
-        window = pictures[record][y : y + crop, x : x + crop]
+        if plan.resized is None:
+            window = pictures[record][y : y + crop, x : x + crop]
+        else:
+            picture = pictures.whole(record)
+            box = sampler.box(plan.resized[i], *picture.size, plan.area)
+            window = resized_crop(picture, box, crop)
         if flip:
             for channel in range(3):  # three times as fast as copying window[:, ::-1] at once
                 out[..., channel] = window[:, ::-1, channel]

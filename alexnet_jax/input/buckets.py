@@ -136,7 +136,7 @@ def _copy_file(remote: paths.Path, target: str, info: dict) -> str:
 def _copy_records(remote: paths.Path, path: str, split: str, info: dict) -> None:
     """Copies a split's records, those parts of them that are not here yet."""
     crc = np.load(os.path.join(path, f'{split}.crc.npy'))
-    if info['format'] == 'jpg':
+    if info['format'] != 'u8':
         offsets = np.load(os.path.join(path, f'{split}.offsets.npy'))
     else:
         offsets = np.arange(len(crc) + 1, dtype=np.int64) * info['size'] ** 2 * 3

@@ -226,16 +226,39 @@ def square(data: bytes | np.ndarray | Image.Image, size: int, *, exif: bool = Fa
     errors.
     """
     image = decode(data, exif=exif)
-    shorter = min(image.size)
-    sides = [int(side * size / shorter + 0.5) for side in image.size]
+    shorter, sides = min(image.size), _sides(image, size)
     scales = [old / new for old, new in zip(image.size, sides, strict=True)]
     corner = [(side - size) // 2 for side in sides]
     # Only the part of the image inside the square needs to be resized.
     box = [
         scale * (low + end) for end in (0, size) for scale, low in zip(scales, corner, strict=True)
     ]
-    method = Image.Resampling.BILINEAR if shorter > size else Image.Resampling.BICUBIC
-    return np.asarray(image.resize((size, size), method, box=box))
+    return np.asarray(image.resize((size, size), _filter(shorter, size), box=box))
+
+
+def whole(data: bytes | np.ndarray | Image.Image, size: int, *, exif: bool = False) -> np.ndarray:
+    """Resizes the shorter side to `size`, as `square` does, but keeps all of the image -> u8[H,W,3]."""
+    image = decode(data, exif=exif)
+    return np.asarray(image.resize(_sides(image, size), _filter(min(image.size), size)))
+
+
+def central(image: np.ndarray, size: int) -> np.ndarray:
+    """Returns the central square of u8[H,W,3], whose shorter side is `size` -> u8[size,size,3]."""
+    y, x = ((side - size) // 2 for side in image.shape[:2])
+    return image[y : y + size, x : x + size]
+
+
+def _sides(image: Image.Image, size: int) -> list[int]:
+    return [int(side * size / min(image.size) + 0.5) for side in image.size]
+
+
+def _filter(shorter: int, size: int) -> Image.Resampling:
+    return Image.Resampling.BILINEAR if shorter > size else Image.Resampling.BICUBIC
+
+
+def resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """Resizes a box (left, top, right, bottom) of an image to a square, antialiased -> u8[size,size,3]."""
+    return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def statistics(image: np.ndarray, products: np.ndarray, count: int) -> dict[str, np.ndarray]:

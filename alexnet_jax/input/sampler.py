@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 # One stream of random words for each kind of draw.
-CROP, COLOUR = 1, 2
+CROP, COLOUR, MIXUP, RESIZED, JITTER = 1, 2, 3, 4, 5
+TRIES = 10  # of a random resized crop
 
 
 class Draws(NamedTuple):
@@ -50,6 +51,46 @@ def draws(seed: int, first: int, count: int, *, room: int, chunk: int = 1) -> Dr
     angle = 2 * np.pi * u[:, 2:]
     z = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)
     return Draws(y, x, (crop[:, 2] >> np.uint64(63)).astype(bool), z.astype(np.float32))
+
+
+def shares(seed: int, first: int, count: int, alpha: float) -> np.ndarray:
+    """Returns mixup's shares of positions first .. first + count - 1, f32[count] of Beta(alpha, alpha)."""
+    from scipy.special import betaincinv
+
+    uniform = (_words(seed, MIXUP, first, count)[:, 0] >> np.uint64(11)) * 2.0**-53
+    return betaincinv(alpha, alpha, uniform).astype(np.float32)
+
+
+def resized(seed: int, first: int, count: int) -> np.ndarray:
+    """Returns what `box` needs for positions first .. first + count - 1: f64[count,TRIES,4] in [0, 1)."""
+    words = _words(seed, RESIZED, TRIES * first, TRIES * count)
+    return (words.reshape(count, TRIES, 4) >> np.uint64(11)) * 2.0**-53
+
+
+def box(
+    uniform: np.ndarray, width: int, height: int, area: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Returns the box (left, top, right, bottom) of a random resized crop, as in torchvision.
+
+    Its part of the image's area is uniform over `area`, the logarithm of its aspect ratio over those of
+    3/4 and 4/3. If none of the tries u f64[TRIES,4] fits, it is the central square.
+    """
+    for u in uniform:
+        part = width * height * (area[0] + (area[1] - area[0]) * u[0])
+        ratio = (3 / 4) * (16 / 9) ** u[1]
+        w, h = round((part * ratio) ** 0.5), round((part / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(u[2] * (width - w + 1)), int(u[3] * (height - h + 1))
+            return left, top, left + w, top + h
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def jitters(seed: int, first: int, count: int, strength: float) -> np.ndarray:
+    """Returns factors of brightness, contrast and saturation, uniform over 1 ± strength: f32[count,3]."""
+    uniform = (_words(seed, JITTER, first, count)[:, :3] >> np.uint64(11)) * 2.0**-53
+    return (1 + strength * (2 * uniform - 1)).astype(np.float32)
 
 
 @lru_cache(maxsize=4)  # a batch may span two epochs; 10 MB each for ImageNet

@@ -2,6 +2,7 @@
 
     store.json              format, size, classes, counts, source, ..., complete (`docs/design.md` §5)
     {split}.jpg             concatenated JPEG records, with {split}.offsets.npy i64[N+1]
+    {split}.whole           or the same of whole images, whose shorter side is S pixels
     {split}.u8              or raw images u8[N,S,S,3]
     {split}.crc.npy         u32[N], zlib.crc32 of each record
     {split}.labels.npy      i32[N]; the splits are train, val and, if the source has both, test
@@ -28,9 +29,10 @@ from PIL import Image
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.common.paths import Path, is_remote
 from alexnet_jax.devices.cpu import cores
+from alexnet_jax.input.images import central
 from alexnet_jax.input.threads import ordered_map
 
-FORMATS = ('jpg', 'u8')
+FORMATS = ('jpg', 'u8', 'whole')
 TRAINING = ('train', 'val')  # the splits that training reads; a test split is only evaluated
 
 
@@ -131,19 +133,26 @@ class Store:
 
 @dataclass(frozen=True)
 class Jpegs:
-    """The images of a JPEG store's split, u8[S,S,3] each, read and decoded on access."""
+    """The images of a JPEG store's split, u8[S,S,3] each, read and decoded on access.
+
+    Of a store of whole images, these are the central squares, and `whole` returns all of one.
+    """
 
     store: Store
     split: str
 
-    def __getitem__(self, record: int) -> np.ndarray:
+    def whole(self, record: int) -> Image.Image:
+        """Returns a record's image as it is stored."""
         (data,) = self.store.records(self.split, [record])
-        return np.asarray(Image.open(io.BytesIO(data)))
+        return Image.open(io.BytesIO(data))
+
+    def __getitem__(self, record: int) -> np.ndarray:
+        return central(np.asarray(self.whole(record)), self.store.size)
 
 
 def parts(info: dict) -> list[str]:
     """Returns the names of a store's files other than store.json and the records."""
-    kinds = ('crc', 'labels') + ('offsets',) * (info['format'] == 'jpg')
+    kinds = ('crc', 'labels') + ('offsets',) * (info['format'] != 'u8')
     arrays = [f'{split}.{kind}.npy' for split in info['counts'] for kind in kinds]
     skipped = ['skipped.txt'] * ('skipped' in info)
     return ['names.txt', 'stats.npz', *skipped, *arrays]
@@ -291,7 +300,7 @@ def _open_split(path: Path, name: str, info: dict) -> Split:
     count, picture = info['counts'][name], info['size'] ** 2 * 3
     file = path / f'{name}.{info["format"]}'
     labels, crc = (load(kind) for kind in ('labels', 'crc'))
-    if info['format'] == 'jpg':
+    if info['format'] != 'u8':
         offsets = load('offsets')
     else:
         offsets = np.arange(count + 1, dtype=np.int64) * picture

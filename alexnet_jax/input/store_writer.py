@@ -22,7 +22,7 @@ from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, printable, say
 from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input import store as stores
-from alexnet_jax.input.images import Undecodable, square, statistics
+from alexnet_jax.input.images import Undecodable, central, square, statistics, whole
 from alexnet_jax.input.sources.source import SPLITS, Example, Source
 from alexnet_jax.input.threads import ordered_map
 
@@ -40,7 +40,7 @@ FILES = (  # all that are ever written
     *(
         f'{split}.{kind}'
         for split in SPLITS
-        for kind in ('jpg', 'u8', 'index', 'crc.npy', 'labels.npy', 'offsets.npy')
+        for kind in (*stores.FORMATS, 'index', 'crc.npy', 'labels.npy', 'offsets.npy')
     ),
 )
 TEMPORARY = (LOCK, *(f'{name}.tmp' for name in FILES))
@@ -290,7 +290,7 @@ def finish(path: str, source: Source, *, format: str, progress: dict, descriptio
     for split in source.splits:
         index = np.fromfile(os.path.join(path, f'{split}.index'), INDEX)
         arrays = {'crc': index['crc'], 'labels': index['label']}
-        if format == 'jpg':
+        if format != 'u8':
             arrays['offsets'] = np.concatenate([[0], index['bytes'].cumsum()]).astype(np.int64)
         for kind, array in arrays.items():
             save(f'{split}.{kind}.npy', lambda file, array=array: np.save(file, array))
@@ -365,16 +365,17 @@ def _record(example: Example, size: int, format: str, source: Source, exif: bool
             f'{example.name}: label {example.label} is outside the {len(source.class_names)} classes'
         )
     try:
-        pixels = square(example.data, size, exif=exif)
+        kept = (whole if format == 'whole' else square)(example.data, size, exif=exif)
     except Undecodable as error:
         name = example.name.removeprefix(f'{source.name.rstrip(os.sep)}{os.sep}')
         return Bad(printable(name), printable(str(error)), example.label)
+    pixels = central(kept, size)
     if format == 'u8':
         data = pixels.tobytes()
     else:
         encoded = io.BytesIO()
         # 4:2:0, the default of the 2012 code's encoder (OpenCV): 30 kB at 256 pixels.
-        Image.fromarray(pixels).save(encoded, 'JPEG', quality=95, subsampling='4:2:0')
+        Image.fromarray(kept).save(encoded, 'JPEG', quality=95, subsampling='4:2:0')
         data = encoded.getvalue()
     row = np.array([(len(data), zlib.crc32(data), example.label)], INDEX).tobytes()
     colours = pixels.reshape(-1, 3).astype(np.float64)  # exact: sums stay below 2^53

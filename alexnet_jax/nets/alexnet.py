@@ -160,14 +160,7 @@ class AlexNet(network.Network):
     @nn.nowrap
     def per_tower(self, channels: int) -> int:
         """One tower's share of `channels` kernels or units, counted at width 1 over all towers."""
-        each = channels * self.width / self.towers / self.groups
-        if each < 1 or each != int(each):
-            raise UserError(
-                f'config.model: {channels} kernels or units at width={self.width} cannot be divided '
-                f'over towers={self.towers} and groups={self.groups} ({each:.4g} each): choose '
-                'counts that divide evenly'
-            )
-        return int(each) * self.groups
+        return blocks.per_tower(channels, self.width, self.towers, self.groups)
 
     @property
     def norm(self) -> dict:

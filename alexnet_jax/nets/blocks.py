@@ -3,14 +3,17 @@
 Parameters have a leading tower axis; activations are tuples with one array per tower of this device.
 """
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets import layers
 
 ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
@@ -22,11 +25,31 @@ def dtypes() -> tuple[str, ...]:
     return ('float32', 'bfloat16', *(('float64',) if jax.config.jax_enable_x64 else ()))
 
 
+def per_tower(channels: int, width: float, towers: int, groups: int = 1) -> int:
+    """One tower's share of `channels` kernels or units, counted at width 1 over all towers.
+
+    Raises UserError if towers and groups do not divide them.
+    """
+    each = channels * width / towers / groups
+    if each < 1 or each != int(each):
+        raise UserError(
+            f'config.model: {channels} kernels or units at width={width} cannot be divided '
+            f'over towers={towers} and groups={groups} ({each:.4g} each): choose '
+            'counts that divide evenly'
+        )
+    return int(each) * groups
+
+
 def params_of(module, kernel_shape, bias_shape=None):
-    """A layer's kernel [towers,...,I,O] in the compute dtype, and its bias [towers,O] or `bias_shape`."""
+    """A layer's kernel [towers,...,I,O] in the compute dtype, and its bias [towers,O] or `bias_shape`.
+
+    A layer whose `bias_init` is None has no bias; it is 0.
+    """
     fan_in = math.prod(kernel_shape[1:-1])
     bias_shape = bias_shape or (kernel_shape[0], kernel_shape[-1])
     kernel = module.param('kernel', module.kernel_init(fan_in), kernel_shape)
+    if module.bias_init is None:
+        return kernel.astype(module.dtype), jnp.zeros(bias_shape)
     bias = module.param('bias', module.bias_init(fan_in), bias_shape)
     return kernel.astype(module.dtype), bias
 
@@ -123,3 +146,86 @@ class Logits(nn.Module):
         total = layers.dense(x, kernel, dtype=wide)
         total = lax.psum(total, self.axis) if self.axis else total
         return layers.add(total, bias.reshape(1, -1))
+
+
+# For networks without towers.
+
+PADDINGS = ('tensorflow', 'torch')
+he_uniform = nn.initializers.variance_scaling(2.0, 'fan_in', 'uniform')
+_he_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+def same(size: int, stride: int, convention: str) -> layers.Padding:
+    """The padding of a convolution that keeps the size (stride 1) or halves it, of an even size.
+
+    With stride 2, 'tensorflow' pads one pixel less at the top and left.
+    """
+    before = after = size // 2
+    if convention == 'tensorflow' and stride == 2:
+        before -= 1
+    return ((before, after),) * 2
+
+
+class Common(NamedTuple):
+    """What the `ConvNorm`s of a network share."""
+
+    activation: Callable | None
+    data_axis: str | None
+    momentum: float  # of the running statistics
+    epsilon: float
+    dtype: Any
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, batch normalization, an activation: [B,H,W,C] -> [B,H',W',features].
+
+    depthwise: each channel has its own kernel, and `features` is the number of channels.
+    """
+
+    features: int
+    size: int
+    stride: int = 1
+    padding: layers.Padding = ((0, 0), (0, 0))
+    depthwise: bool = False
+    _: dataclasses.KW_ONLY
+    common: Common
+
+    @nn.compact
+    def __call__(self, x, train):
+        spatial = (self.size, self.size)
+        where = {'stride': self.stride, 'padding': self.padding}
+        if self.depthwise:
+            init = nn.initializers.normal((2 / self.size**2) ** 0.5)
+            kernel = self.param('depthwise', init, (*spatial, self.features))
+            x = layers.depthwise(x, kernel.astype(self.common.dtype), **where)
+        else:
+            kernel = self.param('kernel', _he_normal, (*spatial, x.shape[-1], self.features))
+            x = layers.conv(x, kernel.astype(self.common.dtype), **where)
+        _, axis, momentum, epsilon, _ = self.common
+        x = layers.BatchNorm(axis, momentum, epsilon, name='norm')(x, train)
+        return self.common.activation(x) if self.common.activation else x
+
+
+def head(classes: int, dtype) -> nn.Dense:
+    """The last layer of a network that ends with the average of its maps."""
+    return nn.Dense(classes, dtype=dtype, kernel_init=nn.initializers.normal(0.01), name='fc')
+
+
+def check_positive(**fields: float) -> None:
+    """Raises UserError for fields of `config.model` that are not above 0."""
+    for name, value in fields.items():
+        if not value > 0:
+            raise UserError(f'config.model.{name}={value}: must be above 0')
+
+
+def check_dropout(rate: float) -> None:
+    """Raises UserError for an impossible dropout rate."""
+    if not 0 <= rate < 1:
+        raise UserError(f'config.model.dropout={rate}: must be at least 0 and below 1')
+
+
+def check_norm(momentum: float, epsilon: float) -> None:
+    """Raises UserError for impossible values of batch normalization."""
+    if not 0 <= momentum < 1:
+        raise UserError(f'config.model.norm_momentum={momentum}: must be at least 0 and below 1')
+    check_positive(norm_epsilon=epsilon)

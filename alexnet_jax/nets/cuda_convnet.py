@@ -29,6 +29,7 @@ class Local(nn.Module):
     kernel_init: Any
     bias_init: Any
     dtype: Any
+    positions = 0  # each of its weights is used at one position, see `network.summary`
 
     @nn.compact
     def __call__(self, xs):

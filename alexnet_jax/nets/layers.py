@@ -5,6 +5,7 @@ Arrays are NHWC: B images, H rows, W columns, C channels. Section numbers refer 
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -18,8 +19,10 @@ from alexnet_jax.nets.network import Training, inside
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
-def conv(x, kernel, bias, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0))) -> jax.Array:
-    """Cross-correlates and adds a bias.
+def conv(
+    x, kernel, bias=None, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0))
+) -> jax.Array:
+    """Cross-correlates and adds a bias, if any.
 
     x[B,H,W,C], kernel[k,k,C,O], bias[O] -> [B,H',W',O]; padding is ((top, bottom), (left, right)) in
     pixels. The source's first layer pads ((0, 3), (0, 3)): its last window extends 3 pixels beyond
@@ -32,7 +35,7 @@ def conv(x, kernel, bias, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0)
     y = lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
-    return add(y, bias.reshape(1, 1, 1, -1))
+    return y if bias is None else add(y, bias.reshape(1, 1, 1, -1))
 
 
 def _blocks(x, kernel, stride: int, padding: Padding):
@@ -54,6 +57,32 @@ def _blocks(x, kernel, stride: int, padding: Padding):
     kernel = jnp.pad(kernel, ((0, fill), (0, fill), (0, 0), (0, 0)))
     kernel = kernel.reshape(cells, stride, cells, stride, c, -1).transpose(0, 2, 1, 3, 4, 5)
     return x, kernel.reshape(cells, cells, stride * stride * c, -1)
+
+
+def depthwise(x, kernel, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0))) -> jax.Array:
+    """Cross-correlates each channel with its own kernel: x[B,H,W,C], kernel[k,k,C] -> [B,H',W',C].
+
+    The default device decides whether as shifted products, see `backend.py`; both are exact.
+    """
+    if not choices().shifts:
+        return lax.conv_general_dilated(
+            x,
+            kernel[:, :, None],
+            (stride, stride),
+            padding,
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            feature_group_count=x.shape[-1],
+        )
+    size = kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    out = [(n - size) // stride + 1 for n in x.shape[1:3]]
+    total = 0.0
+    for i in range(size):
+        for j in range(size):
+            ends = (x.shape[0], i + (out[0] - 1) * stride + 1, j + (out[1] - 1) * stride + 1)
+            view = lax.slice(x, (0, i, j, 0), (*ends, x.shape[3]), (1, stride, stride, 1))
+            total = total + view * kernel[None, None, i : i + 1, j]
+    return total
 
 
 def local(x, kernel, bias) -> jax.Array:
@@ -114,9 +143,14 @@ def _window_sum(x, n: int, axes: tuple[int, ...]):
     return x
 
 
+def wide(dtype):
+    """A dtype, but at least float32."""
+    return jnp.promote_types(jnp.float32, dtype)
+
+
 def _wide(x):
     """Converts to at least float32: in bfloat16 the denominator, near 2, would have steps of 1/64."""
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    return x.astype(wide(x.dtype))
 
 
 def _powers(s, beta: float):
@@ -243,6 +277,28 @@ def _max_pool_backward(window, stride, residual, g):
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
+def dropout(x, rate: float, train: Training | None, *, layer: int = 0, tower=0) -> jax.Array:
+    """Zeroes each value with probability `rate` in training, and divides the others by 1 - rate.
+
+    x[B,...] -> the same shape. layer: its index among those with dropout; rows and tower: see
+    `dropout_mask`.
+    """
+    if train is None or not rate:
+        return x
+    key = jax.random.fold_in(train.key, layer)
+    if rate == 0.5:
+        units = math.prod(x.shape[1:])
+        keep = dropout_mask(key, train.rows, tower, units).reshape(x.shape)
+    else:
+        draw = functools.partial(jax.random.bernoulli, p=1 - rate, shape=x.shape[1:])
+        keep = jax.vmap(lambda row: draw(_row_key(key, row, tower)))(train.rows)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
+
+
+def _row_key(key, row, tower):
+    return jax.random.fold_in(jax.random.fold_in(key, row), tower)
+
+
 def dropout_mask(key, rows, tower, units: int) -> jax.Array:
     """Which units to keep, each with probability 1/2 (§4.2): bool[B,units].
 
@@ -251,8 +307,7 @@ def dropout_mask(key, rows, tower, units: int) -> jax.Array:
     """
 
     def words(row):
-        row_key = jax.random.fold_in(jax.random.fold_in(key, row), tower)
-        return jax.random.bits(row_key, (-(-units // 32),), jnp.uint32)
+        return jax.random.bits(_row_key(key, row, tower), (-(-units // 32),), jnp.uint32)
 
     # One random bit per unit: 32 times less work than one uniform number per unit.
     bits = jax.vmap(words)(rows)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]
@@ -294,18 +349,19 @@ class BatchNorm(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, shape).reshape(len(xs), -1)
         mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
         var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
-        wide = [_wide(one) for one in xs]
+        sums = [_wide(one) for one in xs]
         means, variances = (v.value.reshape(len(xs), -1) for v in (mean, var))
         if train is not None and not inside(self.path, train.frozen):
             means, squares = (
-                jnp.stack([jnp.mean(one**power, axis=range(one.ndim - 1)) for one in wide])
+                jnp.stack([jnp.mean(one**power, axis=range(one.ndim - 1)) for one in sums])
                 for power in (1, 2)
             )
             if self.data_axis:
                 means, squares = lax.pmean((means, squares), self.data_axis)
             variances = jnp.maximum(squares - means**2, 0)
+            momentum = self.momentum if train.momentum is None else train.momentum
             for running, batch in ((mean, means), (var, variances)):
-                new = self.momentum * running.value + (1 - self.momentum) * batch.reshape(shape)
+                new = momentum * running.value + (1 - momentum) * batch.reshape(shape)
                 running.value = new.astype(running.value.dtype)
 
         def normalize(x, mean, variance, scale, bias):
@@ -313,6 +369,6 @@ class BatchNorm(nn.Module):
             factor = lax.rsqrt(variance + self.epsilon) * scale
             return (x - mean.reshape(place)) * factor.reshape(place) + bias.reshape(place)
 
-        each = zip(xs, map(normalize, wide, means, variances, scale, bias), strict=True)
+        each = zip(xs, map(normalize, sums, means, variances, scale, bias), strict=True)
         normalized = tuple(y.astype(one.dtype) for one, y in each)
         return normalized if isinstance(x, tuple) else normalized[0]

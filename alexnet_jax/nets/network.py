@@ -7,6 +7,7 @@ network without running statistics. A path is a tuple of names, such as ('conv1'
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,12 +26,14 @@ class Training(NamedTuple):
     """Inputs that only training needs.
 
     key: the dropout key of this step; rows i32[B]: the images' rows in the global batch, which key
-    their masks; frozen: layers whose running statistics do not change, such as 'block/norm1'.
+    their masks; frozen: layers whose running statistics do not change, such as 'block/norm1'; momentum:
+    replaces that of the running statistics, if given.
     """
 
     key: jax.Array
     rows: jax.Array
     frozen: tuple[str, ...] = ()
+    momentum: float | None = None
 
 
 class Network(nn.Module):
@@ -158,6 +161,56 @@ def init(net: Network, key: jax.Array, crop: int) -> dict[str, Any]:
 def shapes(net: Network, crop: int) -> dict[str, Any]:
     """`init` without the arithmetic: a jax.ShapeDtypeStruct for every variable."""
     return jax.eval_shape(lambda: init(net, jax.random.key(0), crop))
+
+
+class Layer(NamedTuple):
+    """A layer with parameters, as `summary` describes it."""
+
+    name: str  # such as 'block1/depthwise'
+    output: tuple[int, ...]  # [H,W,C] or [C], over all towers
+    parameters: int
+    macs: int  # multiply-adds for one image
+
+
+def summary(net: Network, crop: int) -> list[Layer]:
+    """Describes the layers that have parameters, in the order of the forward pass."""
+    outputs, order, local = {}, [], set()
+
+    def keep(module, method):
+        if method == '__call__' and module.path not in order:
+            order.append(module.path)
+            if getattr(module, 'positions', 1) == 0:
+                local.add(module.path)
+        return method == '__call__'
+
+    def run():
+        images = jnp.zeros((1, crop, crop, 3))
+        return net.init_with_output(jax.random.key(0), images, capture_intermediates=keep)
+
+    _, variables = jax.eval_shape(run)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables['intermediates']):
+        *names, _, _ = names_of(path)[: names_of(path).index('__call__') + 2]
+        outputs.setdefault(tuple(names), []).append(leaf.shape[1:])
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables['params']):
+        *owner, name = names_of(path)
+        layer = found.setdefault(tuple(owner), [0, 0])
+        layer[0] += leaf.size
+        if net.role(names_of(path)) in ('kernel', 'depthwise'):
+            towers = outputs[tuple(owner)]
+            positions = 1 if tuple(owner) in local else math.prod(towers[0][:-1])
+            layer[1] += leaf.size * positions
+
+    def place(path):  # a module is called before those inside it, but returns after them
+        inner = [order.index(other) for other in order if other[: len(path)] == path]
+        return min(inner), len(path)
+
+    shown = []
+    for path in sorted(found, key=place):
+        towers = outputs[path]
+        shape = (*towers[0][:-1], sum(shape[-1] for shape in towers))
+        shown.append(Layer('/'.join(path), shape, *found[path]))
+    return shown
 
 
 def apply(

@@ -37,7 +37,20 @@ from alexnet_jax.input.store import TRAINING, Store
 
 LATER = {  # fields that older runs lack, and the values that they imply
     'data': {'exif': 'auto'},
-    'optim': {'name': 'sgd', 'trust': 0.001, 'power': 2.0, 'decays': []},
+    'augment': {'area': [], 'jitter': 0.0, 'mixup': 0.0, 'mixup_off': 0.0},
+    'train': {'ema': 0.0, 'ema_used': False, 'smoothing': 0.0, 'recompute': 0},
+    'optim': {
+        'name': 'sgd',
+        'trust': 0.001,
+        'power': 2.0,
+        'decays': [],
+        'decay_roles': ['kernel', 'depthwise'],
+        'nesterov': False,
+        'clip': 0.0,
+        'rms_decay': 0.9,
+        'rms_epsilon': 1.0,
+        'drop_every': 1.0,
+    },
     'model': {'net': 'alexnet'},
 }
 

@@ -65,6 +65,30 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         raise UserError(f'config.seed={config.seed}: must be below 2^32')
     if config.augment.chunk < 1:
         raise UserError(f'config.augment.chunk={config.augment.chunk}: must be at least 1')
+    if area := config.augment.area:
+        if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+            raise UserError(
+                f'config.augment.area={area}: must be the least and the largest part of the area, as in '
+                '(0.08, 1.0), or ()'
+            )
+        if config.data.format != 'whole':
+            raise UserError(
+                'config.augment.area needs a store of whole images: set config.data.format=whole'
+            )
+    for field in ('jitter', 'mixup', 'mixup_off'):
+        if not config.augment[field] >= 0:
+            raise UserError(f'config.augment.{field}={config.augment[field]}: must be at least 0')
+    for field in ('ema', 'smoothing'):
+        if not 0 <= config.train[field] < 1:
+            raise UserError(
+                f'config.train.{field}={config.train[field]}: must be at least 0 and below 1'
+            )
+    if config.train.recompute < 0:
+        raise UserError(f'config.train.recompute={config.train.recompute}: must be at least 0')
+    if config.train.recompute and config.optim.schedule == 'plateau':
+        raise UserError('config.train.recompute needs a schedule with a fixed end: not plateau')
+    if config.train.ema_used and not config.train.ema:
+        raise UserError('config.train.ema_used=True: there is no average; set config.train.ema')
     if not 0 < config.augment.crop <= config.data.size:
         raise UserError(
             f'config.augment.crop={config.augment.crop} does not fit pictures of '
@@ -106,6 +130,11 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             'config.run.eval_batch': config.run.eval_batch,
         },
     )
+    if config.augment.mixup and config.train.batch % (2 * mesh.shape['data']):
+        raise UserError(
+            f'config.augment.mixup mixes pairs of images: config.train.batch={config.train.batch} must '
+            f'be a multiple of {2 * mesh.shape["data"]}, two per device along data'
+        )
     _memory(config, mesh, shapes)
     return mesh, shapes
 
@@ -162,6 +191,8 @@ def schedule(
         return [], history
     there = directory.read_config(workdir)
     before = optim.make_rates(examples=examples, batch=config.train.batch, **there['optim'])
+    if config.train.recompute and before(step, history)['stop']:
+        raise directory.another(workdir, changed, ', whose statistics were recomputed at its end')
     due = [*map(setup.evaluation_due, range(step + 1))]
     if before(step, history)['stop'] and not due[step] and not setup.over(step, history):
         every = there['run']['eval_every']

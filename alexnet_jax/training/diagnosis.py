@@ -24,24 +24,24 @@ HINT = (
 
 
 def make_find_broken(
-    net: Network, *, seed: int, freeze: Sequence[str] = (), **inputs_of
+    net: Network, *, seed: int, freeze: Sequence[str] = (), smoothing: float = 0.0, **inputs_of
 ) -> Callable:
     """Returns find_broken(variables, step, batch, rates) -> where a step stopped being finite.
 
-    Works on any mesh; freeze and inputs_of: see `steps.make_train_step`. Without a step, it checks
+    Works on any mesh; freeze, smoothing and inputs_of: see `steps.make_train_step`. Without a step, it checks
     only the variables.
     """
     inputs = steps.make_inputs(**inputs_of)
 
     @jax.jit
     def of_step(variables, step, batch, rates):
-        x, labels = inputs(batch, rates), batch['label']
-        rows = jnp.arange(len(labels))
+        x, wanted = inputs(batch, rates), steps.truth(batch, net.classes, smoothing)
+        rows = jnp.arange(len(x))
 
         def loss(params):
             with_stats = {**variables, 'params': params}
             losses, logits, out, _ = steps.apply_loss(
-                net, with_stats, x, labels, seed, step, rows, freeze
+                net, with_stats, x, wanted, seed, step, rows, freeze
             )
             return jnp.mean(losses), {**out, net.names[-1]: logits}
 

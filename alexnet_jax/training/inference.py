@@ -56,15 +56,17 @@ def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
 def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
     """Returns the same run with its variables on a mesh. step: 'best', 'latest' or a number.
 
-    Raises UserError for missing or damaged checkpoints.
+    They are the moving averages if `config.train.ema_used`. Raises UserError for missing or damaged
+    checkpoints.
     """
     target = steps.abstract_variables(run.net, mesh, run.config['augment']['crop'])
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints')
     wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
     if step == 'best' and wanted is None:
         raise UserError(f'{run.path}: no evaluated checkpoint here, so no best one; use latest')
-    found, variables, _ = checkpoints.restore_part(target, wanted)
-    return run._replace(step=found, variables=variables)
+    average = run.config['train']['ema_used']
+    found, restored, _ = checkpoints.restore_part({'ema': target} if average else target, wanted)
+    return run._replace(step=found, variables=restored['ema'] if average else restored)
 
 
 def open_run(

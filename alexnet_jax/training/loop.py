@@ -164,6 +164,7 @@ class Loop:
         self.clock = progress.Clock()
         self.compiled = {}  # seconds, by the size of the dispatch
         self.tracing = False
+        self.latest = None  # step, batch and rates of the latest step, for batch normalization
 
     def run(self, stop: Callable[[int], str]) -> None:
         """Evaluates, saves, ends or takes a step, in this order, so that a resumed run does the same.
@@ -179,6 +180,8 @@ class Loop:
                 over or self.setup.evaluation_due(self.step)
             )
             if evaluated:
+                if over and self.setup.config.train.recompute:
+                    self.recompute()
                 self.evaluate()
                 over = over or self.over()  # the plateau rule may end the run now
             asked = stop(self.step)
@@ -248,6 +251,21 @@ class Loop:
             kernels = multihost_utils.process_allgather(kernels, tiled=True)
             self.writer.image('first_kernels', self.step, progress.kernel_picture(kernels))
         log.info('step %s: validation %s', f'{self.step:,}', metrics.line(values))
+        if self.latest and self.state.batch_stats:
+            with self.clock.paused():
+                losses = jax.device_get(self.setup.modes(self.state.variables, *self.latest))
+            words = 'the latest training images: loss %.4f in training mode, %.4f in test mode'
+            log.info(words, *losses)
+
+    def recompute(self) -> None:
+        """Replaces the running statistics by those of more training images, at the end."""
+        self.report()
+        images = self.setup.config.train.recompute
+        log.info(
+            'step %s: recomputing the statistics over %s images', f'{self.step:,}', f'{images:,}'
+        )
+        with self.clock.paused():
+            self.state = self.setup.recompute(self.state)
 
     def save_due(self, evaluated: bool, ending: bool) -> bool:
         if self.step == self.first:  # keep the checkpoint that this start began with
@@ -258,7 +276,7 @@ class Loop:
         """Saves the state, after checking that everything that led to it is finite."""
         self.report()
         state = self.state
-        if not self.setup.all_finite((state.params, state.batch_stats, state.opt_state)):
+        if not self.setup.all_finite((state.variables, state.opt_state, state.ema)):
             broken = self.setup.find_broken(state.variables)
             self.diverged(f'step {self.step:,} {NOT_FINITE}: {broken}')
         self.writer.sync()
@@ -313,6 +331,9 @@ class Loop:
         scalars = {name: np.float32([each[name] for each in rates]) for name in names}
         if count == 1:
             scalars = {name: value[0] for name, value in scalars.items()}
+        if self.state.batch_stats:
+            several = jax.tree.map(lambda x: x[-1], batch) if count > 1 else batch
+            self.latest = self.step + count - 1, several, {**rates[-1], 'stop': False}
         train = self.setup.train_steps if count > 1 else self.setup.train_step
         with self.clock.once() if new else contextlib.nullcontext() as seconds:
             self.state, sums = train(self.state, batch, scalars)

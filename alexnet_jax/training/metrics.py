@@ -16,6 +16,8 @@ TEXT = {  # name of a value: (text in the log, column heading in the table of `e
     'top5_error': ('top-5 error {:.2f} %', 'Top-5'),
     'class_error': ('mean per-class error {:.2f} %', 'Per-class'),
 }
+# Of evaluations beside the network that counts: the moving average, or the last parameters.
+PREFIXES = ('ema_', 'last_')
 
 
 def rank(scores, labels) -> jax.Array:
@@ -83,7 +85,13 @@ def class_errors(sums: dict[str, Any]) -> np.ndarray:
 
 
 def line(values: dict[str, float]) -> str:
-    """Formats values for one line of the log."""
-    return '  '.join(
-        text.format(values[name]) for name, (text, _) in TEXT.items() if name in values
-    )
+    """Formats values for one line of the log; in brackets, those of the network that `PREFIXES` names."""
+
+    def those(prefix):
+        known = {name: f'{prefix}{name}' for name in TEXT}
+        return '  '.join(
+            TEXT[name][0].format(values[key]) for name, key in known.items() if key in values
+        )
+
+    others = [f'({prefix[:-1]}: {text})' for prefix in PREFIXES if (text := those(prefix))]
+    return '  '.join([those(''), *others])

@@ -1,5 +1,6 @@
-"""The paper's SGD, LARS, and all learning rates as one pure function on the host."""
+"""The paper's SGD, LARS, RMSProp, and all learning rates as one pure function on the host."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -15,8 +16,8 @@ from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 
-NAMES = ('sgd', 'lars')
-DECAYING = ('kernel', 'depthwise')  # roles of the parameters with weight decay
+NAMES = ('sgd', 'lars', 'rmsprop')
+ROLES = ('kernel', 'depthwise', 'scale', 'bias')  # of parameters, see `Network.role`
 
 
 def make(
@@ -27,24 +28,60 @@ def make(
     name: str = 'sgd',
     trust: float = 0.001,
     decays: tuple[tuple[str, float], ...] = (),
+    decay_roles: tuple[str, ...] = ('kernel', 'depthwise'),
+    nesterov: bool = False,
+    rms_decay: float = 0.9,
+    rms_epsilon: float = 1.0,
+    clip: float = 0.0,
     freeze: tuple[str, ...] = (),
     axis: str | None = None,
 ):
     """Returns the optimizer `config.optim.name` for a network's parameters.
 
     Its update takes the rates of `make_rates`, at least 'weights', 'biases' and 'conv1', as `rates`.
-    decays: ((layer, decay), ...) for layers with their own weight decay; freeze: layers that do not
-    change. axis: the mesh axis that divides the network; None if each device has all of it.
+    decay_roles: the roles of parameters with weight decay; decays: ((layer, decay), ...) for layers
+    with their own; freeze: layers that do not change. axis: the mesh axis that divides the network;
+    None if each device has all of it.
     """
+    betas = functools.partial(_betas, net, decay, decays, decay_roles)
+    parts = [_clip(net, clip, freeze, axis)] if clip else []
     if name == 'lars':
-        first = _scale_by_trust(net, trust, decay, decays, axis)
+        parts.append(_scale_by_trust(net, trust, betas, axis))
     else:
-        first = _add_decay(net, decay, decays)
-    chain = optax.chain(first, _scale_by_rates(net, freeze), optax.trace(momentum))
-    return _hold_where_rate_is_zero(net, chain, freeze)
+        parts.append(_add_decay(betas))
+    if name == 'rmsprop':
+        # TensorFlow's: epsilon inside the root, an accumulator that starts at 1.
+        parts.append(optax.scale_by_rms(rms_decay, rms_epsilon, 1.0, eps_in_sqrt=True))
+    parts += [_scale_by_rates(net, freeze), optax.trace(momentum, nesterov)]
+    return _hold_where_rate_is_zero(net, optax.chain(*parts), freeze)
 
 
-def _add_decay(net, decay, decays):
+def _clip(net, most, freeze, axis):
+    """Scales the gradient of all layers together, over all towers, to a norm of at most `most`."""
+
+    def clip(gradients, params):
+        del params
+        leaves = jax.tree_util.tree_leaves_with_path(gradients)
+        squares = [
+            _squares(net, path, g, axis)
+            for path, g in leaves
+            if not network.inside(network.names_of(path), freeze)
+        ]
+        norm = jnp.sqrt(sum(squares))
+        factor = jnp.where(norm > most, most / norm, 1.0)
+        return jax.tree.map(lambda g: factor * g, gradients)
+
+    return optax.stateless(clip)
+
+
+def _squares(net, path, x, axis):
+    """Returns the sum of a leaf's squares over all its parts on the mesh."""
+    squares = jnp.sum(jnp.square(x))
+    divided = axis is not None and axis in tuple(net.partition(network.names_of(path)))
+    return lax.psum(squares, axis) if divided else squares
+
+
+def _add_decay(betas):
     """Adds weight decay. With the rates and momentum that `make` chains to it, the update is that of §5:
 
         v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v
@@ -55,15 +92,14 @@ def _add_decay(net, decay, decays):
     """
 
     def add(gradients, params):
-        betas = _betas(net, params, decay, decays)
         return jax.tree.map(
-            lambda beta, g, w: g + beta * w if beta else g, betas, gradients, params
+            lambda beta, g, w: g + beta * w if beta else g, betas(params), gradients, params
         )
 
     return optax.stateless(add)
 
 
-def _scale_by_trust(net, trust, decay, decays, axis):
+def _scale_by_trust(net, trust, betas, axis):
     """LARS: first scales the gradient to a fixed fraction of each parameter's norm.
 
         gradient <- trust * |w| / (|gradient| + decay * |w|) * (gradient + decay * w)
@@ -76,30 +112,23 @@ def _scale_by_trust(net, trust, decay, decays, axis):
     # Not optax.scale_by_trust_ratio: its norms cover only one device's towers, and it divides by
     # |gradient + decay * w|.
     def scale(path, beta, gradient, w):
-        divided = axis is not None and axis in tuple(net.partition(network.names_of(path)))
-
-        def norm(x):
-            squares = jnp.sum(jnp.square(x))
-            return jnp.sqrt(lax.psum(squares, axis) if divided else squares)
-
-        size, slope = norm(w), norm(gradient)
+        size, slope = (jnp.sqrt(_squares(net, path, x, axis)) for x in (w, gradient))
         ratio = trust * size / (slope + beta * size)
         ratio = jnp.where((size > 0) & (slope > 0), ratio, 1.0)
         return ratio * (gradient + beta * w)
 
     def update(gradients, params):
-        betas = _betas(net, params, decay, decays)
-        return jax.tree.map_with_path(scale, betas, gradients, params)
+        return jax.tree.map_with_path(scale, betas(params), gradients, params)
 
     return optax.stateless(update)
 
 
-def _betas(net, params, decay, decays):
+def _betas(net, decay, decays, roles, params):
     """Returns the weight decay of every parameter, in a tree like that of the parameters."""
 
     def beta(path, _):
         names = network.names_of(path)
-        if net.role(names) not in DECAYING:
+        if net.role(names) not in roles:
             return 0.0
         return next(
             (own for layer, own in reversed(decays) if network.inside(names, (layer,))), decay
@@ -177,6 +206,11 @@ def make_rates(
     momentum: float,
     decay: float,
     decays: tuple[tuple[str, float], ...],
+    decay_roles: tuple[str, ...],
+    nesterov: bool,
+    rms_decay: float,
+    rms_epsilon: float,
+    clip: float,
     trust: float,
     rate: float,
     bias_factor: float,
@@ -187,6 +221,7 @@ def make_rates(
     epochs: float,
     drops: tuple[float, ...],
     power: float,
+    drop_every: float,
     patience: float,
     threshold: float,
     max_drops: int,
@@ -200,17 +235,23 @@ def make_rates(
     error, %} of the evaluations so far; colour is 1 or 0; stop is True when the run is over. Raises
     UserError for invalid values, including those only `make` uses: it is called too late to check.
     """
-    del decay  # used by the update, not by the rates
+    del decay, nesterov  # used by the update, not by the rates
     choose('config.optim.name', name, NAMES)
     for field, value, fits, range_ in (
         ('momentum', momentum, 0 <= momentum < 1, 'at least 0 and below 1'),
         ('factor', factor, 0 < factor <= 1, 'above 0 and at most 1'),
         ('epochs', epochs, epochs > 0, 'above 0'),
+        ('drop_every', drop_every, drop_every > 0, 'above 0'),
+        ('rms_decay', rms_decay, 0 <= rms_decay < 1, 'at least 0 and below 1'),
+        ('rms_epsilon', rms_epsilon, rms_epsilon > 0, 'above 0'),
+        ('clip', clip, clip >= 0, 'at least 0'),
     ):
         if not fits:
             raise UserError(f'config.optim.{field}={value}: must be {range_}')
     if name == 'lars' and trust <= 0:
         raise UserError(f'config.optim.trust={trust}: must be above 0')
+    for role in decay_roles:
+        choose('config.optim.decay_roles', role, ROLES)
 
     def at(e):
         return steps_per(e, examples, batch)
@@ -257,7 +298,26 @@ def make_rates(
     def by_power(step, history):
         return (1 - step / total) ** power if step < total else 0.0, False, False
 
-    schedules = {'steps': by_epoch, 'plateau': by_plateau, 'poly': by_power}
+    def by_line(step, history):
+        return max(0.0, 1 - step / total), False, False
+
+    def by_cosine(step, history):
+        """Half a cosine from the end of the warm-up on (Loshchilov and Hutter, 2017)."""
+        part = min(max(step - warm, 0) / max(total - warm, 1), 1.0)
+        return (1 + math.cos(math.pi * part)) / 2, False, False
+
+    def by_factor(step, history):
+        number = math.floor(step * batch / (drop_every * examples) + 1e-9)
+        return factor**number, False, False
+
+    schedules = {
+        'steps': by_epoch,
+        'plateau': by_plateau,
+        'poly': by_power,
+        'linear': by_line,
+        'cosine': by_cosine,
+        'exponential': by_factor,
+    }
     choose('config.optim.schedule', schedule, schedules)
 
     def rates(step: int, history: Mapping[int, float]) -> dict[str, float]:
@@ -282,8 +342,8 @@ def make_rates(
     return rates
 
 
-# The fields of `config.optim` that determine only the rates.
-SCHEDULE = {*inspect.signature(make_rates).parameters} - {
-    *('examples', 'batch'),
-    *inspect.signature(make).parameters,
-}
+_fields = {*inspect.signature(make_rates).parameters} - {'examples', 'batch'}
+UPDATE = _fields & {
+    *inspect.signature(make).parameters
+}  # fields of `config.optim` that `make` takes
+SCHEDULE = _fields - UPDATE  # those that determine only the rates

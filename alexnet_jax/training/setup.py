@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax.common import paths
@@ -26,11 +27,7 @@ def make_optimizer(config, net: Network, mesh: jax.sharding.Mesh):
     """Returns a config's optimizer for a network's parameters on a mesh."""
     return optim.make(
         net,
-        name=config.optim.name,
-        momentum=config.optim.momentum,
-        decay=config.optim.decay,
-        decays=config.optim.decays,
-        trust=config.optim.trust,
+        **{name: config.optim[name] for name in optim.UPDATE},
         freeze=config.train.freeze,
         axis='model' if mesh.shape['model'] > 1 else None,
     )
@@ -53,6 +50,8 @@ class Setup:
     all_finite: Callable
     find_broken: Callable
     saturated: Callable | None  # if the network's units have a bound
+    modes: Callable
+    statistics: Callable
 
     @classmethod
     def make(cls, config, mesh, store: Store, net: Network) -> 'Setup':
@@ -65,14 +64,19 @@ class Setup:
             'sigma': store.sigma,
             **config.colour,
         }
+        of_loss = {
+            'seed': config.seed,
+            'freeze': config.train.freeze,
+            'smoothing': config.train.smoothing,
+            **inputs_of,
+        }
         make_step = functools.partial(
             steps.make_train_step,
             net,
             optimizer,
             mesh,
-            seed=config.seed,
-            freeze=config.train.freeze,
-            **inputs_of,
+            ema=config.train.ema,
+            **of_loss,
         )
         return cls(
             config=config,
@@ -86,52 +90,93 @@ class Setup:
             train_steps=make_step(several=True) if config.run.dispatch > 1 else None,
             predict=steps.make_predict(net, mesh, mean=store.mean, views='centre', crop=crop),
             all_finite=steps.make_all_finite(mesh),
-            find_broken=diagnosis.make_find_broken(
-                net, seed=config.seed, freeze=config.train.freeze, **inputs_of
-            ),
+            find_broken=diagnosis.make_find_broken(net, **of_loss),
             saturated=diagnosis.make_saturated(net, **inputs_of) if net.bound else None,
+            modes=steps.make_modes(
+                net, seed=config.seed, smoothing=config.train.smoothing, **inputs_of
+            ),
+            statistics=steps.make_statistics(net, seed=config.seed, **inputs_of),
         )
 
     def start(self, checkpoints, init_from: str):
         """Returns (state, history, running sums) at the last checkpoint, or at the beginning."""
         crop = self.config.augment.crop
-        target = steps.abstract_state(self.net, self.optimizer, self.mesh, crop)
+        of_state = {'crop': crop, 'ema': self.config.train.ema > 0}
+        target = steps.abstract_state(self.net, self.optimizer, self.mesh, **of_state)
         if checkpoints.steps():
             _, state, meta = checkpoints.restore(target)
             history = {int(step): error for step, error in meta['history'].items()}
             return state, history, meta['running']
         state = steps.init_state(
-            self.net, self.optimizer, self.mesh, seed=self.config.seed, crop=crop
+            self.net, self.optimizer, self.mesh, seed=self.config.seed, **of_state
         )
         if init_from:
             names = self.store.names
-            state = state.replace(**_variables_from(init_from, self.net, names, target, state))
+            variables = _variables_from(init_from, self.net, names, target, state)
+            state = state.replace(**variables)
+            if state.ema:
+                state = state.replace(ema=jax.tree.map(jnp.copy, variables))
         return state, {}, {}
 
-    def batches(self, start: int):
-        """Returns this process's rows of the batches from step `start` on."""
+    def batches(self, start: int, stop: int | None = None):
+        """Returns this process's rows of the batches from step `start` on, to the end or `stop`."""
         return batches.train_batches(
             self.store,
             seed=self.config.seed,
             batch=self.config.train.batch,
             start=start,
-            stop=self.total,
+            stop=self.total if stop is None else stop,
             rows=meshes.rows(self.mesh, self.config.train.batch),
             threads=self.config.run.threads,
             **self.config.augment,
         )
 
+    def recompute(self, state: steps.TrainState) -> steps.TrainState:
+        """Returns a state with statistics over `config.train.recompute` more training images, at least."""
+        batch = self.config.train.batch
+        count = -(-self.config.train.recompute // batch)
+        start = int(state.step)
+        rates = {**self.rates(start, {}), 'colour': 0.0}
+
+        def batches():
+            for i, local in enumerate(self.batches(start, start + count)):
+                yield start + i, meshes.global_batch(self.mesh, batch, local), rates
+
+        def stats(variables):
+            found = steps.recompute_statistics(self.statistics, variables, batches())
+            place = jax.tree.map(lambda x: x.sharding, variables['batch_stats'])
+            return jax.device_put(found, place)
+
+        new = state.replace(batch_stats=stats(state.variables))
+        if state.ema:
+            new = new.replace(ema={**state.ema, 'batch_stats': stats(state.ema)})
+        return new
+
     def evaluate(self, state: steps.TrainState) -> dict[str, float]:
-        """Returns the metrics of the validation split with the centre crop."""
-        sums = evaluation.evaluate(
-            [lambda images: self.predict(state.variables, images)],
-            self.mesh,
-            self.store,
-            split='val',
-            batch=self.config.run.eval_batch,
-            threads=self.config.run.threads,
+        """Returns the metrics of the validation split with the centre crop.
+
+        With a moving average, also the other network's, as 'ema_...' or 'last_...'; `config.train.ema_used`
+        decides which is which.
+        """
+
+        def of(variables):
+            sums = evaluation.evaluate(
+                [lambda images: self.predict(variables, images)],
+                self.mesh,
+                self.store,
+                split='val',
+                batch=self.config.run.eval_batch,
+                threads=self.config.run.threads,
+            )
+            return metrics.values(sums)
+
+        if not state.ema:
+            return of(state.variables)
+        last, ema = of(state.variables), of(state.ema)
+        used, name, other = (
+            (ema, 'last', last) if self.config.train.ema_used else (last, 'ema', ema)
         )
-        return metrics.values(sums)
+        return used | {f'{name}_{key}': value for key, value in other.items()}
 
     def dispatched(self, step: int) -> int:
         """Returns the number of steps in a dispatch: `run.dispatch`, or 1 if an evaluation falls inside.

@@ -33,13 +33,15 @@ VIEWS = {  # offsets as fractions of the room, and flips; in the 2012 code's ord
 class TrainState:
     """The state that training updates. step: i32[], updates made; the others: trees of f32.
 
-    batch_stats: the running statistics of batch normalization, {} for a network without it.
+    batch_stats: the running statistics of batch normalization, {} for a network without it. ema: the
+    moving average of both, {'params', 'batch_stats'}; None unless `config.train.ema` asks for it.
     """
 
     step: jax.Array
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
+    ema: dict | None = None
 
     @property
     def variables(self) -> dict:
@@ -77,6 +79,10 @@ def make_inputs(
 ) -> Callable:
     """Returns inputs(batch, rates) -> f32[B,H,W,3], what the network sees in training.
 
+    With 'jitter' f32[B,3], brightness, contrast and saturation are multiplied by those, in this order, and
+    clipped to 0..255. With 'mix' f32[B], each image gets that share, and the other row of its pair (its row
+    in the global batch XOR 1) the rest (mixup, Zhang et al. 2018).
+
     mean f32[H,W,3], eigenvectors f32[3,3] (columns) and sigma f32[3] come from the store, std and
     rescale from `config.colour`.
     """
@@ -85,24 +91,59 @@ def make_inputs(
     def inputs(batch, rates):
         noise = rates['colour'] * batch['z'] @ axes.T
         divisor = jnp.where(rates['colour'] > 0, 1 + std, 1.0) if rescale and std else 1.0
-        return normalize(batch['image'], mean, noise if std else None, divisor)
+        images = _jitter(batch['image'], batch['jitter']) if 'jitter' in batch else batch['image']
+        x = normalize(images, mean, noise if std else None, divisor)
+        return _mix(x, batch['mix'][:, None, None, None]) if 'mix' in batch else x
 
     return inputs
 
 
-def apply_loss(net: Network, variables, x, labels, seed: int, step, rows, frozen=()):
-    """Runs the net in training mode -> losses f32[B] (nats), logits f32[B,K], activations, batch_stats."""
+def _jitter(images, factors):
+    brightness, contrast, saturation = jnp.split(factors[:, :, None, None], 3, axis=1)
+
+    def grey(x):
+        return x @ jnp.array([0.299, 0.587, 0.114], x.dtype)  # ITU-R 601, as torchvision
+
+    x = jnp.clip(images.astype(jnp.float32) * brightness, 0, 255)
+    means = jnp.mean(grey(x), axis=(1, 2))[:, None, None, None]
+    x = jnp.clip(means + contrast * (x - means), 0, 255)
+    each = grey(x)[..., None]
+    return jnp.clip(each + saturation * (x - each), 0, 255)
+
+
+def _mix(x, share):
+    """Mixes each row of x [B,...], B even, with its pair's other row."""
+    other = jnp.flip(x.reshape(-1, 2, *x.shape[1:]), axis=1).reshape(x.shape)
+    return share * x + (1 - share) * other
+
+
+def truth(batch, classes: int, smoothing: float) -> jax.Array:
+    """Returns the probabilities f32[B,K] that a batch's images should get, mixed like `make_inputs`.
+
+    smoothing: the part spread evenly over all classes (Szegedy et al. 2016).
+    """
+    # One-hot, because the gradient of indexing is a scatter, which is slow when deterministic.
+    wanted = jax.nn.one_hot(batch['label'], classes)
+    if 'mix' in batch:
+        wanted = _mix(wanted, batch['mix'][:, None])
+    return optax.smooth_labels(wanted, smoothing) if smoothing else wanted
+
+
+def apply_loss(net: Network, variables, x, wanted, seed: int, step, rows, frozen=()):
+    """Runs the net in training mode -> losses f32[B] (nats), logits f32[B,K], activations, batch_stats.
+
+    x f32[B,H,W,3]: see `make_inputs`; wanted f32[B,K]: see `truth`.
+    """
     key = jax.random.fold_in(jax.random.key(seed), step)
     train = network.Training(key, rows, tuple(frozen))
     logits, out, batch_stats = network.apply(net, variables, x, train)
-    # One-hot, because the gradient of indexing is a scatter, which is slow when deterministic.
-    truth = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, truth), logits, out, batch_stats
+    wanted = wanted.astype(logits.dtype)
+    return optax.softmax_cross_entropy(logits, wanted), logits, out, batch_stats
 
 
-def abstract_state(net: Network, optimizer, mesh: Mesh, crop: int) -> TrainState:
+def abstract_state(net: Network, optimizer, mesh: Mesh, crop: int, ema: bool = False) -> TrainState:
     """Returns the shapes and shardings of the state on a mesh, for `init_state` and checkpoints."""
-    shapes = jax.eval_shape(lambda: _init(net, optimizer, 0, crop))
+    shapes = jax.eval_shape(lambda: _init(net, optimizer, 0, crop, ema))
     return meshes.place(mesh, shapes, state_specs(net, shapes, mesh))
 
 
@@ -112,10 +153,13 @@ def abstract_variables(net: Network, mesh: Mesh, crop: int) -> dict:
     return meshes.place(mesh, shapes, _variable_specs(net, shapes, mesh))
 
 
-def _init(net, optimizer, seed, crop):
+def _init(net, optimizer, seed, crop, ema):
     variables = network.init(net, jax.random.key(seed), crop)
     params, batch_stats = variables['params'], variables['batch_stats']
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+    average = jax.tree.map(jnp.copy, variables) if ema else None
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), average
+    )
 
 
 def _variable_specs(net: Network, variables: dict, mesh: Mesh) -> dict:
@@ -134,14 +178,17 @@ def state_specs(net: Network, state: TrainState, mesh: Mesh) -> TrainState:
     opt_specs = jax.tree.map(
         lambda x: specs['params'] if like_params(x) else P(), state.opt_state, is_leaf=like_params
     )
-    return TrainState(P(), specs['params'], specs['batch_stats'], opt_specs)
+    ema = specs if state.ema else None
+    return TrainState(P(), specs['params'], specs['batch_stats'], opt_specs, ema)
 
 
-def init_state(net: Network, optimizer, mesh: Mesh, *, seed: int, crop: int) -> TrainState:
-    """Returns a fresh state, the same on every mesh."""
-    target = abstract_state(net, optimizer, mesh, crop)
+def init_state(
+    net: Network, optimizer, mesh: Mesh, *, seed: int, crop: int, ema: bool = False
+) -> TrainState:
+    """Returns a fresh state, the same on every mesh; ema: with a moving average."""
+    target = abstract_state(net, optimizer, mesh, crop, ema)
     shardings = jax.tree.map(lambda x: x.sharding, target)
-    return jax.jit(lambda: _init(net, optimizer, seed, crop), out_shardings=shardings)()
+    return jax.jit(lambda: _init(net, optimizer, seed, crop, ema), out_shardings=shardings)()
 
 
 def make_train_step(
@@ -152,37 +199,42 @@ def make_train_step(
     seed: int,
     freeze: Sequence[str] = (),
     several: bool = False,
+    smoothing: float = 0.0,
+    ema: float = 0.0,
     **inputs_of,
 ) -> Callable:
     """Returns step(state, batch, rates) -> (state, sums), one update on a global batch.
 
-    batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`; rates: f32
-    scalars by name. sums: those of `metrics.count` over the batch, in training mode. If the loss is
-    not finite, nothing is updated, so that `diagnosis` can find the cause. The state is donated,
-    except on CPUs.
+    batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`, and perhaps
+    'mix' (`make_inputs`); rates: f32 scalars by name. sums: those of `metrics.count` over the batch, in
+    training mode, for the images' own labels. If the loss is not finite, nothing is updated, so that
+    `diagnosis` can find the cause. The state is donated, except on CPUs.
 
     Args:
       freeze: layers whose running statistics do not change; the optimizer freezes their parameters.
       several: make several updates in one program, none after a loss that is not finite; every array
         in batch, rates and sums then has a leading axis, the updates.
+      smoothing: see `truth`.
+      ema: how much of the moving average a step keeps, at most; less at the start, like TensorFlow's:
+        (1 + step) / (10 + step).
       inputs_of: the arguments of `make_inputs`.
     """
     backend = choices(mesh)
     alone = mesh.size == 1  # nothing to exchange: even a sum over one device copies every gradient
     local = net.local(mesh.shape['model'], None if alone else 'data')
-    target = abstract_state(net, optimizer, mesh, inputs_of['mean'].shape[0])
+    target = abstract_state(net, optimizer, mesh, inputs_of['mean'].shape[0], ema > 0)
     specs = jax.tree.map(lambda x: x.sharding.spec, target)
     inputs = make_inputs(**inputs_of)
 
     def step(state, batch, rates):
         labels, size = batch['label'], batch['label'].shape[0]
         rows = jnp.arange(size) + (0 if alone else lax.axis_index('data') * size)
-        x = inputs(batch, rates)
+        x, wanted = inputs(batch, rates), truth(batch, net.classes, smoothing)
 
         def loss(params):
             variables = {'params': params, 'batch_stats': state.batch_stats}
             losses, logits, _, batch_stats = apply_loss(
-                local, variables, x, labels, seed, state.step, rows, freeze
+                local, variables, x, wanted, seed, state.step, rows, freeze
             )
             # Divided by the global batch, because gradients of replicated parameters arrive summed.
             return jnp.sum(losses) / (size * mesh.shape['data']), (logits, losses, batch_stats)
@@ -195,7 +247,13 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rates=rates)
         params = optax.apply_updates(state.params, updates)
         batch_stats = _hold(finite, batch_stats, state.batch_stats)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), sums
+        new = TrainState(state.step + 1, params, batch_stats, opt_state)
+        if ema:
+            count = state.step.astype(jnp.float32)
+            keep = jnp.minimum(jnp.float32(ema), (1 + count) / (10 + count))
+            moved = jax.tree.map(lambda a, x: x + keep * (a - x), state.ema, new.variables)
+            new = new.replace(ema=_hold(finite, moved, state.ema))
+        return new, sums
 
     mapped = step
     if not alone:
@@ -209,7 +267,9 @@ def make_train_step(
             (state, finite), (batch, rates) = carry, inputs
             rates = {name: jnp.where(finite, rate, 0.0) for name, rate in rates.items()}
             new, sums = mapped(state, batch, rates)
-            new = new.replace(batch_stats=_hold(finite, new.batch_stats, state.batch_stats))
+            held = {name: getattr(new, name) for name in ('batch_stats', 'ema')}
+            held = {name: _hold(finite, x, getattr(state, name)) for name, x in held.items()}
+            new = new.replace(**held)
             return (new, finite & jnp.isfinite(sums['loss'])), sums
 
         (state, _), sums = lax.scan(one, (state, True), (batches, rates), unroll=not backend.loop)
@@ -218,6 +278,68 @@ def make_train_step(
     out = meshes.shardings(mesh, specs), NamedSharding(mesh, P())
     donated = 0 if backend.donate else ()
     return jax.jit(chain if several else mapped, donate_argnums=donated, out_shardings=out)
+
+
+def make_modes(net: Network, *, seed: int, smoothing: float = 0.0, **inputs_of) -> Callable:
+    """Returns modes(variables, step, batch, rates) -> mean loss in training and in test mode, f32[2].
+
+    Both are of the same inputs; far apart, they show that running statistics are not those of the data.
+    Works on any mesh; arguments: see `make_train_step`.
+    """
+    inputs = make_inputs(**inputs_of)
+
+    @jax.jit
+    def modes(variables, step, batch, rates):
+        x, wanted = inputs(batch, rates), truth(batch, net.classes, smoothing)
+        losses, *_ = apply_loss(net, variables, x, wanted, seed, step, jnp.arange(len(x)))
+        logits, *_ = network.apply(net, variables, x)
+        tested = optax.softmax_cross_entropy(logits, wanted.astype(logits.dtype))
+        return jnp.stack([jnp.mean(losses), jnp.mean(tested)])
+
+    return modes
+
+
+def make_statistics(net: Network, *, seed: int, **inputs_of) -> Callable:
+    """Returns statistics(variables, step, batch, rates) -> batch_stats of this batch alone.
+
+    Works on any mesh; arguments: see `make_train_step`.
+    """
+    inputs = make_inputs(**inputs_of)
+
+    @jax.jit
+    def statistics(variables, step, batch, rates):
+        x = inputs(batch, rates)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        train = network.Training(key, jnp.arange(len(x)), momentum=0.0)
+        return network.apply(net, variables, x, train)[2]
+
+    return statistics
+
+
+def recompute_statistics(statistics: Callable, variables: dict, batches) -> dict:
+    """Returns new batch_stats: the mean and the variance over several batches of equal size.
+
+    statistics: see `make_statistics`; batches: (step, batch, rates) of each. As ShuffleNet's authors do
+    after training, and for networks whose published weights have none.
+    """
+
+    def squares(stats):  # var becomes the mean of squares, which can be averaged
+        return _with_var(stats, lambda mean, var: var + mean**2)
+
+    total, count = None, 0
+    for step, batch, rates in batches:
+        one = squares(statistics(variables, step, batch, rates))
+        total = one if total is None else jax.tree.map(jnp.add, total, one)
+        count += 1
+    mean = jax.tree.map(lambda x: x / count, total)
+    return _with_var(mean, lambda mean, var: jnp.maximum(var - mean**2, 0))
+
+
+def _with_var(stats: dict, function: Callable) -> dict:
+    """Replaces every 'var' of a tree by function(mean, var), from the 'mean' beside it."""
+    if 'var' in stats:
+        return {**stats, 'var': function(stats['mean'], stats['var'])}
+    return {name: _with_var(inner, function) for name, inner in stats.items()}
 
 
 def _hold(update, new, old):

@@ -113,3 +113,13 @@ def test_a_chunk_shares_one_offset_and_one_flip():
     first_crops = np.concatenate(distinct)
     assert (first_crops[1:] == first_crops[:-1]).all(1).mean() < 0.01
     assert np.unique(draws.z, axis=0).shape == (32 * 500, 3)  # every image has its own colour noise
+
+
+def test_shares_of_mixup_are_those_of_beta():
+    shares = sampler.shares(3, 1000, 4000, 0.2)
+    assert (
+        shares.dtype == np.float32 and (shares[500:510] == sampler.shares(3, 1500, 10, 0.2)).all()
+    )
+    moments = [shares.mean(), shares.var()]  # of Beta(a, a): 1/2 and 1 / (4 (2 a + 1))
+    np.testing.assert_allclose(moments, [0.5, 1 / 5.6], atol=0.02)
+    assert not np.array_equal(shares, sampler.shares(4, 1000, 4000, 0.2))

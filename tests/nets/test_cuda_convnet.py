@@ -100,7 +100,7 @@ def test_a_net_with_the_fields_of_another():
         ({'norm_n': 4}, 'odd'),
         ({'activation': 'sine'}, "activation='sine'"),
         ({'dtype': 'int8'}, "dtype='int8'"),
-        ({'net': 'lenet'}, "net='lenet': choose one of alexnet, cuda_convnet"),
+        ({'net': 'lenet'}, "net='lenet': choose one of alexnet, alexnet_bn, cuda_convnet"),
     ],
 )
 def test_impossible_switches_are_one_line(change, message):

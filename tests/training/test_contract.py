@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.batches import train_batches
 from alexnet_jax.input.store import open_store
 from alexnet_jax.nets import blocks, layers, network
 from alexnet_jax.rundir import metrics
@@ -204,6 +205,89 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(runs, folder, net, shape)
     with pytest.raises(loop.Stopped):
         train(folder, name, net, shape, **{'run.stop_after': '4'})
     assert_same(outcome(train(folder, name, net, shape)), outcome(runs(net, shape)))
+
+
+RECIPE = {
+    'augment.mixup': 0.4,
+    'augment.mixup_off': 1.5,
+    'train.ema': 0.9,
+    'train.ema_used': True,
+    'train.smoothing': 0.1,
+    'optim.name': 'rmsprop',
+    'optim.rate': 0.01,
+    'optim.clip': 1.0,
+    'optim.nesterov': True,
+    'optim.schedule': 'cosine',
+    'train.recompute': 16,
+}
+
+
+@pytest.mark.parametrize(('net', 'shape'), [('nested', (2, 1)), ('towers', (2, 2))], ids=str)
+def test_a_modern_recipe_is_the_same_on_every_mesh_and_resumed(folder, net, shape):
+    one = train(folder, f'{net}-recipe', net, **RECIPE)
+    other = train(folder, f'{net}-{shape}-recipe', net, shape, **RECIPE)
+    name = f'{net}-{shape}-recipe-resumed'
+    with pytest.raises(loop.Stopped):
+        train(folder, name, net, shape, **RECIPE, **{'run.stop_after': '4'})
+    assert_same(outcome(train(folder, name, net, shape, **RECIPE)), outcome(other))
+    for run in (one, other):
+        last = metrics.read(run)[-1]
+        images, labels = (
+            open_store(folder / 'three').pixels('val'),
+            open_store(folder / 'three').labels('val'),
+        )
+        found = inference.load(run, 'centre', build=build)(images)  # the average
+        wrong = 100 * (found.argmax(1) != labels).mean()
+        assert last['top1_error'] == pytest.approx(wrong) and last['last_loss'] != last['loss']
+    rows = [metrics.read(run) for run in (one, other)]
+    for row, same in zip(*rows, strict=True):
+        assert row['loss'] == pytest.approx(same['loss'], rel=1e-3)
+
+
+@pytest.mark.parametrize(('net', 'shape'), [('nested', (1, 1)), ('towers', (2, 2))], ids=str)
+def test_recomputed_statistics_are_those_of_the_images(folder, caplog, net, shape):
+    """Those of the first layer, which are easily computed; the log compares the two modes before."""
+    changes = {'optim.schedule': 'steps', 'augment.random': False, 'colour.std': 0.0}
+    with caplog.at_level(logging.INFO, 'alexnet_jax'):
+        run = train(folder, f'{net}-recomputed', net, shape, **changes, **{'train.recompute': 13})
+    assert 'recomputing the statistics over 13 images' in caplog.text
+    found = variables(run)
+    config, store = make_config(folder, net), open_store(folder / 'three')
+    given = {'seed': 0, 'batch': BATCH, 'crop': CROP, 'chunk': 1, 'random': False}
+    images = np.concatenate(
+        [b['image'] for b in train_batches(store, start=STEPS, stop=STEPS + 2, **given)]
+    )
+    made = build(classes=CLASSES, **{**config.model})
+    x = steps.normalize(images, steps.window_mean(store.mean, CROP))
+    params = jax.tree.map(jnp.asarray, nested_params(found))
+    if net == 'nested':
+        kernel = params['stem']['conv']['kernel']
+        y = nn.Conv(4, (3, 3), use_bias=False).apply({'params': {'kernel': kernel}}, x / 64)
+        pairs = {'batch_stats/stem/norm': y}
+    else:
+        out = network.apply(
+            made, {'params': params, 'batch_stats': nested_params(found, 'batch_stats')}, x
+        )[1]
+        pairs = {'batch_stats/norm1': jnp.stack(out['conv1'])}
+    for name, y in pairs.items():
+        axes = range(y.ndim - 1) if net == 'nested' else range(1, y.ndim - 1)
+        np.testing.assert_allclose(found[f'{name}/mean'], y.mean(axes), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[f'{name}/var'], y.var(axes), rtol=1e-4, atol=1e-5)
+    modes = [line for line in caplog.messages if line.startswith('the latest training images')]
+    assert len(modes) == 3 and 'in training mode' in modes[-1]
+    longer = {'optim.epochs': 2 * STEPS * BATCH / 20, 'train.recompute': 13}
+    with pytest.raises(UserError, match='whose statistics were recomputed at its end'):
+        train(folder, f'{net}-recomputed', net, shape, **changes, **longer)
+
+
+def nested_params(named, tree='params'):
+    """Named leaves of `variables` -> the nested dictionary of one tree."""
+    nested = {}
+    for name, value in named.items():
+        first, *inner, last = name.split('/')
+        if first == tree:
+            functools.reduce(lambda d, key: d.setdefault(key, {}), inner, nested)[last] = value
+    return nested
 
 
 @pytest.mark.parametrize(('net', 'shape'), MESHES, ids=str)

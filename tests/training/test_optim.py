@@ -294,6 +294,54 @@ def test_lars_is_the_same_on_every_mesh(shape):
             assert distance(run_on_mesh(update, mesh, gradients, rates), expected) > 1e-5
 
 
+@pytest.mark.parametrize('options', [{'nesterov': True}, {'name': 'rmsprop'}], ids=str)
+def test_updates_of_later_recipes(options):
+    """RMSProp as TensorFlow's: m <- 0.8 m + 0.2 g², from 1; v <- 0.9 v + rate g / sqrt(m + 0.5)."""
+    rates = [all_rates(0.1)] * 2 + [all_rates(0.01)] * 2
+    options = {'rms_decay': 0.8, 'rms_epsilon': 0.5, **options}
+    params, velocity = run(GRADIENTS[:4], rates, **options)[-1]
+    for layer, leaf in LEAVES:
+        w = random_tree(0)[layer][leaf]
+        v, m = 0 * w, 1 + 0 * w
+        for gradient, rate in zip(GRADIENTS[:4], rates, strict=True):
+            g = gradient[layer][leaf] + (DECAY * w if leaf == 'kernel' else 0)
+            if options.get('name') == 'rmsprop':
+                m = 0.8 * m + 0.2 * g**2
+                g = g / np.sqrt(m + 0.5)
+            v = 0.9 * v + rate['weights'] * g
+            w = w - (0.9 * v + rate['weights'] * g if options.get('nesterov') else v)
+        np.testing.assert_allclose(-velocity[layer][leaf], v, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(params[layer][leaf], w, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize('freeze', [(), ('conv2',)], ids=str)
+def test_clipping_goes_by_the_norm_over_all_towers(shape, freeze):
+    """A frozen layer's gradient does not count, and a small gradient is not clipped."""
+    small = jax.tree.map(lambda g: g / 1000, GRADIENTS[1])
+    gradients, rates, most = [GRADIENTS[0], small], [all_rates(0.1)] * 2, 2.0
+    kept = [g for layer, leaf in LEAVES if layer not in freeze for g in [GRADIENTS[0][layer][leaf]]]
+    factor = most / np.sqrt(sum(np.sum(g**2) for g in kept))
+    expected = run([jax.tree.map(lambda g: factor * g, GRADIENTS[0]), small], rates, freeze=freeze)
+    mesh = meshes.make(shape, towers=2, batches={})
+    options = {'name': 'sgd', 'momentum': MOMENTUM, 'decay': DECAY, 'freeze': freeze, 'clip': most}
+    with jax.enable_x64(True):
+        update = optim.make(NET, axis='model' if shape[1] > 1 else None, **options)
+        assert (
+            factor < 0.5
+            and distance(run_on_mesh(update, mesh, gradients, rates), expected[-1]) < 1e-12
+        )
+
+
+@pytest.mark.parametrize('roles', [(), ('bias',), ('kernel', 'bias')], ids=str)
+def test_weight_decay_by_role(roles):
+    none = [jax.tree.map(np.zeros_like, GRADIENTS[0])]
+    (before, _), (after, _) = run(none, [all_rates(0.1)], decay_roles=roles)
+    for layer, leaf in LEAVES:
+        factor = 1 - 0.1 * DECAY * (leaf in roles)
+        np.testing.assert_allclose(after[layer][leaf], factor * before[layer][leaf], rtol=1e-14)
+
+
 # --- rates -------------------------------------------------------------------------------------
 
 
@@ -469,14 +517,35 @@ def test_poly_falls_to_zero_at_the_end():
     assert make(schedule='poly', power=1.0, epochs=4.0)(10, {})['weights'] == 0.0075
 
 
+def test_linear_cosine_and_exponential_schedules():
+    """Ten steps per epoch; the cosine begins after the warm-up."""
+    line, cosine = (make(schedule=name, epochs=4.0, warmup=1.0) for name in ('linear', 'cosine'))
+    stairs = make(schedule='exponential', epochs=4.0, factor=0.94, drop_every=0.25)
+    for step in range(41):
+        ramp, part = min(step + 1, 10) / 10, max(0, step - 10) / 30
+        expected = 0.01 * ramp * (1 - step / 40)
+        assert line(step, {})['weights'] == pytest.approx(expected, rel=1e-12)
+        expected = 0.01 * ramp * (1 + np.cos(np.pi * part)) / 2
+        assert cosine(step, {})['weights'] == pytest.approx(expected, rel=1e-12, abs=1e-18)
+        expected = 0.01 * 0.94 ** (step * 2 // 5)
+        assert stairs(step, {})['weights'] == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
         (
-            {'schedule': 'zigzag'},
-            "config.optim.schedule='zigzag': choose one of steps, plateau, poly",
+            {'decay_roles': ('kernels',)},
+            "config.optim.decay_roles='kernels': choose one of kernel, depthwise, scale, bias",
         ),
-        ({'name': 'adam'}, "config.optim.name='adam': choose one of sgd, lars"),
+        ({'rms_decay': 1.0}, 'config.optim.rms_decay=1.0: must be at least 0 and below 1'),
+        ({'clip': -1.0}, 'config.optim.clip=-1.0: must be at least 0'),
+        ({'drop_every': 0.0}, 'config.optim.drop_every=0.0: must be above 0'),
+        (
+            {'schedule': 'zigzag'},
+            "config.optim.schedule='zigzag': choose one of steps, plateau, poly, linear, cosine, exponential",
+        ),
+        ({'name': 'adam'}, "config.optim.name='adam': choose one of sgd, lars, rmsprop"),
         ({'name': 'lars', 'trust': 0.0}, 'config.optim.trust=0.0: must be above 0'),
     ],
 )

@@ -208,3 +208,56 @@ def test_all_finite(mesh):
     assert all_finite([jnp.ones(3), jnp.zeros((2, 2))])
     assert not all_finite([jnp.ones(3), jnp.array([1.0, jnp.inf])])
     assert not all_finite([jnp.array([jnp.nan])])
+
+
+def test_targets_are_mixed_and_smoothed_and_images_mixed():
+    batch = {**make_batch(), 'mix': np.float32([0.9, 0.2, 1.0, 0.5])}
+    one_hot, other = np.eye(CLASSES)[batch['label']], [1, 0, 3, 2]
+    share = batch['mix'][:, None]
+    mixed = share * one_hot + (1 - share) * one_hot[other]
+    found = steps.truth(batch, CLASSES, 0.1)
+    np.testing.assert_allclose(found, 0.9 * mixed + 0.1 / CLASSES, atol=1e-7)
+    settings = {'eigenvectors': np.eye(3), 'sigma': np.ones(3), 'std': 0.0, 'rescale': False}
+    inputs = steps.make_inputs(mean=np.zeros((CROP, CROP, 3), np.float32), **settings)
+    images = batch['image'].astype(np.float32)
+    share = share[:, None, None]
+    expected = share * images + (1 - share) * images[other]
+    np.testing.assert_allclose(inputs(batch, RATES), expected, rtol=1e-5, atol=1e-4)
+    plain = {name: value for name, value in batch.items() if name != 'mix'}
+    np.testing.assert_array_equal(inputs(plain, RATES), images)
+    np.testing.assert_array_equal(steps.truth(plain, CLASSES, 0.0), one_hot)
+
+
+def test_jitter():
+    """Brightness, contrast against the mean of the gray image, saturation against each pixel's gray."""
+    batch = {
+        **make_batch(),
+        'jitter': np.float32([[1.3, 0.7, 1.4], [1, 1, 1], [0.6, 1, 1], [1, 1, 0]]),
+    }
+    settings = {'eigenvectors': np.eye(3), 'sigma': np.ones(3), 'std': 0.0, 'rescale': False}
+    inputs = steps.make_inputs(mean=np.zeros((CROP, CROP, 3), np.float32), **settings)
+    found = inputs(batch, RATES)
+    gray = np.array([0.299, 0.587, 0.114])
+    for image, (bright, contrast, saturation), result in zip(
+        batch['image'].astype(float), batch['jitter'].astype(float), found, strict=True
+    ):
+        x = np.clip(image * bright, 0, 255)
+        x = np.clip((1 - contrast) * (x @ gray).mean() + contrast * x, 0, 255)
+        x = np.clip((1 - saturation) * (x @ gray)[..., None] + saturation * x, 0, 255)
+        np.testing.assert_allclose(result, x, atol=1e-3)
+
+
+def test_the_moving_average(net, mesh):
+    """It holds still, like the parameters, in a step whose loss is not finite."""
+    step, _, settings = make_step(net, mesh, ema=0.15)
+    optimizer = optim.make(net, name='sgd', momentum=0.9, decay=5e-4)
+    state = steps.init_state(net, optimizer, mesh, seed=0, crop=CROP, ema=True)
+    average = jax.device_get(state.params)
+    bad = {**make_batch(), 'z': np.full((4, 3), np.nan, np.float32)}
+    for i, keep in enumerate((1 / 10, 0.15, None, 0.15)):  # (1 + step) / (10 + step), at most 0.15
+        state, _ = step(state, bad if keep is None else make_batch(), RATES)
+        if keep is not None:
+            new = jax.device_get(state.params)
+            average = jax.tree.map(lambda a, x, keep=keep: keep * a + (1 - keep) * x, average, new)
+        close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7, err_msg=str(i))
+        jax.tree.map(close, jax.device_get(state.ema['params']), average)

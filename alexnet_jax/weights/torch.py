@@ -1,0 +1,136 @@
+"""State dicts of torchvision's SqueezeNet, MobileNet v2 and ShuffleNet v2."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.nets import network
+from alexnet_jax.nets.mobilenet import MobileNet
+from alexnet_jax.nets.network import Network
+from alexnet_jax.nets.shufflenet import ShuffleNet
+from alexnet_jax.nets.squeezenet import SqueezeNet
+from alexnet_jax.weights import variables
+
+LEAVES = {'kernel': 'weight', 'depthwise': 'weight', 'bias': 'bias'}
+NORM = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
+COUNTER = 'num_batches_tracked'  # of each batch normalization; nothing here needs it
+
+
+def from_state_dict(
+    net: Network, state: dict[str, np.ndarray], std: float | Sequence[float] | None = None
+) -> dict:
+    """Converts a state dict, as arrays, to the variables of a network, in the arrays' dtype.
+
+    std: what torchvision's network divides pixels (0 to 255) by, for each channel: 255 times the one it
+    documents. Without it, both get the same inputs. Running variances stay unbiased. Raises UserError
+    unless names and shapes are those of the network.
+    """
+    torch_name = _names(net)
+    wanted = {torch_name(path): (path, shape) for path, shape in variables.leaves(net).items()}
+    given = {name: np.asarray(x) for name, x in state.items() if name.split('.')[-1] != COUNTER}
+    shapes = {name: _shape(path, shape) for name, (path, shape) in wanted.items()}
+    problems = [
+        *variables.listed('missing', [name for name in wanted if name not in given]),
+        *variables.listed('extra', [name for name in given if name not in wanted]),
+        *variables.listed(
+            'shapes',
+            [
+                f'{name} is {[*x.shape]} and should be {[*shapes[name]]}'
+                for name, x in given.items()
+                if name in wanted and x.shape != shapes[name]
+            ],
+        ),
+        *variables.listed(
+            'not numbers', [name for name, x in given.items() if x.dtype.kind not in 'fiu']
+        ),
+    ]
+    if problems:
+        raise UserError(
+            f'the state dict is not that of this {type(net).__name__} ({"; ".join(problems)}): choose '
+            'the preset and the fields of config.model that it was trained with'
+        )
+    arrays = {path: _ours(path, given[name]) for name, (path, _) in wanted.items()}
+    if std is not None:
+        first = ('params', 'conv1', 'kernel')
+        arrays[first] = variables.for_pixels(net, arrays[first], std)
+    return variables.nest(arrays)
+
+
+def _names(net: Network) -> Callable[[network.Path], str]:
+    """A function from the path of a variable to its name in the state dict."""
+    modules = {SqueezeNet: _squeezenet, MobileNet: _mobilenet, ShuffleNet: _shufflenet}
+    if type(net) not in modules or getattr(net, 'version', None) == 1:
+        raise UserError(
+            'torchvision has no such network: choose SqueezeNet, MobileNet v2 or ShuffleNet v2'
+        )
+    module = modules[type(net)](net)
+
+    def name(path):
+        _, *layer, leaf = path
+        if layer[-1] == 'norm':
+            return f'{module[tuple(layer[:-1])][1]}.{NORM[leaf]}'
+        return f'{module[tuple(layer)][0]}.{LEAVES[leaf]}'
+
+    return name
+
+
+# The functions below return {layer: (its convolution or matrix, its normalization or '')}.
+
+
+def _squeezenet(net: SqueezeNet) -> dict:
+    found = {('conv1',): ('features.0', ''), ('conv10',): ('classifier.1', '')}
+    for i, name in enumerate(net.names[1:-1], start=2):  # features.1 is a ReLU
+        for part in ('squeeze', 'expand1x1', 'expand3x3'):
+            found[name, part] = (f'features.{i}.{part}', '')
+    return found
+
+
+def _mobilenet(net: MobileNet) -> dict:
+    blocks = [name for name in net.names if name.startswith('block')]
+    found = {
+        ('conv1',): ('features.0.0', 'features.0.1'),
+        ('conv_last',): (f'features.{len(blocks) + 1}.0', f'features.{len(blocks) + 1}.1'),
+        ('fc',): ('classifier.1', ''),
+    }
+    for i, block in enumerate(blocks, start=1):
+        parts = ['expand', 'depthwise'][i == 1 :]  # the first block does not expand
+        for j, part in enumerate(parts):
+            found[block, part] = (f'features.{i}.conv.{j}.0', f'features.{i}.conv.{j}.1')
+        found[block, 'project'] = tuple(f'features.{i}.conv.{len(parts) + k}' for k in (0, 1))
+    return found
+
+
+def _shufflenet(net: ShuffleNet) -> dict:
+    found = {
+        ('conv1',): ('conv1.0', 'conv1.1'),
+        ('conv5',): ('conv5.0', 'conv5.1'),
+        ('fc',): ('fc', ''),
+    }
+    places = {
+        'left_depthwise': ('branch1', 0),
+        'left_project': ('branch1', 2),
+        'expand': ('branch2', 0),
+        'depthwise': ('branch2', 3),
+        'project': ('branch2', 5),
+    }
+    for unit in (name for name in net.names if name.startswith('stage')):
+        stage, number = unit.split('_')
+        for part, (branch, i) in places.items():
+            found[unit, part] = tuple(f'{stage}.{int(number) - 1}.{branch}.{i + k}' for k in (0, 1))
+    return found
+
+
+def _shape(path: network.Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if path[-1] == 'depthwise':
+        return (shape[2], 1, *shape[:2])
+    return (*shape[:-3:-1], *shape[:-2]) if path[-1] == 'kernel' else shape
+
+
+def _ours(path: network.Path, x: np.ndarray) -> np.ndarray:
+    """OIHW -> HWIO, C1HW -> HWC, OI -> IO."""
+    if path[-1] == 'depthwise':
+        return x[:, 0].transpose(1, 2, 0)
+    if path[-1] == 'kernel':
+        return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+    return x

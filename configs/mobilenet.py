@@ -1,0 +1,61 @@
+"""MobileNet v2 (Sandler et al., 2018) by torchvision's recipe; `mobilenet.py:v1` (Howard et al., 2017).
+
+    python -m alexnet_jax.main --config=configs/mobilenet.py
+
+Published top-1 error: v2 28.12 % (torchvision: batch 256, rate 0.045, times 0.98 every epoch, 300
+epochs), v1 29.1 % (TensorFlow's slim: times 0.94 every 2.5 epochs, no weight decay on depthwise
+kernels). `v1-rmsprop` has the optimizer of slim's own training script. Not run on ImageNet here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+V1 = {
+    'model.version': 1,
+    'model.padding': 'tensorflow',
+    'model.dropout': 0.001,
+    'model.norm_momentum': 0.99,
+    'model.norm_epsilon': 1e-3,
+    'optim.factor': 0.94,
+    'optim.drop_every': 2.5,
+    'optim.decay_roles': ('kernel',),
+    'optim.epochs': 250.0,
+}
+VARIANTS = {
+    'v1': V1,
+    'v1-rmsprop': {**V1, 'optim.name': 'rmsprop'},
+}
+
+
+def get_config(variant: str = ''):
+    config = base.get_config()
+    config.colour.std = 0.0
+    config.augment.area = (0.08, 1.0)
+    config.data.format = 'whole'
+    config.model = ConfigDict(
+        {
+            'net': 'mobilenet',
+            'version': 2,
+            'width': 1.0,  # the papers' multiplier alpha; the resolution is config.augment.crop
+            'padding': 'torch',  # of convolutions with stride 2; or 'tensorflow'
+            'activation': 'relu6',  # or 'relu'
+            'input_std': 57.0,  # divides the images, in pixel values
+            'dropout': 0.2,  # before the last layer
+            'norm_momentum': 0.9,  # of the running statistics; PyTorch's is 1 - ours
+            'norm_epsilon': 1e-5,
+            'dtype': 'float32',  # or 'bfloat16'
+        }
+    )
+    config.optim.update(
+        {
+            'rate': 0.045,
+            'decay': 4e-5,
+            'schedule': 'exponential',
+            'factor': 0.98,
+            'drop_every': 1.0,
+            'epochs': 300.0,
+        }
+    )
+    config.train.batch = 256
+    return base.with_variant(config, VARIANTS, variant)
