@@ -59,7 +59,6 @@ SCALES = ('smoke', 'small', 'full')
 HERE = pathlib.Path(__file__).parent
 RESULTS, FIGURES = HERE / 'results', HERE / 'figures'
 EARLIER = 'earlier'  # subfolder for results and figures from earlier versions of the code
-NONE = frozenset({''})  # instead of names of runs: matches none
 Rows = list[dict[str, Any]]
 
 
@@ -101,7 +100,7 @@ class Lab:
                     f'{text}: set by each run itself; give --scale, --seeds or --results instead'
                 )
         # Names and keys of the runs to make (empty: all), and the keys requested so far.
-        self._only, self._asked = set(), []
+        self._only, self._asked, self._checks = set(), [], True
         self._planned: list[str] = []  # keys of all runs, if known
         self._took: list[float] = []  # seconds, of the runs made here
         self.folder = runs / f'{runs_of or experiment}-{scale}'
@@ -151,7 +150,7 @@ class Lab:
             *_arguments(last),
         ]
         there = self.results.get(key)
-        if self._only == NONE:
+        if not self._checks:
             return there
         if there and _decisive(there['command']) != _decisive(
             command
@@ -274,11 +273,14 @@ class Lab:
                 )
             self.results = add(self._file, key, {**result, 'extra': extra})
 
-    def ask(self, run: Callable[['Lab'], Any]) -> list[str]:
-        """Returns the keys, NAME-SEED, of the runs that run(lab) requests; they must be independent."""
-        self._only, self._asked = NONE, []
+    def ask(self, run: Callable[['Lab'], Any], *, checks: bool = True) -> list[str]:
+        """Returns the keys, NAME-SEED, of the runs that run(lab) requests; they must be independent.
+
+        checks: raise UserError for stored rows that are those of other commands.
+        """
+        self._only, self._asked, self._checks = {''}, [], checks  # matches no run, so none is made
         run(self)
-        self._only = set()
+        self._only, self._checks = set(), True
         return self._asked
 
     def choose(self, run: Callable[['Lab'], Any], only: Iterable[str]) -> None:
@@ -286,14 +288,15 @@ class Lab:
 
         Raises UserError, before anything is run, if one of these matches no run.
         """
-        keys = self.ask(run)
-        self._only = {*only}
+        keys = self.ask(run, checks=False)
         names = dict.fromkeys(map(name_of, keys))
-        for name in sorted(self._only - {*keys} - {*names}):
+        for name in sorted({*only} - {*keys} - {*names}):
             raise UserError(
                 f'--only={name}: no such run at --scale={self.scale} --seeds={self.seeds}; choose from '
                 f'{", ".join(names)}, or name a single seed, as in --only={shlex.quote(keys[0])}'
             )
+        self.ask(run)
+        self._only = {*only}
 
     def plan(self, run: Callable[['Lab'], Any]) -> None:
         """Finds out which runs run(lab) will request, so that each can say how many are left."""
