@@ -112,11 +112,16 @@ def small(preset):
     return build(classes=5, **model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ('preset', 'shape'),
-    [(p, s) for p in SMALL for s in ((2, 1), (4, 1))]
-    + [('alexnet_bn', (2, 2)), ('alexnet_bn', (1, 2))],
+    [
+        pytest.param('alexnet_bn', (2, 2), marks=pytest.mark.slow),
+        *(
+            pytest.param(preset, shape, marks=pytest.mark.full)
+            for preset in SMALL
+            for shape in ((2, 1), (4, 1), *([(1, 2)] if preset == 'alexnet_bn' else []))
+        ),
+    ],
     ids=str,
 )
 def test_every_mesh_computes_the_same(preset, shape):
