@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.nets import layers
+from alexnet_jax.nets import layers, network
 
 ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
 BOUNDS = {'tanh': 1.0}  # of the outputs' absolute values, if there is one on both sides
@@ -149,6 +149,29 @@ class Logits(nn.Module):
 
 
 # For networks without towers.
+
+
+class OneTower(network.Network):
+    """The base of networks without towers that begin with a convolution `conv1`.
+
+    One with batch normalization has a field `data_axis`, see `layers.BatchNorm`.
+    """
+
+    towers = 1
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        return ('conv1',)
+
+    @nn.nowrap
+    def first_kernels(self, params: dict) -> jax.Array:
+        return params['conv1']['kernel'][None]
+
+    @nn.nowrap
+    def local(self, shards: int, data_axis: str | None) -> network.Network:
+        del shards
+        return self.clone(data_axis=data_axis) if hasattr(self, 'data_axis') else self
+
 
 PADDINGS = ('tensorflow', 'torch')
 he_uniform = nn.initializers.variance_scaling(2.0, 'fan_in', 'uniform')

@@ -89,7 +89,7 @@ class InvertedResidual(nn.Module):
         return x + y if self.stride == 1 and x.shape[-1] == self.features else y
 
 
-class MobileNet(network.Network):
+class MobileNet(blocks.OneTower):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every activation by name)."""
 
     classes: int
@@ -103,26 +103,12 @@ class MobileNet(network.Network):
     norm_epsilon: float
     dtype: str
     data_axis: str | None = None
-    towers = 1
 
     @property
     def names(self) -> list[str]:
         count = len(V1) if self.version == 1 else sum(repeats for _, _, repeats, _ in V2)
         last = ['conv_last'] * (self.version == 2)
         return ['conv1', *(f'block{i + 1}' for i in range(count)), *last, 'features', 'fc']
-
-    @property
-    def first(self) -> tuple[str, ...]:
-        return ('conv1',)
-
-    @nn.nowrap
-    def first_kernels(self, params):
-        return params['conv1']['kernel'][None]
-
-    @nn.nowrap
-    def local(self, shards, data_axis):
-        del shards
-        return self.clone(data_axis=data_axis)
 
     @nn.nowrap
     def channels(self, count: int) -> int:

@@ -51,7 +51,7 @@ class Unit(nn.Module):
         return shuffle(jnp.concatenate([kept, x], axis=-1))
 
 
-class ShuffleNet(network.Network):
+class ShuffleNet(blocks.OneTower):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every activation by name)."""
 
     classes: int
@@ -61,7 +61,6 @@ class ShuffleNet(network.Network):
     norm_epsilon: float
     dtype: str
     data_axis: str | None = None
-    towers = 1
 
     @property
     def names(self) -> list[str]:
@@ -69,19 +68,6 @@ class ShuffleNet(network.Network):
             f'stage{s + 2}_{i + 1}' for s, repeats in enumerate(REPEATS) for i in range(repeats)
         ]
         return ['conv1', 'pool1', *units, 'conv5', 'features', 'fc']
-
-    @property
-    def first(self) -> tuple[str, ...]:
-        return ('conv1',)
-
-    @nn.nowrap
-    def first_kernels(self, params):
-        return params['conv1']['kernel'][None]
-
-    @nn.nowrap
-    def local(self, shards, data_axis):
-        del shards
-        return self.clone(data_axis=data_axis)
 
     @nn.compact
     def __call__(self, images, train=None):

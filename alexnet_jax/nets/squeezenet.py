@@ -37,7 +37,7 @@ class Fire(nn.Module):
         return nn.relu(jnp.concatenate(each, axis=-1))
 
 
-class SqueezeNet(network.Network):
+class SqueezeNet(blocks.OneTower):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every activation by name)."""
 
     classes: int
@@ -46,7 +46,6 @@ class SqueezeNet(network.Network):
     input_std: float
     dropout: float
     dtype: str
-    towers = 1
 
     @property
     def names(self) -> list[str]:
@@ -54,14 +53,6 @@ class SqueezeNet(network.Network):
         for name in ('conv1', *(f'fire{i + 2}' for i in range(len(FIRES)))):
             names += [name, *([f'pool_{name}'] if name in VERSIONS[self.version][2] else [])]
         return [*names, 'conv10']
-
-    @property
-    def first(self) -> tuple[str, ...]:
-        return ('conv1',)
-
-    @nn.nowrap
-    def first_kernels(self, params):
-        return params['conv1']['kernel'][None]
 
     @nn.compact
     def __call__(self, images, train=None):
