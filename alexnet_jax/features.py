@@ -18,7 +18,7 @@ from alexnet_jax import command, figures
 from alexnet_jax.common.errors import UserError, choose, printable
 from alexnet_jax.devices import cpu
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.input import images, threads
+from alexnet_jax.input import images
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.training import inference, steps
 
@@ -58,7 +58,6 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     args = figures.start(parser)
-    threads.check('--threads', args.threads)
     if bool(args.images or args.list) == bool(args.split):
         raise UserError('give either pictures, folders or --list=FILE, or --split=val')
     trained = inference.describe_run(args.run)

@@ -18,6 +18,7 @@ from alexnet_jax import command
 from alexnet_jax.common import class_names, paths
 from alexnet_jax.common.errors import UserError, printable, reason
 from alexnet_jax.devices.cpu import cores
+from alexnet_jax.input import threads
 from alexnet_jax.input.batches import eval_batches
 from alexnet_jax.input.sources.source import image_files
 from alexnet_jax.input.store import Store
@@ -56,9 +57,9 @@ def add_pictures(made: argparse.ArgumentParser, *, seed: bool = True) -> None:
 def start(made: argparse.ArgumentParser) -> argparse.Namespace:
     """Parses the arguments and configures JAX; UserError for invalid arguments."""
     args = made.parse_intermixed_args()  # options can appear between pictures
-    for name in ('seed', 'threads'):
-        if getattr(args, name, 0) < 0:
-            raise UserError(f'--{name}={getattr(args, name)}: must be at least 0')
+    if getattr(args, 'seed', 0) < 0:
+        raise UserError(f'--seed={args.seed}: must be at least 0')
+    threads.check('--threads', getattr(args, 'threads', 0))
     command.start(args.cpu_devices)
     return args
 

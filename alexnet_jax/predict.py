@@ -64,9 +64,8 @@ def stream(
     """Classifies pictures a batch at a time; titles and labels are those of all of them."""
     for numbers, squares in pictures.batches(BATCH):
         # Batches of one size: another one would be compiled again.
-        missing = min(BATCH, len(titles)) - len(squares)
-        whole = np.concatenate([squares, np.zeros((missing, *squares.shape[1:]), np.uint8)])
-        for i, square, row in zip(numbers, squares, classify(whole), strict=False):
+        (batch,) = inference.padded(squares, min(BATCH, len(titles)))
+        for i, square, row in zip(numbers, squares, classify(batch['image']), strict=False):
             yield Prediction(titles[i], labels[i], square, row)
 
 

@@ -20,7 +20,6 @@ from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import images as pictures
-from alexnet_jax.input import threads
 from alexnet_jax.input.batches import Batch, eval_batches
 from alexnet_jax.input.store import Store
 from alexnet_jax.training import inference
@@ -132,7 +131,6 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     args = figures.start(parser)
-    threads.check('--threads', args.threads)
     output, args.files = figures.output(args, 'neighbours.png'), figures.files(args)
     if args.files and args.queries is not None:
         raise UserError('--queries picks validation pictures: give --queries or files, not both')

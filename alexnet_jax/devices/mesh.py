@@ -89,7 +89,7 @@ def _in_one_line(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    """A context, or a decorator, with `SETTINGS`, for functions that other programs call too."""
+    """Applies `SETTINGS`, as a context or a decorator, for functions that other programs may call."""
     with contextlib.ExitStack() as stack:
         for name, value in SETTINGS.items():
             stack.enter_context(getattr(jax, name)(value))

@@ -92,8 +92,8 @@ def train_batches(
         rest = {'z': z, 'label': labels[records]}
         if mixup:
             off = mixup_off and first >= mixup_off * len(labels)
-            mix = np.ones(batch) if off else sampler.shares(seed, first, batch, mixup)
-            rest['mix'] = mix[rows].astype(np.float32)
+            mix = np.ones(batch, np.float32) if off else sampler.shares(seed, first, batch, mixup)
+            rest['mix'] = mix[rows]
         if jitter:
             rest['jitter'] = sampler.jitters(seed, first, batch, jitter)[rows]
         resized = sampler.resized(seed, first, batch)[rows] if area and random else None

@@ -205,7 +205,7 @@ def read(path: str, size: int, *, exif: bool) -> np.ndarray:
     Raises InputError if the file cannot be read or decoded.
     """
     try:
-        content = paths.Path(path or 'the empty path').read_bytes()
+        content = paths.Path(path).read_bytes()
     except (OSError, ValueError) as error:  # the latter for a null byte
         raise InputError(
             f'{path or "an empty path"}: cannot be read: {reason(error)}; give a picture file'

@@ -31,6 +31,19 @@ def padding_of(i: int, pooling: str, size: int, first: int) -> int:
     return (PADDINGS if small or pooling == 'overlapping' else DISJOINT_PADDINGS)[i]
 
 
+def check_padding(conv1_padding: tuple[int, ...]) -> None:
+    """Raises UserError for an impossible padding of conv1."""
+    if len(conv1_padding) != 2:
+        raise UserError(
+            f'config.model.conv1_padding={conv1_padding}: must be two numbers of pixels'
+        )
+    if max(conv1_padding) >= SIZES[0]:
+        raise UserError(
+            f'config.model.conv1_padding={conv1_padding}: must be below {SIZES[0]}, the size of '
+            "conv1's kernels"
+        )
+
+
 class AlexNet(network.Network):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every activation by name).
 
@@ -257,16 +270,11 @@ class AlexNet(network.Network):
             choose('config.model.exchange', name, (*convs[1:], 'fc6', 'fc7'))
         for op in ' '.join(self.after).split():
             choose('config.model.after', op, ('act', 'norm', 'map_norm', 'pool'))
-        if len(self.conv1_padding) != 2:
-            raise UserError(
-                f'config.model.conv1_padding={self.conv1_padding}: must be two numbers of pixels'
-            )
+        check_padding(self.conv1_padding)
         one_each('config.model.after', self.after, len(convs))
         one_each('config.model.std', self.std, len(convs) + 3)
         one_each('config.model.bias', self.bias, len(convs) + 3)
-        for name in ('towers', 'groups', 'width'):
-            if getattr(self, name) <= 0:
-                raise UserError(f'config.model.{name}={getattr(self, name)}: must be above 0')
+        blocks.check_positive(towers=self.towers, groups=self.groups, width=self.width)
         for channels in (*self.kernels, *self.hidden):
             self.per_tower(channels)
         largest = self.per_tower(max(self.kernels)) * self.towers
@@ -274,11 +282,6 @@ class AlexNet(network.Network):
             raise UserError(
                 f'config.model.norm_n={self.norm_n}: must be odd (channels in the window), and at most '
                 f'twice the {largest} kernels of the widest layer'
-            )
-        if max(self.conv1_padding) >= SIZES[0]:
-            raise UserError(
-                f'config.model.conv1_padding={self.conv1_padding}: must be below {SIZES[0]}, the size of '
-                "conv1's kernels"
             )
 
 

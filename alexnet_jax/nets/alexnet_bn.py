@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.nets import blocks, layers, network
-from alexnet_jax.nets.alexnet import PADDINGS, SIZES
+from alexnet_jax.nets.alexnet import PADDINGS, SIZES, check_padding
 
 POOLED = ('conv1', 'conv2', 'conv5')
 
@@ -86,8 +86,9 @@ class AlexNetBN(network.Network):
             return xs
 
         def exchange(name, xs):
-            whole = layers.exchange(xs, self.model_axis) if name in self.exchange else None
-            return xs if whole is None else (whole,) * count
+            if name not in self.exchange:
+                return xs
+            return (layers.exchange(xs, self.model_axis),) * count
 
         xs = (images.astype(self.dtype),) * count
         for i, (name, features) in enumerate(zip(self.convs, self.kernels, strict=True)):
@@ -134,10 +135,7 @@ class AlexNetBN(network.Network):
         for name in self.exchange:
             choose('config.model.exchange', name, (*self.convs[1:], 'fc6', 'fc7'))
         choose('config.model.dtype', self.dtype, blocks.dtypes())
-        if len(self.conv1_padding) != 2:
-            raise UserError(
-                f'config.model.conv1_padding={self.conv1_padding}: must be two numbers of pixels'
-            )
+        check_padding(self.conv1_padding)
         blocks.check_positive(towers=self.towers, width=self.width)
         blocks.check_dropout(self.dropout)
         blocks.check_norm(self.norm_momentum, self.norm_epsilon)

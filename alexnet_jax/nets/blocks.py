@@ -141,7 +141,7 @@ class Logits(nn.Module):
     def __call__(self, xs):
         shape = (len(xs), xs[0].shape[-1], self.classes)
         kernels, bias = params_of(self, shape, bias_shape=(self.classes,))
-        wide = jnp.promote_types(jnp.float32, self.dtype)
+        wide = layers.wide(self.dtype)
         x, kernel = jnp.concatenate(xs, axis=-1), kernels.reshape(-1, self.classes)
         total = layers.dense(x, kernel, dtype=wide)
         total = lax.psum(total, self.axis) if self.axis else total

@@ -193,12 +193,12 @@ def schedule(
     before = optim.make_rates(examples=examples, batch=config.train.batch, **there['optim'])
     if config.train.recompute and before(step, history)['stop']:
         raise directory.another(workdir, changed, ', whose statistics were recomputed at its end')
-    due = [*map(setup.evaluation_due, range(step + 1))]
-    if before(step, history)['stop'] and not due[step] and not setup.over(step, history):
+    due = setup.evaluation_due
+    if before(step, history)['stop'] and not due(step) and not setup.over(step, history):
         every = there['run']['eval_every']
-        if not setup.evaluation_due(step, every):
+        if not due(step, every):
             history = {s: error for s, error in history.items() if s != step}
-    if config.optim.schedule == 'plateau' and {*history} != {s for s in range(step + 1) if due[s]}:
+    if config.optim.schedule == 'plateau' and {*history} != {*filter(due, range(step + 1))}:
         why = (
             ', and the evaluations so far, which decide under the plateau rule, were at other steps'
         )

@@ -44,11 +44,11 @@ def evaluate(
     score, labels = steps.make_score(mesh), store.labels(split)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
-    def guesses(probabilities, labels, mask):
-        return {'guess': metrics.guess(probabilities, labels)} if confusion else {}
+    def guess(probabilities, labels, mask):
+        return metrics.guess(probabilities, labels)
 
     def both(*of_batch):
-        return score(*of_batch), guesses(*of_batch)
+        return score(*of_batch), guess(*of_batch) if confusion else ()
 
     parts = _of_batches(both, predicts, mesh, store, split=split, batch=batch, threads=threads)
     sums = jax.tree.map(
@@ -57,7 +57,7 @@ def evaluate(
     if sums['count'] != len(labels):
         raise AssertionError(f'counted {sums["count"]:g} pictures, not {len(labels)}')
     if confusion:
-        taken = np.concatenate([guessed['guess'] for _, guessed in parts])[: len(labels)]
+        taken = np.concatenate([guessed for _, guessed in parts])[: len(labels)]
         pairs = np.int64(store.classes) * labels + taken
         counts = np.bincount(pairs, minlength=store.classes**2)
         sums['confusion'] = counts.reshape(store.classes, store.classes)

@@ -201,7 +201,7 @@ class Setup:
 
 
 def _check_intervals(config, examples: int) -> None:
-    """Raises UserError for intervals shorter than a step; a whole epoch may be shorter."""
+    """Raises UserError for intervals shorter than both a step and an epoch."""
     step = config.train.batch / examples
     if config.run.eval_every < min(step, 1):
         raise UserError(

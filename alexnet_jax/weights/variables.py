@@ -33,7 +33,7 @@ class Weights(NamedTuple):
 
 
 def content(file: str) -> bytes:
-    """Reads a whole file of weights; UserError if that is impossible."""
+    """Reads a whole file of weights. Raises UserError if it cannot be read or is too large."""
     path = paths.path(file)
     try:
         if path.stat().length > LARGEST:

@@ -138,7 +138,7 @@ def test_a_test_split_that_changed_is_noticed(tree, tmp_path, monkeypatch, capsy
 
 
 def test_a_store_of_an_earlier_version_is_used(tree, tmp_path, monkeypatch, capsys):
-    """Its source has a test split that it lacks; a line says so."""
+    """The source has a test split that the store lacks, and a message says so."""
     monkeypatch.chdir(tmp_path)
     (tree / 'test').rename(tmp_path / 'moved')
     before = prepare.prepare('tree', **OPTIONS)

@@ -231,7 +231,7 @@ def _columns(path: str) -> Columns:
 
 
 def _features(schema) -> dict[str, dict]:
-    """Returns what the metadata say about the columns, {} if they say nothing."""
+    """Returns what the metadata says about the columns, or {} if it says nothing."""
     metadata = (schema.metadata or {}).get(b'huggingface')
     try:
         features = json.loads(metadata)['info']['features'] if metadata else {}
