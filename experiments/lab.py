@@ -15,6 +15,7 @@ With `labs.main(__name__)` at its end, it is used as
 
     python -m experiments.NAME [--scale=smoke|small|full] [--seeds=3] [-- --config.data.source=FOLDER ...]
 
+On CPUs, set GLIBC_TUNABLES first (docs/performance.md): runs are up to twice as fast.
 Everything after `--` is passed to every run, as to `python -m alexnet_jax.main`. Finished runs are skipped,
 and interrupted ones resume. Results are stored in experiments/results/NAME-SCALE.json, each with its
 command, commit, versions and machine; `python -m experiments.report` collects them. They are part of the

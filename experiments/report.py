@@ -26,6 +26,7 @@ EXPERIMENTS = (
     'does_it_train',
     'tanh_sweep',
     'ablations',
+    'efficient',
     'table1',
     'table2',
     'fig3_filters',
