@@ -116,6 +116,8 @@ def _describe(setup: Setup, state: TrainState, *, resuming: bool) -> None:
         log.info(line)
     if warning := progress.data_warning(setup.store, batch=batch):
         log.warning('%s', warning)
+    if warning := progress.rate_warning(setup.config.optim, batch=batch):
+        log.warning('%s', warning)
     log.info(meshes.describe(setup.mesh))
     group = setup.config.run.dispatch
     if group > 1 and not any(setup.dispatched(at) > 1 for at in range(0, setup.total, group)):

@@ -13,6 +13,8 @@ TIMES = ('images_per_second', 'waiting')  # values of a train row that differ fr
 
 
 IMBALANCE = 100  # times as many images of the largest class as of the smallest: a warning
+TRAINS = (0.02, 1.0)  # rate / (1 - momentum) per 256 images
+UNUSUAL = (TRAINS[0] / 4, TRAINS[1] * 4)  # beyond these, a warning
 
 
 def data_lines(store: Store, *, batch: int, total: int) -> list[str]:
@@ -50,6 +52,26 @@ def data_warning(store: Store, *, batch: int) -> str:
     elif many > IMBALANCE * few:
         found.append(f'the largest class has {many:,} images and the smallest {few:,}')
     return '; '.join(found)
+
+
+def rate_warning(optim, *, batch: int) -> str:
+    """Returns why the rate of a config's `optim` is unlikely to train a network, '' if it may.
+
+    What counts is rate / (1 - momentum) per 256 images: published recipes of these networks have 0.02 to
+    1.25, and in a random search over AlexNet's, 0.05 to 0.3 did best.
+    """
+    if optim.name != 'sgd' or not optim.rate:
+        return ''
+    effective = optim.rate / (1 - optim.momentum) * 256 / batch
+    if UNUSUAL[0] <= effective <= UNUSUAL[1]:
+        return ''
+    many = effective > UNUSUAL[1]
+    return (
+        f'config.optim.rate={optim.rate}: rate / (1 - momentum) is {effective:.3g} per 256 images, and '
+        f'such networks train with {TRAINS[0]} to {TRAINS[1]}; '
+        f'{"the loss may diverge" if many else "training may be very slow"}. With batches of {batch:,}, try a '
+        f'rate of {TRAINS[many] * (1 - optim.momentum) * batch / 256:.2g}'
+    )
 
 
 class Clock:

@@ -1,10 +1,12 @@
 """What a run says when it starts."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
 
+from alexnet_jax.common import configfile
 from alexnet_jax.input import store as stores
 from alexnet_jax.training import progress
 from tests.helpers.stores import write_store
@@ -60,6 +62,40 @@ def test_a_single_class(store):
     assert progress.data_warning(store, batch=9) == (
         'a batch of 9 repeats the 2 training images; there is only one class, so there is nothing to learn'
     )
+
+
+@pytest.mark.parametrize(
+    ('changes', 'batch', 'warning'),
+    [
+        ({}, 128, ''),
+        (
+            {'rate': 0.21},
+            128,
+            'is 4.2 per 256 images, and such networks train with 0.02 to 1.0; the loss may '
+            'diverge. With batches of 128, try a rate of 0.05',
+        ),
+        ({}, 12, ''),
+        ({}, 4096, ''),
+        (
+            {'rate': 0.0002},
+            128,
+            'training may be very slow. With batches of 128, try a rate of 0.001',
+        ),
+        ({'rate': 5.0, 'name': 'lars'}, 128, ''),
+        ({'rate': 0.2, 'momentum': 0.0}, 128, ''),
+    ],
+)
+def test_unusual_rates(changes, batch, warning):
+    config = configfile.load('paper')
+    config.optim.update(changes)
+    found = progress.rate_warning(config.optim, batch=batch)
+    assert found == warning == '' or warning and warning in found
+
+
+def test_no_preset_has_an_unusual_rate():
+    for file in (pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'):
+        config = configfile.load(str(file))
+        assert not progress.rate_warning(config.optim, batch=config.train.batch)
 
 
 def test_what_happens_once_does_not_count_in_the_time_to_go(monkeypatch):
