@@ -5,6 +5,8 @@
     alexnet-jax COMMAND --help              list the flags of a command
 
 Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary, hub.
+Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary,
+convert.
 `python -m alexnet_jax` does the same.
 """
 
@@ -25,6 +27,7 @@ COMMANDS = (
     'visualize',
     'summary',
     'hub',
+    'convert',
 )
 
 

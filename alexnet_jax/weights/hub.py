@@ -257,8 +257,9 @@ def _mirrored(url: str) -> str:
 def _locked(path: str) -> Iterator[None]:
     """Keeps other processes of this host from making the same file; waits for one that does."""
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        file = open(f'{path}.lock', 'w')
+        folder, name = os.path.split(path)
+        os.makedirs(os.path.join(folder, '.locks'), exist_ok=True)
+        file = open(os.path.join(folder, '.locks', name), 'w')
     except OSError as error:
         raise UserError(
             f'{os.path.dirname(path)}: cannot be written ({reason(error)}); set ALEXNET_JAX_CACHE to '

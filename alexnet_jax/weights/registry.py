@@ -160,7 +160,7 @@ ENTRIES = {
             'mobilenet:v1',
             None,
             errors(top1),
-            )
+        )
         for width, called, top1 in ((0.75, '7_5', 68.4), (0.5, '5_0', 63.7), (0.25, '2_5', 50.6))
     },
     'keras/mobilenet_v2': _keras(
