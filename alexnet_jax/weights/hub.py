@@ -94,7 +94,7 @@ def cached(name: str, checksum: tuple[str, str] | None = None, ext: str = '') ->
 
 def _plain(name: str) -> str:
     """A name as part of a file's name."""
-    return re.sub(r'[^\w.@]+', '-', name)
+    return re.sub(r'[^\w.@-]+', '-', name)
 
 
 def _registered(name: str, entry: Entry) -> str:
@@ -138,7 +138,10 @@ def _from_url(text: str) -> str:
 def _converted(file: str, checksum, facts: dict, preset: str = '') -> str:
     """Makes a bundle of a download -> its folder; a file that is no use and has no checksum is removed."""
     folder = os.path.splitext(file)[0]
+    digest = _digest(file, 'sha256')
     with _locked(folder):
+        if bundle.is_bundle(folder) and bundle.read_config(folder)[1].get('sha256') != digest:
+            shutil.rmtree(folder)  # of another file whose hash begins like this one's
         if not bundle.is_bundle(folder):
             try:
                 found = readers.read(file, Options(preset))
@@ -146,7 +149,7 @@ def _converted(file: str, checksum, facts: dict, preset: str = '') -> str:
                 if checksum is None:
                     os.unlink(file)
                 raise
-            card = {**found.card, **facts, 'sha256': _digest(file, 'sha256')}
+            card = {**found.card, **facts, 'sha256': digest}
             bundle.write(folder, found._replace(card=card))
     return folder
 
@@ -235,11 +238,10 @@ def download(
     interrupted is resumed if there is a checksum to show that the parts fit. Raises UserError if the
     file cannot be reached, is truncated or is another one.
     """
-    if found := cached(name, checksum, ext):
-        return found
     part = os.path.join(cache(), f'{_plain(name)}{ext}.part')
     with _locked(part):
-        if found := cached(name, checksum, ext):  # another process was faster
+        found = cached(name, checksum, ext)
+        if found and (not checksum or _digest(found, checksum[0]).startswith(checksum[1])):
             return found
         with _here():
             _fetch(_mirrored(url), part, name, checksum, size)
@@ -326,16 +328,16 @@ def _fetch(
             if error.code < 500 and error.code != 429:
                 hint = {401: '; HF_TOKEN may be missing', 403: '; HF_TOKEN may be missing'}
                 raise UserError(
-                    f'{called}: {url}: HTTP {error.code} {error.reason}{hint.get(error.code, "")}'
+                    f'{called}: {url}: HTTP {error.code} {_text(error.reason)}{hint.get(error.code, "")}'
                 ) from None
-            why = f'HTTP {error.code} {error.reason}'
+            why = f'HTTP {error.code} {_text(error.reason)}'
         except (
             urllib.error.URLError,
             http.client.HTTPException,
             TimeoutError,
             ConnectionError,
         ) as error:
-            why = str(getattr(error, 'reason', '')) or one_line(error)
+            why = _text(getattr(error, 'reason', '')) or one_line(error)
         here = os.path.getsize(part) if os.path.exists(part) else 0
         left = TRIES if here > start and checksum else left - 1
         if not left:
@@ -348,6 +350,11 @@ def _fetch(
             )
         time.sleep(PAUSE)
     _check(url, part, called, checksum, size)
+
+
+def _text(reason) -> str:
+    """The reason that a server or a library gives, on one line."""
+    return ' '.join(str(reason).split())[:200]
 
 
 def _rest(url: str, part: str, called: str, start: int, headers: dict) -> int | None:

@@ -12,13 +12,16 @@ from alexnet_jax.common.errors import UserError
 from alexnet_jax.rundir import fingerprint
 from alexnet_jax.weights import bundle, safetensors
 from alexnet_jax.weights.bundle import Bundle
+from configs import quickstart
 
 
 def made(**changes):
     rng = np.random.default_rng(0)
+    config = quickstart.get_config()
+    config.update_from_flattened_dict({'data.size': 8, 'augment.crop': 6})
     layer = {'kernel': rng.normal(size=(3, 3, 3, 4)).astype(np.float32), 'bias': np.zeros(4)}
     whole = Bundle(
-        config={'data': {'size': 8}, 'augment': {'crop': 6}, 'model': {'net': 'plain'}},
+        config=json.loads(json.dumps(config.to_dict())),
         variables={'params': {'conv1': layer}, 'batch_stats': {}},
         names=['a', 'b c', 'ü'],
         mean=rng.uniform(0, 255, (8, 8, 3)).astype(np.float32),
