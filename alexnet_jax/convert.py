@@ -1,8 +1,8 @@
-"""Converts a file of weights of another program to a bundle, which load, evaluate, predict and init_from take.
+"""Converts a file of weights of another program to a bundle, for load, evaluate, predict and init_from.
 
-Reads PyTorch (.pth, .safetensors), Caffe (.caffemodel), ONNX, Keras (.h5), TensorFlow Lite and Deep Compression
-(.net) files of the networks in docs/weights.md. What a network expects of its images is folded into its first
-layer, so that it gets pixels from 0 to 255 minus a mean.
+Reads the networks listed in docs/weights.md from files of PyTorch (.pth, .safetensors), Caffe (.caffemodel), ONNX,
+Keras (.h5), TensorFlow Lite and Deep Compression (.net). The first layer takes over the scale of their inputs, so
+that the network gets pixels from 0 to 255 minus a mean.
 """
 
 import os
