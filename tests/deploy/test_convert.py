@@ -1,16 +1,16 @@
 """Converted weights beside the programs that they come from, on the same pixels."""
 
 import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from alexnet_jax.common import configfile
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import steps
-from alexnet_jax.weights import bundle, readers, variables
+from alexnet_jax.weights import readers, variables
 from alexnet_jax.weights.variables import Options
 from tests.deploy.test_parity import import_torchvision, random_norms
 from tests.helpers import weight_files as files
@@ -31,15 +31,18 @@ def pictures(size=256, count=2):
     return np.clip(wide + fine, 0, 255).astype(np.uint8)
 
 
-def convert(tmp_path, content, name, **options):
-    """The file with this content as a bundle that was written and read."""
-    file = tmp_path / name
+@pytest.fixture
+def folder(tmp_path):
+    """A temporary folder whose large files do not outlive the test."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def convert(folder, content, name, options=Options(), **others):  # noqa: B008
+    """The file with this content as a bundle."""
     if content is not None:
-        file.write_bytes(content)
-    names = {'names': NAMES} | options.pop('names', {})
-    found = readers.read(str(file), options.pop('options', Options()), **names, **options)
-    bundle.write(tmp_path / 'bundle', found)
-    return bundle.read(tmp_path / 'bundle')
+        (folder / name).write_bytes(content)
+    return readers.read(str(folder / name), options, names=NAMES, **others)
 
 
 def logits(found, images, **changes):
@@ -77,7 +80,7 @@ TORCHVISION = {
 
 
 @pytest.mark.parametrize('name', TORCHVISION)
-def test_torchvision(name, tmp_path):
+def test_torchvision(name, folder):
     torch = pytest.importorskip('torch', reason='needs torch: make test-deploy')
     torchvision = import_torchvision()
     torch.manual_seed(0)
@@ -89,7 +92,7 @@ def test_torchvision(name, tmp_path):
                 for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
                     value = getattr(module, leaf)
                     value.copy_(torch.from_numpy(random_norms(rng, leaf, value)))
-    form, file = TORCHVISION[name], tmp_path / f'{name}.pth'
+    form, file = TORCHVISION[name], folder / f'{name}.pth'
     if form == 'safetensors':
         save = pytest.importorskip('safetensors.torch').save_file
         file = file.with_suffix('.safetensors')
@@ -99,7 +102,7 @@ def test_torchvision(name, tmp_path):
         torch.save({'epoch': 3, 'state_dict': state, 'optimizer': {'rate': 0.1}}, file)
     else:
         torch.save(model.state_dict(), file, _use_new_zipfile_serialization=form == 'zip')
-    found = convert(tmp_path, None, file.name)
+    found = convert(folder, None, file.name)
     images = pictures()
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     x = ((centre(images, 224) / 255 - mean) / std).transpose(0, 3, 1, 2)
@@ -109,13 +112,13 @@ def test_torchvision(name, tmp_path):
 
 
 @pytest.mark.parametrize('crop', [224, 225])
-def test_the_crops_of_torchvisions_alexnet(crop, tmp_path):
+def test_the_crops_of_torchvisions_alexnet(crop, folder):
     """Our network computes the same at both, although it pools to the borders; others are refused."""
     torch = pytest.importorskip('torch', reason='needs torch: make test-deploy')
     torch.manual_seed(0)
     model = import_torchvision().models.alexnet(weights=None, num_classes=CLASSES).eval().double()
-    torch.save(model.state_dict(), tmp_path / 'net.pth')
-    found = convert(tmp_path, None, 'net.pth', options=Options('', (1.0,) * 3, crop))
+    torch.save(model.state_dict(), folder / 'net.pth')
+    found = convert(folder, None, 'net.pth', options=Options('', (1.0,) * 3, crop))
     x = centre(pictures(), crop) - found.mean[0, 0]
     with torch.no_grad():
         expected = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
@@ -142,14 +145,14 @@ PROTOTXT = {
 }
 
 
-def opencv(tmp_path, preset, arrays, images, mean):
+def opencv(folder, preset, arrays, images, mean):
     """The logits of OpenCV's importer of Caffe's files, from BVLC's or Han's prototxt."""
     cv2 = pytest.importorskip('cv2')
     if not hasattr(cv2.dnn, 'readNetFromCaffe'):
         pytest.skip('needs OpenCV 4, which reads Caffe: make test-deploy')
     text = real(PROTOTXT[preset]).read_text().replace('num_output: 1000', f'num_output: {CLASSES}')
-    (tmp_path / 'net.prototxt').write_text(text)
-    net = cv2.dnn.readNetFromCaffe(str(tmp_path / 'net.prototxt'), str(tmp_path / 'caffemodel'))
+    (folder / 'net.prototxt').write_text(text)
+    net = cv2.dnn.readNetFromCaffe(str(folder / 'net.prototxt'), str(folder / 'net.caffemodel'))
     last = 'pool_final' if preset == 'squeezenet' else 'fc8'
     found = []
     for image in centre(images, 227):
@@ -161,19 +164,19 @@ def opencv(tmp_path, preset, arrays, images, mean):
 
 @pytest.mark.parametrize('old', [False, True], ids=['layer', 'layers'])
 @pytest.mark.parametrize('preset', PROTOTXT)
-def test_caffe(preset, old, tmp_path):
+def test_caffe(preset, old, folder):
     """The network, that the file says itself, its mean image and its colors."""
     arrays = caffe_arrays(preset)
     order = ('Pooling', 'LRN') if preset == 'caffenet' else ('LRN', 'Pooling')
     padded = preset == 'squeezenet'
     content = files.caffemodel(arrays, order, name='', old=old, padded=padded)
     mean = real('ilsvrc_2012_mean.npy')
-    found = convert(tmp_path, content, 'net.caffemodel', mean=readers.mean_of(str(mean)))
+    found = convert(folder, content, 'net.caffemodel', mean=readers.mean_of(str(mean)))
     mean = np.load(mean).transpose(1, 2, 0)[14:241, 14:241]
-    expected = opencv(tmp_path, preset, arrays, pictures(), mean)
+    expected = opencv(folder, preset, arrays, pictures(), mean)
     ours = logits(found, pictures())
     if padded:  # the border of conv10, of 15 x 15 values
-        ours += 56 / 225 * np.maximum(arrays['conv_final', 1], 0)
+        ours = ours + 56 / 225 * np.maximum(arrays['conv_final', 1], 0)
     assert difference(ours, expected) < TOLERANCE['caffe']
 
 
@@ -195,7 +198,9 @@ MISTAKES = {
     'x0.5': {'dropout': 'original'},
     'k': {'norm_k': 2.0},
     'alpha': {'norm_alpha_per': 'element'},
-    'pool and norm swapped': {'after': ('act pool norm', 'act pool norm', 'act', 'act', 'act pool')},
+    'pool and norm swapped': {
+        'after': ('act pool norm', 'act pool norm', 'act', 'act', 'act pool')
+    },
 }
 
 
@@ -205,6 +210,7 @@ def alexnet(tmp_path_factory):
     folder, arrays = tmp_path_factory.mktemp('caffe'), caffe_arrays('caffe')
     found = convert(folder, files.caffemodel(arrays), 'net.caffemodel')
     expected = opencv(folder, 'caffe', arrays, pictures(), found.mean[0, 0, ::-1])
+    shutil.rmtree(folder)
     assert difference(logits(found, pictures()), expected) < TOLERANCE['caffe']
     return found, expected
 
@@ -224,14 +230,16 @@ def test_mistakes(mistake, alexnet):
     assert error > 5 * TOLERANCE['caffe']
 
 
-def test_onnx(tmp_path):
+def test_onnx(folder):
     """The zoo's own graph with random weights, fed with 227 pixels."""
     onnx = pytest.importorskip('onnx', reason='needs onnx: make test-deploy')
     runtime = pytest.importorskip('onnxruntime', reason='needs onnxruntime: make test-deploy')
-    folder = os.path.join(os.path.dirname(onnx.__file__), 'backend/test/data/light')
-    model = onnx.load(os.path.join(folder, 'light_bvlc_alexnet.onnx'))
+    light = os.path.join(os.path.dirname(onnx.__file__), 'backend/test/data/light')
+    model = onnx.load(os.path.join(light, 'light_bvlc_alexnet.onnx'))
     graph, kept = model.graph, {'OC2_DUMMY_1', 'data_0'}
-    shapes = {x.name.removesuffix('__SHAPE'): onnx.numpy_helper.to_array(x) for x in graph.initializer}
+    shapes = {
+        x.name.removesuffix('__SHAPE'): onnx.numpy_helper.to_array(x) for x in graph.initializer
+    }
     shapes = {name: tuple(x.tolist()) for name, x in shapes.items() if name not in kept}
     shapes = {
         name: (CLASSES, *shape[1:]) if name.startswith('fc8') else shape
@@ -248,7 +256,7 @@ def test_onnx(tmp_path):
         graph.initializer.append(onnx.numpy_helper.from_array(x, name))
         graph.input.append(onnx.helper.make_tensor_value_info(name, 1, x.shape))
     content = model.SerializeToString()
-    found = convert(tmp_path, content, 'net.onnx')
+    found = convert(folder, content, 'net.onnx')
     for x, side in zip(inputs[0].type.tensor_type.shape.dim, (1, 3, 227, 227), strict=True):
         x.dim_value = side
     graph.ClearField('input')
@@ -273,7 +281,7 @@ def test_onnx(tmp_path):
         ('MobileNetV2', 1.4, 'model'),
     ],
 )
-def test_keras(name, alpha, form, tmp_path):
+def test_keras(name, alpha, form, folder):
     os.environ['CUDA_VISIBLE_DEVICES'] = ''
     keras = pytest.importorskip('keras', reason='needs Keras: make test-deploy')
     h5py = pytest.importorskip('h5py', reason='needs h5py: make test-deploy')
@@ -286,18 +294,18 @@ def test_keras(name, alpha, form, tmp_path):
         if isinstance(layer, keras.layers.BatchNormalization):
             for v in layer.weights:
                 v.assign(random_norms(rng, v.name, v.numpy()))
-    file = tmp_path / ('net.weights.h5' if form == 'weights' else 'net.h5')
+    file = folder / ('net.weights.h5' if form == 'weights' else 'net.h5')
     if form == 'weights':
         model.save_weights(file)
     else:
         model.save(file)
     if form == 'old weights':  # what keras.applications downloads
-        with h5py.File(file) as whole, h5py.File(tmp_path / 'old.h5', 'w') as old:
+        with h5py.File(file) as whole, h5py.File(folder / 'old.h5', 'w') as old:
             for key in whole['model_weights']:
                 whole.copy(f'model_weights/{key}', old)
             old.attrs.update(whole['model_weights'].attrs)
-        file = tmp_path / 'old.h5'
-    found = convert(tmp_path, None, file.name)
+        file = folder / 'old.h5'
+    found = convert(folder, None, file.name)
     assert found.config['model']['width'] == alpha
     expected = model(np.float32(centre(pictures(), 224) / 127.5 - 1), training=False).numpy()
     assert difference(logits(found, pictures()), expected) < TOLERANCE['keras']

@@ -86,9 +86,7 @@ def zipped(members, compression=zipfile.ZIP_STORED, root='archive/'):
 
 def pth_of(arrays, legacy=False):
     """The bytes of a state dict's file."""
-    entries = {
-        name: tensor(str(i), x.dtype, x.shape) for i, (name, x) in enumerate(arrays.items())
-    }
+    entries = {name: tensor(str(i), x.dtype, x.shape) for i, (name, x) in enumerate(arrays.items())}
     storages = {str(i): np.ascontiguousarray(x).tobytes() for i, x in enumerate(arrays.values())}
     if not legacy:
         data = {f'data/{key}': content for key, content in storages.items()}
@@ -141,7 +139,9 @@ def caffemodel(arrays, order=('LRN', 'Pooling'), name='AlexNet', old=False, lrn=
 
     for layer in dict.fromkeys(layer for layer, _ in arrays):
         kernel = arrays[layer, 0]
-        convolution = field(10 if old else 106, field(3, int(padded and layer == 'conv10')))
+        convolution = field(
+            10 if old else 106, field(3, int(padded and layer in ('conv10', 'conv_final')))
+        )
         kind = 'Convolution' if kernel.ndim == 4 else 'InnerProduct'
         add(layer, kind, convolution, [arrays[layer, i] for i in (0, 1)])
         for op in order if layer in ('conv1', 'conv2') else ():
