@@ -194,7 +194,10 @@ def test_without_a_network_the_cache_is_listed(web, cache):
     cache.mkdir()
     (cache / 'b.bin.part').write_bytes(DATA[:5000])
     refused(
-        lambda: hub.download('b', url, '.bin', CHECK), 'cannot be reached', 'refused', str(cache)
+        lambda: hub.download('b', url, '.bin', CHECK),
+        'cannot be reached',
+        'refused',
+        f'quickstart (cache: {cache})',
     )
     get(web)
     assert content(hub.download(NAME, url, '.bin', CHECK)) == DATA
