@@ -42,7 +42,7 @@ OUTSIDE = {
     'tensorflow': ({'input'}, True),
     'tensorflow_datasets': ({'input'}, True),
     'pyarrow': ({'input'}, True),
-    'huggingface_hub': ({'input'}, True),
+    'huggingface_hub': ({'input', 'weights'}, True),
     'optax': ({'training'}, False),
     'orbax': ({'rundir'}, False),
     'flax': ({'nets', 'weights', 'training'}, False),
@@ -55,6 +55,7 @@ OUTSIDE = {
     'google.cloud': ({'common'}, True),
     'torch': (set(), False),  # files of other frameworks are read without them
     'flatbuffers': (set(), False),
+    'h5py': ({'weights'}, True),
     'ml_collections.config_flags': ({'commands'}, False),  # the library has no flags
     'absl.flags': ({'commands'}, False),
     'configs': (set(), False),
