@@ -69,8 +69,8 @@ def rate_warning(optim, *, batch: int) -> str:
     return (
         f'config.optim.rate={optim.rate}: rate / (1 - momentum) is {effective:.3g} per 256 images, and '
         f'such networks train with {TRAINS[0]} to {TRAINS[1]}; '
-        f'{"the loss may diverge" if many else "training may be very slow"}. With batches of {batch:,}, try a '
-        f'rate of {TRAINS[many] * (1 - optim.momentum) * batch / 256:.2g}'
+        f'{"the loss may diverge" if many else "training may be very slow"}. With batches of {batch:,}, '
+        f'try a rate of {TRAINS[many] * (1 - optim.momentum) * batch / 256:.2g}'
     )
 
 
