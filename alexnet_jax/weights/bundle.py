@@ -1,0 +1,245 @@
+"""A bundle: a folder with a trained network and what is needed to use it, and nothing of its training.
+
+    config.json         the config, as of a run; `bundle` has the card's facts and the weights' SHA-256
+    model.safetensors   the variables by path ('params/conv1/kernel'), and `mean`
+    names.txt           the class names, by label
+    README.md           the model card
+
+A mean image whose pixels are all the same is stored as one, f32[1,1,3].
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alexnet_jax.common import class_names, paths
+from alexnet_jax.common.errors import UserError, reason
+from alexnet_jax.rundir import fingerprint
+from alexnet_jax.weights import safetensors, variables
+
+CONFIG, WEIGHTS, NAMES, CARD = FILES = (
+    'config.json',
+    'model.safetensors',
+    'names.txt',
+    'README.md',
+)
+FORMAT = 1
+METRICS = {'top1_error': 'top-1 error', 'top5_error': 'top-5 error'}  # in percent
+
+
+class Bundle(NamedTuple):
+    """A network with its weights.
+
+    card has any of: title, source (what it was converted from), url, sha256 (of that file), licence, data
+    (what it was trained on), published and measured (dicts: `METRICS` in percent, and 'on': the images and
+    views), made (the command), folded (whether batch normalization is folded in, `weights.folded`).
+    """
+
+    config: dict  # as in a run's config.json
+    variables: dict  # {'params', 'batch_stats'} of NumPy arrays of floats
+    names: list[str]  # class names, by label
+    mean: np.ndarray  # f32[S,S,3], RGB, 0 to 255; S = config['data']['size']
+    card: dict[str, Any]
+
+
+def is_bundle(path: str | os.PathLike) -> bool:
+    """Whether a folder holds a bundle."""
+    folder = paths.path(path)
+    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
+
+
+def write(folder: str | os.PathLike, bundle: Bundle) -> None:
+    """Writes a bundle to a new or empty folder: all of it or, if it cannot be written, nothing.
+
+    Arrays keep their types, such as float16. Raises UserError if the folder has files.
+    """
+    path = paths.path(folder)
+    files = encoded(bundle)
+    try:
+        if paths.is_remote(path):
+            for name in reversed(FILES):  # the config last, without which it is not a bundle
+                paths.replace(path / name, files[name])
+            return
+        if path.exists() and (not path.is_dir() or os.listdir(path)):
+            raise UserError(f'{folder}: exists and is not an empty folder; give another')
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.absolute().parent)
+        try:
+            for name, content in files.items():
+                paths.replace(os.path.join(temporary, name), content)
+            os.chmod(temporary, 0o777 & ~_umask())
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except paths.failures(path) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f'{paths.full(error)}{folder}: cannot be written ({reason(error)}); give another folder'
+        ) from error
+
+
+def encoded(bundle: Bundle) -> dict[str, bytes]:
+    """The files of a bundle, by name."""
+    names = class_names.checked(bundle.names, 'the bundle')
+    mean = np.asarray(bundle.mean, np.float32)
+    size = bundle.config['data']['size']
+    if mean.shape != (size, size, 3):
+        raise ValueError(f'the mean image is {mean.shape}, and config.data.size is {size}')
+    constant = (mean == mean[:1, :1]).all()
+    arrays = {name: np.asarray(x) for name, x in fingerprint.named_leaves(bundle.variables).items()}
+    weights = safetensors.encoded(
+        {**arrays, 'mean': mean[:1, :1] if constant else mean}, {'format': 'alexnet_jax'}
+    )
+    about = {
+        'format': FORMAT,
+        'sha256': hashlib.sha256(weights).hexdigest(),
+        'card': bundle.card,
+    }
+    config = {**bundle.config, 'bundle': about}
+    return {
+        CONFIG: (json.dumps(config, indent=2) + '\n').encode(),
+        WEIGHTS: weights,
+        NAMES: ''.join(f'{name}\n' for name in names).encode(),
+        CARD: card(bundle).encode(),
+    }
+
+
+def read_config(folder: str | os.PathLike) -> tuple[dict, dict]:
+    """Reads (config, card) of a bundle without its weights; UserError if they are damaged."""
+    config, about = _config(folder)
+    return config, about['card']
+
+
+def read(folder: str | os.PathLike) -> Bundle:
+    """Reads a bundle. Raises UserError if it is damaged or of a later version."""
+    config, about = _config(folder)
+    path, size = paths.path(folder), config['data']['size']
+    data = variables.content(str(path / WEIGHTS))
+    if hashlib.sha256(data).hexdigest() != about['sha256']:
+        raise _damaged(folder, f'{WEIGHTS} does not have the SHA-256 in {CONFIG}')
+    arrays, _ = safetensors.decoded(data, str(path / WEIGHTS))
+    mean = arrays.pop('mean', None)
+    floats = all(x.dtype.kind in 'fV' for x in arrays.values())  # V: bfloat16
+    if mean is None or mean.shape not in ((1, 1, 3), (size, size, 3)) or not floats:
+        raise _damaged(folder, f'{WEIGHTS} has no mean image, or arrays that are not floats')
+    mean = np.ascontiguousarray(np.broadcast_to(mean.astype(np.float32), (size, size, 3)))
+    if not np.isfinite(mean).all():
+        raise _damaged(folder, 'the mean image is not finite')
+    try:
+        names = (path / NAMES).read_bytes().decode().removesuffix('\n').split('\n')
+        tree = variables.nest({tuple(name.split('/')): x for name, x in arrays.items()})
+    except (paths.failures(path), UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise _damaged(folder, reason(error)) from error
+    return Bundle(config, tree, class_names.checked(names, str(path / NAMES)), mean, about['card'])
+
+
+def _config(folder: str | os.PathLike) -> tuple[dict, dict]:
+    """(the config, what `bundle` has in it)"""
+    file = paths.path(folder) / CONFIG
+    try:
+        config = json.loads(file.read_bytes())
+        about = config.pop('bundle')
+        valid = [
+            type(about['format']) is int,
+            isinstance(about['sha256'], str),
+            isinstance(about['card'], dict),
+            type(config['data']['size']) is int and 0 < config['data']['size'] <= 10_000,
+        ]
+        if not all(valid):
+            raise ValueError('a field has another type')
+    except (paths.failures(file), ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f'{CONFIG}: {reason(error)}') from error
+    except RecursionError:
+        raise _damaged(folder, f'{CONFIG} is nested too deeply') from None
+    if about['format'] != FORMAT:
+        raise UserError(
+            f'{folder}: a bundle of format {about["format"]}; update alexnet_jax, which reads {FORMAT}'
+        )
+    return config, about
+
+
+def _damaged(folder: str | os.PathLike, why: str) -> UserError:
+    return UserError(f'{folder}: a damaged bundle ({why}): get it again')
+
+
+def card(bundle: Bundle) -> str:
+    """The model card: Markdown, with the header that the Hugging Face hub reads."""
+    facts = bundle.card
+    title, data = facts.get('title', bundle.config['model']['net']), facts.get('data', 'unknown')
+    licence = facts.get('licence', 'unknown')
+    header = {
+        'license': licence.lower() if ' ' not in licence else 'other',
+        'library_name': 'alexnet_jax',
+        'pipeline_tag': 'image-classification',
+        'tags': ['image-classification', 'jax', bundle.config['model']['net']],
+        'metrics': ['accuracy'],
+    }
+    found = facts.get('measured') or {}
+    metrics = [
+        {'type': 'accuracy', 'name': f'top-{k} accuracy', 'value': round(1 - found[key] / 100, 5)}
+        for k, key in ((1, 'top1_error'), (5, 'top5_error'))
+        if key in found
+    ]
+    if metrics:
+        result = {
+            'task': {'type': 'image-classification'},
+            'dataset': {'name': data, 'type': data},
+            'metrics': metrics,
+        }
+        header['model-index'] = [{'name': title, 'results': [result]}]
+    # A JSON value is a YAML value, too.
+    lines = ['---', *(f'{key}: {json.dumps(value)}' for key, value in header.items()), '---', '']
+    lines += [f'# {title}', '']
+    rows = [
+        ('Network', f'`{bundle.config["model"]["net"]}`, {_count(bundle):,} parameters'),
+        ('Input', _input(bundle)),
+        ('Classes', f'{len(bundle.names):,}'),
+        ('Trained on', data),
+        ('Source', facts.get('source')),
+        ('URL', facts.get('url')),
+        ('SHA-256 of that file', facts.get('sha256')),
+        ('Published', errors(facts.get('published'))),
+        ('Measured', errors(facts.get('measured'))),
+        ('Made by', f'`{facts["made"]}`' if facts.get('made') else None),
+        ('Batch normalization', 'folded into the layers' if facts.get('folded') else None),
+        ('License', licence),
+    ]
+    lines += ['| | |', '|---|---|', *(f'| {name} | {text} |' for name, text in rows if text)]
+    lines += ['', '```python', 'import alexnet_jax', '']
+    lines += ["classify = alexnet_jax.load('PATH OF THIS FOLDER')"]
+    lines += ["print(classify.names[classify('picture.jpg').argmax()])", '```', '']
+    return '\n'.join(lines)
+
+
+def errors(found: dict | None) -> str:
+    """'top-1 error 43.48 %, top-5 error 20.93 % (ImageNet, center crop)', or '' if nothing is known."""
+    if not found:
+        return ''
+    text = ', '.join(f'{METRICS[key]} {found[key]:.2f} %' for key in METRICS if key in found)
+    return f'{text} ({found["on"]})' if found.get('on') else text
+
+
+def _count(bundle: Bundle) -> int:
+    return sum(x.size for x in fingerprint.named_leaves(bundle.variables['params']).values())
+
+
+def _input(bundle: Bundle) -> str:
+    size, crop = bundle.config['data']['size'], bundle.config['augment']['crop']
+    red, green, blue = bundle.mean.mean((0, 1)).tolist()
+    return (
+        f'RGB, 0 to 255, minus the mean ({red:.1f}, {green:.1f}, {blue:.1f} on average); crops of '
+        f'{crop} x {crop} pixels of the central square resized to {size} x {size}'
+    )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
