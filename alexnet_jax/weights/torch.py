@@ -1,11 +1,13 @@
-"""State dicts of torchvision's SqueezeNet, MobileNet v2 and ShuffleNet v2."""
+"""State dicts of torchvision's AlexNet, SqueezeNet, MobileNet v2 and ShuffleNet v2."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets import network
+from alexnet_jax.nets.alexnet import AlexNet
 from alexnet_jax.nets.mobilenet import MobileNet
 from alexnet_jax.nets.network import Network
 from alexnet_jax.nets.shufflenet import ShuffleNet
@@ -14,55 +16,60 @@ from alexnet_jax.weights import variables
 
 LEAVES = {'kernel': 'weight', 'depthwise': 'weight', 'bias': 'bias'}
 NORM = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
+CROPS = 224, 225  # where torchvision's AlexNet, which pools with other borders, has the same maps
+# The fields of an AlexNet that decide what it computes, but for its size.
+COMPUTING = (
+    *('towers', 'kernels', 'groups', 'remove', 'activation', 'after', 'norms', 'pooling', 'dropout'),
+    *('dropout_at', 'conv1_padding'),
+)
 COUNTER = 'num_batches_tracked'  # of each batch normalization; nothing here needs it
 
 
 def from_state_dict(
-    net: Network, state: dict[str, np.ndarray], std: float | Sequence[float] | None = None
+    net: Network,
+    state: dict[str, np.ndarray],
+    std: float | Sequence[float] | None = None,
+    crop: int = 224,
 ) -> dict:
     """Converts a state dict, as arrays, to the variables of a network, in the arrays' dtype.
 
     std: what torchvision's network divides pixels (0 to 255) by, for each channel: 255 times the one it
-    documents. Without it, both get the same inputs. Running variances stay unbiased. Raises UserError
-    unless names and shapes are those of the network.
+    documents. Without it, both get the same inputs. crop: the side of the network's images in pixels.
+    Running variances stay unbiased. Raises UserError unless names and shapes are those of the network,
+    and for an AlexNet that computes something else at this size.
     """
-    torch_name = _names(net)
-    wanted = {torch_name(path): (path, shape) for path, shape in variables.leaves(net).items()}
-    given = {name: np.asarray(x) for name, x in state.items() if name.split('.')[-1] != COUNTER}
-    shapes = {name: _shape(path, shape) for name, (path, shape) in wanted.items()}
-    problems = [
-        *variables.listed('missing', [name for name in wanted if name not in given]),
-        *variables.listed('extra', [name for name in given if name not in wanted]),
-        *variables.listed(
-            'shapes',
-            [
-                f'{name} is {[*x.shape]} and should be {[*shapes[name]]}'
-                for name, x in given.items()
-                if name in wanted and x.shape != shapes[name]
-            ],
-        ),
-        *variables.listed(
-            'not numbers', [name for name, x in given.items() if x.dtype.kind not in 'fiu']
-        ),
-    ]
-    if problems:
+    if isinstance(net, AlexNet) and crop not in CROPS:
         raise UserError(
-            f'the state dict is not that of this {type(net).__name__} ({"; ".join(problems)}): choose '
-            'the preset and the fields of config.model that it was trained with'
+            f'crop={crop}: torchvision pools with other borders; its AlexNet is this one at '
+            f'{" or ".join(map(str, CROPS))} pixels'
         )
-    arrays = {path: _ours(path, given[name]) for name, (path, _) in wanted.items()}
+    name, shapes = names(net), variables.leaves(net, crop)
+    given = {key: np.asarray(x) for key, x in state.items() if key.split('.')[-1] != COUNTER}
+    variables.check(
+        f'the state dict is not that of this {type(net).__name__}',
+        {name(path): variables.their_shape(net, path, shape) for path, shape in shapes.items()},
+        given,
+        'choose the preset and the fields of config.model that it was trained with',
+    )
+    arrays = {path: variables.from_theirs(net, path, given[name(path)]) for path in shapes}
     if std is not None:
         first = ('params', 'conv1', 'kernel')
         arrays[first] = variables.for_pixels(net, arrays[first], std)
     return variables.nest(arrays)
 
 
-def _names(net: Network) -> Callable[[network.Path], str]:
+def names(net: Network) -> Callable[[network.Path], str]:
     """A function from the path of a variable to its name in the state dict."""
-    modules = {SqueezeNet: _squeezenet, MobileNet: _mobilenet, ShuffleNet: _shufflenet}
+    modules = {
+        AlexNet: _alexnet,
+        SqueezeNet: _squeezenet,
+        MobileNet: _mobilenet,
+        ShuffleNet: _shufflenet,
+    }
     if type(net) not in modules or getattr(net, 'version', None) == 1:
         raise UserError(
-            'torchvision has no such network: choose SqueezeNet, MobileNet v2 or ShuffleNet v2'
+            "torchvision has no such network: choose preset owt's AlexNet, SqueezeNet, MobileNet v2 or "
+            'ShuffleNet v2'
         )
     module = modules[type(net)](net)
 
@@ -76,6 +83,19 @@ def _names(net: Network) -> Callable[[network.Path], str]:
 
 
 # The functions below return {layer: (its convolution or matrix, its normalization or '')}.
+
+
+def _alexnet(net: AlexNet) -> dict:
+    theirs = configfile.load('owt').model
+    different = [name for name in COMPUTING if getattr(net, name) != theirs[name]]
+    if different:
+        raise UserError(
+            "torchvision has no such network: config.model must be that of preset owt in "
+            f'{", ".join(different)}'
+        )
+    layers = [(f'conv{i + 1}', f'features.{at}') for i, at in enumerate((0, 3, 6, 8, 10))]
+    layers += [(f'fc{i + 6}', f'classifier.{at}') for i, at in enumerate((1, 4, 6))]
+    return {(name,): (theirs, '') for name, theirs in layers}
 
 
 def _squeezenet(net: SqueezeNet) -> dict:
@@ -119,18 +139,3 @@ def _shufflenet(net: ShuffleNet) -> dict:
         for part, (branch, i) in places.items():
             found[unit, part] = tuple(f'{stage}.{int(number) - 1}.{branch}.{i + k}' for k in (0, 1))
     return found
-
-
-def _shape(path: network.Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if path[-1] == 'depthwise':
-        return (shape[2], 1, *shape[:2])
-    return (*shape[:-3:-1], *shape[:-2]) if path[-1] == 'kernel' else shape
-
-
-def _ours(path: network.Path, x: np.ndarray) -> np.ndarray:
-    """OIHW -> HWIO, C1HW -> HWC, OI -> IO."""
-    if path[-1] == 'depthwise':
-        return x[:, 0].transpose(1, 2, 0)
-    if path[-1] == 'kernel':
-        return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
-    return x

@@ -1,18 +1,21 @@
 """From the arrays of another program's file to the variables of a network."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.common import paths
+from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import UserError, printable, reason
 from alexnet_jax.nets import network
+from alexnet_jax.nets.build import build
 from alexnet_jax.nets.network import Network
 
-ANY_CROP = 64  # the variables of these networks do not depend on the images' size
+ANY_CROP = 64  # for networks whose variables do not depend on the images' size
 LARGEST = 2**31  # bytes of a file
 
 
@@ -44,10 +47,64 @@ def content(file: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=8)
-def leaves(net: Network) -> dict[network.Path, tuple[int, ...]]:
+def leaves(net: Network, crop: int = ANY_CROP) -> dict[network.Path, tuple[int, ...]]:
     """The shape of every variable of a network, by its path: ('params', 'conv1', 'kernel')."""
-    found = jax.tree.leaves_with_path(network.shapes(net, ANY_CROP))
+    found = jax.tree.leaves_with_path(network.shapes(net, crop))
     return {network.names_of(path): leaf.shape for path, leaf in found}
+
+
+def preset(name: str, classes: int, changes: dict) -> Network:
+    """The network of a preset, such as 'mobilenet:v1', with other values in some fields of config.model."""
+    return build(classes=classes, **{**configfile.load(name).model, **changes})
+
+
+def check(
+    title: str,
+    wanted: dict[str, tuple[int, ...]],
+    given: dict[str, np.ndarray],
+    advice: str,
+) -> None:
+    """Raises UserError, which lists all differences, unless arrays have the names and shapes wanted."""
+    problems = [
+        *listed('missing', [name for name in wanted if name not in given]),
+        *listed('extra', [name for name in given if name not in wanted]),
+        *listed(
+            'shapes',
+            [
+                f'{name} is {[*x.shape]} and should be {[*wanted[name]]}'
+                for name, x in given.items()
+                if name in wanted and x.shape != wanted[name]
+            ],
+        ),
+        *listed('not numbers', [name for name, x in given.items() if x.dtype.kind not in 'fiu']),
+    ]
+    if problems:
+        raise UserError(f'{title} ({"; ".join(problems)}): {advice}')
+
+
+def _in_towers(net: Network, path: network.Path) -> bool:
+    return net.partition(path[1:]) != P()
+
+
+def their_shape(net: Network, path: network.Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that PyTorch, Caffe and ONNX give to a variable of one tower: OIHW, C1HW, OI."""
+    shape = shape[1:] if _in_towers(net, path) else shape
+    if path[-1] == 'depthwise':
+        return (shape[2], 1, *shape[:2])
+    return (*shape[:-3:-1], *shape[:-2]) if path[-1] == 'kernel' else shape
+
+
+def from_theirs(net: Network, path: network.Path, x: np.ndarray) -> np.ndarray:
+    """OIHW -> HWIO, C1HW -> HWC, OI -> IO; fc6's inputs, the maps of conv5, from CHW to HWC."""
+    if path[1] == 'fc6' and path[-1] == 'kernel':
+        channels = net.per_tower(net.kernels[-1])
+        side = math.isqrt(x.shape[1] // channels)
+        x = x.reshape(-1, channels, side, side).transpose(0, 2, 3, 1).reshape(x.shape)
+    if path[-1] == 'depthwise':
+        x = x[:, 0].transpose(1, 2, 0)
+    elif path[-1] == 'kernel':
+        x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+    return x[None] if _in_towers(net, path) else x
 
 
 def nest(arrays: dict[network.Path, np.ndarray]) -> dict:
@@ -77,9 +134,9 @@ def without_norm(layer: network.Path, bias: np.ndarray, epsilon: float) -> dict:
 def for_pixels(net: Network, kernel: np.ndarray, std: float | Sequence[float]) -> np.ndarray:
     """The first kernel [...,3,O] of a network that gets pixels (0 to 255), from another that divides them.
 
-    std: what the other divides pixels by, for each channel or all; ours divides by `net.input_std`.
+    std: what the other divides pixels by, for each channel or all; ours divides by `net.input_std`, if any.
     """
-    factor = net.input_std / np.broadcast_to(np.asarray(std, np.float64), (3,))
+    factor = getattr(net, 'input_std', 1.0) / np.broadcast_to(np.asarray(std, np.float64), (3,))
     return (kernel * factor[:, None]).astype(kernel.dtype)
 
 

@@ -6,7 +6,7 @@ import pytest
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets.build import build
-from alexnet_jax.weights import torch
+from alexnet_jax.weights import torch, variables
 
 SMALL = {
     'squeezenet': {
@@ -42,9 +42,9 @@ def net(preset, **changes):
 
 def state_of(network):
     """A state dict of zeros, from the names and shapes that the function asks for."""
-    names, shapes = torch._names(network), torch.variables.leaves(network)
+    names, shapes = torch.names(network), variables.leaves(network)
     return {
-        names(path): np.zeros(torch._shape(path, shape), np.float32)
+        names(path): np.zeros(variables.their_shape(network, path, shape), np.float32)
         for path, shape in shapes.items()
     }
 
