@@ -23,9 +23,10 @@ class Backend(NamedTuple):
     overlap: bool
     shifts: bool  # depthwise convolutions as shifted products, for which XLA is slow on CPUs
     keep_programs: bool  # cache compiled programs on disk; compiling for CPUs takes seconds
-    # pooling as one operator, and hidden layers as one product per tower, as other programs have them
+    # maximum pooling as one operator, and hidden layers as one product per tower, as other programs have
     operators: bool = False
-    names: bool = False  # local response normalization as an operator with a name, for ONNX
+    # local response normalization and sums over windows as one operator, too, as only ONNX has
+    sums: bool = False
 
 
 CPU = Backend(
@@ -39,9 +40,9 @@ _forced = contextvars.ContextVar('_forced', default=None)
 
 
 @contextlib.contextmanager
-def portable(*, names: bool = False) -> Iterator[None]:
+def portable(*, sums: bool = False) -> Iterator[None]:
     """Networks traced in this context compute with the operators that other programs have."""
-    token = _forced.set(PORTABLE._replace(names=names))
+    token = _forced.set(PORTABLE._replace(sums=sums))
     try:
         yield
     finally:

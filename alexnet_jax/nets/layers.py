@@ -125,7 +125,7 @@ def lrn(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
     at the first and last channel. alpha multiplies each square: the source's `scale` of 1e-4 is an
     alpha of 1e-4 / 5 here.
     """
-    function = lax.composite(_lrn, LRN) if choices().names else _lrn
+    function = lax.composite(_lrn, LRN) if choices().sums else _lrn
     return function(x, alpha=alpha, k=k, n=n, beta=beta)
 
 
@@ -142,7 +142,7 @@ def map_norm(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
 
 
 def _window_sum(x, n: int, axes: tuple[int, ...]):
-    if choices().operators and axes == (1, 2):
+    if choices().sums and axes == (1, 2):
         return _reduce(x, n, 1, lax.add, 0.0, ((n // 2,) * 2,) * 2)
     for axis in axes:
         pad = [(0, 0)] * x.ndim
@@ -236,7 +236,7 @@ def avg_pool(x, *, window: int, stride: int) -> jax.Array:
     x[B,H,W,C] -> [B,H',W',C], with the sizes of `max_pool` (`docs/original.md` §1).
     """
     count = sum(_pool_slices(jnp.ones((1, *x.shape[1:3], 1), x.dtype), window, stride, 0))
-    if choices().operators:
+    if choices().sums:
         return _reduce(x, window, stride, lax.add, 0.0, _ends(x, window, stride)) / count
     return sum(_pool_slices(x, window, stride, 0)) / count
 
