@@ -4,7 +4,7 @@
     alexnet-jax evaluate runs/quickstart    measure the error of a run
     alexnet-jax COMMAND --help              list the flags of a command
 
-Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary.
+Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary, hub, convert.
 `python -m alexnet_jax` does the same.
 """
 
@@ -24,6 +24,8 @@ COMMANDS = (
     'retrieve',
     'visualize',
     'summary',
+    'hub',
+    'convert',
 )
 
 

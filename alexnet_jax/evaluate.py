@@ -20,8 +20,7 @@ from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.devices import distributed
 from alexnet_jax.input import threads
-from alexnet_jax.rundir import directory
-from alexnet_jax.training import evaluation, metrics, steps
+from alexnet_jax.training import evaluation, inference, metrics, steps
 
 DPI = 100
 NUMBERED, NAMED = 20, 60  # most classes whose cells have numbers, whose rows and columns have names
@@ -59,7 +58,7 @@ def main() -> None:
             {name: value for name, value in vars(args).items() if name != 'process_id'}
         )
         if args.confusion and distributed.is_first():
-            directory.read_config(args.runs[0])
+            figures.check_folder(args.runs[0], args.output)
             figures.check_file('--output', f'{prefix}confusion.csv')
         results = evaluation.compare(
             args.runs,
@@ -73,7 +72,7 @@ def main() -> None:
         )
         if distributed.is_first():
             print(evaluation.table(results))
-            names = directory.read_facts(args.runs[0]).names
+            names = inference.describe_run(args.runs[0]).facts.names
             if args.per_class:
                 print(evaluation.class_table(results, class_names.shown(names)))
             if args.confusion:

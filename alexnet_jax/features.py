@@ -97,7 +97,7 @@ def main() -> None:
         facts = {'labels': labels, 'paths': np.array([paths[i] for i in numbers])}
     facts |= {'names': np.array(names), 'layer': layer, 'step': trained.step}
     array = found.get()
-    print(printable(f'{args.run}, step {trained.step:,}: {layer}, f32{list(array.shape)}'))
+    print(printable(f'{trained.title}: {layer}, f32{list(array.shape)}'))
     figures.write(output, lambda file: np.savez(file, features=array, **facts))
     if pictures:
         pictures.check()

@@ -24,6 +24,7 @@ from alexnet_jax.input.sources.source import image_files
 from alexnet_jax.input.store import Store
 from alexnet_jax.input.threads import ordered_map
 from alexnet_jax.rundir import directory
+from alexnet_jax.weights import hub
 
 DRAWN = 100  # most pictures in a row or column of a figure
 KINDS = {'.png': 'pictures are written as PNG', '.npz': 'features are written as NPZ'}
@@ -72,12 +73,21 @@ def output(args: argparse.Namespace, default: str) -> str:
     """
     kind = os.path.splitext(default)[1]
     if args.output is None:
-        directory.read_config(args.run)
+        check_folder(args.run, None)
         args.output = os.path.join(args.run, default)
     elif paths.path(args.output).suffix.lower() != kind:
         raise UserError(f'--output={args.output}: {KINDS[kind]}; end the name in {kind}')
     check_file('--output', args.output)
     return args.output
+
+
+def check_folder(run: str, output: str | None) -> None:
+    """Raises UserError if the results of a run would go to its folder, and it has none."""
+    if hub.locate(run) != run:
+        if output is None:
+            raise UserError(f'{run}: has no folder for results; give --output')
+    else:
+        directory.read_config(run)
 
 
 def check_file(flag: str, name: str) -> None:

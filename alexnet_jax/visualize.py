@@ -37,7 +37,7 @@ def main() -> None:
     kernels = first_kernels(trained)
     towers, h, w, _, count = kernels.shape
     print(
-        f'{printable(args.run)}, step {trained.step:,}: {towers * count} kernels of {h} x {w}, '
+        f'{printable(trained.title)}: {towers * count} kernels of {h} x {w}, '
         f'towers: {towers}, weights from {kernels.min():.3g} to {kernels.max():.3g}'
     )
     picture = progress.kernel_picture(kernels, scale=args.scale, per_kernel=args.per_kernel)

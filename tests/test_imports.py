@@ -42,7 +42,7 @@ OUTSIDE = {
     'tensorflow': ({'input'}, True),
     'tensorflow_datasets': ({'input'}, True),
     'pyarrow': ({'input'}, True),
-    'huggingface_hub': ({'input'}, True),
+    'huggingface_hub': ({'input', 'weights'}, True),
     'optax': ({'training'}, False),
     'orbax': ({'rundir'}, False),
     'flax': ({'nets', 'weights', 'training'}, False),

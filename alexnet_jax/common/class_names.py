@@ -23,6 +23,11 @@ def _table() -> dict[str, str]:
     }
 
 
+def imagenet() -> list[str]:
+    """The names of ILSVRC-2012's 1,000 classes by label: WordNet IDs, as in a store of ImageNet."""
+    return [*_table()]
+
+
 def shown(names: Sequence[str]) -> list[str]:
     """Class names for display: WordNet IDs become words; other names stay.
 

@@ -75,16 +75,20 @@ def read_config(path: str | os.PathLike) -> dict:
     """Reads the config of a run directory; UserError if `path` is not one."""
     file = paths.path(path) / 'config.json'
     try:
-        config = json.loads(file.read_text(encoding='utf-8'))
-        for name, kind in DATA.items():
-            if type(config['data'].get(name, kind())) is not kind:
-                raise ValueError(f'data.{name} is {config["data"][name]!r}')
-        return config | {part: fields | config[part] for part, fields in LATER.items()}
+        return completed(json.loads(file.read_text(encoding='utf-8')))
     except (paths.failures(file), ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{path}: not a run directory ({file} cannot be read: {reason(error)}); give one that '
-            'alexnet_jax.main created, such as runs/paper'
+            'alexnet_jax.main created, such as runs/paper, or a name that alexnet_jax.hub lists'
         ) from error
+
+
+def completed(config: dict) -> dict:
+    """A config that was stored, with the fields that are newer; ValueError, ... if it is not one."""
+    for name, kind in DATA.items():
+        if type(config['data'].get(name, kind())) is not kind:
+            raise ValueError(f'data.{name} is {config["data"][name]!r}')
+    return config | {part: fields | config[part] for part, fields in LATER.items()}
 
 
 def read_facts(path: str | os.PathLike) -> Facts:

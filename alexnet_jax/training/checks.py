@@ -14,7 +14,7 @@ from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.rundir import checkpoint, directory, fingerprint
 from alexnet_jax.training import optim
-from alexnet_jax.training.setup import Setup
+from alexnet_jax.training.setup import Setup, Start
 
 SCHEDULE = {f'config.optim.{field}' for field in optim.SCHEDULE}
 
@@ -159,9 +159,7 @@ def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
     if own.steps():
         own.shapes()
     elif config.train.init_from:
-        path = paths.path(config.train.init_from)
-        directory.read_config(path)
-        there = checkpoint.Checkpoints(path / 'checkpoints').shapes()
+        there = Start.open(config.train.init_from).leaves
         for name, leaf in fingerprint.named_leaves(shapes).items():
             kind, _, layer = name.partition('/')
             if network.in_head(net, tuple(layer.split('/'))):
@@ -170,8 +168,8 @@ def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
             if other is None or other.shape != leaf.shape:
                 called = layer if kind == 'params' else name
                 raise UserError(
-                    f'config.train.init_from={path}: a run of another network: its {called} is '
-                    f'{list(other.shape) if other else "missing"}, expected {list(leaf.shape)}'
+                    f'config.train.init_from={config.train.init_from}: a run of another network: its '
+                    f'{called} is {list(other.shape) if other else "missing"}, expected {list(leaf.shape)}'
                 )
 
 

@@ -105,7 +105,7 @@ def compare(
     """Returns sums by (name, view) for each run, and for several runs also their ensemble ('N CNNs').
 
     store: the folder of the prepared images, if not that of the first run; confusion: see `evaluate`;
-    build: see `inference.describe_run`. Raises UserError for paths that are not run directories, for
+    run_dirs and build: see `inference.describe_run`. Raises UserError for networks that do not exist, for
     damaged checkpoints, for runs on different classes, and for a split that the store does not have.
     """
     runs = [describe_run(path, build) for path in run_dirs]
@@ -120,9 +120,7 @@ def compare(
     results = {}
     for view in views:
         predicts = [predictor(r, mesh, view) for r in runs]
-        members = [
-            (f'{r.path} (step {r.step:,})', [p]) for r, p in zip(runs, predicts, strict=True)
-        ]
+        members = [(r.title, [p]) for r, p in zip(runs, predicts, strict=True)]
         if len(runs) > 1:
             members.append((f'{len(runs)} CNNs', predicts))
         for name, ensemble in members:

@@ -1,4 +1,4 @@
-"""Loads a trained network from its run directory, as functions from images to probabilities or features."""
+"""Loads a trained network, from a run directory or a bundle, as functions from images to probabilities."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from alexnet_jax.common import paths
+from alexnet_jax.common import class_names, paths
 from alexnet_jax.common.errors import InputError, UserError, choose
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import buckets, prepare
@@ -20,8 +20,11 @@ from alexnet_jax.input.batches import Batch
 from alexnet_jax.input.store import Store
 from alexnet_jax.nets.build import build
 from alexnet_jax.nets.network import Network
-from alexnet_jax.rundir import checkpoint, directory
+from alexnet_jax.rundir import checkpoint, directory, fingerprint
 from alexnet_jax.training import steps
+from alexnet_jax.weights import bundle as bundles
+from alexnet_jax.weights import hub
+from alexnet_jax.weights.bundle import Bundle
 
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
 BATCH = 64  # images that a Classifier computes at once
@@ -32,34 +35,55 @@ ACCEPTED = (
 
 
 class Run(NamedTuple):
-    """A trained network, loaded from its run directory."""
+    """A trained network, loaded from its run directory or bundle."""
 
     path: paths.Path
     config: dict
     facts: directory.Facts
     net: Network
-    step: int = 0
+    step: int = 0  # 0 for a bundle
     variables: dict | None = None  # {'params', 'batch_stats'}; None until restored
+    bundle: Bundle | None = (
+        None  # where it is from one; without its variables once they are restored
+    )
+
+    @property
+    def title(self) -> str:
+        """What to call it in output."""
+        return str(self.path) if self.bundle else f'{self.path} (step {self.step:,})'
 
 
 def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
     """Returns a run without its variables, which needs no mesh.
 
-    build: makes the network from the fields of `config.model`, for networks defined elsewhere.
-    Raises UserError if `path` is not a run directory.
+    path: a run directory, a bundle, or a name of one, which is downloaded if need be (`hub.locate`).
+    build: makes the network from the fields of `config.model`, for networks defined elsewhere. Raises
+    UserError if there is no such network.
     """
-    path = paths.path(path)
-    config, facts = directory.read_config(path), directory.read_facts(path)
-    return Run(path, config, facts, build(classes=len(facts.names), **config['model']))
+    path = paths.path(hub.locate(path))
+    if bundles.is_bundle(path):
+        stored = bundles.read(path)
+        exif = stored.config['data']['exif'] == 'on'
+        config, facts = stored.config, directory.Facts(stored.names, stored.mean, exif)
+    else:
+        config, facts, stored = directory.read_config(path), directory.read_facts(path), None
+    net = build(classes=len(facts.names), **config['model'])
+    return Run(path, config, facts, net, bundle=stored)
 
 
 def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
     """Returns the same run with its variables on a mesh. step: 'best', 'latest' or a number.
 
     They are the moving averages if `config.train.ema_used`. Raises UserError for missing or damaged
-    checkpoints.
+    checkpoints, and for a numbered step of a bundle.
     """
     target = steps.abstract_variables(run.net, mesh, run.config['augment']['crop'])
+    if run.bundle:
+        if isinstance(step, int):
+            raise UserError(f'{run.path}: a bundle has no steps; leave out --step={step}')
+        leaves = placed(run.path, run.bundle.variables, fingerprint.named_leaves(target))
+        variables = jax.tree.unflatten(jax.tree.structure(target), leaves.values())
+        return run._replace(variables=variables, bundle=run.bundle._replace(variables={}))
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints')
     wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
     if step == 'best' and wanted is None:
@@ -67,6 +91,37 @@ def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
     average = run.config['train']['ema_used']
     found, restored, _ = checkpoints.restore_part({'ema': target} if average else target, wanted)
     return run._replace(step=found, variables=restored['ema'] if average else restored)
+
+
+def placed(path: str | os.PathLike, variables: dict, target: dict) -> dict[str, jax.Array]:
+    """Returns the arrays of a bundle that `target` names, with its dtypes and shardings.
+
+    variables: nested; target: jax.ShapeDtypeStructs by name, such as 'params/conv1/kernel'. Raises
+    UserError if one is missing or of another shape.
+    """
+    there = fingerprint.named_leaves(variables)
+    for name, leaf in target.items():
+        shape = [*there[name].shape] if name in there else 'missing'
+        if shape != [*leaf.shape]:
+            raise UserError(
+                f'{path}: its weights do not fit its config.model: {name} is {shape}, not {[*leaf.shape]}'
+            )
+    return {
+        name: jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, there[name].astype(leaf.dtype).__getitem__
+        )
+        for name, leaf in target.items()
+    }
+
+
+def as_bundle(run: Run, **card) -> Bundle:
+    """Returns a restored run as a bundle; card: facts to add, see `Bundle`."""
+    exif = {'exif': 'on' if run.facts.exif else 'off'}
+    config = {**run.config, 'data': {**run.config['data'], **exif}}
+    facts = {'title': os.path.basename(run.path), 'data': run.config['data']['source']}
+    facts = run.bundle.card if run.bundle else facts
+    variables = jax.device_get(run.variables)
+    return Bundle(config, variables, run.facts.names, run.facts.mean, facts | card)
 
 
 def open_run(
@@ -134,10 +189,7 @@ def make_features(
         images = meshes.global_batch(mesh, len(there), {'image': batch['image']})['image']
         values = np.asarray(extract(trained.variables, images))[there]
         if not np.isfinite(values).all():
-            raise UserError(
-                f'{trained.path}, step {trained.step:,}: activations are not finite; '
-                'give another --step'
-            )
+            raise UserError(f'{trained.title}: activations are not finite; give another --step')
         return values
 
     return features
@@ -164,7 +216,8 @@ class Classifier:
     array [B,H,W,C]. One gives a result without the leading axis, several give one with it, also a list
     of one. Anything else raises InputError, which is a ValueError.
 
-    `run` is the opened run, `size` the side in pixels of the square cropped from an image.
+    `run` is the opened run, `size` the side in pixels of the square cropped from an image, `words` the names
+    for people: words for the WordNet IDs of ImageNet.
     """
 
     @meshes.settings()
@@ -172,6 +225,7 @@ class Classifier:
         self._mesh = meshes.make((1, 1), towers=1, batches={})
         self.run = open_run(run_dir, self._mesh, step, build)
         self.names = self.run.facts.names
+        self.words = class_names.shown(self.names)
         self.step = self.run.step
         self.size = self.run.facts.mean.shape[0]
         self._predict = predictor(self.run, self._mesh, views)
@@ -247,9 +301,8 @@ def load(
 ) -> Classifier:
     """Loads a trained network as a function from images to probabilities, with class names.
 
-    views: 'ten' crops or only the 'centre' one; step: 'best', 'latest' or a number; build: see
-    `describe_run`. Raises UserError if `run_dir` is not a run directory, and for missing or damaged
-    checkpoints.
+    run_dir and build: see `describe_run`; views: 'ten' crops or only the 'centre' one; step: 'best',
+    'latest' or a number. Raises UserError if there is no such network, and for missing or damaged weights.
     """
     choose('views', views, steps.VIEWS)
     return Classifier(run_dir, views, step, build)

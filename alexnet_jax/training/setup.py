@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,16 @@ from alexnet_jax.input.store import Store
 from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.rundir import checkpoint, directory, fingerprint
-from alexnet_jax.training import diagnosis, evaluation, metrics, optim, steps
+from alexnet_jax.training import diagnosis, evaluation, inference, metrics, optim, steps
+from alexnet_jax.weights import bundle as bundles
+from alexnet_jax.weights import folded, hub, variables
+from alexnet_jax.weights.bundle import Bundle
 
 log = logging.getLogger(__name__)
+CALIBRATION, CALIBRATION_BATCH = (
+    1024,
+    64,
+)  # training images for folded statistics, in all and at once
 
 
 def make_optimizer(config, net: Network, mesh: jax.sharding.Mesh):
@@ -111,8 +119,7 @@ class Setup:
             self.net, self.optimizer, self.mesh, seed=self.config.seed, **of_state
         )
         if init_from:
-            names = self.store.names
-            variables = _variables_from(init_from, self.net, names, target, state)
+            variables = _variables_from(init_from, self, target, state)
             state = state.replace(**variables)
             if state.ema:
                 state = state.replace(ema=jax.tree.map(jnp.copy, variables))
@@ -212,18 +219,47 @@ def _check_intervals(config, examples: int) -> None:
         raise UserError(f'config.optim.epochs={config.optim.epochs}: shorter than a step')
 
 
-def _variables_from(run_dir: str, net: Network, names: list[str], target, state) -> dict:
-    """Returns another run's params and batch_stats; the last layer is new if the classes differ.
+class Start(NamedTuple):
+    """The network that `config.train.init_from` names."""
 
-    The same classes in another order have theirs of the last layer, in the order of `names`.
+    path: paths.Path
+    names: list[str]  # its classes
+    leaves: dict  # name ('params/conv1/kernel') -> something with a shape
+    bundle: Bundle | None = None
+
+    @classmethod
+    def open(cls, init_from: str) -> 'Start':
+        """Raises UserError if there is no such network, and for damaged weights."""
+        path = paths.path(hub.locate(init_from))
+        if bundles.is_bundle(path):
+            stored = bundles.read(path)
+            leaves = fingerprint.named_leaves(stored.variables)
+            return cls(path, stored.names, leaves, stored)
+        directory.read_config(path)
+        leaves = checkpoint.Checkpoints(path / 'checkpoints').shapes()
+        return cls(path, directory.read_facts(path).names, leaves)
+
+    def restore(self, kept: dict) -> tuple[str, dict[str, jax.Array]]:
+        """Returns (what to call it, arrays): of the names in `kept`, with the shardings there."""
+        if self.bundle:
+            title = self.bundle.card.get('title')
+            found = inference.placed(self.path, self.bundle.variables, kept)
+            return f'{self.path} ({title})' if title else str(self.path), found
+        step, found, _ = checkpoint.Checkpoints(self.path / 'checkpoints').restore_part(kept)
+        return f'{self.path}, step {step}', found
+
+
+def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
+    """Returns another network's params and batch_stats; the last layer is new if the classes differ.
+
+    The same classes in another order have theirs of the last layer, in the order of the store's. Folded
+    batch normalization gets the statistics of training images.
     """
-    directory.read_config(run_dir)
-    theirs = directory.read_facts(run_dir).names
+    start, net, names = Start.open(init_from), setup.net, setup.store.names
+    theirs, there = start.names, start.leaves
     order = None
     if theirs != names and sorted(theirs) == sorted(names) and len({*names}) == len(names):
         order = np.array([theirs.index(name) for name in names])
-    other = checkpoint.Checkpoints(paths.path(run_dir) / 'checkpoints')
-    there = other.shapes()
     wanted = fingerprint.named_leaves(target.variables)
     fresh = fingerprint.named_leaves(state.variables)
     head = {n for n in wanted if network.in_head(net, tuple(n.split('/')[1:]))}
@@ -231,14 +267,46 @@ def _variables_from(run_dir: str, net: Network, names: list[str], target, state)
         n in there and there[n].shape == wanted[n].shape for n in head
     )
     kept = {n: leaf for n, leaf in wanted.items() if same or n not in head}
-    step, found, _ = other.restore_part(kept)
+    title, found = start.restore(kept)
     new = '' if order is None else ', with its classes in another order'
     if not same:
         new = ', with a new last layer, since the classes are not the same'
-    log.info('starting from %s, step %s%s', run_dir, step, new)
+    log.info('starting from %s%s', title, new)
     if same and order is not None:
         for name in head:
             sharding = found[name].sharding  # classes are the last axis of every leaf
             found[name] = jax.jit(lambda x: x[..., order], out_shardings=sharding)(found[name])
+    if start.bundle and start.bundle.card.get('folded'):
+        count = min(CALIBRATION, setup.store.counts['train'])
+        log.info('its batch normalization gets the statistics of %s training images', f'{count:,}')
+        found |= _unfolded(setup, {n: leaf for n, leaf in wanted.items() if n in found}, found)
     leaves = [found.get(name, fresh[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(state.variables), leaves)
+
+
+def _unfolded(setup: Setup, kept: dict, found: dict) -> dict:
+    """Returns `found`, by name, with `folded.unfolded`: the same in all processes."""
+    config, store = setup.config, setup.store
+    crop, batch = config.augment.crop, min(CALIBRATION, CALIBRATION_BATCH)
+    shapes = fingerprint.named_leaves(network.shapes(setup.net, crop))
+    arrays = {
+        tuple(name.split('/')): np.asarray(found[name])
+        if name in found
+        else np.zeros(x.shape, x.dtype)
+        for name, x in shapes.items()
+    }
+    mean = steps.window_mean(store.mean, crop)
+    images = batches.train_batches(
+        store,
+        seed=config.seed,
+        batch=min(batch, store.counts['train']),
+        stop=max(1, min(CALIBRATION, store.counts['train']) // batch),
+        threads=config.run.threads,
+        **config.augment,
+    )
+    new = folded.unfolded(
+        setup.net,
+        variables.nest(arrays),
+        (steps.normalize(one['image'], mean) for one in images),
+    )
+    return inference.placed('init_from', new, kept)

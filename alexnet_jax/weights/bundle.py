@@ -1,6 +1,6 @@
 """A bundle: a folder with a trained network and what is needed to use it, and nothing of its training.
 
-    config.json         the config, as of a run; `bundle` has the card's facts and the weights' SHA-256
+    config.json         the config, as of a run; `bundle` has the card's facts and SHA-256s of other files
     model.safetensors   the variables by path ('params/conv1/kernel'), and `mean`
     names.txt           the class names, by label
     README.md           the model card
@@ -19,7 +19,7 @@ import numpy as np
 
 from alexnet_jax.common import class_names, paths
 from alexnet_jax.common.errors import UserError, reason
-from alexnet_jax.rundir import fingerprint
+from alexnet_jax.rundir import directory, fingerprint
 from alexnet_jax.weights import safetensors, variables
 
 CONFIG, WEIGHTS, NAMES, CARD = FILES = (
@@ -29,6 +29,7 @@ CONFIG, WEIGHTS, NAMES, CARD = FILES = (
     'README.md',
 )
 FORMAT = 1
+LARGEST = 4096  # pixels, side of images
 METRICS = {'top1_error': 'top-1 error', 'top5_error': 'top-5 error'}  # in percent
 
 
@@ -97,18 +98,12 @@ def encoded(bundle: Bundle) -> dict[str, bytes]:
     weights = safetensors.encoded(
         {**arrays, 'mean': mean[:1, :1] if constant else mean}, {'format': 'alexnet_jax'}
     )
-    about = {
-        'format': FORMAT,
-        'sha256': hashlib.sha256(weights).hexdigest(),
-        'card': bundle.card,
-    }
+    files = {WEIGHTS: weights, NAMES: ''.join(f'{name}\n' for name in names).encode()}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    about = {'format': FORMAT, 'sha256': sums, 'card': bundle.card}
     config = {**bundle.config, 'bundle': about}
-    return {
-        CONFIG: (json.dumps(config, indent=2) + '\n').encode(),
-        WEIGHTS: weights,
-        NAMES: ''.join(f'{name}\n' for name in names).encode(),
-        CARD: card(bundle).encode(),
-    }
+    content = (json.dumps(config, indent=2) + '\n').encode()
+    return {CONFIG: content, **files, CARD: card(bundle).encode()}
 
 
 def read_config(folder: str | os.PathLike) -> tuple[dict, dict]:
@@ -117,14 +112,20 @@ def read_config(folder: str | os.PathLike) -> tuple[dict, dict]:
     return config, about['card']
 
 
+def checksums(folder: str | os.PathLike) -> dict[str, str]:
+    """The SHA-256s of files that config.json records, by name; UserError if it is damaged."""
+    return _config(folder)[1]['sha256']
+
+
 def read(folder: str | os.PathLike) -> Bundle:
     """Reads a bundle. Raises UserError if it is damaged or of a later version."""
     config, about = _config(folder)
     path, size = paths.path(folder), config['data']['size']
-    data = variables.content(str(path / WEIGHTS))
-    if hashlib.sha256(data).hexdigest() != about['sha256']:
-        raise _damaged(folder, f'{WEIGHTS} does not have the SHA-256 in {CONFIG}')
-    arrays, _ = safetensors.decoded(data, str(path / WEIGHTS))
+    files = {name: variables.content(str(path / name)) for name in (WEIGHTS, NAMES)}
+    for name, data in files.items():
+        if hashlib.sha256(data).hexdigest() != about['sha256'].get(name):
+            raise _damaged(folder, f'{name} does not have the SHA-256 in {CONFIG}')
+    arrays, _ = safetensors.decoded(files[WEIGHTS], str(path / WEIGHTS))
     mean = arrays.pop('mean', None)
     floats = all(x.dtype.kind in 'fV' for x in arrays.values())  # V: bfloat16
     if mean is None or mean.shape not in ((1, 1, 3), (size, size, 3)) or not floats:
@@ -133,9 +134,9 @@ def read(folder: str | os.PathLike) -> Bundle:
     if not np.isfinite(mean).all():
         raise _damaged(folder, 'the mean image is not finite')
     try:
-        names = (path / NAMES).read_bytes().decode().removesuffix('\n').split('\n')
+        names = files[NAMES].decode().removesuffix('\n').split('\n')
         tree = variables.nest({tuple(name.split('/')): x for name, x in arrays.items()})
-    except (paths.failures(path), UnicodeDecodeError, TypeError, AttributeError) as error:
+    except (UnicodeDecodeError, TypeError, AttributeError) as error:
         raise _damaged(folder, reason(error)) from error
     return Bundle(config, tree, class_names.checked(names, str(path / NAMES)), mean, about['card'])
 
@@ -144,13 +145,13 @@ def _config(folder: str | os.PathLike) -> tuple[dict, dict]:
     """(the config, what `bundle` has in it)"""
     file = paths.path(folder) / CONFIG
     try:
-        config = json.loads(file.read_bytes())
-        about = config.pop('bundle')
+        config = directory.completed(json.loads(file.read_bytes()))
+        about, size, crop = config.pop('bundle'), config['data']['size'], config['augment']['crop']
         valid = [
             type(about['format']) is int,
-            isinstance(about['sha256'], str),
+            isinstance(about['sha256'], dict),
             isinstance(about['card'], dict),
-            type(config['data']['size']) is int and 0 < config['data']['size'] <= 10_000,
+            type(crop) is int and 0 < crop <= size <= LARGEST,
         ]
         if not all(valid):
             raise ValueError('a field has another type')

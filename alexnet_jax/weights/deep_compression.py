@@ -19,15 +19,16 @@ MEAN, CROP = (123.0, 117.0, 104.0), 227
 def squeezenet(net: SqueezeNet, file: str) -> Weights:
     """Reads the weights of SqueezeNet v1.0 from this format.
 
-    The authors' network pads conv10, a 1 x 1 convolution, by a pixel, so that 56 of 225 terms of its mean
-    are the rectified bias; this one does not. Raises UserError if the file is damaged or the network is
-    another.
+    The authors' network pads conv10 (`variables.unpad_head`). Raises UserError if the file is damaged or
+    the network is another.
     """
     if not isinstance(net, SqueezeNet) or (net.version, net.width) != ('1.0', 1.0):
         raise UserError(f'{file}: needs config.model.net=squeezenet, version=1.0 and width=1')
     data = variables.content(file)
     try:
-        return Weights(variables.nest(_arrays(net, data)), MEAN, CROP)
+        arrays = _arrays(net, data)
+        variables.unpad_head(net, arrays, CROP)
+        return Weights(variables.nest(arrays), MEAN, CROP)
     except Damaged as error:
         raise UserError(
             f'{file}: not a compressed SqueezeNet of {net.classes} classes ({error}): get it again'

@@ -17,6 +17,8 @@ from alexnet_jax.weights.variables import Damaged, Weights
 ADD, AVERAGE_POOL, CONV, DEPTHWISE, RESHAPE, SOFTMAX = 0, 1, 3, 4, 22, 25
 DTYPES = {2: np.int32, 3: np.uint8}
 SAME, LINEAR, RELU6 = 0, 0, 3
+MAGIC = b'TFL3'  # at byte 4
+WIDTHS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # that were published
 SIDES = range(32, 1025)  # of images, in pixels
 
 
@@ -66,8 +68,32 @@ def mobilenet(net: MobileNet, file: str) -> Weights:
         ) from None
 
 
+def form(data: bytes) -> tuple[str, dict, int]:
+    """The preset, the fields of config.model and the classes (without background) of a .tflite file.
+
+    Raises Damaged if it has none of these networks.
+    """
+    model = _model(data)
+    kernels = [
+        _item(model.tensors, _item(op.inputs, 1)).shape for op in model.ops if op.code == DEPTHWISE
+    ]
+    preset, changes, last = {
+        13: ('mobilenet:v1', {}, lambda net: net.channels(1024)),
+        17: ('mobilenet', {'padding': 'tensorflow'}, lambda net: 6 * net.channels(160)),
+    }.get(len(kernels), ('', {}, None))
+    if not preset:
+        raise Damaged(f'it has {len(kernels)} depthwise convolutions, and MobileNets 13 or 17')
+    pooled = [op.output for op in model.ops if op.code == AVERAGE_POOL]
+    classes = _classes(model, pooled[0]) if pooled else 0
+    for width in WIDTHS:
+        net = variables.preset(preset, 2, {**changes, 'width': width})
+        if last(net) == kernels[-1][-1] and classes > 1:
+            return preset, {**changes, 'width': width}, classes - (classes == 1001)
+    raise Damaged(f'its last depthwise kernel is {[*kernels[-1]]}')
+
+
 def _model(data: bytes) -> Model:
-    model = flatbuffer.root(data, b'TFL3')
+    model = flatbuffer.root(data, MAGIC)
     codes = [max(code.number(0, 'b'), code.number(3, 'i')) for code in model.tables(1)]
     graphs = model.tables(2)
     if len(graphs) != 1:

@@ -13,14 +13,18 @@ from alexnet_jax.nets.network import Network
 from alexnet_jax.nets.shufflenet import ShuffleNet
 from alexnet_jax.nets.squeezenet import SqueezeNet
 from alexnet_jax.weights import variables
+from alexnet_jax.weights.variables import Damaged, Imported, Options, Weights
 
 LEAVES = {'kernel': 'weight', 'depthwise': 'weight', 'bias': 'bias'}
 NORM = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
+PRESETS = ('owt', 'squeezenet', 'squeezenet:1.1', 'mobilenet', 'shufflenet', 'shufflenet:x0.5')
+MEAN = tuple(255 * x for x in (0.485, 0.456, 0.406))  # that torchvision documents, of pixels
+STD = tuple(255 * x for x in (0.229, 0.224, 0.225))
 CROPS = 224, 225  # where torchvision's AlexNet, which pools with other borders, has the same maps
 # The fields of an AlexNet that decide what it computes, but for its size.
 COMPUTING = (
-    *('towers', 'kernels', 'groups', 'remove', 'activation', 'after', 'norms', 'pooling', 'dropout'),
-    *('dropout_at', 'conv1_padding'),
+    *('towers', 'kernels', 'groups', 'remove', 'activation', 'after', 'norms', 'pooling'),
+    'conv1_padding',
 )
 COUNTER = 'num_batches_tracked'  # of each batch normalization; nothing here needs it
 
@@ -58,6 +62,25 @@ def from_state_dict(
     return variables.nest(arrays)
 
 
+def read(state: dict[str, np.ndarray], options: Options) -> Imported:
+    """Converts the state dict of any of these networks; raises Damaged, UserError."""
+
+    def common(preset):
+        net = variables.preset(preset, 2, {})
+        name, shapes = names(net), variables.leaves(net, CROPS[0])
+        shapes = {name(path): variables.their_shape(net, path, x) for path, x in shapes.items()}
+        return sum(key in state and state[key].shape == shape for key, shape in shapes.items())
+
+    preset = options.chosen(max(PRESETS, key=common), PRESETS)
+    net = variables.preset(preset, 2, {})
+    head = names(net)(('params', *net.head, 'bias'))
+    if not common(preset) or head not in state or state[head].ndim != 1:
+        raise Damaged(f'its tensors are not those of torchvision; none is {head}')
+    net, crop = variables.preset(preset, len(state[head]), {}), options.crop or CROPS[0]
+    found = from_state_dict(net, state, options.std or STD, crop)
+    return Imported(preset, {}, net.classes, Weights(found, MEAN, crop), 'torchvision')
+
+
 def names(net: Network) -> Callable[[network.Path], str]:
     """A function from the path of a variable to its name in the state dict."""
     modules = {
@@ -88,9 +111,10 @@ def names(net: Network) -> Callable[[network.Path], str]:
 def _alexnet(net: AlexNet) -> dict:
     theirs = configfile.load('owt').model
     different = [name for name in COMPUTING if getattr(net, name) != theirs[name]]
+    different += ['dropout'] * (net.dropout == 'original')  # halves at test time
     if different:
         raise UserError(
-            "torchvision has no such network: config.model must be that of preset owt in "
+            'torchvision has no such network: config.model must be that of preset owt in '
             f'{", ".join(different)}'
         )
     layers = [(f'conv{i + 1}', f'features.{at}') for i, at in enumerate((0, 3, 6, 8, 10))]

@@ -35,6 +35,37 @@ class Weights(NamedTuple):
     crop: int
 
 
+class Options(NamedTuple):
+    """What a user says about a file; '', None and 0: what the file or its format says."""
+
+    net: str = ''  # a preset
+    std: tuple[float, float, float] | None = None  # that the file's network divides pixels by
+    crop: int = 0
+
+    def chosen(self, found: str, presets: Sequence[str]) -> str:
+        """The preset found in a file, unless the user chose another; UserError if there is none."""
+        preset = self.net or found
+        if preset not in presets:
+            wrong = (
+                f'--net={preset}: not a network of this format'
+                if preset
+                else 'its network is unclear'
+            )
+            raise UserError(f'{wrong}; choose one with --net: {", ".join(presets)}')
+        return preset
+
+
+class Imported(NamedTuple):
+    """A network found in a file: a preset, its fields of config.model that differ, the weights."""
+
+    preset: str
+    model: dict
+    classes: int
+    weights: Weights
+    program: str
+    folded: bool = False  # batch normalization is folded in
+
+
 def content(file: str) -> bytes:
     """Reads a whole file of weights. Raises UserError if it cannot be read or is too large."""
     path = paths.path(file)
@@ -138,6 +169,18 @@ def for_pixels(net: Network, kernel: np.ndarray, std: float | Sequence[float]) -
     """
     factor = getattr(net, 'input_std', 1.0) / np.broadcast_to(np.asarray(std, np.float64), (3,))
     return (kernel * factor[:, None]).astype(kernel.dtype)
+
+
+def unpad_head(net: Network, arrays: dict, crop: int) -> None:
+    """Makes SqueezeNet's conv10 give the logits of one that pads by a pixel, as the authors' v1.0 does.
+
+    It is a 1 x 1 convolution, so the mean also counts the border's rectified biases. Without them it is
+    over fewer values; what remains is at most 56/225 of a class's positive bias.
+    """
+    side = network.summary(net, crop)[-1].output[0]
+    for name in ('kernel', 'bias'):
+        path = ('params', 'conv10', name)
+        arrays[path] = (arrays[path] * (side / (side + 2)) ** 2).astype(arrays[path].dtype)
 
 
 def listed(what: str, names: Sequence[str]) -> list[str]:

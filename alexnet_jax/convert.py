@@ -1,0 +1,75 @@
+"""Converts a file of weights of another program to a bundle, which load, evaluate, predict and init_from take.
+
+Reads PyTorch (.pth, .safetensors), Caffe (.caffemodel), ONNX, Keras (.h5), TensorFlow Lite and Deep Compression
+(.net) files of the networks in docs/weights.md. What a network expects of its images is folded into its first
+layer, so that it gets pixels from 0 to 255 minus a mean.
+"""
+
+import os
+import shlex
+import sys
+
+import jax
+
+from alexnet_jax import command
+from alexnet_jax.common.errors import say
+from alexnet_jax.weights import bundle, readers
+from alexnet_jax.weights.variables import Options
+
+
+def main() -> None:
+    parser = command.make_parser('convert', __doc__)
+    parser.add_argument('file', metavar='IN', help='the file of weights')
+    parser.add_argument('out', metavar='OUT', help='the folder to write, new or empty')
+    parser.add_argument(
+        '--net', default='', help='its preset, such as caffenet, if the file does not say'
+    )
+    parser.add_argument(
+        '--mean', default='', help="R,G,B from 0 to 255, or Caffe's mean image (.binaryproto, .npy)"
+    )
+    parser.add_argument(
+        '--std', default='', help='R,G,B: what its network divides pixels (0 to 255) by'
+    )
+    parser.add_argument(
+        '--crop', type=int, default=0, help='pixels, side of the images that the network sees'
+    )
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=0,
+        help='pixels, side of the images that crops are taken from (256)',
+    )
+    parser.add_argument(
+        '--names',
+        default='',
+        help="class names, one a line; by default ImageNet's, of 1,000 classes",
+    )
+    args = parser.parse_args()
+    std = readers.numbers('--std', args.std, 1e-3, 1e3) if args.std else None
+    found = readers.read(
+        args.file,
+        Options(args.net, std, args.crop),
+        mean=readers.mean_of(args.mean) if args.mean else None,
+        size=args.size,
+        names=readers.names_of(args.names) if args.names else None,
+        made=_made(args.file, args.out),
+    )
+    bundle.write(args.out, found)
+    count = sum(x.size for x in jax.tree.leaves(found.variables['params']))
+    red, green, blue = found.mean.mean((0, 1)).tolist()
+    crop, size = found.config['augment']['crop'], found.config['data']['size']
+    say(
+        f'{found.card["title"]}, {found.card["source"]}: {count:,} parameters, {len(found.names):,} classes; '
+        f'crops of {crop} of {size} pixels, mean {red:.2f}, {green:.2f}, {blue:.2f}'
+    )
+    say(f'wrote {args.out}')
+
+
+def _made(*folders: str) -> str:
+    """The command, without the folders of its files."""
+    words = [os.path.basename(word) if word in folders else word for word in sys.argv[1:]]
+    return shlex.join(['python', '-m', 'alexnet_jax.convert', *words])
+
+
+if __name__ == '__main__':
+    command.run(main)

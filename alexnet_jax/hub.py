@@ -1,0 +1,120 @@
+"""Lists, describes, downloads and publishes networks by name.
+
+    python -m alexnet_jax.hub list
+    python -m alexnet_jax.hub info torchvision/alexnet
+    python -m alexnet_jax.hub download squeezenet
+    python -m alexnet_jax.hub push runs/mine hf://USER/REPO
+
+Names are those that `list` shows, hf://USER/REPO[@REVISION], and https://...#sha256=... of a file of
+weights. Every command that takes a run directory takes them, too, and so does --config.train.init_from, as in
+hub:torchvision/alexnet. Errors are in percent.
+"""
+
+import os
+import tempfile
+
+from alexnet_jax import command
+from alexnet_jax.common.errors import say
+from alexnet_jax.weights import bundle, hub
+from alexnet_jax.weights.registry import ENTRIES
+
+
+def main() -> None:
+    parser = command.make_parser('hub', __doc__)
+    actions = parser.add_subparsers(dest='action', required=True, metavar='ACTION')
+    actions.add_parser('list', help='list the registered networks')
+    for action, text in (
+        ('info', 'say what is known about a network'),
+        ('download', 'download a network into the cache and print its folder'),
+    ):
+        actions.add_parser(action, help=text).add_argument('name', metavar='NAME')
+    push = actions.add_parser('push', help='upload a network to the Hugging Face Hub')
+    push.add_argument('run', metavar='RUN', help='a run directory or a bundle')
+    push.add_argument('target', metavar='hf://USER/REPO', help='created if it does not exist')
+    push.add_argument('--step', default='latest', help="checkpoint: 'best', 'latest' or a step")
+    push.add_argument('--title', help='of the model card')
+    push.add_argument('--licence', help='of the weights, such as apache-2.0')
+    push.add_argument('--private', action='store_true', help='create a private repository')
+    args = parser.parse_args()
+    if args.action == 'list':
+        show()
+    elif args.action == 'info':
+        say_all(args.name)
+    elif args.action == 'download':
+        say(hub.locate(args.name))
+    else:
+        upload(args)
+
+
+def show() -> None:
+    """Prints a table of the registered networks."""
+    rows = [('name', 'size', 'top-1', 'top-5', 'here', 'network')]
+    for name in hub.names():
+        facts, size, here = about(name)
+        found = facts.get('measured') if name not in ENTRIES else facts.get('published')
+        errors = [f'{found[key]:.1f}' if key in found else '' for key in bundle.METRICS]
+        rows.append((name, megabytes(size), *errors, 'yes' if here else '', facts['title']))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, widths, 'lrrrll', strict=True)
+        line = '  '.join(c.ljust(w) if side == 'l' else c.rjust(w) for c, w, side in cells)
+        say(line.rstrip())
+    say(
+        f'cache: {hub.cache()}; errors: published ones, except for networks that come with this program'
+    )
+
+
+def about(name: str) -> tuple[dict, int | None, str | None]:
+    """(facts as of a card, size of the download in bytes, folder if it is here) of a registered network."""
+    if name not in ENTRIES:
+        folder = hub.locate(f'{hub.PREFIX}{name}')
+        size = sum(os.path.getsize(os.path.join(folder, file)) for file in bundle.FILES)
+        return bundle.read_config(folder)[1], size, folder
+    entry = ENTRIES[name]
+    return hub.facts(entry), entry.size, hub.cached(name, entry.checksum)
+
+
+def megabytes(size: int | None) -> str:
+    return '' if size is None else f'{size / 1e6:.1f} MB'
+
+
+def say_all(name: str) -> None:
+    """Prints what is known about a network; downloads nothing that is registered."""
+    known = name.removeprefix(hub.PREFIX)
+    if known in hub.names():
+        facts, size, here = about(known)
+        facts |= {'size': megabytes(size) or 'unknown', 'here': here or 'no'}
+        if known in ENTRIES:
+            entry = ENTRIES[known]
+            whose = "the publisher's" if entry.theirs else "ours, of the publisher's file"
+            checksum = entry.checksum and f'{entry.checksum[0]} {entry.checksum[1]} ({whose})'
+            facts |= {'preset': entry.preset, 'checksum': checksum or 'none published'}
+    else:
+        folder = hub.locate(name)
+        facts = {**bundle.read_config(folder)[1], 'here': folder}
+    for key, value in facts.items():
+        text = bundle.errors(value) if key in ('published', 'measured') else value
+        if text:
+            say(f'{key:10} {text}')
+
+
+def upload(args) -> None:
+    """Makes a bundle of a run, unless it is one, and uploads it."""
+    hub.check_target(args.target)
+    command.start()
+    from alexnet_jax.devices import mesh as meshes
+    from alexnet_jax.training import inference
+
+    mesh = meshes.make((1, 1), towers=1, batches={})
+    run = inference.open_run(args.run, mesh, int(args.step) if args.step.isdigit() else args.step)
+    card = {'title': args.title, 'licence': args.licence}
+    made = inference.as_bundle(run, **{key: value for key, value in card.items() if value})
+    with tempfile.TemporaryDirectory() as folder:
+        target = os.path.join(folder, 'bundle')
+        bundle.write(target, made)
+        hub.push(target, args.target, private=args.private)
+    say(f'{args.run} is now in {args.target}')
+
+
+if __name__ == '__main__':
+    command.run(main)

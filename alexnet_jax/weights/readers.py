@@ -1,0 +1,177 @@
+"""Reads a file of weights of another program, in any format, as a bundle."""
+
+import hashlib
+import json
+import os
+
+import jax
+import numpy as np
+
+from alexnet_jax.common import class_names, configfile, paths
+from alexnet_jax.common.errors import UserError, reason
+from alexnet_jax.nets import network
+from alexnet_jax.weights import (
+    caffe,
+    deep_compression,
+    keras,
+    onnx,
+    pth,
+    safetensors,
+    tflite,
+    torch,
+    variables,
+)
+from alexnet_jax.weights.bundle import Bundle
+from alexnet_jax.weights.variables import Damaged, Imported, Options
+
+FORMATS = '.pth, .safetensors, .caffemodel, .onnx, .h5, .tflite, .net'
+TITLES = {
+    'owt': 'AlexNet ("One weird trick")',
+    'caffe': 'AlexNet',
+    'caffenet': 'CaffeNet',
+    'squeezenet': 'SqueezeNet 1.0',
+    'squeezenet:1.1': 'SqueezeNet 1.1',
+    'mobilenet:v1': 'MobileNet v1',
+    'mobilenet': 'MobileNet v2',
+    'shufflenet': 'ShuffleNet v2 x1.0',
+    'shufflenet:x0.5': 'ShuffleNet v2 x0.5',
+}
+CROPS = range(32, 1025)  # pixels
+LARGEST = 4096  # pixels, of a mean image
+
+
+def read(
+    file: str,
+    options: Options = Options(),  # noqa: B008
+    *,
+    mean: np.ndarray | None = None,
+    size: int = 0,
+    names: list[str] | None = None,
+    made: str = '',
+) -> Bundle:
+    """Reads a file of weights; what it is, is found from its content.
+
+    mean: f32[3] or f32[S,S,3], RGB, 0 to 255, of the images trained on; otherwise the format's own. size: of
+    the square images that crops are taken from; otherwise 8/7 of the crop, 256 for 224 and 227. names: of
+    the classes, otherwise ImageNet's if there are 1,000. made: the command, for the model card. Raises
+    UserError if the file is damaged or no known network, if arrays are missing, extra or of another shape
+    (it lists them), and if the weights are not finite.
+    """
+    data = variables.content(file)
+    if options.crop and options.crop not in CROPS:
+        raise UserError(f'crop={options.crop}: must be from {CROPS[0]} to {CROPS[-1]} pixels')
+    try:
+        imported = _imported(file, data, options)
+    except Damaged as error:
+        raise UserError(
+            f'{file}: cannot be converted ({error}); get it again, or see docs/weights.md'
+        ) from None
+    except UserError as error:
+        raise error if str(error).startswith(file) else UserError(f'{file}: {error}') from None
+    classes, crop = imported.classes, imported.weights.crop
+    found = _checked(file, imported.weights.variables)
+    mean = np.float32(imported.weights.mean) if mean is None else mean
+    usual = 256 if crop in (224, 225, 227) else round(crop * 8 / 7)
+    side = mean.shape[0] if mean.ndim == 3 else size or usual
+    if size not in (0, side):
+        raise UserError(f'size={size}: the mean image has {side} pixels; leave size out')
+    if not crop <= side <= LARGEST:
+        raise UserError(f'size={side}: must be from {crop} (the crop) to {LARGEST}')
+    names = names or (class_names.imagenet() if classes == 1000 else None)
+    if names is None or len(names) != classes:
+        there = 'the names of its' if names is None else f'{len(names):,} names for'
+        raise UserError(f'{file}: {there} {classes:,} classes: give them, one a line, --names=FILE')
+    config = configfile.load(imported.preset)
+    config.data.size, config.augment.crop = side, crop
+    config.model.update(imported.model)
+    title, name = TITLES[imported.preset], os.path.basename(file)
+    width = imported.model.get('width', 1.0)
+    card = {
+        'title': title if width == 1.0 else f'{title}, width {width}',
+        'source': f'{name} ({imported.program})',
+        'sha256': hashlib.sha256(data).hexdigest(),
+        'made': made,
+        'folded': imported.folded,
+    }
+    return Bundle(
+        json.loads(json.dumps(config.to_dict())),
+        found,
+        names,
+        np.ascontiguousarray(np.broadcast_to(mean, (side, side, 3)), np.float32),
+        card,
+    )
+
+
+def _imported(file: str, data: bytes, options: Options) -> Imported:
+    suffix = os.path.splitext(file)[1].lower()
+    if data.startswith((pth.ZIP, pth.LEGACY)) or suffix in ('.pth', '.pt'):
+        return torch.read(pth.state_dict(data), options)
+    if suffix == '.safetensors':
+        return torch.read(safetensors.decoded(data, file)[0], options)
+    if data.startswith(keras.MAGIC) or suffix == '.h5':
+        return keras.read(data, options)
+    if suffix == '.caffemodel':
+        return caffe.read(data, options)
+    if suffix == '.onnx':
+        return onnx.read(data, options)
+    if data[4:8] != tflite.MAGIC and suffix not in ('.tflite', '.net'):
+        raise UserError(f'{file}: not a format of weights that is known, which are {FORMATS}')
+    if options.std or options.crop:
+        raise UserError(f'{file}: has its own crop and scale; leave --std and --crop out')
+    if suffix == '.net':
+        preset = options.chosen('squeezenet', ('squeezenet',))
+        weights = deep_compression.squeezenet(variables.preset(preset, 1000, {}), file)
+        return Imported(preset, {}, 1000, weights, 'Deep Compression')
+    found, changes, classes = tflite.form(data)
+    preset = options.chosen(found, (found,))
+    weights = tflite.mobilenet(variables.preset(preset, classes, changes), file)
+    return Imported(preset, changes, classes, weights, 'TensorFlow Lite', folded=True)
+
+
+def _checked(file: str, found: dict) -> dict:
+    """Weights as float32, if they are finite floats."""
+
+    def checked(path, x):
+        with np.errstate(over='ignore'):
+            x = np.ascontiguousarray(x, np.float32)
+        if not np.isfinite(x).all():
+            name = '/'.join(network.names_of(path)[1:])
+            raise UserError(f'{file}: {name} has weights that are not finite; get it again')
+        return x
+
+    return jax.tree.map_with_path(checked, found)
+
+
+def mean_of(text: str) -> np.ndarray:
+    """The mean that an argument gives: 'R,G,B' -> f32[3], or a Caffe mean image's file -> f32[S,S,3], RGB.
+
+    Raises UserError for other numbers than 0 to 255, and a damaged file.
+    """
+    if ',' in text and not paths.path(text).exists():
+        return np.float32(numbers('--mean', text, 0, 255))
+    try:
+        return caffe.mean_image(variables.content(text))
+    except Damaged as error:
+        raise UserError(
+            f'--mean={text}: not a mean image of Caffe ({error}); give a .binaryproto or .npy file, or R,G,B'
+        ) from None
+
+
+def numbers(flag: str, text: str, low: float, high: float) -> tuple[float, float, float]:
+    """Three numbers, one per channel, above or at `low` and up to `high`."""
+    try:
+        found = tuple(map(float, text.split(',')))
+    except ValueError:
+        found = ()
+    if len(found) != 3 or not all(low <= x <= high for x in found):
+        raise UserError(f'{flag}={text}: must be R,G,B, three numbers from {low:g} to {high:g}')
+    return found
+
+
+def names_of(file: str) -> list[str]:
+    """The class names of a text file, one a line."""
+    try:
+        text = paths.path(file).read_bytes().decode('utf-8').removesuffix('\n')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'--names={file}: cannot be read: {reason(error)}') from error
+    return class_names.checked([line.rstrip('\r') for line in text.split('\n')], file)
