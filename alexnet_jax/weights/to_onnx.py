@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -108,13 +108,20 @@ def eight_bits(content: bytes, batches: Iterable[np.ndarray] | None) -> bytes:
             file.write(content)
         if batches is None:
             quantization.quantize_dynamic(
-                old, new, op_types_to_quantize=['Gemm', 'MatMul'], per_channel=True,
+                old,
+                new,
+                op_types_to_quantize=['Gemm', 'MatMul'],
+                per_channel=True,
                 weight_type=quantization.QuantType.QInt8,
             )
         else:
             quantization.quantize_static(
-                old, new, _Reader(batches), quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=[*QUANTIZED], per_channel=True,
+                old,
+                new,
+                _Reader(batches),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=[*QUANTIZED],
+                per_channel=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
             )
@@ -133,15 +140,15 @@ class _Reader:
         return None if batch is None else {'images': batch}
 
 
-def run(content: bytes, images: np.ndarray, threads: int = 0) -> np.ndarray:
-    """Runs a model on the CPU -> logits f32[B,K]."""
+def session(content: bytes, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """A model on the CPU, as a function from images to logits f32[B,K]; threads: 0 means one per core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(content, options, ['CPUExecutionProvider'])
-        return session.run(['logits'], {'images': images})[0]
+        made = onnxruntime.InferenceSession(content, options, ['CPUExecutionProvider'])
     except Exception as error:  # its own classes, without a common base
         raise UserError(f'onnxruntime cannot run this network: {one_line(error)}') from error
+    return lambda images: made.run(['logits'], {'images': images})[0]

@@ -21,6 +21,7 @@ def program(function: Callable, arrays: dict[str, np.ndarray], crop: int, dtype)
     return bytes(exported.serialize())
 
 
-def run(content: bytes, arrays: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
-    """Runs a program on the default device -> logits f32[B,K]."""
-    return np.asarray(export.deserialize(bytearray(content)).call(arrays, images))
+def runner(content: bytes, arrays: dict[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """A program on the default device, as a function from images to logits f32[B,K]."""
+    call = export.deserialize(bytearray(content)).call
+    return lambda images: np.asarray(call(arrays, images))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -32,17 +33,21 @@ def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
         ) from error
 
 
-def run(content: bytes, images: np.ndarray) -> np.ndarray:
-    """Runs a model on the CPU, image by image -> logits f32[B,K]."""
-    interpreter = _tensorflow().lite.Interpreter(model_content=content)
+def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """A model on the CPU, as a function from images, one by one, to logits f32[B,K]."""
+    tf = _tensorflow()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # it has moved to the package ai-edge-litert
+        interpreter = tf.lite.Interpreter(model_content=content, num_threads=threads)
     interpreter.allocate_tensors()
     (start,), (end,) = interpreter.get_input_details(), interpreter.get_output_details()
-    found = []
-    for image in images:
+
+    def one(image):
         interpreter.set_tensor(start['index'], image[None])
         interpreter.invoke()
-        found.append(interpreter.get_tensor(end['index'])[0].copy())
-    return np.stack(found)
+        return interpreter.get_tensor(end['index'])[0].copy()
+
+    return lambda images: np.stack([*map(one, images)])
 
 
 def _tensorflow():
@@ -59,4 +64,3 @@ def _tensorflow():
     for kind in ('GPU', 'TPU'):
         tf.config.set_visible_devices([], kind)
     return tf
-

@@ -16,7 +16,7 @@ from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets import network
 from alexnet_jax.nets.alexnet import AlexNet
 from alexnet_jax.nets.network import Network
-from alexnet_jax.weights import torch, variables
+from alexnet_jax.weights import pth, torch, variables
 
 EPSILON = 1e-5  # of torchvision's batch normalization
 # Fields that torchvision's networks do not have, with their values there.
@@ -106,8 +106,8 @@ def _of_towers(net: AlexNet, arrays: dict, crop: int) -> dict:
     separate = [name for name in ('fc6', 'fc7') if net.towers > 1 and name not in net.exchange]
     if separate:
         raise UserError(
-            f"--format=torch: {separate[0]} reads only its own tower (config.model.exchange), which PyTorch's "
-            'Linear cannot; export another format'
+            f'--format=torch: {separate[0]} reads only its own tower (config.model.exchange), which a '
+            'Linear of PyTorch cannot; export another format'
         )
     for name, value in {'remove': 'none', 'pooling': 'overlapping'}.items():
         if getattr(net, name) != value:
@@ -173,6 +173,11 @@ def encoded(state: dict[str, np.ndarray]) -> bytes:
             write(f'data/{i}', np.ascontiguousarray(x).tobytes())
         write('version', b'3\n')
     return buffer.getvalue()
+
+
+def decoded(data: bytes) -> dict[str, np.ndarray]:
+    """Reads what `encoded` returned."""
+    return pth.state_dict(data)
 
 
 def _pickled(state: dict[str, np.ndarray]) -> bytes:
