@@ -1,8 +1,8 @@
-"""Converts a file of weights of another program to a bundle, which load, evaluate, predict and init_from take.
+"""Converts a file of weights of another program to a bundle, for load, evaluate, predict and init_from.
 
-Reads PyTorch (.pth, .safetensors), Caffe (.caffemodel), ONNX, Keras (.h5), TensorFlow Lite and Deep Compression
-(.net) files of the networks in docs/weights.md. What a network expects of its images is folded into its first
-layer, so that it gets pixels from 0 to 255 minus a mean.
+Reads the networks listed in docs/weights.md from files of PyTorch (.pth, .safetensors), Caffe (.caffemodel),
+ONNX, Keras (.h5), TensorFlow Lite and Deep Compression (.net). The first layer takes over the scale of their
+inputs, so that the network gets pixels from 0 to 255 minus a mean.
 """
 
 import os
@@ -52,7 +52,7 @@ def main() -> None:
         mean=readers.mean_of(args.mean) if args.mean else None,
         size=args.size,
         names=readers.names_of(args.names) if args.names else None,
-        made=_made(args.file, args.out),
+        made=_made(),
     )
     bundle.write(args.out, found)
     count = sum(x.size for x in jax.tree.leaves(found.variables['params']))
@@ -65,9 +65,10 @@ def main() -> None:
     say(f'wrote {args.out}')
 
 
-def _made(*folders: str) -> str:
+def _made() -> str:
     """The command, without the folders of its files."""
-    words = [os.path.basename(word) if word in folders else word for word in sys.argv[1:]]
+    parts = [word.rpartition('=') for word in sys.argv[1:]]
+    words = [f'{flag}{sign}{os.path.basename(value)}' for flag, sign, value in parts]
     return shlex.join(['python', '-m', 'alexnet_jax.convert', *words])
 
 

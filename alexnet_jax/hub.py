@@ -14,36 +14,35 @@ import os
 import tempfile
 
 from alexnet_jax import command
-from alexnet_jax.common.errors import say
+from alexnet_jax.common.errors import UserError, say
 from alexnet_jax.weights import bundle, hub
 from alexnet_jax.weights.registry import ENTRIES
+
+ACTIONS = {'list': [], 'info': ['NAME'], 'download': ['NAME'], 'push': ['RUN', 'hf://USER/REPO']}
 
 
 def main() -> None:
     parser = command.make_parser('hub', __doc__)
-    actions = parser.add_subparsers(dest='action', required=True, metavar='ACTION')
-    actions.add_parser('list', help='list the registered networks')
-    for action, text in (
-        ('info', 'say what is known about a network'),
-        ('download', 'download a network into the cache and print its folder'),
-    ):
-        actions.add_parser(action, help=text).add_argument('name', metavar='NAME')
-    push = actions.add_parser('push', help='upload a network to the Hugging Face Hub')
-    push.add_argument('run', metavar='RUN', help='a run directory or a bundle')
-    push.add_argument('target', metavar='hf://USER/REPO', help='created if it does not exist')
-    push.add_argument('--step', default='latest', help="checkpoint: 'best', 'latest' or a step")
-    push.add_argument('--title', help='of the model card')
-    push.add_argument('--licence', help='of the weights, such as apache-2.0')
-    push.add_argument('--private', action='store_true', help='create a private repository')
-    args = parser.parse_args()
+    parser.add_argument('action', choices=ACTIONS, metavar='ACTION', help=', '.join(ACTIONS))
+    parser.add_argument('names', nargs='*', metavar='NAME', help='what it is about')
+    parser.add_argument(
+        '--step', default='latest', help="push: 'best', 'latest' or a step of a run"
+    )
+    parser.add_argument('--title', default='', help='push: of the model card')
+    parser.add_argument('--license', default='', help='push: of the weights, such as apache-2.0')
+    parser.add_argument('--private', action='store_true', help='push: create a private repository')
+    args = parser.parse_intermixed_args()
+    wanted = ACTIONS[args.action]
+    if len(args.names) != len(wanted):
+        raise UserError(f'the form is {" ".join([parser.prog, args.action, *wanted])}')
     if args.action == 'list':
         show()
     elif args.action == 'info':
-        say_all(args.name)
+        describe(*args.names)
     elif args.action == 'download':
-        say(hub.locate(args.name))
+        say(hub.locate(*args.names))
     else:
-        upload(args)
+        upload(*args.names, args)
 
 
 def show() -> None:
@@ -78,7 +77,7 @@ def megabytes(size: int | None) -> str:
     return '' if size is None else f'{size / 1e6:.1f} MB'
 
 
-def say_all(name: str) -> None:
+def describe(name: str) -> None:
     """Prints what is known about a network; downloads nothing that is registered."""
     known = name.removeprefix(hub.PREFIX)
     if known in hub.names():
@@ -98,22 +97,21 @@ def say_all(name: str) -> None:
             say(f'{key:10} {text}')
 
 
-def upload(args) -> None:
-    """Makes a bundle of a run, unless it is one, and uploads it."""
-    hub.check_target(args.target)
+def upload(name: str, target: str, args) -> None:
+    """Makes a bundle of a run, or takes one, and uploads it."""
+    hub.check_target(target)
     command.start()
     from alexnet_jax.devices import mesh as meshes
     from alexnet_jax.training import inference
 
-    mesh = meshes.make((1, 1), towers=1, batches={})
-    run = inference.open_run(args.run, mesh, int(args.step) if args.step.isdigit() else args.step)
-    card = {'title': args.title, 'licence': args.licence}
+    step = int(args.step) if args.step.isdigit() else args.step
+    run = inference.open_run(name, meshes.make((1, 1), towers=1, batches={}), step)
+    card = {'title': args.title, 'licence': args.license}
     made = inference.as_bundle(run, **{key: value for key, value in card.items() if value})
     with tempfile.TemporaryDirectory() as folder:
-        target = os.path.join(folder, 'bundle')
-        bundle.write(target, made)
-        hub.push(target, args.target, private=args.private)
-    say(f'{args.run} is now in {args.target}')
+        bundle.write(os.path.join(folder, 'bundle'), made)
+        hub.push(os.path.join(folder, 'bundle'), target, private=args.private)
+    say(f'{name} is now in {target}')
 
 
 if __name__ == '__main__':

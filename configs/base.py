@@ -117,7 +117,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict(
         {
             'batch': 128,  # images per step, over all devices
-            'init_from': '',  # a run directory whose parameters to start from
+            'init_from': '',  # a run directory, bundle or hub:NAME to start from (docs/weights.md)
             # Moving average of parameters and statistics: the part a step keeps, such as 0.9999; 0: none.
             # The log shows its error beside that of the last parameters.
             'ema': 0.0,

@@ -49,6 +49,7 @@ from alexnet_jax.input import prepare
 from alexnet_jax.input import store as stores
 from alexnet_jax.rundir import checkpoint, directory
 from alexnet_jax.rundir import fingerprint as prints
+from alexnet_jax.weights import bundle, hub
 
 PACKAGE = pathlib.Path(alexnet_jax.__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -61,6 +62,8 @@ CANNOT = {  # modules that cannot change a result, and why
     'input/sources/*.py': 'as above',
     'training/diagnosis.py': 'messages',
     'training/progress.py': 'the log',
+    'weights/hub.py': 'downloads; what a run starts from has its own fingerprint',
+    'weights/registry.py': 'as above',
 }
 PLACES = ('config.seed', 'config.data.dir', 'config.data.store', 'config.data.source')
 EARLIER = (
@@ -197,10 +200,13 @@ def pictures(store: stores.Store) -> str:
 
 
 def start(config: dict) -> str:
-    """Returns the fingerprint of the latest good checkpoint in `train.init_from`; '' if that is unset."""
+    """Returns the fingerprint of the bundle or latest good checkpoint in `train.init_from`, '' if unset."""
     if not (path := config['train']['init_from']):
         return ''
-    folder = paths.path(path) / 'checkpoints'
+    path = paths.path(hub.locate(path))
+    if bundle.is_bundle(path):
+        return _hash(bundle.checksums(path))
+    folder = path / 'checkpoints'
     for step in reversed(checkpoint.Checkpoints(folder).steps()):
         file = folder / str(step) / 'meta/metadata'
         try:

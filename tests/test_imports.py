@@ -57,6 +57,7 @@ OUTSIDE = {
     'google.cloud': ({'common'}, True),
     'torch': (set(), False),  # files of other frameworks are read without them
     'flatbuffers': (set(), False),
+    'h5py': ({'weights'}, True),
     'ml_collections.config_flags': ({'commands'}, False),  # the library has no flags
     'absl.flags': ({'commands'}, False),
     'configs': (set(), False),

@@ -159,17 +159,17 @@ def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
     if own.steps():
         own.shapes()
     elif config.train.init_from:
-        there = Start.open(config.train.init_from).leaves
+        there = Start.open(config.train.init_from).shapes
         for name, leaf in fingerprint.named_leaves(shapes).items():
             kind, _, layer = name.partition('/')
             if network.in_head(net, tuple(layer.split('/'))):
                 continue
             other = there.get(name)
-            if other is None or other.shape != leaf.shape:
+            if other != leaf.shape:
                 called = layer if kind == 'params' else name
                 raise UserError(
                     f'config.train.init_from={config.train.init_from}: a run of another network: its '
-                    f'{called} is {list(other.shape) if other else "missing"}, expected {list(leaf.shape)}'
+                    f'{called} is {"missing" if other is None else list(other)}, expected {list(leaf.shape)}'
                 )
 
 

@@ -63,7 +63,7 @@ def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
     path = paths.path(hub.locate(path))
     if bundles.is_bundle(path):
         stored = bundles.read(path)
-        exif = stored.config['data']['exif'] == 'on'
+        exif = stored.config['data']['exif'] != 'off'
         config, facts = stored.config, directory.Facts(stored.names, stored.mean, exif)
     else:
         config, facts, stored = directory.read_config(path), directory.read_facts(path), None
@@ -115,13 +115,29 @@ def placed(path: str | os.PathLike, variables: dict, target: dict) -> dict[str, 
 
 
 def as_bundle(run: Run, **card) -> Bundle:
-    """Returns a restored run as a bundle; card: facts to add, see `Bundle`."""
-    exif = {'exif': 'on' if run.facts.exif else 'off'}
-    config = {**run.config, 'data': {**run.config['data'], **exif}}
-    facts = {'title': os.path.basename(run.path), 'data': run.config['data']['source']}
+    """Returns a restored run as a bundle, without the paths of this machine; card: facts to add."""
+    data, train = run.config['data'], run.config['train']
+    config = {
+        **run.config,
+        'data': {
+            **data,
+            'source': _without_folder(data['source']),
+            'dir': '',
+            'store': '',
+            'exif': 'on' if run.facts.exif else 'off',
+        },
+        'train': {**train, 'init_from': _without_folder(train['init_from'])},
+    }
+    facts = {'title': run.path.name, 'data': config['data']['source']}
     facts = run.bundle.card if run.bundle else facts
     variables = jax.device_get(run.variables)
     return Bundle(config, variables, run.facts.names, run.facts.mean, facts | card)
+
+
+def _without_folder(name: str) -> str:
+    """The last part of a path; names that are not paths stay."""
+    local = '://' not in name and not name.startswith(hub.PREFIX)
+    return os.path.basename(os.path.normpath(name)) if name and local else name
 
 
 def open_run(

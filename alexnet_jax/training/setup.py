@@ -224,7 +224,7 @@ class Start(NamedTuple):
 
     path: paths.Path
     names: list[str]  # its classes
-    leaves: dict  # name ('params/conv1/kernel') -> something with a shape
+    shapes: dict[str, tuple[int, ...]]  # by name, such as 'params/conv1/kernel'
     bundle: Bundle | None = None
 
     @classmethod
@@ -234,10 +234,11 @@ class Start(NamedTuple):
         if bundles.is_bundle(path):
             stored = bundles.read(path)
             leaves = fingerprint.named_leaves(stored.variables)
-            return cls(path, stored.names, leaves, stored)
+            return cls(path, stored.names, {n: x.shape for n, x in leaves.items()}, stored)
         directory.read_config(path)
         leaves = checkpoint.Checkpoints(path / 'checkpoints').shapes()
-        return cls(path, directory.read_facts(path).names, leaves)
+        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        return cls(path, directory.read_facts(path).names, shapes)
 
     def restore(self, kept: dict) -> tuple[str, dict[str, jax.Array]]:
         """Returns (what to call it, arrays): of the names in `kept`, with the shardings there."""
@@ -256,7 +257,7 @@ def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
     batch normalization gets the statistics of training images.
     """
     start, net, names = Start.open(init_from), setup.net, setup.store.names
-    theirs, there = start.names, start.leaves
+    theirs = start.names
     order = None
     if theirs != names and sorted(theirs) == sorted(names) and len({*names}) == len(names):
         order = np.array([theirs.index(name) for name in names])
@@ -264,7 +265,7 @@ def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
     fresh = fingerprint.named_leaves(state.variables)
     head = {n for n in wanted if network.in_head(net, tuple(n.split('/')[1:]))}
     same = (theirs == names or order is not None) and all(
-        n in there and there[n].shape == wanted[n].shape for n in head
+        start.shapes.get(n) == wanted[n].shape for n in head
     )
     kept = {n: leaf for n, leaf in wanted.items() if same or n not in head}
     title, found = start.restore(kept)

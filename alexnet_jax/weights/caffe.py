@@ -1,7 +1,6 @@
 """Caffe's networks (.caffemodel) and mean images: AlexNet, CaffeNet and SqueezeNet.
 
-They read BGR pixels; the readers return networks that read RGB. `alexnet` and `squeezenet` also serve the ONNX
-files made from them.
+These networks read BGR pixels. What `read` returns reads RGB.
 """
 
 import io

@@ -75,7 +75,7 @@ def _keras(title, file, preset, size, published) -> Entry:
     )
 
 
-def _coral(title, file, preset, size, sha256, top1, top5, measured=None) -> Entry:
+def _coral(title, file, preset, size, sha256, published, measured) -> Entry:
     return Entry(
         title=f'{title}, 8-bit weights of TensorFlow Lite',
         url=f'{CORAL}{file}_quant.tflite',
@@ -84,8 +84,8 @@ def _coral(title, file, preset, size, sha256, top1, top5, measured=None) -> Entr
         licence='Apache-2.0',
         checksum=('sha256', sha256),
         theirs=False,
-        published=errors(top1, top5, f'{ALL}, with 8-bit activations'),
-        measured=measured or {},
+        published=errors(*published, f'{ALL}, with 8-bit activations'),
+        measured={'top1_error': measured[0], 'top5_error': measured[1], 'on': SAMPLES},
         page='https://www.tensorflow.org/lite/guide/hosted_models',
     )
 
@@ -100,6 +100,7 @@ ENTRIES = {
         checksum=('sha256', 'e4ab6960ae8cd81505e1c2136921201507e930966c53deaf15862a395b3a3261'),
         theirs=False,
         published=errors(57.5, 80.3),
+        measured={'top1_error': 38.4, 'top5_error': 16.2, 'on': SAMPLES},
         page='https://github.com/songhan/SqueezeNet-Deep-Compression',
     ),
     'torchvision/alexnet': _torchvision(
@@ -176,8 +177,8 @@ ENTRIES = {
         'mobilenet:v1',
         525_598,
         'cb273c23ee76374b05b9583177e28aa19744858a7679c56a250e83d0333da785',
-        39.5,
-        64.4,
+        (39.5, 64.4),
+        (54.1, 28.4),
     ),
     'coral/mobilenet_v1_0.5_160': _coral(
         'MobileNet v1, width 0.5 at 160 pixels',
@@ -185,8 +186,8 @@ ENTRIES = {
         'mobilenet:v1',
         1_392_846,
         '3cc6d2ca460abd2e0f699a6d0d2550c6b61c6e3b0e27a3616e384ea74cb86f43',
-        57.2,
-        80.5,
+        (57.2, 80.5),
+        (32.8, 12.0),
     ),
     'coral/mobilenet_v1_0.75_192': _coral(
         'MobileNet v1, width 0.75 at 192 pixels',
@@ -194,8 +195,8 @@ ENTRIES = {
         'mobilenet:v1',
         2_652_542,
         '41daeb22fdcf947e0e5ec32373aa9df7c31f3ef45dbd0ef7b5940fbce3c20f6a',
-        66.1,
-        86.2,
+        (66.1, 86.2),
+        (19.3, 5.4),
     ),
     'coral/mobilenet_v2': _coral(
         'MobileNet v2',
@@ -203,7 +204,7 @@ ENTRIES = {
         'mobilenet',
         3_610_798,
         '7aad0c74c5e3c06e5eb3c827e13304fdd68a83da6087d92ee169c24ff9fd4776',
-        70.8,
-        89.9,
+        (70.8, 89.9),
+        (11.3, 2.1),
     ),
 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
@@ -107,7 +108,10 @@ def check(
                 if name in wanted and x.shape != wanted[name]
             ],
         ),
-        *listed('not numbers', [name for name, x in given.items() if x.dtype.kind not in 'fiu']),
+        *listed(
+            'not floats',
+            [name for name, x in given.items() if not jnp.issubdtype(x.dtype, jnp.floating)],
+        ),
     ]
     if problems:
         raise UserError(f'{title} ({"; ".join(problems)}): {advice}')
@@ -168,7 +172,7 @@ def for_pixels(net: Network, kernel: np.ndarray, std: float | Sequence[float]) -
     std: what the other divides pixels by, for each channel or all; ours divides by `net.input_std`, if any.
     """
     factor = getattr(net, 'input_std', 1.0) / np.broadcast_to(np.asarray(std, np.float64), (3,))
-    return (kernel * factor[:, None]).astype(kernel.dtype)
+    return (kernel * factor[:, None]).astype(np.result_type(kernel.dtype, np.float32))
 
 
 def unpad_head(net: Network, arrays: dict, crop: int) -> None:

@@ -429,6 +429,9 @@ def test_push(tmp_path, monkeypatch, capsys):
     refused(lambda: call(monkeypatch, hub_command, *push), "pip install 'alexnet_jax[hub]'")
     monkeypatch.setitem(sys.modules, 'huggingface_hub', types.SimpleNamespace(HfApi=HfApi))
     refused(lambda: call(monkeypatch, hub_command, 'push', 'x', 'me/net'), 'hf://USER/REPO')
+    refused(lambda: call(monkeypatch, hub_command, 'push', 'x'), 'push RUN hf://USER/REPO')
+    refused(lambda: call(monkeypatch, hub_command, 'list', 'x'), 'hub list')
+    refused(lambda: call(monkeypatch, hub_command, 'pull'), "invalid choice: 'pull'")
     call(monkeypatch, hub_command, *push)
     (created, uploaded) = done
     assert created == ('me/net', {'private': True, 'exist_ok': True})

@@ -84,7 +84,7 @@ def test_names_that_do_not_match_are_listed():
         'missing: features.18.1.bias;',
         'extra: features.99.bias;',
         'shapes: classifier.1.weight is [1000, 1280] and should be [5, 1280];',
-        'not numbers: classifier.1.bias)',
+        'not floats: classifier.1.bias)',
     ):
         assert part in message, message
     with pytest.raises(UserError, match=r'missing: features\S+, .* and 258 more\)'):

@@ -1,0 +1,165 @@
+"""Writes files of weights as other programs do: zip and legacy .pth, .caffemodel, .binaryproto, .onnx."""
+
+import io
+import math
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+
+from alexnet_jax.weights import pth, variables
+
+STORAGE = {np.dtype(np.float32): 'FloatStorage', np.dtype(np.float16): 'HalfStorage'}
+STORAGE |= {np.dtype(np.float64): 'DoubleStorage', np.dtype(np.int64): 'LongStorage'}
+
+
+def random_arrays(shapes, seed=0):
+    """He's weights for {name: shape}, [O,I,...]; vectors are small."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        if len(shape) < 2:
+            return rng.normal(0, 0.1, shape)
+        return rng.normal(size=shape, scale=(2 / math.prod(shape[1:])) ** 0.5)
+
+    return {name: draw(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def their_shapes(net, name, crop):
+    """{name(path): shape}, as PyTorch, Caffe and ONNX have them."""
+    shapes = variables.leaves(net, crop)
+    return {name(path): variables.their_shape(net, path, x) for path, x in shapes.items()}
+
+
+# .pth
+
+
+def _op(x):
+    if isinstance(x, bytes):  # opcodes
+        return x
+    if isinstance(x, bool):
+        return b'\x88' if x else b'\x89'
+    if isinstance(x, int):
+        return b'\x8a\x08' + struct.pack('<q', x)
+    if isinstance(x, str):
+        return b'X' + struct.pack('<I', len(x.encode())) + x.encode()
+    return b'(' + b''.join(map(_op, x)) + b't'
+
+
+def call(module, name, *arguments):
+    """A pickle's opcodes that call a function."""
+    return f'c{module}\n{name}\n'.encode() + _op(arguments) + b'R'
+
+
+def tensor(key, dtype, shape, strides=None, offset=0, count=None):
+    """The opcodes of a tensor in the storage KEY."""
+    strides = strides or [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    kind = f'ctorch\n{STORAGE[np.dtype(dtype)]}\n'.encode()
+    saved = _op(('storage', kind, key, 'cpu', math.prod(shape) if count is None else count))
+    ordered = call('collections', 'OrderedDict')
+    return call(
+        'torch._utils',
+        '_rebuild_tensor_v2',
+        saved + b'Q',
+        offset,
+        (*shape,),
+        (*strides,),
+        False,
+        ordered,
+    )
+
+
+def described(entries):
+    """A pickle of an OrderedDict {name: opcodes}."""
+    items = b''.join(_op(name) + value for name, value in entries.items())
+    return b'\x80\x02' + call('collections', 'OrderedDict') + b'(' + items + b'u.'
+
+
+def zipped(members, compression=zipfile.ZIP_STORED, root='archive/'):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w', compression) as archive:
+        for name, content in members.items():
+            archive.writestr(f'{root}{name}', content)
+    return file.getvalue()
+
+
+def pth_of(arrays, legacy=False):
+    """The bytes of a state dict's file."""
+    entries = {name: tensor(str(i), x.dtype, x.shape) for i, (name, x) in enumerate(arrays.items())}
+    storages = {str(i): np.ascontiguousarray(x).tobytes() for i, x in enumerate(arrays.values())}
+    if not legacy:
+        data = {f'data/{key}': content for key, content in storages.items()}
+        return zipped({'data.pkl': described(entries), 'byteorder': b'little', **data})
+    parts = [pth.LEGACY, pickle.dumps(1001, 2), pickle.dumps({'little_endian': True}, 2)]
+    parts += [described(entries), pickle.dumps([*storages], 2)]
+    for x, content in zip(arrays.values(), storages.values(), strict=True):
+        parts += [struct.pack('<q', x.size), content]
+    return b''.join(parts)
+
+
+# Protocol Buffers
+
+
+def varint(n):
+    low = bytes([n & 127 | (n > 127) << 7])
+    return low + varint(n >> 7) if n > 127 else low
+
+
+def field(number, value):
+    """A field of a message: an integer, a float, or bytes."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack('<f', value)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def blob(x, old=False):
+    """Caffe's BlobProto; old: with four dimensions."""
+    if old:
+        shape = (*(1,) * (4 - x.ndim), *x.shape)
+        dims = b''.join(field(i, n) for i, n in enumerate(shape, start=1))
+    else:
+        dims = field(7, field(1, b''.join(map(varint, x.shape))))
+    return dims + field(5, x.astype('<f4').tobytes())
+
+
+def caffemodel(arrays, order=('LRN', 'Pooling'), name='AlexNet', old=False, lrn=None, padded=False):
+    """{(layer, i): array} -> a .caffemodel; order: of the operations after conv1 and conv2."""
+    types = {'Convolution': 4, 'LRN': 15, 'Pooling': 17, 'InnerProduct': 14}
+    lrn = field(2, 1e-4) if lrn is None else lrn
+    layers = []
+
+    def add(layer, kind, parameters=b'', blobs=()):
+        names = field(4, layer) + field(5, types[kind]) if old else field(1, layer) + field(2, kind)
+        parts = [names, parameters, *(field(6 if old else 7, blob(x, old)) for x in blobs)]
+        layers.append(field(2 if old else 100, b''.join(parts)))
+
+    for layer in dict.fromkeys(layer for layer, _ in arrays):
+        kernel = arrays[layer, 0]
+        convolution = field(
+            10 if old else 106, field(3, int(padded and layer in ('conv10', 'conv_final')))
+        )
+        kind = 'Convolution' if kernel.ndim == 4 else 'InnerProduct'
+        add(layer, kind, convolution, [arrays[layer, i] for i in (0, 1)])
+        for op in order if layer in ('conv1', 'conv2') else ():
+            parameters = field(18 if old else 118, lrn) if op == 'LRN' else b''
+            add(f'{op.lower()}{layer[-1]}', op, parameters)
+    return field(1, name) + b''.join(layers)
+
+
+def onnx_of(arrays, order=('LRN', 'MaxPool')):
+    """{name: array} -> an .onnx file of initializers, and nodes without inputs."""
+    lrn = {'alpha': 1e-4, 'beta': 0.75, 'bias': 1.0, 'size': 5}
+    attributes = b''.join(
+        field(5, field(1, name) + field(3 if isinstance(x, int) else 2, x))
+        for name, x in lrn.items()
+    )
+    graph = [field(1, field(4, op) + (attributes if op == 'LRN' else b'')) for op in order]
+    for name, x in arrays.items():
+        dims = b''.join(field(1, n) for n in x.shape)
+        graph.append(field(5, dims + field(2, 1) + field(8, name) + field(9, x.tobytes())))
+    shape = field(1, 2) + field(2, 7) + field(8, 'OC2_DUMMY_1') + field(9, bytes(16))
+    return field(1, 7) + field(7, b''.join(graph) + field(5, shape))

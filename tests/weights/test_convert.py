@@ -1,0 +1,576 @@
+"""Weights of other programs, in files as those write them; malicious and damaged files are refused."""
+
+import os
+import pickle
+import struct
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+import alexnet_jax
+from alexnet_jax import convert
+from alexnet_jax.common import class_names
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.nets import network
+from alexnet_jax.weights import bundle, caffe, pth, readers, torch, variables
+from alexnet_jax.weights.variables import Options
+from tests.helpers import run_dirs
+from tests.helpers import weight_files as files
+from tests.weights.test_files import SMALLEST, SQUEEZENET, real
+
+CLASSES = 3
+NAMES = ['ant', 'bee', 'cat']
+SMALL = 'squeezenet:1.1'
+
+
+def torch_arrays(preset, classes=CLASSES):
+    net = variables.preset(preset, classes, {})
+    return files.random_arrays(files.their_shapes(net, torch.names(net), 224))
+
+
+def caffe_arrays(preset, classes=CLASSES):
+    def name(path):
+        parts = {'squeeze': 'squeeze1x1'}
+        return '/'.join(parts.get(x, x) for x in path[1:-1]), int(path[-1] == 'bias')
+
+    net = variables.preset(preset, classes, {})
+    return files.random_arrays(files.their_shapes(net, name, 227))
+
+
+def read(tmp_path, name, content, options=Options(), **others):  # noqa: B008
+    file = tmp_path / name
+    file.write_bytes(content)
+    return readers.read(str(file), options, **{'names': NAMES, **others})
+
+
+def refused(tmp_path, name, content, *words, **others):
+    """The one-line error of a file."""
+    with pytest.raises(UserError) as error:
+        read(tmp_path, name, content, **others)
+    text = str(error.value)
+    assert '\n' not in text and name in text, text
+    for word in words:
+        assert word in text, text
+    return text
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize('preset', torch.PRESETS)
+def test_the_networks_of_torchvision_are_found(preset):
+    net = variables.preset(preset, CLASSES, {})
+    shapes = files.their_shapes(net, torch.names(net), 224)
+    zeros = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    found = torch.read(zeros, Options())
+    assert (found.preset, found.classes, found.weights.crop) == (preset, CLASSES, 224)
+    expected = jax.tree.map(np.shape, network.shapes(net, 224))
+    assert jax.tree.map(np.shape, found.weights.variables) == {'batch_stats': {}, **expected}
+
+
+@pytest.mark.parametrize('form', ['zip', 'legacy', 'checkpoint', 'parallel', 'half', 'safetensors'])
+def test_forms_of_state_dicts(tmp_path, form):
+    arrays = torch_arrays(SMALL)
+    if form == 'half':
+        arrays = {name: x.astype(np.float16) for name, x in arrays.items()}
+    name, content = 'net.pth', files.pth_of(arrays, legacy=form == 'legacy')
+    if form == 'safetensors':
+        from alexnet_jax.weights import safetensors
+
+        name, content = 'net.safetensors', safetensors.encoded(arrays, {})
+    if form == 'checkpoint':
+        inner = files.described(
+            {key: files.tensor(key, x.dtype, x.shape) for key, x in arrays.items()}
+        )
+        whole = b'\x80\x02}(' + files._op('epoch') + files._op(7)
+        whole += files._op('state_dict') + inner[2:-1] + b'u.'
+        data = {f'data/{key}': x.tobytes() for key, x in arrays.items()}
+        content = files.zipped({'data.pkl': whole, **data})
+    if form == 'parallel':
+        renamed = {f'module.{key}': x for key, x in arrays.items()}
+        content = files.pth_of(renamed)
+    found = read(tmp_path, name, content)
+    params = found.variables['params']
+    np.testing.assert_array_equal(
+        params['fire2']['expand3x3']['kernel'],
+        arrays['features.3.expand3x3.weight'].transpose(2, 3, 1, 0),
+    )
+    std, net = np.array(torch.STD), found.config['model']
+    first = arrays['features.0.weight'].transpose(2, 3, 1, 0) * (net['input_std'] / std)[:, None]
+    np.testing.assert_allclose(params['conv1']['kernel'], first, rtol=1e-6)
+    assert params['conv1']['kernel'].dtype == np.float32
+    assert params['conv10']['kernel'].dtype == np.float32
+    np.testing.assert_allclose(found.mean[5, 7], torch.MEAN, rtol=1e-6)
+    assert found.names == NAMES and found.mean.shape == (256, 256, 3)
+    assert found.config['augment']['crop'] == 224 and net['version'] == '1.1'
+
+
+def test_views_of_a_storage():
+    """Offsets and strides, as of a transposed part of a tensor."""
+    stored = np.arange(24, dtype=np.float32)
+    data = {'data/0': stored.tobytes()}
+    part = files.tensor('0', np.float32, (3, 2), (2, 6), offset=7, count=24)
+    found = pth.state_dict(files.zipped({'data.pkl': files.described({'a': part}), **data}))
+    np.testing.assert_array_equal(
+        found['a'],
+        stored.reshape(4, 3, 2)[1:3]
+        .reshape(-1)[1:]
+        .reshape(-1)[np.array([[0, 6], [2, 8], [4, 10]])],
+    )
+
+
+def test_torchvisions_alexnet():
+    """fc6 reads maps in another order; crops at which poolings differ, and other AlexNets, are refused."""
+    net = variables.preset('owt', CLASSES, {})
+    shapes = files.their_shapes(net, torch.names(net), 224)
+    state = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    state['classifier.1.weight'][9, 200 * 36 + 4 * 6 + 1] = 1  # map 200, row 4, column 1
+    params = torch.from_state_dict(net, state)['params']
+    assert params['fc6']['kernel'][0, (4 * 6 + 1) * 256 + 200, 9] == 1
+    for crop in (223, 226, 227):
+        with pytest.raises(UserError, match='224 or 225 pixels'):
+            torch.from_state_dict(net, state, crop=crop)
+    for changes in ({'dropout': 'original'}, {'norms': 'all'}, {'conv1_padding': (0, 3)}):
+        other = variables.preset('owt', CLASSES, changes)
+        with pytest.raises(UserError, match=f'preset owt in {[*changes][0]}'):
+            torch.from_state_dict(other, state)
+
+
+def test_names_are_matched_in_full(tmp_path):
+    arrays = torch_arrays(SMALL)
+    arrays['features.99.bias'] = arrays.pop('features.3.squeeze.bias')
+    arrays['features.0.bias'] = arrays['features.0.bias'][:5]
+    refused(
+        tmp_path,
+        'net.pth',
+        files.pth_of(arrays),
+        'missing: features.3.squeeze.bias;',
+        'extra: features.99.bias;',
+        'shapes: features.0.bias is [5] and should be [64]',
+    )
+    refused(tmp_path, 'net.pth', files.pth_of({'a': np.zeros(3, np.float32)}), 'not those of torch')
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def malicious(tmp_path):
+    """{name: (content, words of the error)}, each with a part that must not be believed."""
+    state = torch_arrays(SMALL)
+    whole, first = files.pth_of(state), files.tensor('0', np.float32, (2, 3))
+
+    def one(pickled, **members):
+        return files.zipped({'data.pkl': pickled, 'data/0': bytes(24), **members})
+
+    def entry(value):
+        return one(files.described({'features.0.weight': value}))
+
+    def shaped(*arguments, **others):
+        return entry(files.tensor('0', np.float32, *arguments, **others))
+
+    run = pickle.dumps(Malicious(tmp_path / 'run'), 2)
+    nested = b'\x80\x02' + b'(' * 50_000 + b't' * 50_000 + b'.'
+    yield from {
+        'runs a function': (one(run), 'asks for posix.mkdir'),
+        'runs a function, legacy': (run, 'asks for posix.mkdir'),
+        'a builtin': (one(b'\x80\x02cbuiltins\neval\nX\x01\0\0\x001\x85R.'), 'builtins.eval'),
+        'an attribute': (one(b'\x80\x04\x8c\x05torch\x8c\x08_C.x.y.z\x93.'), 'torch._C.x.y.z'),
+        'a network': (one(b'\x80\x02ctorchvision.models.alexnet\nAlexNet\n)\x81.'), 'state_dict()'),
+        'the registry': (one(b'\x80\x02\x82\x01.'), 'pickle is damaged'),
+        'a memo of gigabytes': (one(b'\x80\x02K\x01r\xff\xff\xff\x7f.'), 'reserves memory'),
+        'depth': (one(nested), ''),
+        'a path': (files.zipped({'../../evil': b'x', 'data.pkl': b''}), 'its archive has a file'),
+        'an absolute path': (files.zipped({'/evil': b'x'}, root=''), ''),
+        'a bomb': (
+            files.zipped({'data.pkl': bytes(10**7)}, zipfile.ZIP_DEFLATED),
+            'archive is compressed',
+        ),
+        'not an archive': (pth.ZIP + bytes(100), ''),
+        'big-endian': (one(files.described({}), byteorder=b'big'), 'little-endian'),
+        'truncated': (whole[: len(whole) // 2], ''),
+        'a flipped byte': (flipped(whole, whole.index(b'data/0') + 500), 'Bad CRC-32'),
+        'outside the storage': (shaped((2, 3), (3, 1), offset=1, count=6), 'lies outside'),
+        'strides outside': (shaped((2, 3), (4, 1), count=6), 'lies outside'),
+        'negative strides': (shaped((2, 3), (-3, 1), count=6), 'impossible shape'),
+        'an enormous shape': (shaped((2**39, 2**39), (0, 0), count=6), 'lies outside'),
+        'another count': (shaped((2, 3), count=7), 'does not have 7 numbers'),
+        'an enormous count': (shaped((2, 3), count=2**60), 'does not have'),
+        'a missing storage': (entry(files.tensor('7', np.float32, (2, 3))), ''),
+        'text': (entry(files._op('x')), 'is not a tensor'),
+        'a tensor without a storage': (
+            entry(files.call('torch._utils', '_rebuild_tensor_v2', 'x', 0, (2,), (1,))),
+            'no storage',
+        ),
+        'a list': (one(b'\x80\x02].'), 'holds no state dict'),
+        'numbers as keys': (one(b'\x80\x02}K\x01' + first + b's.'), 'is not a tensor'),
+        'legacy, truncated': (files.pth_of(state, legacy=True)[:-100], 'ends after'),
+        'legacy, an enormous storage': (
+            files.pth_of({'a': np.zeros(3, np.float32)}, legacy=True)[:-20]
+            + struct.pack('<q', 2**62),
+            'ends after',
+        ),
+        'empty': (b'', ''),
+    }.items()
+
+
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+
+
+def test_malicious_state_dicts(tmp_path):
+    for name, (content, words) in malicious(tmp_path):
+        text = refused(tmp_path, 'net.pth', content, words)
+        assert len(text) < 500, name
+    assert [x.name for x in tmp_path.iterdir()] == ['net.pth']  # no function was run
+
+
+# Caffe
+
+
+@pytest.fixture(scope='module')
+def alexnet():
+    """CaffeNet's arrays of zeros, each with one entry that is not."""
+    net = variables.preset('caffe', CLASSES, {})
+    shapes = files.their_shapes(net, lambda path: (path[1], int(path[-1] == 'bias')), 227)
+    arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    arrays['fc6', 0][9, 200 * 36 + 4 * 6 + 1] = 1  # map 200, row 4, column 1
+    arrays['conv1', 0][7, 0, 3, 4] = 1  # blue
+    arrays['conv2', 0][200, 5, 1, 2] = 1
+    return arrays
+
+
+@pytest.mark.parametrize('old', [False, True], ids=['layer', 'layers'])
+def test_caffes_networks(tmp_path, alexnet, old):
+    order = ('Pooling', 'LRN') if old else ('LRN', 'Pooling')
+    lrn = files.field(1, 3) + files.field(2, 2e-4) + files.field(3, 0.5) + files.field(5, 1.5)
+    found = read(tmp_path, 'net.caffemodel', files.caffemodel(alexnet, order, old=old, lrn=lrn))
+    params, model = found.variables['params'], found.config['model']
+    assert params['fc6']['kernel'][0, (4 * 6 + 1) * 256 + 200, 9] == 1
+    assert params['conv1']['kernel'][0, 3, 4, 2, 7] == 1
+    assert params['conv2']['kernel'][0, 1, 2, 5, 200] == 1
+    assert sum(np.count_nonzero(x) for x in jax.tree.leaves(params)) == 3
+    assert model['after'][0] == ('act pool norm' if old else 'act norm pool')
+    assert [model[f'norm_{name}'] for name in ('n', 'alpha', 'beta', 'k')] == [3, 2e-4, 0.5, 1.5]
+    assert model['norm_alpha_per'] == 'window' and model['dropout'] == 'inverted'
+    np.testing.assert_allclose(found.mean[0, 0], caffe.MEAN)
+
+
+def test_which_alexnet(tmp_path):
+    """By the order of operations, else by the network's name, else by --net."""
+    for order, name, net, expected in (
+        (['LRN', 'Pooling'], 'CaffeNet', '', 'caffe'),
+        (['Pooling', 'LRN'], 'AlexNet', '', 'caffenet'),
+        ([], 'CaffeNet', '', 'caffenet'),
+        ([], 'AlexNet', '', 'caffe'),
+        ([], 'mine', 'caffenet', 'caffenet'),
+    ):
+        assert caffe._alexnet_form(caffe.Graph(name, {}, order, []), net) == expected
+    arrays = {
+        (name, i): np.zeros((3,) * (2 - i), np.float32) for name in ('conv1', 'fc8') for i in (0, 1)
+    }
+
+    def wrong(words, net='', crop=0, **form):
+        options, content = Options(net, None, crop), files.caffemodel(arrays, **form)
+        refused(tmp_path, 'a.caffemodel', content, *words, options=options)
+
+    wrong(('its network is unclear', 'with --net: caffe, caffenet,'), order=(), name='mine')
+    wrong(('--net=owt: not a network of this format',), 'owt')
+    wrong(('need 227',), crop=224)
+    wrong(('normalizes within channels',), lrn=files.field(4, 1))
+    wrong(("not Caffe's caffenet", 'missing: ', 'shapes: conv1.0 is [3, 3]'), 'caffenet')
+
+
+@pytest.mark.parametrize('padded', [False, True])
+def test_caffes_squeezenet(tmp_path, padded):
+    arrays = caffe_arrays('squeezenet')
+    found = read(tmp_path, 'net.caffemodel', files.caffemodel(arrays, padded=padded))
+    assert found.config['model']['version'] == '1.0'
+    kernel = arrays['conv10', 0].transpose(2, 3, 1, 0) * ((13 / 15) ** 2 if padded else 1)
+    params = found.variables['params']
+    np.testing.assert_allclose(params['conv10']['kernel'], kernel, rtol=1e-6)
+    first = arrays['conv1', 0][:, ::-1].transpose(2, 3, 1, 0) * found.config['model']['input_std']
+    np.testing.assert_allclose(params['conv1']['kernel'], first, rtol=1e-6)
+
+
+def test_mean_images(tmp_path):
+    image = np.random.default_rng(0).uniform(0, 255, (3, 8, 8)).astype(np.float32)
+    expected = image[::-1].transpose(1, 2, 0)
+    (tmp_path / 'mean.binaryproto').write_bytes(files.blob(image, old=True))
+    np.save(tmp_path / 'mean.npy', image)
+    for name in ('mean.binaryproto', 'mean.npy'):
+        np.testing.assert_array_equal(readers.mean_of(str(tmp_path / name)), expected)
+    np.testing.assert_array_equal(readers.mean_of('1,2,3.5'), np.float32([1, 2, 3.5]))
+    np.save(tmp_path / 'objects.npy', np.array([{}], object), allow_pickle=True)
+    np.save(tmp_path / 'flat.npy', image[0])
+    (tmp_path / 'cut.binaryproto').write_bytes(files.blob(image, old=True)[:-9])
+    for wrong in ('objects.npy', 'flat.npy', 'cut.binaryproto', 'missing.npy'):
+        with pytest.raises(UserError, match='not a mean image|cannot be read'):
+            readers.mean_of(str(tmp_path / wrong))
+    for wrong in ('1,2', '1,2,x', '1,2,256', 'nan,1,2'):
+        with pytest.raises(UserError, match='--mean=|must be R,G,B'):
+            readers.mean_of(wrong)
+
+
+# ONNX
+
+
+def test_onnx(tmp_path, alexnet):
+    arrays = {f'{layer}_{"wb"[i]}_0': x for (layer, i), x in alexnet.items()}
+    found = read(tmp_path, 'net.onnx', files.onnx_of(arrays))
+    params = found.variables['params']
+    assert params['fc6']['kernel'][0, (4 * 6 + 1) * 256 + 200, 9] == 1
+    assert params['conv1']['kernel'][0, 3, 4, 2, 7] == 1
+    assert found.config['model']['after'][0] == 'act norm pool'
+    assert found.config['augment']['crop'] == 227
+    arrays = {name.replace('fc7_w_0', 'fc7_w_0_quantized'): x[:9] for name, x in arrays.items()}
+    refused(
+        tmp_path,
+        'net.onnx',
+        files.onnx_of(arrays, ('MaxPool', 'LRN')),
+        "not the ONNX model zoo's caffenet",
+        'missing: fc7.0',
+        'extra: fc7_w.0',
+    )
+
+
+# Both are Protocol Buffers.
+
+
+def test_malicious_protobufs(tmp_path):
+    def layer(*blobs):
+        named = files.field(1, 'conv1') + files.field(2, 'Convolution')
+        return files.field(100, named + b''.join(files.field(7, x) for x in blobs))
+
+    floats = files.field(5, bytes(24))
+    shape = files.field(7, files.field(1, files.varint(2) + files.varint(3)))
+    cases = {
+        'no layers': b'',
+        'an enormous length': files.varint(100 << 3 | 2) + files.varint(2**40) + b'x',
+        'an endless number': b'\xff' * 50,
+        'a number without end': b'\x08\x80',
+        'a group': b'\x0b',
+        'another type': files.field(100, 7),
+        'text instead of floats': layer(files.field(5, 7) + shape),
+        'a part of a float': layer(files.field(5, bytes(23)) + shape),
+        'another shape': layer(files.field(5, bytes(20)) + shape),
+        'an enormous shape': layer(
+            floats + files.field(7, files.field(1, files.varint(2**63) * 2))
+        ),
+        'no numbers': layer(shape),
+        'twice': layer(floats + shape) * 2,
+        'many fields': files.field(100, files.field(1, 1) * 200_000),
+        'a shape of many numbers': layer(
+            floats + files.field(7, files.field(1, b'\x01' * 200_000))
+        ),
+    }
+    for name, content in cases.items():
+        text = refused(tmp_path, 'net.caffemodel', content, 'cannot be converted')
+        assert len(text) < 500, name
+    outside = files.field(1, 2) + files.field(2, 1) + files.field(8, 'conv1_w_0')
+    outside = files.field(7, files.field(5, outside + files.field(14, 1)))
+    refused(tmp_path, 'net.onnx', outside, 'is stored in another file')
+    refused(tmp_path, 'net.onnx', b'', '0 graphs')
+
+
+@pytest.mark.parametrize('name', ['net.caffemodel', 'net.pth', 'net.safetensors'])
+def test_damaged_files(tmp_path, name):
+    """Cut anywhere, and with flipped bytes: read or refused, never another exception."""
+    from alexnet_jax.weights import safetensors
+
+    content = {
+        'net.caffemodel': lambda: files.caffemodel(caffe_arrays(SMALL)),
+        'net.pth': lambda: files.pth_of(torch_arrays(SMALL)),
+        'net.safetensors': lambda: safetensors.encoded(torch_arrays(SMALL), {}),
+    }[name]()
+    for end in [0, 1, 9, 60, *np.linspace(100, len(content) - 1, 10).astype(int)]:
+        refused(tmp_path, name, content[:end])
+    rng, count = np.random.default_rng(0), 0
+    for i in range(40):
+        damaged = content
+        high = 400 if i % 2 else 8000
+        for at in rng.integers(0, high, rng.integers(1, 4)):
+            damaged = flipped(damaged, at)
+        try:
+            read(tmp_path, name, damaged)
+        except UserError as error:
+            assert '\n' not in str(error)
+            count += 1
+    assert count > 5
+
+
+# Keras
+
+
+def keras_file(file, version, width, layout, seed=0):
+    """Random arrays in a MobileNet's file -> {our path: array}."""
+    h5py = pytest.importorskip('h5py', reason='needs h5py')
+    from alexnet_jax.weights import keras
+
+    changes = {'width': width}
+    net = variables.preset({1: 'mobilenet:v1', 2: 'mobilenet'}[version], CLASSES, changes)
+    shapes, rng, arrays, counts = variables.leaves(net), np.random.default_rng(seed), {}, {}
+    with h5py.File(file, 'w') as opened:
+        root = opened.create_group('model_weights') if layout == 'model' else opened
+        layers = []
+        for number, paths in enumerate(keras._ours(net)):
+            for path in paths:
+                arrays[path] = rng.uniform(0.5, 1, shapes[path]).astype(np.float32)
+            stored = [arrays[path] for path in paths]
+            kind = 'batch_normalization' if len(paths) == 4 else 'conv2d'
+            if paths[0][-1] == 'depthwise':
+                kind, stored = 'depthwise_conv2d', [stored[0][..., None]]
+            elif paths[0][1] == 'fc':
+                kind = 'conv2d' if version == 1 else 'dense'
+                stored[0] = stored[0][None, None] if version == 1 else stored[0]
+            if layout == 'modern':
+                count = counts[kind] = counts.get(kind, -1) + 1
+                group = root.create_group(f'layers/{kind}_{count}' if count else f'layers/{kind}')
+                for i, x in enumerate(stored):
+                    group.create_dataset(f'vars/{i}', data=x)
+                root.require_group(f'layers/activation_{count}/vars')
+            else:
+                layers += [f'layer{number}', f'nothing{number}']
+                group = root.create_group(layers[-2])
+                root.create_group(layers[-1]).attrs['weight_names'] = np.zeros(0, 'S1')
+                names = [f'inner/{i}:0' for i in range(len(stored))]
+                group.attrs['weight_names'] = np.array(names, 'S')
+                for name, x in zip(names, stored, strict=True):
+                    group.create_dataset(name, data=x)
+        if layers:
+            root.attrs['layer_names'] = np.array(layers, 'S')
+    return arrays
+
+
+@pytest.mark.parametrize(
+    ('version', 'width', 'layout'),
+    [(1, 0.25, 'weights'), (1, 0.5, 'modern'), (2, 0.35, 'model'), (2, 0.5, 'modern')],
+)
+def test_keras(tmp_path, version, width, layout):
+    arrays = keras_file(tmp_path / 'net.h5', version, width, layout)
+    found = readers.read(str(tmp_path / 'net.h5'), names=NAMES)
+    model = found.config['model']
+    assert (model['version'], model['width'], model['padding']) == (version, width, 'tensorflow')
+    assert model['norm_epsilon'] == 1e-3 and found.mean[0, 0, 0] == 127.5
+    first = ('params', 'conv1', 'kernel')
+    arrays[first] = arrays[first] * np.float32(model['input_std'] / 127.5)
+    leaves = {network.names_of(path): x for path, x in jax.tree.leaves_with_path(found.variables)}
+    assert leaves.keys() == arrays.keys()
+    for path, x in leaves.items():
+        np.testing.assert_allclose(x, arrays[path], rtol=1e-6)
+
+
+def test_keras_files_that_are_refused(tmp_path, monkeypatch):
+    h5py = pytest.importorskip('h5py', reason='needs h5py')
+    file = tmp_path / 'net.h5'
+    keras_file(file, 1, 0.25, 'weights')
+    secret = tmp_path / 'secret'
+    secret.write_bytes(bytes(10_000))
+    content = file.read_bytes()
+
+    def changed(change, *words):
+        file.write_bytes(content)
+        with h5py.File(file, 'r+') as opened:
+            change(opened)
+        refused(tmp_path, 'net.h5', file.read_bytes(), *words)
+
+    def replaced(opened, **arguments):
+        del opened['layer0/inner/0:0']
+        opened['layer0/inner'].create_dataset('0:0', (3, 3, 3, 8), np.float32, **arguments)
+
+    def linked(opened):
+        del opened['layer0/inner']
+        opened['layer0/inner'] = h5py.ExternalLink(str(secret), '/')
+
+    changed(lambda f: replaced(f, external=[(str(secret), 0, 864)]), 'not an array of this file')
+    changed(linked, 'of its own')
+    changed(lambda f: f['layer3'].attrs.create('weight_names', np.array(['x'], 'S')), 'of its own')
+    changed(lambda f: f.attrs.create('layer_names', np.array(['layer0'], 'S')), 'has 1 layers')
+    changed(lambda f: f.attrs.__delitem__('layer_names'), 'cannot be converted')
+
+    def large(opened):
+        del opened['layer2/inner/0:0']
+        opened['layer2/inner'].create_dataset('0:0', (10**6, 10**6), np.float32, chunks=(100, 100))
+
+    changed(large, 'layer2/0 is [1000000, 1000000] and should be [3, 3, 8, 1]')
+    for end in (8, 100, 2000, len(content) // 2):
+        refused(tmp_path, 'net.h5', content[:end])
+    monkeypatch.setitem(sys.modules, 'h5py', None)
+    refused(tmp_path, 'net.h5', content, "pip install 'alexnet_jax[keras]'")
+
+
+# The command
+
+
+def call(monkeypatch, *arguments):
+    run_dirs.call(monkeypatch, convert, *arguments)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    arrays = torch_arrays(SMALL)
+    (tmp_path / 'net.pth').write_bytes(files.pth_of(arrays))
+    (tmp_path / 'names.txt').write_text('ant\nbee\nçat\n')
+    names = f'--names={tmp_path}/names.txt'
+    call(monkeypatch, tmp_path / 'net.pth', tmp_path / 'out', names, '--size=240')
+    out = capsys.readouterr().out
+    assert 'SqueezeNet 1.1, net.pth (torchvision): 724,035 parameters' in out and '3 classes' in out
+    found = bundle.read(tmp_path / 'out')
+    assert found.names == ['ant', 'bee', 'çat'] and found.mean.shape == (240, 240, 3)
+    made = 'python -m alexnet_jax.convert net.pth out --names=names.txt --size=240'
+    assert found.card['made'] == made
+    classify = alexnet_jax.load(tmp_path / 'out', views='centre')
+    image = np.random.default_rng(0).integers(0, 256, (240, 240, 3)).astype(np.uint8)
+    x = image[None, 8:-8, 8:-8] - np.float32(torch.MEAN)
+    logits = network.apply(variables.preset(SMALL, CLASSES, {}), found.variables, x)[0]
+    np.testing.assert_allclose(classify(image), jax.nn.softmax(logits)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ((), '3 classes: give them, one a line, --names=FILE'),
+        (('--names=names.txt',), '2 names for 3 classes'),
+        (('--names=missing.txt',), '--names=missing.txt: cannot be read'),
+        (('--names=names.txt', '--net=caffe'), '--net=caffe: not a network of this format'),
+        (('--std=1,2',), '--std=1,2: must be R,G,B'),
+        (('--std=0,1,1',), '--std=0,1,1: must be R,G,B'),
+        (('--mean=a.npy',), 'a.npy: cannot be read'),
+        (('--crop=9',), 'crop=9: must be from 32 to 1024'),
+        (('--size=100',), 'size=100: must be from 224'),
+    ],
+)
+def test_arguments_that_are_refused(tmp_path, monkeypatch, arguments, message):
+    (tmp_path / 'net.pth').write_bytes(files.pth_of(torch_arrays(SMALL)))
+    (tmp_path / 'names.txt').write_text('ant\nbee\n')
+    run_dirs.refuses(monkeypatch, tmp_path, convert, '', ('net.pth', 'out', *arguments), message)
+
+
+def test_files_that_are_refused(tmp_path):
+    refused(tmp_path, 'net.xyz', b'abc', 'not a format', '.caffemodel')
+    arrays = torch_arrays(SMALL)
+    arrays['features.0.bias'][3] = np.nan
+    refused(tmp_path, 'net.pth', files.pth_of(arrays), 'conv1/bias has weights that are not finite')
+    with pytest.raises(UserError, match='missing.pth: cannot be read'):
+        readers.read(str(tmp_path / 'missing.pth'))
+    with pytest.raises(UserError, match='cannot be read'):
+        readers.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ('name', 'crop', 'size', 'width'), [(SMALLEST, 128, 146, 0.25), (SQUEEZENET, 227, 256, 1.0)]
+)
+def test_real_files(name, crop, size, width):
+    found = readers.read(str(real(name)))
+    assert found.names == class_names.imagenet() and found.names[834] == 'n04350905'
+    assert (found.config['augment']['crop'], found.config['data']['size']) == (crop, size)
+    assert found.config['model']['width'] == width and found.mean.shape == (size, size, 3)
+    assert found.card['folded'] == (name == SMALLEST)
+    with pytest.raises(UserError, match='leave --std and --crop out'):
+        readers.read(str(real(name)), Options('', None, 64))
