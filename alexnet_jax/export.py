@@ -118,8 +118,9 @@ def main() -> None:
         raise UserError(
             f'--preprocess=graph: --format={args.format} has no program, only weights; leave it out'
         )
-    if args.format.startswith('onnx'):
-        to_onnx.check_installed()
+    for module in (to_onnx, to_tflite):
+        if module.__name__.endswith(args.format.partition('-')[0]):
+            module.check_installed()
     output = _output(args)
     source = _source(args)
     images, labels = _images(source, args)
@@ -259,8 +260,9 @@ def _about(source: Source, name: str, file: str) -> dict[str, bytes]:
         },
         'output': {'name': 'logits', 'shape': [batch, len(source.run.facts.names)]},
         'classes': list(source.run.facts.names),
-        'model': config['model'],
     }
+    if name in WEIGHTS:
+        about['model'] = config['model']
     return files | {'.json': (json.dumps(about, indent=2) + '\n').encode()}
 
 

@@ -1,5 +1,7 @@
 """Writes a graph as an ONNX model, also in float16 and 8 bits, and runs one."""
 
+import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -102,7 +104,9 @@ def eight_bits(content: bytes, batches: Iterable[np.ndarray] | None) -> bytes:
     """
     from onnxruntime import quantization
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        logging.disable(logging.WARNING)  # advice for models that other programs made
+        stack.callback(logging.disable, logging.NOTSET)
         old, new = (os.path.join(folder, name) for name in ('float.onnx', 'int8.onnx'))
         with open(old, 'wb') as file:
             file.write(content)

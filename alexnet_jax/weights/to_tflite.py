@@ -10,6 +10,11 @@ import numpy as np
 from alexnet_jax.common.errors import UserError, one_line
 
 
+def check_installed() -> None:
+    """Raises UserError if TensorFlow is missing."""
+    _tensorflow()
+
+
 def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
     """Returns the .tflite file of function(images [1,crop,crop,3]) -> f32[1,K].
 
@@ -60,7 +65,8 @@ def _tensorflow():
             f'--format=tflite: needs TensorFlow, which cannot be imported ({one_line(error)}): '
             'pip install tensorflow'
         ) from error
-    tf.get_logger().setLevel(logging.ERROR)
+    for logger in (tf.get_logger(), logging.getLogger('absl')):
+        logger.setLevel(logging.ERROR)
     for kind in ('GPU', 'TPU'):
         tf.config.set_visible_devices([], kind)
     return tf

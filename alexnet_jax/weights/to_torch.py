@@ -10,6 +10,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from alexnet_jax.common.errors import UserError
@@ -31,15 +32,13 @@ def state_dict(net: Network, arrays: dict[network.Path, np.ndarray], crop: int) 
     """
     if isinstance(net, AlexNet) and not _is_torchvisions(net, crop):
         return _of_towers(net, arrays, crop)
-    _check(net)
     name, found = torch.names(net), {}
+    _check(net)
     for path, x in arrays.items():
         shape = variables.their_shape(net, path, x.shape)
         y = _inverse(lambda a, path=path: variables.from_theirs(net, path, a), shape, x)
-        if path == ('params', 'conv1', 'kernel'):
-            y = y / np.float32(getattr(net, 'input_std', 1.0))
+        y = y / _std(net, path) + _shift(net, path)
         if path[-1] == 'var':
-            y = y + np.float32(net.norm_epsilon - EPSILON)
             counter = name(path).rpartition('.')[0] + f'.{torch.COUNTER}'
             found[counter] = np.zeros((), np.int64)
         found[name(path)] = y
@@ -56,17 +55,21 @@ def variables_of(net: Network, state: dict[str, np.ndarray], crop: int) -> dict:
             }
         )
     found = torch.from_state_dict(net, state, crop=crop)
-    found['params']['conv1']['kernel'] *= np.float32(getattr(net, 'input_std', 1.0))
-    return _with_epsilon(found, net)
+    named = {network.names_of(path): x for path, x in jax.tree.leaves_with_path(found)}
+    return variables.nest(
+        {path: (x - _shift(net, path)) * _std(net, path) for path, x in named.items()}
+    )
 
 
-def _with_epsilon(tree: dict, net: Network) -> dict:
-    return {
-        name: _with_epsilon(x, net)
-        if isinstance(x, dict)
-        else x - np.float32(net.norm_epsilon - EPSILON) * (name == 'var')
-        for name, x in tree.items()
-    }
+def _shift(net: Network, path: network.Path) -> np.float32:
+    """What to add to a variable, since torchvision's normalization has another epsilon."""
+    return np.float32(net.norm_epsilon - EPSILON if path[-1] == 'var' else 0)
+
+
+def _std(net: Network, path: network.Path) -> np.float32:
+    """What to divide a variable by, since torchvision's network does not divide pixels."""
+    first = path == ('params', 'conv1', 'kernel')
+    return np.float32(getattr(net, 'input_std', 1.0) if first else 1)
 
 
 def _check(net: Network) -> None:
