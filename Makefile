@@ -2,7 +2,7 @@
 # make test         the tests (6 minutes on 2 cores)
 # make test-fast    without the slow tests
 # make test-all     with the end-to-end checks to run before a release (15 minutes)
-# make test-deploy  compares the networks with those of PyTorch, Keras and TensorFlow Lite (installs them)
+# make test-deploy  compares the networks with those of PyTorch, Keras, OpenCV, ... (installs them)
 # make lint         ruff: rules and format
 # To use another Python: `make test PYTHON=python3.12`. To pass arguments to pytest: `make test ARGS='-k layers'`.
 
@@ -59,7 +59,8 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 
 $(DEPLOY)/.installed: requirements-deploy.txt requirements-dev.txt requirements.txt constraints.txt | $(DEPLOY)/bin/python
 	@echo "Installing requirements-deploy.txt into $(DEPLOY) (about 3 GB) ..."
-	$(DEPLOY)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-deploy.txt -c constraints.txt
+	@grep -v opencv constraints.txt > $(DEPLOY)/constraints.txt  # another version than the program's tests
+	$(DEPLOY)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-deploy.txt -c $(DEPLOY)/constraints.txt
 	@touch $@
 
 $(VENV)/bin/python $(DEPLOY)/bin/python:

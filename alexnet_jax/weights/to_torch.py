@@ -16,12 +16,14 @@ import numpy as np
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets import network
 from alexnet_jax.nets.alexnet import AlexNet
+from alexnet_jax.nets.mobilenet import MobileNet
 from alexnet_jax.nets.network import Network
+from alexnet_jax.nets.squeezenet import SqueezeNet
 from alexnet_jax.weights import pth, torch, variables
 
 EPSILON = 1e-5  # of torchvision's batch normalization
 # Fields that torchvision's networks do not have, with their values there.
-FIXED = {'padding': 'torch', 'activation': 'relu6'}
+FIXED = {MobileNet: {'padding': 'torch', 'activation': 'relu6'}, SqueezeNet: {'width': 1.0}}
 STORAGES = {'<f4': 'FloatStorage', '<f2': 'HalfStorage', '<i8': 'LongStorage'}
 
 
@@ -74,17 +76,12 @@ def _std(net: Network, path: network.Path) -> np.float32:
 
 def _check(net: Network) -> None:
     """Raises UserError for fields that torchvision's class does not have."""
-    for name, value in FIXED.items():
-        if getattr(net, name, value) != value:
+    for name, value in FIXED.get(type(net), {}).items():
+        if getattr(net, name) != value:
             raise UserError(
-                f'--format=torch: torchvision has no network with config.model.{name}='
+                f'--format=torch: torchvision has no {type(net).__name__} with config.model.{name}='
                 f'{getattr(net, name)}; export another format'
             )
-    if hasattr(net, 'version') and str(net.version).startswith('1.') and net.width != 1:
-        raise UserError(
-            f"--format=torch: torchvision's SqueezeNet has config.model.width=1, not {net.width:g}; "
-            'export another format'
-        )
 
 
 def _is_torchvisions(net: AlexNet, crop: int) -> bool:

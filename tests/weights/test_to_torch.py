@@ -62,7 +62,7 @@ def test_towers_are_concatenated():
         ('paper', 64, {'width': 0.125, 'remove': 'conv3'}, 'config.model.remove=conv3'),
         ('paper', 64, {'width': 0.125, 'pooling': 'disjoint'}, 'config.model.pooling=disjoint'),
         ('mobilenet', 64, {'padding': 'tensorflow'}, 'config.model.padding=tensorflow'),
-        ('squeezenet', 64, {'width': 0.5}, 'config.model.width=1, not 0.5'),
+        ('squeezenet', 64, {'width': 0.5}, 'config.model.width=0.5'),
         ('mobilenet:v1', 64, {'padding': 'torch', 'activation': 'relu6'}, 'no such network'),
         ('cifar10', 24, {}, 'no such network'),
         ('alexnet_bn', 64, {'width': 0.125}, 'no such network'),
