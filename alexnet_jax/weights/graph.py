@@ -20,6 +20,18 @@ from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets.layers import LRN
 
 FLOAT = 1  # ONNX's number of float32
+UNARY = {
+    **{
+        'tanh': 'Tanh',
+        'logistic': 'Sigmoid',
+        'exp': 'Exp',
+        'log': 'Log',
+        'neg': 'Neg',
+        'abs': 'Abs',
+    },
+    'sqrt': 'Sqrt',
+}
+BINARY = {'add': 'Add', 'mul': 'Mul', 'pow': 'Pow'}
 BATCH = 1009  # stands for any number of images while a function is traced
 
 
@@ -64,7 +76,8 @@ def read(function: Callable, crop: int, dtype, *, maps: bool) -> Graph:
     (result,) = translator.run(closed.jaxpr, closed.consts, [Tensor('images', maps)])
     if not isinstance(result, Tensor):
         raise UserError('this network does not depend on its images, so it cannot be exported')
-    graph = Graph(translator.nodes, 'images', translator.rows(result).name)
+    result = translator.rows(result, closed.out_avals[0].ndim)
+    graph = Graph(translator.nodes, 'images', result.name)
     return _simplified(graph)
 
 
@@ -105,6 +118,10 @@ class _Translator:
         if not whole and not any(isinstance(x, Tensor) for x in args):
             found = eqn.primitive.bind(*map(jnp.asarray, args), **params)
             return [*map(np.asarray, found if eqn.primitive.multiple_results else [found])]
+        if name in UNARY:
+            return [self.unary(UNARY[name], args)]
+        if name in BINARY:
+            return [self.binary(BINARY[name], args, eqn)]
         rule = getattr(self, f'_{name}', None)
         if rule is None:
             raise UserError(f'this network uses {name}, which cannot be written as ONNX')
@@ -120,12 +137,12 @@ class _Translator:
         self.nodes.append(Node(op, inputs, names, attributes, name))
         return names if outputs > 1 else names[0]
 
-    def rows(self, x):
+    def rows(self, x, rank: int):
         """The same tensor with its axes in JAX's order."""
-        if not isinstance(x, Tensor) or not x.maps:
+        if not x.maps:
             return x
-        order = _physical(4)
-        return Tensor(self.emit('Transpose', x, perm=[order.index(i) for i in range(4)]))
+        order = _physical(rank)
+        return Tensor(self.emit('Transpose', x, perm=[order.index(i) for i in range(rank)]))
 
     def maps(self, x, rank: int = 4):
         """The same tensor or constant as maps."""
@@ -144,12 +161,6 @@ class _Translator:
             args = [self.maps(x, rank) for x in args]
         return Tensor(self.emit(op, *args), maps)
 
-    def _add(self, args, eqn):
-        return self.binary('Add', args, eqn)
-
-    def _mul(self, args, eqn):
-        return self.binary('Mul', args, eqn)
-
     def _sub(self, args, eqn):
         if isinstance(args[1], Tensor):
             return self.binary('Sub', args, eqn)
@@ -159,9 +170,6 @@ class _Translator:
         if isinstance(args[1], Tensor):
             return self.binary('Div', args, eqn)
         return self.binary('Mul', [args[0], 1 / args[1].astype(np.float64)], eqn)
-
-    def _pow(self, args, eqn):
-        return self.binary('Pow', args, eqn)
 
     def _integer_pow(self, args, eqn):
         return self.binary('Pow', [args[0], np.array(eqn.params['y'], np.float32)], eqn)
@@ -181,31 +189,10 @@ class _Translator:
 
     def _clamp(self, args, eqn):
         low, x, high = args
-        return Tensor(self.emit('Clip', x, low, high), x.maps)
+        return self._min([self._max([x, low], eqn), high], eqn)
 
     def unary(self, op: str, args) -> Tensor:
         return Tensor(self.emit(op, args[0]), args[0].maps)
-
-    def _tanh(self, args, eqn):
-        return self.unary('Tanh', args)
-
-    def _logistic(self, args, eqn):
-        return self.unary('Sigmoid', args)
-
-    def _exp(self, args, eqn):
-        return self.unary('Exp', args)
-
-    def _log(self, args, eqn):
-        return self.unary('Log', args)
-
-    def _neg(self, args, eqn):
-        return self.unary('Neg', args)
-
-    def _abs(self, args, eqn):
-        return self.unary('Abs', args)
-
-    def _sqrt(self, args, eqn):
-        return self.unary('Sqrt', args)
 
     def _rsqrt(self, args, eqn):
         return self.unary('Reciprocal', [self.unary('Sqrt', args)])
@@ -214,9 +201,10 @@ class _Translator:
         return args[0]
 
     def _convert_element_type(self, args, eqn):
-        if eqn.invars[0].aval.dtype == np.float32:
-            return args[0]
-        return Tensor(self.emit('Cast', args[0], to=FLOAT), args[0].maps)
+        old, new = eqn.invars[0].aval.dtype, eqn.params['new_dtype']
+        if new != np.float32:
+            raise UserError(f'this network computes in {new}, which cannot be written as ONNX')
+        return args[0] if old == new else Tensor(self.emit('Cast', args[0], to=FLOAT), args[0].maps)
 
     # Shapes
 
@@ -226,7 +214,7 @@ class _Translator:
         if maps:
             shape = [new[0], *new[3:], *new[1:3]]
         else:
-            x, shape = self.rows(x), new
+            x, shape = self.rows(x, len(old)), new
         if shape[0] != old[0]:
             raise UserError('this network reshapes the batch, which cannot be written as ONNX')
         return Tensor(self.emit('Reshape', x, np.array([0, *shape[1:]], np.int64)), maps)
@@ -238,11 +226,11 @@ class _Translator:
             return Tensor(
                 self.emit('Transpose', x, perm=[axes.index(order[axis]) for axis in axes]), True
             )
-        return Tensor(self.emit('Transpose', self.rows(x), perm=[*order]))
+        return Tensor(self.emit('Transpose', self.rows(x, len(order)), perm=[*order]))
 
     def _squeeze(self, args, eqn):
-        axes = np.array(eqn.params['dimensions'], np.int64)
-        return Tensor(self.emit('Squeeze', self.rows(args[0]), axes))
+        x = self.rows(args[0], len(eqn.invars[0].aval.shape))
+        return Tensor(self.emit('Squeeze', x, np.array(eqn.params['dimensions'], np.int64)))
 
     def _broadcast_in_dim(self, args, eqn):
         (x,), kept, shape = args, eqn.params['broadcast_dimensions'], eqn.params['shape']
@@ -250,7 +238,7 @@ class _Translator:
         if isinstance(x, Tensor):
             if any(shape[axis] != 1 for axis in new):
                 raise UserError('this network repeats maps, which cannot be written as ONNX')
-            return Tensor(self.emit('Unsqueeze', self.rows(x), np.array(new, np.int64)))
+            return Tensor(self.emit('Unsqueeze', self.rows(x, len(kept)), np.array(new, np.int64)))
         # A constant is repeated by the operator that uses it.
         return x.reshape([x.shape[kept.index(i)] if i in kept else 1 for i in range(len(shape))])
 
@@ -323,7 +311,7 @@ class _Translator:
         if x.maps and axes == (1, 2):
             axes = [_physical(rank).index(axis) for axis in axes]
         else:
-            x = self.rows(x)
+            x = self.rows(x, rank)
         return Tensor(self.emit(op, x, axes=[*axes], keepdims=0))
 
     def _reduce_max(self, args, eqn):
@@ -387,7 +375,7 @@ class _Translator:
         if len(inner) != 1 or len(free) != 1 or len(free_k) != 1:
             raise UserError('this network has a product that cannot be written as ONNX')
         kernel = np.ascontiguousarray(kernel.transpose(*batch_k, *inner_k, *free_k))
-        x, order = self.rows(x), [*batch, *free, *inner]
+        x, order = self.rows(x, rank), [*batch, *free, *inner]
         if order != [*range(rank)]:
             x = self.emit('Transpose', x, perm=order)
         y = self.emit('MatMul', x, kernel) if batch else self.emit('Gemm', x, kernel, None)
