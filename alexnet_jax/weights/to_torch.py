@@ -34,7 +34,12 @@ def state_dict(net: Network, arrays: dict[network.Path, np.ndarray], crop: int) 
     """
     if isinstance(net, AlexNet) and not _is_torchvisions(net, crop):
         return _of_towers(net, arrays, crop)
-    name, found = torch.names(net), {}
+    try:
+        name, found = torch.names(net), {}
+    except UserError:
+        raise UserError(
+            f'--format=torch: torchvision has no class for this {type(net).__name__}; export another format'
+        ) from None
     _check(net)
     for path, x in arrays.items():
         shape = variables.their_shape(net, path, x.shape)

@@ -63,9 +63,9 @@ def test_towers_are_concatenated():
         ('paper', 64, {'width': 0.125, 'pooling': 'disjoint'}, 'config.model.pooling=disjoint'),
         ('mobilenet', 64, {'padding': 'tensorflow'}, 'config.model.padding=tensorflow'),
         ('squeezenet', 64, {'width': 0.5}, 'config.model.width=0.5'),
-        ('mobilenet:v1', 64, {'padding': 'torch', 'activation': 'relu6'}, 'no such network'),
-        ('cifar10', 24, {}, 'no such network'),
-        ('alexnet_bn', 64, {'width': 0.125}, 'no such network'),
+        ('mobilenet:v1', 64, {'padding': 'torch', 'activation': 'relu6'}, 'no class for this'),
+        ('cifar10', 24, {}, 'no class for this'),
+        ('alexnet_bn', 64, {'width': 0.125}, 'no class for this'),
     ],
 )
 def test_networks_without_a_class(preset, crop, changes, words):
