@@ -39,8 +39,10 @@ SINGLE = {
 
 # External module -> (the rooms that can import it, whether only inside functions).
 OUTSIDE = {
-    'tensorflow': ({'input'}, True),
+    'tensorflow': ({'input', 'weights'}, True),
     'tensorflow_datasets': ({'input'}, True),
+    'onnx': ({'weights'}, True),
+    'onnxruntime': ({'weights'}, True),
     'pyarrow': ({'input'}, True),
     'huggingface_hub': ({'input', 'weights'}, True),
     'optax': ({'training'}, False),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices.backend import choices
 from alexnet_jax.nets import layers, network
 
 ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
@@ -124,6 +125,8 @@ class Hidden(nn.Module):
     @nn.compact
     def __call__(self, xs):
         kernels, biases = params_of(self, (len(xs), xs[0].shape[-1], self.features))
+        if choices().operators:
+            return tuple(map(layers.dense, xs, of_towers(kernels), of_towers(biases)))
         # One product for all towers avoids copying these large kernels and gradients.
         return of_towers(layers.dense(jnp.stack(xs), kernels, biases))
 

@@ -11,12 +11,14 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from alexnet_jax.devices.backend import choices
 from alexnet_jax.nets.network import Training, inside
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
+LRN = 'alexnet_jax.lrn'  # the name of local response normalization in an exported graph
 
 
 def conv(
@@ -165,6 +167,11 @@ def lrn(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
     at the first and last channel. alpha multiplies each square: the source's `scale` of 1e-4 is an
     alpha of 1e-4 / 5 here.
     """
+    function = lax.composite(_lrn, LRN) if choices().sums else _lrn
+    return function(x, alpha=alpha, k=k, n=n, beta=beta)
+
+
+def _lrn(x, *, alpha, k, n, beta):
     return _normalize(functools.partial(_window_sum, n=n, axes=(3,)), alpha, k, beta, x)
 
 
@@ -177,6 +184,8 @@ def map_norm(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
 
 
 def _window_sum(x, n: int, axes: tuple[int, ...]):
+    if choices().sums and axes == (1, 2):
+        return _reduce(x, n, 1, lax.add, 0.0, ((n // 2,) * 2,) * 2)
     for axis in axes:
         pad = [(0, 0)] * x.ndim
         pad[axis] = (n // 2, n // 2)
@@ -240,7 +249,23 @@ def max_pool(x, *, window: int, stride: int) -> jax.Array:
     lower and right edges use the pixels that exist. Among equal maxima, the first in reading order
     gets the gradient (in the source, each of them gets it).
     """
+    if choices().operators:
+        return _reduce(x, window, stride, lax.max, -jnp.inf, _ends(x, window, stride))
     return _max_pool(x, window, stride)
+
+
+def _reduce(x, window: int, stride: int, function: Callable, start: float, padding: Padding):
+    """Reduces windows with one operator; its gradient is slow on CPUs."""
+    start = np.array(start, x.dtype)[()]
+    sizes, steps = (1, window, window, 1), (1, stride, stride, 1)
+    return lax.reduce_window(x, start, function, sizes, steps, ((0, 0), *padding, (0, 0)))
+
+
+def _ends(x, window: int, stride: int) -> Padding:
+    """The padding of `max_pool` and `avg_pool`."""
+    sizes = x.shape[1:3]
+    ends = ((_pool_size(n, window, stride) - 1) * stride + window - n for n in sizes)
+    return tuple((0, max(end, 0)) for end in ends)
 
 
 def _pool_size(size: int, window: int, stride: int) -> int:
@@ -253,6 +278,8 @@ def avg_pool(x, *, window: int, stride: int) -> jax.Array:
     x[B,H,W,C] -> [B,H',W',C], with the sizes of `max_pool` (`docs/original.md` §1).
     """
     count = sum(_pool_slices(jnp.ones((1, *x.shape[1:3], 1), x.dtype), window, stride, 0))
+    if choices().sums:
+        return _reduce(x, window, stride, lax.add, 0.0, _ends(x, window, stride)) / count
     return sum(_pool_slices(x, window, stride, 0)) / count
 
 
