@@ -34,11 +34,8 @@ from alexnet_jax.weights.variables import Options
 
 OWN = paths.Path(__file__).parent / 'bundles'  # networks that come with this program
 PREFIX = 'hub:'
-TRIES, PAUSE, TIMEOUT = (
-    5,
-    1.0,
-    30,
-)  # attempts without progress; seconds between them, and for an answer
+TRIES, PAUSE = 5, 1.0  # attempts without progress, and seconds between them
+TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20  # bytes
 SHOWN = 8  # hex digits of a SHA-256 in the name of a file
 
@@ -210,14 +207,14 @@ class Unreachable(UserError):
 
 def _not_here(error: Unreachable) -> UserError:
     """The error for a download without a network: says what is in the cache."""
-    there = [path for path in glob.glob(os.path.join(cache(), '*')) if bundle.is_bundle(path)]
     known = [
         name for name in names() if name not in ENTRIES or cached(name, ENTRIES[name].checksum)
     ]
-    others = [os.path.basename(path) for path in there]
-    others = [n for n in others if n.startswith(('hf-', 'url-'))]
+    folders = [path for path in glob.glob(os.path.join(cache(), '*')) if bundle.is_bundle(path)]
+    others = [os.path.basename(path) for path in folders]
+    there = [*known, *(name for name in others if name.startswith(('hf-', 'url-')))]
     return UserError(
-        f'{error}; here without a network: {", ".join([*known, *others]) or "nothing"} (cache: {cache()})'
+        f'{error}; here without a network: {", ".join(there) or "nothing"} (cache: {cache()})'
     )
 
 
@@ -311,14 +308,12 @@ def _fetch(
 
     What was read stays there if the connection breaks; a file that is whole but wrong does not.
     """
-    if not checksum and os.path.exists(part):
-        os.unlink(part)
-    left, total = TRIES, None
+    left, total, before = TRIES, None, _size(part)
     while True:
-        start = os.path.getsize(part) if os.path.exists(part) else 0
+        start = _size(part)
         try:
             total = _rest(url, part, called, start if checksum else 0, headers or {})
-            if total is None or os.path.getsize(part) >= total:
+            if total is None or _size(part) >= total:
                 break
             why = 'the connection was closed'
         except urllib.error.HTTPError as error:
@@ -338,10 +333,10 @@ def _fetch(
             ConnectionError,
         ) as error:
             why = _text(getattr(error, 'reason', '')) or one_line(error)
-        here = os.path.getsize(part) if os.path.exists(part) else 0
+        here = _size(part)
         left = TRIES if here > start and checksum else left - 1
         if not left:
-            if not here:
+            if here == before:
                 raise Unreachable(f'{called}: {url} cannot be reached ({why})')
             of = f' of {total:,}' if total else ''
             kept = 'run this again to resume' if checksum else 'run this again'
@@ -350,6 +345,10 @@ def _fetch(
             )
         time.sleep(PAUSE)
     _check(url, part, called, checksum, size)
+
+
+def _size(file: str) -> int:
+    return os.path.getsize(file) if os.path.exists(file) else 0
 
 
 def _text(reason) -> str:
@@ -385,7 +384,7 @@ def _rest(url: str, part: str, called: str, start: int, headers: dict) -> int | 
 
 def _check(url: str, part: str, called: str, checksum, size: int | None) -> None:
     """Raises UserError, and removes the file, unless it has its checksum."""
-    here = os.path.getsize(part)
+    here = _size(part)
     if checksum is None:
         if size is None or here == size:
             return

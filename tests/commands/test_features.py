@@ -38,7 +38,7 @@ def test_a_split(run, expected, tmp_path, monkeypatch, capsys, layer):
     output = run.path / f'features-{layer}.npz' if '--output=f.npz' not in options else 'f.npz'
     shape = list(expected[layer].shape)
     assert capsys.readouterr().out.splitlines() == [
-        f'{run.path}, step {STEP}: {layer}, f32{shape}',
+        f'{run.path} (step {STEP}): {layer}, f32{shape}',
         f'wrote {output}',
     ]
     with np.load(output) as file:

@@ -167,8 +167,7 @@ def test_features_that_are_not_finite(run, monkeypatch):
         'Run',
         (),
         {
-            'path': 'run',
-            'step': 3,
+            'title': 'run (step 3)',
             'net': None,
             'variables': None,
             'facts': run,
@@ -177,7 +176,7 @@ def test_features_that_are_not_finite(run, monkeypatch):
     )
     batches = inference.padded(run.pictures['val'][:3], 2)
     mesh = meshes.make((1, 1), towers=1, batches={})
-    with pytest.raises(UserError, match='run, step 3: activations are not finite'):
+    with pytest.raises(UserError, match=r'run \(step 3\): activations are not finite'):
         retrieve.make_features(trained, mesh)(next(batches))
 
 

@@ -61,7 +61,7 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
     output = tmp_path / 'kernels.png'
     call(monkeypatch, visualize, run.path, f'--output={output}', '--scale=2')
     said = capsys.readouterr().out.splitlines()
-    assert f'step {STEP}: 6 kernels of 11 x 11, towers: 2' in said[0]
+    assert f'(step {STEP}): 6 kernels of 11 x 11, towers: 2' in said[0]
     assert said[1:] == [f'wrote {output}']
     picture = np.asarray(Image.open(output))
     assert picture.shape == (2 * (2 * 12 + 2) + 11, 3 * 24 + 2, 3)
