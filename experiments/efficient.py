@@ -11,7 +11,7 @@ the training, and the moving average its fraction of the steps.
 Times are measured after training: steps and predictions of the network and of `original`, at batch 128 on
 the same device, take turns. They leave out the input.
 
-`modern` is also trained without each of its ingredients, once, which ranks nothing.
+`modern` is also trained without each of its ingredients, with one seed, too few to rank them.
 """
 
 import functools
@@ -54,7 +54,7 @@ NETS = {
     'alexnet_bn': Net(
         'configs/alexnet_bn.py', 0.25, 'AlexNet with batch normalization (`alexnet_bn`)'
     ),
-    'modern': Net('configs/modern.py', 0.25, "AlexNet by today's means (`modern`)"),
+    'modern': Net('configs/modern.py', 0.25, 'AlexNet with a modern recipe (`modern`)'),
     'squeezenet': Net('configs/squeezenet.py:1.1', 0.5, 'SqueezeNet v1.1'),
     'mobilenet v1': Net('configs/mobilenet.py:v1', 0.25, 'MobileNet v1'),
     'mobilenet v2': Net('configs/mobilenet.py', 0.35, 'MobileNet v2'),
@@ -122,7 +122,6 @@ def theirs(epochs: float) -> dict:
         if name != 'crop'
     }
     changes |= labs.shortened(ORIGINAL, epochs / config.optim.epochs) | {
-        'optim.conv1': (),  # other networks have no such layer
         'data.format': 'u8',
         'train.batch': BATCH,
         'train.smoothing': 0.0,
@@ -246,9 +245,9 @@ def centre(results, name: str) -> dict[int, float]:
 
 def report(results) -> str:
     lines = [
-        '| network | recipe | parameters | multiply-adds | top-1, centre | top-1, ten crops '
+        '| network | recipe | parameters | MB | multiply-adds | top-1, centre | top-1, ten crops '
         '| minus `original`, centre (95 % interval) | p | verdict | training time | prediction time |',
-        '|---|---|---|---|---|---|---|---|---|---|---|',
+        '|---|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     reference, tests = centre(results, REFERENCE), {}
     for name in NETS:
@@ -273,7 +272,8 @@ def report(results) -> str:
             lines.append(f'| {" | ".join(cells)} |')
     lines += [
         '',
-        "Times: those of the network divided by `original`'s, median over the runs; without the input. "
+        "Times: those of the network divided by `original`'s, and per image; medians over the runs, without "
+        'the input. MB: in float32. '
         'Multiply-adds: of one image, in test mode.',
     ]
     if tests:
@@ -284,7 +284,10 @@ def report(results) -> str:
 
 def _size(runs) -> list[str]:
     sizes = [r['extra']['size'] for r in runs if r['extra'] and 'size' in r['extra']]
-    return [f'{sizes[0][x]:,}' for x in ('parameters', 'macs')] if sizes else ['', '']
+    if not sizes:
+        return ['', '', '']
+    parameters, macs = (sizes[0][name] for name in ('parameters', 'macs'))
+    return [f'{parameters:,}', f'{4e-6 * parameters:.1f}', f'{macs:,}']
 
 
 def _errors(results, key: str) -> list[str]:
@@ -303,7 +306,10 @@ def _ratio(runs, kind: str) -> float:
 
 def _times(runs, kind: str) -> str:
     ratio = _ratio(runs, kind)
-    return '' if math.isnan(ratio) else f'{ratio:.2f}'
+    if math.isnan(ratio):
+        return ''
+    seconds = np.median([r['extra']['times'][kind][0] for r in runs if r['extra']])
+    return f'{ratio:.2f} ({1e3 * seconds:.2g} ms)'
 
 
 def _ingredients(results) -> list[str]:
@@ -312,8 +318,8 @@ def _ingredients(results) -> list[str]:
     if 0 not in modern or not any(0 in errors for _, errors in rows):
         return []
     lines = [
-        f'`modern` without each ingredient (seed 0, centre crop; `modern` itself: {modern[0]:.1f} %); single '
-        'runs rank nothing:',
+        f'`modern` without each ingredient (seed 0, centre crop; `modern` itself: {modern[0]:.1f} %); one '
+        'seed is too few to rank them:',
         '',
         '| without | top-1 error | minus `modern` |',
         '|---|---|---|',

@@ -181,15 +181,13 @@ he_uniform = nn.initializers.variance_scaling(2.0, 'fan_in', 'uniform')
 _he_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
-def same(size: int, stride: int, convention: str) -> layers.Padding:
-    """The padding of a convolution that keeps the size (stride 1) or halves it, of an even size.
+def same(size: int, stride: int, convention: str, x) -> layers.Padding:
+    """The padding of a convolution of x[B,H,W,C] that keeps the size (stride 1) or halves it, rounded up.
 
-    With stride 2, 'tensorflow' pads one pixel less at the top and left.
+    With stride 2, 'tensorflow' pads even sizes by one pixel less at the top and left.
     """
-    before = after = size // 2
-    if convention == 'tensorflow' and stride == 2:
-        before -= 1
-    return ((before, after),) * 2
+    after, less = size // 2, convention == 'tensorflow' and stride == 2
+    return tuple((after - (less and side % 2 == 0), after) for side in x.shape[1:3])
 
 
 class Common(NamedTuple):

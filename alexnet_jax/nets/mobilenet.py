@@ -8,7 +8,7 @@ published weights need the one that they were trained with.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from alexnet_jax.common.errors import choose
+from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.nets import blocks, layers, network
 
 V1 = [
@@ -51,7 +51,7 @@ class Separable(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        padding = blocks.same(3, self.stride, self.padding)
+        padding = blocks.same(3, self.stride, self.padding, x)
         depthwise = blocks.ConvNorm(
             x.shape[-1],
             3,
@@ -80,7 +80,7 @@ class InvertedResidual(nn.Module):
         y, wide = x, x.shape[-1] * self.expansion
         if self.expansion > 1:
             y = blocks.ConvNorm(wide, 1, common=self.common, name='expand')(y, train)
-        padding = blocks.same(3, self.stride, self.padding)
+        padding = blocks.same(3, self.stride, self.padding, y)
         y = blocks.ConvNorm(
             wide, 3, self.stride, padding, depthwise=True, common=self.common, name='depthwise'
         )(y, train)
@@ -125,7 +125,7 @@ class MobileNet(blocks.OneTower):
         )
         out = {}
         x = (images / self.input_std).astype(self.dtype)
-        padding = blocks.same(3, 2, self.padding)
+        padding = blocks.same(3, 2, self.padding, x)
         first = blocks.ConvNorm(self.channels(32), 3, 2, padding, common=common, name='conv1')
         x = out['conv1'] = first(x, train)
         for i, block in enumerate(self.each(common)):
@@ -167,6 +167,10 @@ class MobileNet(blocks.OneTower):
         blocks.check_dropout(self.dropout)
         blocks.check_norm(self.norm_momentum, self.norm_epsilon)
         blocks.check_positive(width=self.width, input_std=self.input_std)
+        if not self.channels(32):
+            raise UserError(
+                f'config.model.width={self.width}: leaves no kernels; give at least 1/32'
+            )
 
 
 def build(**fields) -> MobileNet:

@@ -33,7 +33,7 @@ class Unit(nn.Module):
         half, linear = self.features // 2, self.common._replace(activation=None)
 
         def depthwise(x, name):
-            padding = blocks.same(3, self.stride, 'torch')
+            padding = blocks.same(3, self.stride, 'torch', x)
             conv = blocks.ConvNorm(
                 x.shape[-1], 3, self.stride, padding, depthwise=True, common=linear, name=name
             )
@@ -81,7 +81,9 @@ class ShuffleNet(blocks.OneTower):
         *stages, last = SIZES[self.size]
         out = {}
         x = (images / self.input_std).astype(self.dtype)
-        conv1 = blocks.ConvNorm(24, 3, 2, blocks.same(3, 2, 'torch'), common=common, name='conv1')
+        conv1 = blocks.ConvNorm(
+            24, 3, 2, blocks.same(3, 2, 'torch', x), common=common, name='conv1'
+        )
         x = out['conv1'] = conv1(x, train)
         # After a ReLU, padding with zeros is padding with nothing.
         x = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)))

@@ -78,6 +78,8 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
     for field in ('jitter', 'mixup', 'mixup_off'):
         if not config.augment[field] >= 0:
             raise UserError(f'config.augment.{field}={config.augment[field]}: must be at least 0')
+    if config.augment.jitter > 1:
+        raise UserError(f'config.augment.jitter={config.augment.jitter}: must be at most 1')
     for field in ('ema', 'smoothing'):
         if not 0 <= config.train[field] < 1:
             raise UserError(
@@ -101,6 +103,10 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels; if '
             f'nothing is left after strides and pooling, use larger crops ({one_line(error)})'
         ) from error
+    if config.train.recompute and not shapes['batch_stats']:
+        raise UserError(
+            f'config.train.recompute={config.train.recompute}: this network has no batch normalization'
+        )
     unnamed = ', '.join({*shapes['params']} - {*net.names})
     if unnamed:
         raise UserError(f'{type(net).__name__}.names lacks the layers {unnamed}: add them')
@@ -189,8 +195,9 @@ def schedule(
         return [], history
     there = directory.read_config(workdir)
     before = optim.make_rates(examples=examples, batch=config.train.batch, **there['optim'])
-    if config.train.recompute and before(step, history)['stop']:
-        raise directory.another(workdir, changed, ', whose statistics were recomputed at its end')
+    ends = before(step, history)['stop'] or setup.over(step, history)
+    if config.train.recompute and ends:
+        raise directory.another(workdir, changed, ', whose statistics are recomputed at its end')
     due = setup.evaluation_due
     if before(step, history)['stop'] and not due(step) and not setup.over(step, history):
         every = there['run']['eval_every']

@@ -295,11 +295,8 @@ def make_rates(
                 count, since = count + 1, s
         return factor ** min(count, max_drops), count >= max_drops, count > max_drops
 
-    def by_power(step, history):
+    def by_power(step, history, power=power):
         return (1 - step / total) ** power if step < total else 0.0, False, False
-
-    def by_line(step, history):
-        return max(0.0, 1 - step / total), False, False
 
     def by_cosine(step, history):
         """Half a cosine from the end of the warm-up on (Loshchilov and Hutter, 2017)."""
@@ -314,7 +311,7 @@ def make_rates(
         'steps': by_epoch,
         'plateau': by_plateau,
         'poly': by_power,
-        'linear': by_line,
+        'linear': functools.partial(by_power, power=1.0),
         'cosine': by_cosine,
         'exponential': by_factor,
     }

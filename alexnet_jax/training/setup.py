@@ -25,10 +25,7 @@ from alexnet_jax.weights import folded, hub, variables
 from alexnet_jax.weights.bundle import Bundle
 
 log = logging.getLogger(__name__)
-CALIBRATION, CALIBRATION_BATCH = (
-    1024,
-    64,
-)  # training images for folded statistics, in all and at once
+CALIBRATION = 1024  # training images for folded statistics
 
 
 def make_optimizer(config, net: Network, mesh: jax.sharding.Mesh):
@@ -100,10 +97,10 @@ class Setup:
             all_finite=steps.make_all_finite(mesh),
             find_broken=diagnosis.make_find_broken(net, **of_loss),
             saturated=diagnosis.make_saturated(net, **inputs_of) if net.bound else None,
-            modes=steps.make_modes(
-                net, seed=config.seed, smoothing=config.train.smoothing, **inputs_of
+            modes=steps.make_modes(net, **of_loss),
+            statistics=steps.make_statistics(
+                net, seed=config.seed, freeze=config.train.freeze, **inputs_of
             ),
-            statistics=steps.make_statistics(net, seed=config.seed, **inputs_of),
         )
 
     def start(self, checkpoints, init_from: str):
@@ -147,10 +144,13 @@ class Setup:
 
         def batches():
             for i, local in enumerate(self.batches(start, start + count)):
+                local = {name: x for name, x in local.items() if name != 'mix'}
                 yield start + i, meshes.global_batch(self.mesh, batch, local), rates
 
         def stats(variables):
-            found = steps.recompute_statistics(self.statistics, variables, batches())
+            found = steps.recompute_statistics(
+                self.statistics, variables, batches(), self.config.train.freeze
+            )
             place = jax.tree.map(lambda x: x.sharding, variables['batch_stats'])
             return jax.device_put(found, place)
 
@@ -226,6 +226,7 @@ class Start(NamedTuple):
     names: list[str]  # its classes
     shapes: dict[str, tuple[int, ...]]  # by name, such as 'params/conv1/kernel'
     bundle: Bundle | None = None
+    average: bool = False  # whether the run uses its moving average
 
     @classmethod
     def open(cls, init_from: str) -> 'Start':
@@ -235,10 +236,10 @@ class Start(NamedTuple):
             stored = bundles.read(path)
             leaves = fingerprint.named_leaves(stored.variables)
             return cls(path, stored.names, {n: x.shape for n, x in leaves.items()}, stored)
-        directory.read_config(path)
+        average = directory.read_config(path)['train']['ema_used']
         leaves = checkpoint.Checkpoints(path / 'checkpoints').shapes()
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-        return cls(path, directory.read_facts(path).names, shapes)
+        return cls(path, directory.read_facts(path).names, shapes, average=average)
 
     def restore(self, kept: dict) -> tuple[str, dict[str, jax.Array]]:
         """Returns (what to call it, arrays): of the names in `kept`, with the shardings there."""
@@ -246,8 +247,9 @@ class Start(NamedTuple):
             title = self.bundle.card.get('title')
             found = inference.placed(self.path, self.bundle.variables, kept)
             return f'{self.path} ({title})' if title else str(self.path), found
-        step, found, _ = checkpoint.Checkpoints(self.path / 'checkpoints').restore_part(kept)
-        return f'{self.path}, step {step}', found
+        checkpoints = checkpoint.Checkpoints(self.path / 'checkpoints')
+        step, found, _ = checkpoints.restore_part({'ema': kept} if self.average else kept)
+        return f'{self.path}, step {step}', found['ema'] if self.average else found
 
 
 def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
@@ -278,8 +280,6 @@ def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
             sharding = found[name].sharding  # classes are the last axis of every leaf
             found[name] = jax.jit(lambda x: x[..., order], out_shardings=sharding)(found[name])
     if start.bundle and start.bundle.card.get('folded'):
-        count = min(CALIBRATION, setup.store.counts['train'])
-        log.info('its batch normalization gets the statistics of %s training images', f'{count:,}')
         found |= _unfolded(setup, {n: leaf for n, leaf in wanted.items() if n in found}, found)
     leaves = [found.get(name, fresh[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(state.variables), leaves)
@@ -288,7 +288,12 @@ def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
 def _unfolded(setup: Setup, kept: dict, found: dict) -> dict:
     """Returns `found`, by name, with `folded.unfolded`: the same in all processes."""
     config, store = setup.config, setup.store
-    crop, batch = config.augment.crop, min(CALIBRATION, CALIBRATION_BATCH)
+    crop, images = config.augment.crop, store.counts['train']
+    batch = min(64, images)
+    count = min(CALIBRATION, images) // batch
+    log.info(
+        'its batch normalization gets the statistics of %s training images', f'{count * batch:,}'
+    )
     shapes = fingerprint.named_leaves(network.shapes(setup.net, crop))
     arrays = {
         tuple(name.split('/')): np.asarray(found[name])
@@ -300,8 +305,8 @@ def _unfolded(setup: Setup, kept: dict, found: dict) -> dict:
     images = batches.train_batches(
         store,
         seed=config.seed,
-        batch=min(batch, store.counts['train']),
-        stop=max(1, min(CALIBRATION, store.counts['train']) // batch),
+        batch=batch,
+        stop=count,
         threads=config.run.threads,
         **config.augment,
     )

@@ -280,7 +280,14 @@ def make_train_step(
     return jax.jit(chain if several else mapped, donate_argnums=donated, out_shardings=out)
 
 
-def make_modes(net: Network, *, seed: int, smoothing: float = 0.0, **inputs_of) -> Callable:
+def make_modes(
+    net: Network,
+    *,
+    seed: int,
+    freeze: Sequence[str] = (),
+    smoothing: float = 0.0,
+    **inputs_of,
+) -> Callable:
     """Returns modes(variables, step, batch, rates) -> mean loss in training and in test mode, f32[2].
 
     Both are of the same inputs; far apart, they show that running statistics are not those of the data.
@@ -291,7 +298,7 @@ def make_modes(net: Network, *, seed: int, smoothing: float = 0.0, **inputs_of) 
     @jax.jit
     def modes(variables, step, batch, rates):
         x, wanted = inputs(batch, rates), truth(batch, net.classes, smoothing)
-        losses, *_ = apply_loss(net, variables, x, wanted, seed, step, jnp.arange(len(x)))
+        losses, *_ = apply_loss(net, variables, x, wanted, seed, step, jnp.arange(len(x)), freeze)
         logits, *_ = network.apply(net, variables, x)
         tested = optax.softmax_cross_entropy(logits, wanted.astype(logits.dtype))
         return jnp.stack([jnp.mean(losses), jnp.mean(tested)])
@@ -299,10 +306,12 @@ def make_modes(net: Network, *, seed: int, smoothing: float = 0.0, **inputs_of) 
     return modes
 
 
-def make_statistics(net: Network, *, seed: int, **inputs_of) -> Callable:
+def make_statistics(
+    net: Network, *, seed: int, freeze: Sequence[str] = (), **inputs_of
+) -> Callable:
     """Returns statistics(variables, step, batch, rates) -> batch_stats of this batch alone.
 
-    Works on any mesh; arguments: see `make_train_step`.
+    Those of frozen layers are those of `variables`. Works on any mesh; arguments: see `make_train_step`.
     """
     inputs = make_inputs(**inputs_of)
 
@@ -310,17 +319,19 @@ def make_statistics(net: Network, *, seed: int, **inputs_of) -> Callable:
     def statistics(variables, step, batch, rates):
         x = inputs(batch, rates)
         key = jax.random.fold_in(jax.random.key(seed), step)
-        train = network.Training(key, jnp.arange(len(x)), momentum=0.0)
+        train = network.Training(key, jnp.arange(len(x)), frozen=freeze, momentum=0.0)
         return network.apply(net, variables, x, train)[2]
 
     return statistics
 
 
-def recompute_statistics(statistics: Callable, variables: dict, batches) -> dict:
+def recompute_statistics(
+    statistics: Callable, variables: dict, batches, freeze: Sequence[str] = ()
+) -> dict:
     """Returns new batch_stats: the mean and the variance over several batches of equal size.
 
-    statistics: see `make_statistics`; batches: (step, batch, rates) of each. As ShuffleNet's authors do
-    after training, and for networks whose published weights have none.
+    Frozen layers keep theirs. statistics: see `make_statistics`; batches: (step, batch, rates) of each.
+    ShuffleNet's authors do so after training.
     """
 
     def squares(stats):  # var becomes the mean of squares, which can be averaged
@@ -332,7 +343,12 @@ def recompute_statistics(statistics: Callable, variables: dict, batches) -> dict
         total = one if total is None else jax.tree.map(jnp.add, total, one)
         count += 1
     mean = jax.tree.map(lambda x: x / count, total)
-    return _with_var(mean, lambda mean, var: jnp.maximum(var - mean**2, 0))
+    new = _with_var(mean, lambda mean, var: jnp.maximum(var - mean**2, 0))
+
+    def kept(path, old, new):
+        return old if network.inside(network.names_of(path), freeze) else new
+
+    return jax.tree.map_with_path(kept, variables['batch_stats'], new)
 
 
 def _with_var(stats: dict, function: Callable) -> dict:

@@ -59,6 +59,10 @@ def _imported(h5py, opened, options: Options) -> Imported:
     net = next((net for net in nets if net.channels(last) == channels), None)
     if net is None:
         raise Damaged(f'its last layers have {channels} channels, which no known width has')
+    if net.version == 1 and options.crop and options.crop % 32:
+        raise UserError(
+            f"crop={options.crop}: Keras's MobileNet v1 pads odd sizes in its own way; give a multiple of 32"
+        )
     found = _arrays(net, layers, ours)
     first = ('params', 'conv1', 'kernel')
     found[first] = variables.for_pixels(net, found[first], options.std or SCALE)

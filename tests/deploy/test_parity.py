@@ -76,6 +76,7 @@ def compare(found, expected):
             scale = np.abs(x).max()
             scale = largest if scale < 1e-9 * largest else scale
             error = np.abs(a[path] - x).max() / scale
+            assert np.isfinite(error), (kind, path)
             worst[kind] = max(worst.get(kind, 0.0), error)
     print('  '.join(f'{kind} {error:.1e}' for kind, error in worst.items()))
     assert max(worst.values()) < TOLERANCE

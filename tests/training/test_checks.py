@@ -80,6 +80,8 @@ def test_every_field_with_hostile_values(tmp_path, kind):
         ('model.width', 1e9, 'parameters and batches .* need at least .* GB, and there are .* GB'),
         ('model.hidden', (2**31, 2**31), 'need at least'),
         ('train.batch', 2**30, 'need at least .* reduce .* config.train.batch'),
+        ('augment.jitter', 1.5, 'config.augment.jitter=1.5: must be at most 1'),
+        ('train.recompute', 100, 'recompute=100: this network has no batch normalization'),
         ('model.width', -1.0, 'config.model.width=-1.0: must not be negative'),
         ('model.width', 0.0, 'config.model.*width=0.0'),
         ('model.width', None, 'config.model.width=None: must be of type float'),

@@ -276,8 +276,56 @@ def test_recomputed_statistics_are_those_of_the_images(folder, caplog, net, shap
     modes = [line for line in caplog.messages if line.startswith('the latest training images')]
     assert len(modes) == 3 and 'in training mode' in modes[-1]
     longer = {'optim.epochs': 2 * STEPS * BATCH / 20, 'train.recompute': 13}
-    with pytest.raises(UserError, match='whose statistics were recomputed at its end'):
+    with pytest.raises(UserError, match='whose statistics are recomputed at its end'):
         train(folder, f'{net}-recomputed', net, shape, **changes, **longer)
+
+
+@pytest.mark.parametrize('net', FIELDS)
+def test_recomputing_leaves_frozen_layers_alone(folder, net):
+    changes = {
+        'train.freeze': (FIRST[net],),
+        'train.init_from': str(folder / f'{net}-recomputed-2'),
+    }
+    before = variables(train(folder, f'{net}-recomputed-2', net, **{'optim.schedule': 'steps'}))
+    after = variables(
+        train(
+            folder,
+            f'{net}-frozen',
+            net,
+            **{'optim.schedule': 'steps', 'train.recompute': 13},
+            **changes,
+        )
+    )
+    frozen = f'batch_stats/{FIRST[net]}/'
+    for name in (name for name in before if name.startswith('batch_stats')):
+        assert (after[name] == before[name]).all() == name.startswith(frozen)
+
+
+def test_a_run_that_ends_where_it_stopped_is_refused_if_its_statistics_are_missing(folder):
+    with pytest.raises(loop.Stopped):
+        train(
+            folder,
+            'cut',
+            'nested',
+            **{'optim.schedule': 'steps', 'run.stop_after': '4', 'train.recompute': 13},
+        )
+    shorter = {'optim.schedule': 'steps', 'optim.epochs': 4 * BATCH / 20, 'train.recompute': 13}
+    with pytest.raises(UserError, match='whose statistics are recomputed at its end'):
+        train(folder, 'cut', 'nested', **shorter)
+
+
+def test_fine_tuning_starts_from_the_average_that_a_run_uses(folder):
+    average = {'train.ema': 0.9, 'train.ema_used': True}
+    old = train(folder, 'averaged', 'nested', **average)
+    frozen = {
+        'train.init_from': str(old),
+        'optim.rate': 0.0,
+        'train.freeze': ('stem', 'body', 'head'),
+    }
+    new = inference.load(train(folder, 'from-average', 'nested', **frozen), 'centre', build=build)
+    images = open_store(folder / 'three').pixels('val')
+    found = inference.load(old, 'centre', build=build)(images)
+    np.testing.assert_array_equal(new(images), found)
 
 
 def nested_params(named, tree='params'):
