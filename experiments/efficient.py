@@ -11,7 +11,7 @@ the training, and the moving average its fraction of the steps.
 Times are measured after training: steps and predictions of the network and of `original`, at batch 128 on
 the same device, take turns. They leave out the input.
 
-`modern` is also trained without each of its ingredients, once, which ranks nothing.
+`modern` is also trained without each of its ingredients, once each: too few runs to rank them.
 """
 
 import functools
