@@ -1,4 +1,4 @@
-"""The paper's network trained by today's means; `modern.py:bn` has batch normalization instead of LRN.
+"""The paper's network with a modern recipe; `modern.py:bn` has batch normalization instead of LRN.
 
     python -m alexnet_jax.main --config=configs/modern.py
 
@@ -8,15 +8,14 @@ until 12 epochs before the end, a moving average, and inverted dropout. The aim 
 ImageNet here.
 """
 
-from configs import alexnet_bn, paper
+from configs import alexnet_bn, base, paper
 
 EPOCHS = 150.0
+VARIANTS = {'bn': {}}  # of `alexnet_bn.py` instead of `paper.py`
 
 
 def get_config(variant: str = ''):
-    if variant not in ('', 'bn'):
-        raise ValueError(f'no variant {variant!r} of this config; choose bn')
-    config = alexnet_bn.get_config() if variant else paper.get_config()
+    config = alexnet_bn.get_config() if variant == 'bn' else paper.get_config()
     if not variant:
         config.model.dropout = 'inverted'
     config.data.format = 'whole'
@@ -31,4 +30,4 @@ def get_config(variant: str = ''):
         }
     )
     config.train.update({'batch': 1024, 'smoothing': 0.1, 'ema': 0.9999, 'ema_used': True})
-    return config
+    return base.with_variant(config, VARIANTS, variant)

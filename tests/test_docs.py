@@ -32,7 +32,7 @@ FOLDERS = ('', 'alexnet_jax', 'experiments')  # what a path can be relative to
 EXAMPLES = {  # what the recipes of docs/code.md add, and placeholders
     *('nets/plain.py', 'tests/nets/test_plain.py', 'tests/commands/test_layers.py'),
     *('configs/plain.py', 'configs/narrow.py', 'configs/NAME.py', 'alexnet_jax/configs'),
-    'config.augment.contrast',
+    'config.augment.gray',
 }
 # original.md §3; `docs/design.md` §4 and §5; [original.md](original.md) §0 to §5
 SECTION = re.compile(

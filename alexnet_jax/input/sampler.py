@@ -70,10 +70,10 @@ def resized(seed: int, first: int, count: int) -> np.ndarray:
 def box(
     uniform: np.ndarray, width: int, height: int, area: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Returns the box (left, top, right, bottom) of a random resized crop, as in torchvision.
+    """Returns the box (left, top, right, bottom) of a random resized crop.
 
-    Its part of the image's area is uniform over `area`, the logarithm of its aspect ratio over those of
-    3/4 and 4/3. If none of the tries u f64[TRIES,4] fits, it is the central square.
+    As in torchvision, but if no try u f64[TRIES,4] fits, the central square. The box's part of the image's
+    area is uniform over `area`, the logarithm of its aspect ratio from that of 3/4 to that of 4/3.
     """
     for u in uniform:
         part = width * height * (area[0] + (area[1] - area[0]) * u[0])

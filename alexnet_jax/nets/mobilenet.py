@@ -1,8 +1,8 @@
 """MobileNet v1 (Howard et al., 2017) and v2 (Sandler et al., 2018): depthwise separable convolutions.
 
 `width` is the papers' multiplier alpha; the resolution multiplier is `config.augment.crop`. TensorFlow
-pads a convolution with stride 2 at the bottom and right only, PyTorch at all sides (`padding`):
-published weights need the one that they were trained with.
+pads a convolution with stride 2 on the bottom and right; PyTorch on all sides (`padding`): published
+weights need the one that they were trained with.
 """
 
 import flax.linen as nn

@@ -2,6 +2,7 @@
 
 Versions 1.0 (the paper's, Table 1) and 1.1 (the authors' later one, 2.4 times cheaper). As in their
 prototxt, convolutions have biases, conv1 has no padding, pooling rounds up, and a ReLU follows conv10.
+Unlike there, 1.0's conv10 has no padding (1 pixel in the prototxt).
 """
 
 import flax.linen as nn

@@ -118,7 +118,7 @@ def _mix(x, share):
 
 
 def truth(batch, classes: int, smoothing: float) -> jax.Array:
-    """Returns the probabilities f32[B,K] that a batch's images should get, mixed like `make_inputs`.
+    """Returns a batch's target probabilities f32[B,K], mixed like `make_inputs`.
 
     smoothing: the part spread evenly over all classes (Szegedy et al. 2016).
     """
