@@ -86,6 +86,50 @@ def _physical(rank: int) -> list[int]:
     return [0, *range(3, rank), 1, 2]
 
 
+def _inner(eqn) -> tuple | None:
+    """The jaxpr that an equation calls, and its constants; None if it calls none."""
+    found = [eqn.params[key] for key in ('jaxpr', 'call_jaxpr') if key in eqn.params]
+    return (
+        (getattr(found[0], 'jaxpr', found[0]), getattr(found[0], 'consts', ())) if found else None
+    )
+
+
+def _constants(eqn, args) -> list[np.ndarray]:
+    """What an equation computes from constants."""
+    found = eqn.primitive.bind(*map(jnp.asarray, args), **eqn.params)
+    return [*map(np.asarray, found if eqn.primitive.multiple_results else [found])]
+
+
+def folded(function: Callable, image: jax.ShapeDtypeStruct) -> Callable:
+    """The same function, with all that does not depend on the images computed now.
+
+    TensorFlow's converter would take minutes and gigabytes for it.
+    """
+    closed = jax.make_jaxpr(function)(image)
+
+    def run(jaxpr, consts, args):
+        known = dict(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
+        known |= dict(zip(jaxpr.invars, args, strict=True))
+
+        def value(x):
+            return np.asarray(x.val) if isinstance(x, Literal) else known[x]
+
+        for eqn in jaxpr.eqns:
+            args = [*map(value, eqn.invars)]
+            if inner := _inner(eqn):
+                found = run(*inner, args)
+            elif all(isinstance(x, np.ndarray) for x in args):
+                with jax.ensure_compile_time_eval():
+                    found = _constants(eqn, args)
+            else:
+                found = eqn.primitive.bind(*args, **eqn.params)
+                found = found if eqn.primitive.multiple_results else [found]
+            known |= dict(zip(eqn.outvars, found, strict=True))
+        return [*map(value, jaxpr.outvars)]
+
+    return lambda images: run(closed.jaxpr, closed.consts, [images])[0]
+
+
 class _Translator:
     def __init__(self):
         self.nodes, self.count, self.scope = [], Counter(), ''
@@ -110,14 +154,11 @@ class _Translator:
         if name == 'composite' and params['name'] == LRN:
             numbers = {key: values[0] for key, values, _ in params['attributes']}
             return [self.lrn(args[0], **numbers)]
-        for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
-            if key in params:
-                inner = params[key]
-                return self.run(getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), args)
+        if inner := _inner(eqn):
+            return self.run(*inner, args)
         whole = any(out.aval.shape[:1] == (BATCH,) for out in eqn.outvars)
         if not whole and not any(isinstance(x, Tensor) for x in args):
-            found = eqn.primitive.bind(*map(jnp.asarray, args), **params)
-            return [*map(np.asarray, found if eqn.primitive.multiple_results else [found])]
+            return _constants(eqn, args)
         if name in UNARY:
             return [self.unary(UNARY[name], args)]
         if name in BINARY:

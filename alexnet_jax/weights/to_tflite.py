@@ -5,9 +5,11 @@ import os
 import warnings
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.weights import graph
 
 
 def check_installed() -> None:
@@ -25,6 +27,7 @@ def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
     from jax.experimental import jax2tf
 
     image = tf.TensorSpec((1, crop, crop, 3), np.dtype(dtype).name, 'images')
+    function = graph.folded(function, jax.ShapeDtypeStruct(image.shape.as_list(), dtype))
     converted = jax2tf.convert(function, native_serialization_platforms=('cpu',))
     traced = tf.function(converted, autograph=False, input_signature=[image])
     converter = tf.lite.TFLiteConverter.from_concrete_functions([traced.get_concrete_function()])

@@ -112,3 +112,23 @@ def test_the_other_form_of_the_layers_computes_the_same(norm):
         with backend.portable(sums=sums):
             for a, b in zip(usual, functions(), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_folded_computes_the_same_with_nothing_left_to_compute_from_parameters():
+    net = build(classes=4, **{**configfile.load('alexnet_bn').model, 'width': 0.125})
+    rng = np.random.default_rng(0)
+    arrays = jax.tree.map(
+        lambda x: rng.uniform(size=x.shape).astype(np.float32), network.shapes(net, 64)
+    )
+    image = jax.ShapeDtypeStruct((2, 64, 64, 3), np.float32)
+
+    def function(images):
+        return network.apply(net, arrays, images)[0]
+
+    found = graph.folded(function, image)
+    x = rng.normal(size=image.shape).astype(np.float32)
+    np.testing.assert_allclose(found(x), function(x), rtol=1e-5)
+    before, after = (
+        [eqn.primitive.name for eqn in jax.make_jaxpr(f)(image).eqns] for f in (function, found)
+    )
+    assert 'rsqrt' in before and 'rsqrt' not in after
