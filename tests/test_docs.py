@@ -20,7 +20,12 @@ TEXTS = [
     *PAGES,
     *(
         ROOT / name
-        for name in ('Makefile', 'Dockerfile', 'requirements-dev.txt', 'experiments/launch/slurm.sbatch')
+        for name in (
+            'Makefile',
+            'Dockerfile',
+            'requirements-dev.txt',
+            'experiments/launch/slurm.sbatch',
+        )
     ),
     *(
         file

@@ -61,11 +61,16 @@ def wrong_settings(text):
     tree, wrong, configs = ast.parse(text), [], {}
     names = [*hub.names(), *(f'hub:{name}' for name in hub.names())]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith('configfile.load('):
-            configs[ast.unparse(node.targets[0])] = configfile.load(node.value.args[0].value)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == 'alexnet_jax.load':
-            arguments = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            wrong += [name for name in arguments if name not in names]
+        if isinstance(node, ast.Assign):
+            match = re.fullmatch(r"configfile\.load\('(.*)'\)", ast.unparse(node.value))
+            if match:
+                configs[ast.unparse(node.targets[0])] = configfile.load(match[1])
+        elif isinstance(node, ast.Call):
+            constants = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            if ast.unparse(node.func) == 'alexnet_jax.load':
+                wrong += [name for name in constants if name not in names]
+            elif ast.unparse(node.func) == 'train':
+                wrong += wrong_fields({}, constants[1])
         elif isinstance(node, ast.Constant) and str(node.value).startswith('hub:'):
             wrong += [] if node.value in names else [node.value]
         elif isinstance(node, ast.Dict):
@@ -90,9 +95,9 @@ def fields(config):
     return names | {f'config.{name}' for name in (*config, 'update_from_flattened_dict')}
 
 
-def wrong_fields(changes):
-    config = configfile.load('quickstart')
+def wrong_fields(changes, preset='quickstart'):
     try:
+        config = configfile.load(preset)
         config.update_from_flattened_dict(changes)
         build(classes=10, **config.model)
     except Exception as error:
@@ -130,6 +135,7 @@ def test_settings_exist():
         (missing_names, 'import matplotlib.pyplot as plt\nplt.plot(1)\nplt.plott(1)', 1),
         (wrong_settings, "a = configfile.load('paper')\na.augment.crop\na.augment.size", 1),
         (wrong_settings, "alexnet_jax.load('squeezenet')\nalexnet_jax.load('squeezenot')", 1),
+        (wrong_settings, "train('a', 'cifar10:fig2', {})", 1),
         (wrong_settings, "{'train.init_from': 'hub:nothing'}", 1),
         (wrong_settings, "{**few, 'optim.rates': 0.1}", 1),
         (wrong_settings, "{'optim.rate': 'fast'}", 1),
