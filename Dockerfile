@@ -17,8 +17,8 @@ RUN pip install --no-deps .
 
 FROM python:3.12-slim AS common
 COPY --from=build /opt/alexnet /opt/alexnet
-RUN useradd --no-create-home --home-dir=/work alexnet && install --directory --mode=1777 /work
-USER alexnet
+RUN useradd --uid=1000 --no-create-home --home-dir=/work alexnet && install --directory --mode=1777 /work
+USER 1000
 WORKDIR /work
 ENV PATH=/opt/alexnet/bin:$PATH HOME=/work
 ENTRYPOINT ["alexnet-jax"]

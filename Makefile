@@ -3,7 +3,7 @@
 # make test-fast    without the slow tests
 # make test-all     with the end-to-end checks to run before a release (15 minutes)
 # make test-deploy  compares the networks with those of PyTorch, Keras, OpenCV, ... (installs them)
-# make notebook     runs notebooks/alexnet.ipynb into runs/notebook (5 minutes on 2 cores)
+# make notebook     executes notebooks/alexnet.ipynb in runs/notebook (less than 5 minutes)
 # make lint         ruff: rules and format
 # To use another Python: `make test PYTHON=python3.12`. To pass arguments to pytest: `make test ARGS='-k layers'`.
 
