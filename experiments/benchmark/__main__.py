@@ -195,12 +195,10 @@ def _arguments():
         if getattr(args, name) != parser.get_default(name) and not args.peer:
             raise UserError(f'--{name} needs --peer')
     config = configfile.load(args.config)
-    if args.two_devices and config.model.towers == 1:
+    if args.two_devices and getattr(config.model, 'towers', 1) == 1:
         raise UserError(f'--config={args.config}: --two_devices needs a network with two towers')
-    if config.model.net != 'alexnet' and (args.plain or args.peer):
-        raise UserError(
-            f"--config={args.config}: --plain and --peer only support networks like the paper's"
-        )
+    if config.model.net != 'alexnet' and args.plain:
+        raise UserError(f"--config={args.config}: --plain only supports networks like the paper's")
     args.store = [os.path.abspath(os.path.expanduser(s)) for s in args.store.split(',') if s]
     for store in args.store:
         open_store(store)

@@ -14,13 +14,19 @@ import numpy as np
 import optax
 
 from alexnet_jax.common import configfile
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import fake_batches, train_batches
 from alexnet_jax.input.store import open_store
 from alexnet_jax.nets import network
+from alexnet_jax.nets.alexnet import AlexNet
 from alexnet_jax.nets.build import build
+from alexnet_jax.nets.mobilenet import MobileNet
+from alexnet_jax.nets.shufflenet import ShuffleNet
+from alexnet_jax.nets.squeezenet import SqueezeNet
 from alexnet_jax.training import optim, steps
 from alexnet_jax.training.setup import make_optimizer
+from alexnet_jax.weights import to_torch
 from experiments.benchmark import operations, plain, protocol
 
 MEAN = 120.0  # of every pixel, without a store
@@ -44,9 +50,9 @@ def prepare(spec: dict):
     return tasks[spec['task']](spec, config, net)
 
 
-def _mesh(spec, config):
-    shape = (1, config.model.towers if spec['devices'] > 1 else 1)
-    return meshes.make(shape, towers=config.model.towers, batches={'--batch': spec['batch']})
+def _mesh(spec, net):
+    shape = (1, net.towers if spec['devices'] > 1 else 1)
+    return meshes.make(shape, towers=net.towers, batches={'--batch': spec['batch']})
 
 
 def _batch(spec, config):
@@ -93,7 +99,7 @@ def _training(spec, config, net, mesh):
 
 def _train(spec, config, net):
     """Prepares the training step, on a batch that stays on the device."""
-    compiled, state, batch, rates, facts = _training(spec, config, net, _mesh(spec, config))
+    compiled, state, batch, rates, facts = _training(spec, config, net, _mesh(spec, net))
 
     def repeat(count):
         nonlocal state
@@ -123,7 +129,7 @@ def repeats(step, state) -> bool:
 
 def _both(spec, config, net):
     """Prepares the training step fed by the real input pipeline, as in the training loop."""
-    mesh = _mesh(spec, config)
+    mesh = _mesh(spec, net)
     compiled, state, _, rates, facts = _training(spec, config, net, mesh)
     pipeline = Pipeline(spec, config)
 
@@ -222,7 +228,7 @@ def _input(spec):
 
 def _infer(spec, config, net):
     """Prepares prediction: centre-crop probabilities of images that stay on the device."""
-    mesh, crop = _mesh(spec, config), config.augment.crop
+    mesh, crop = _mesh(spec, net), config.augment.crop
     target = steps.abstract_variables(net, mesh, crop)
     shardings = jax.tree.map(lambda x: x.sharding, target)
     variables = jax.device_put(network.init(net, jax.random.key(0), crop), shardings)
@@ -250,6 +256,8 @@ def _reference(spec, config, net):
     There are no dropout masks: units are halved as at test time. The gradients are of the mean cross-entropy.
     Facts: `net`, its description; `own`, the distance of our gradients, in the timed precision, from these.
     """
+    if not isinstance(net, AlexNet):
+        return _torchvision(spec, config, net)
     params = network.init(net, jax.random.key(0), config.augment.crop)['params']
     batch = _batch(spec, config)
     x = batch['image'].astype(np.float32) - np.float32(MEAN)
@@ -294,6 +302,45 @@ def _reference(spec, config, net):
     facts = {**facts, 'towers': net.towers, 'mean': MEAN}
     worst = max(map(protocol.distance, jax.tree.leaves(own), jax.tree.leaves(gradients)))
     return lambda count: None, {'net': facts, 'own': worst}, {}
+
+
+def _torchvision(spec, config, net):
+    """The same for a network of torchvision's, by its names; in training mode, but without dropout."""
+    dropout = {'dropout': 0.0} if hasattr(net, 'dropout') else {}
+    net = net.clone(
+        dtype='float32', input_std=1.0, **dropout
+    )  # torchvision's does not divide pixels
+    variables = network.init(net, jax.random.key(0), config.augment.crop)
+    batch = _batch(spec, config)
+    x = batch['image'].astype(np.float32) - np.float32(MEAN)
+    train = network.Training(jax.random.key(0), np.arange(spec['batch']))
+
+    def loss(params):
+        out = network.apply(net, {**variables, 'params': params}, x, train)[0]
+        return optax.softmax_cross_entropy_with_integer_labels(out, batch['label']).mean(), out
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(variables['params'])
+    flat = {}
+    for kind, tree in (('params', variables), ('gradients', {**variables, 'params': gradients})):
+        named = {
+            network.names_of(path): np.asarray(v) for path, v in jax.tree.leaves_with_path(tree)
+        }
+        state = to_torch.state_dict(net, named, config.augment.crop)
+        flat |= {f'{kind}/{name}': value for name, value in state.items()}
+    np.savez(spec['file'], images=batch['image'], labels=batch['label'], logits=logits, **flat)
+    return lambda count: None, {'net': {'torchvision': _class(net), 'mean': MEAN}, 'own': 0.0}, {}
+
+
+def _class(net) -> str:
+    """Returns the name of torchvision's constructor of a network; UserError if it has none."""
+    width = getattr(net, 'width', 1.0)
+    if isinstance(net, MobileNet) and net.version == 2 and width == 1:
+        return 'mobilenet_v2'
+    if isinstance(net, SqueezeNet) and width == 1:
+        return f'squeezenet{net.version.replace(".", "_")}'
+    if isinstance(net, ShuffleNet):
+        return f'shufflenet_v2_{net.size.replace(".", "_")}'
+    raise UserError(f'--peer: torchvision has no such {type(net).__name__}')
 
 
 def _compile(function, *args, devices: int):

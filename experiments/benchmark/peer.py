@@ -4,7 +4,9 @@ It runs in a Python with PyTorch and NumPy and imports nothing from the library.
 with the channels of all towers, tower by tower; parameters arrive in the library's layout.
 """
 
+import sys
 import time
+import types
 
 import numpy as np
 import torch
@@ -74,6 +76,12 @@ class Net(torch.nn.Module):
     def get(self, layer, name):
         return getattr(self, f'{layer}_{name}')
 
+    def converted(self, name, x):
+        return weights(*name.split('/'), x, self.side)
+
+    def gradient(self, name):
+        return self.get(*name.split('/')).grad
+
     def act(self, x):
         return {'relu': F.relu, 'tanh': torch.tanh}[self.net['activation']](x)
 
@@ -123,6 +131,42 @@ class Net(torch.nn.Module):
         return 0.5 * (F.dropout(x, 0.5) if training else x)  # PyTorch scales by 2 in training
 
 
+class Torchvision(torch.nn.Module):
+    """A network of torchvision's, with these parameters and statistics."""
+
+    def __init__(
+        self, net: dict, state: dict[str, np.ndarray], classes: int, layout: torch.memory_format
+    ):
+        super().__init__()
+        self.net, self.mean, self.layout = net, net['mean'], layout
+        self.model = _constructor(net['torchvision'])(weights=None, num_classes=classes)
+        self.model.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in state.items()})
+        self.dropouts = [m for m in self.modules() if isinstance(m, torch.nn.Dropout)]
+
+    def forward(self, images, training: bool):
+        del training  # the module's own mode, set by `prepare`
+        x = images.permute(0, 3, 1, 2) - self.mean
+        return self.model(x.contiguous(memory_format=self.layout)).float()
+
+    def converted(self, name: str, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def gradient(self, name: str):
+        parameter = dict(self.model.named_parameters()).get(name)
+        return None if parameter is None else parameter.grad
+
+
+def _constructor(name: str):
+    """torchvision.models' constructor; its wheels for GPUs lack operators, which no network needs."""
+    try:
+        from torchvision import models
+    except RuntimeError:
+        for module in ('_meta_registrations', '_autograd_registrations'):
+            sys.modules[f'torchvision.{module}'] = types.ModuleType(module)
+        from torchvision import models
+    return getattr(models, name)
+
+
 def prepare(spec: dict):
     """Prepares a training step, or prediction, for `protocol.serve`."""
     torch.set_num_threads(spec['threads'])
@@ -131,15 +175,16 @@ def prepare(spec: dict):
     tf32 = not spec['cpu'] and spec['dtype'] == 'float32'
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
-    if spec['net']['activation'] not in ('relu', 'tanh'):
-        raise SystemExit(f'the peer does not support the activation {spec["net"]["activation"]}')
-    if spec['net']['remove'] != 'none' or spec['net']['pooling'] != 'overlapping':
-        raise SystemExit('the peer does not support removed layers or disjoint pooling')
     with np.load(spec['file']) as file:
         arrays = dict(file)
     params = {k.removeprefix('params/'): v for k, v in arrays.items() if k.startswith('params/')}
     layout = torch.channels_last if spec['layout'] == 'channels_last' else torch.contiguous_format
-    net = Net(spec['net'], params, spec['lrn'], layout).to(device).to(memory_format=layout)
+    if 'torchvision' in spec['net']:
+        net = Torchvision(spec['net'], params, arrays['logits'].shape[1], layout)
+    else:
+        _supported(spec['net'])
+        net = Net(spec['net'], params, spec['lrn'], layout)
+    net = net.train(spec['task'] == 'train').to(device).to(memory_format=layout)
     call = torch.compile(net, dynamic=False) if spec['mode'] == 'compile' else net
     images = torch.from_numpy(arrays['images']).to(device)
     labels = torch.from_numpy(arrays['labels'].astype(np.int64)).to(device)
@@ -165,7 +210,7 @@ def prepare(spec: dict):
     differences = _check(run, net, arrays, images, labels)
     if spec['task'] == 'train':
         kernels, biases = (
-            [p for n, p in net.named_parameters() if kind in n] for kind in ('kernel', 'bias')
+            [p for p in net.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
         )
         groups = [{'params': kernels, 'weight_decay': 5e-4}, {'params': biases, 'weight_decay': 0}]
         optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=not spec['stock'] or None)
@@ -196,18 +241,34 @@ def prepare(spec: dict):
     return repeat, facts, {'peak': peak}
 
 
+def _supported(net: dict) -> None:
+    if net['activation'] not in ('relu', 'tanh'):
+        raise SystemExit(f'the peer does not support the activation {net["activation"]}')
+    if net['remove'] != 'none' or net['pooling'] != 'overlapping':
+        raise SystemExit('the peer does not support removed layers or disjoint pooling')
+
+
 def _check(run, net, arrays, images, labels) -> dict:
     """Returns the distance of our logits, and of the worst gradient, from the library's."""
+    training, dropouts = net.training, getattr(net, 'dropouts', ())
+    rates = [module.p for module in dropouts]
+    for module in dropouts:
+        module.p = 0.0
+    net.train('torchvision' in net.net)  # with batch normalization, test mode says too little
     logits = run(images, False)
     F.cross_entropy(logits, labels).backward()
-    worst = 0.0
+    pairs = []
     for name, x in arrays.items():
-        if name.startswith('gradients/'):
-            layer, kind = name.split('/')[1:]
-            mine = net.get(layer, kind).grad.float().cpu().numpy()
-            theirs = weights(layer, kind, x, net.side)
-            worst = max(worst, protocol.distance(mine, theirs))
+        kind, _, name = name.partition('/')
+        if kind == 'gradients' and (mine := net.gradient(name)) is not None:
+            pairs.append((mine.float().cpu().numpy(), net.converted(name, x)))
+    if 'torchvision' in net.net:  # the gradient of what a normalization removes is only rounding
+        pairs = [[np.concatenate([x.ravel() for x in each]) for each in zip(*pairs, strict=True)]]
+    worst = max(protocol.distance(*pair) for pair in pairs)
     net.zero_grad(set_to_none=True)
+    net.train(training)
+    for module, rate in zip(dropouts, rates, strict=True):
+        module.p = rate
     mine, theirs = logits.detach().float().cpu().numpy(), arrays['logits']
     return {
         'logits_difference': protocol.distance(mine, theirs),

@@ -394,7 +394,7 @@ def test_every_task_makes_what_it_counts(tmp_path, monkeypatch, changes):
         (['--cold'], '--cold needs --tasks=both or input'),
         (['--two_devices', '--config=configs/one_gpu.py'], 'two towers'),
         (['--config=configs/nothing.py'], 'configs/nothing.py'),
-        (['--config=configs/cifar10.py:13pct', '--plain'], '--plain and --peer'),
+        (['--config=configs/cifar10.py:13pct', '--plain'], '--plain only supports'),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, monkeypatch):
