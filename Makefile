@@ -3,6 +3,7 @@
 # make test-fast    without the slow tests
 # make test-all     with the end-to-end checks to run before a release (15 minutes)
 # make test-deploy  compares the networks with those of PyTorch, Keras, OpenCV, ... (installs them)
+# make notebook     executes notebooks/alexnet.ipynb in runs/notebook (less than 5 minutes)
 # make lint         ruff: rules and format
 # To use another Python: `make test PYTHON=python3.12`. To pass arguments to pytest: `make test ARGS='-k layers'`.
 
@@ -10,15 +11,16 @@ PYTHON ?= python3
 VENV := .venv
 DEPLOY := .venv-deploy
 RUN := runs/quickstart
+NOTEBOOK := runs/notebook
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 # The tests of a file run in one process, so that its fixtures (prepared stores, short runs) are made once.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # On Linux CPUs, training steps are faster if malloc keeps its memory (docs/devices.md, "Speed"). Other C
 # libraries ignore this variable, and older versions of glibc ignore settings that they do not know.
-quickstart: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1
+quickstart notebook: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-fast test-all test-deploy lint clean
+.PHONY: quickstart test test-fast test-all test-deploy notebook lint clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2
@@ -40,6 +42,11 @@ test-fast: $(VENV)/.installed-dev
 test-deploy: $(DEPLOY)/.installed
 	$(DEPLOY)/bin/python -m pytest tests/deploy $(ARGS)
 
+notebook: $(VENV)/.installed-notebook
+	rm -rf $(NOTEBOOK) && mkdir -p $(NOTEBOOK) && cp notebooks/alexnet.ipynb $(NOTEBOOK)
+	cd $(NOTEBOOK) && PYTHONPATH='$(CURDIR)' '$(abspath $(VENV))/bin/jupyter' execute --inplace alexnet.ipynb
+	@echo 'The notebook with its results is $(NOTEBOOK)/alexnet.ipynb.'
+
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -55,6 +62,10 @@ $(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(PIP_INSTALL) -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-notebook: $(VENV)/.installed
+	$(PIP_INSTALL) ipykernel nbclient -c constraints.txt
 	@touch $@
 
 $(DEPLOY)/.installed: requirements-deploy.txt requirements-dev.txt requirements.txt constraints.txt | $(DEPLOY)/bin/python

@@ -14,12 +14,18 @@ PAGES = [
     *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md')),
     *sorted((ROOT / 'docs').glob('*.md')),
     *sorted((ROOT / 'experiments').glob('*.md')),
+    ROOT / 'notebooks/alexnet.ipynb',
 ]
 TEXTS = [
     *PAGES,
     *(
         ROOT / name
-        for name in ('Makefile', 'requirements-dev.txt', 'experiments/launch/slurm.sbatch')
+        for name in (
+            'Makefile',
+            'Dockerfile',
+            'requirements-dev.txt',
+            'experiments/launch/slurm.sbatch',
+        )
     ),
     *(
         file

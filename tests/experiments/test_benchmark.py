@@ -197,7 +197,10 @@ def test_workers_have_the_settings_of_malloc(monkeypatch, wanted):
 
 @pytest.mark.parametrize(
     'file',
-    ['docs/devices.md', 'docs/performance.md', 'Makefile', 'experiments/launch/slurm.sbatch'],
+    [
+        *('docs/devices.md', 'docs/performance.md', 'Makefile', 'Dockerfile'),
+        'experiments/launch/slurm.sbatch',
+    ],
 )
 def test_the_settings_are_the_documented_ones(file):
     assert re.findall(r'glibc\.malloc[\w.=:]+', (ROOT / file).read_text()) == [benchmark.MALLOC]
