@@ -13,14 +13,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import Store
-from alexnet_jax.nets.network import Network
+from alexnet_jax.nets.network import Network, names_of
 from alexnet_jax.rundir import fingerprint
-from alexnet_jax.training import inference, optim, steps
+from alexnet_jax.training import inference, steps
 from alexnet_jax.training.inference import Run
 from alexnet_jax.training.setup import Setup
 from alexnet_jax.weights import compressed
@@ -62,7 +63,7 @@ def compress(run: Run, store: Store, mesh: jax.sharding.Mesh, settings: Settings
     """
     net, variables = run.net, jax.device_get(run.variables)
     config = _config(run.config, settings.epochs, settings.rate)
-    setup = Setup.make(config, mesh, store, net, lambda inner: optim.keep_zeros(net, inner))
+    setup = Setup.make(config, mesh, store, net, lambda inner: keep_zeros(net, inner))
     dense, step = kernels(net, variables['params']), 0
     for i in range(settings.rounds):
         part = (i + 1) / settings.rounds
@@ -78,7 +79,7 @@ def compress(run: Run, store: Store, mesh: jax.sharding.Mesh, settings: Settings
     config = _config(run.config, settings.tune, settings.tune_rate)
     if settings.tune:
         log.info('fine-tuning the shared weights')
-        setup = Setup.make(config, mesh, store, net, lambda inner: optim.share(inner, groups))
+        setup = Setup.make(config, mesh, store, net, lambda inner: share(inner, groups))
         variables = _train(setup, variables, step)
         tuned = kernels(net, variables['params'])
         values = {name: merged(tuned[name], group) for name, group in groups.items()}
@@ -202,6 +203,50 @@ def _train(setup: Setup, variables: dict, start: int) -> dict:
         state = setup.recompute(state)
     log.info('  %s steps of training: loss %.4f', f'{setup.total:,}', loss / max(count, 1))
     return jax.device_get(state.variables)
+
+
+def keep_zeros(net: Network, inner):
+    """Returns an optimizer that leaves the weights of kernels that are 0 at 0, as pruned ones must be."""
+
+    def held(tree, params):
+        def hold(path, x, w):
+            return jnp.where(w == 0, 0, x) if net.role(names_of(path)) == 'kernel' else x
+
+        return jax.tree.map_with_path(hold, tree, params)
+
+    def update(gradients, state, params, **rates):
+        updates, state = inner.update(held(gradients, params), state, params, **rates)
+        return held(updates, params), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def share(inner, groups: dict[str, np.ndarray]):
+    """Returns an optimizer that moves all weights of a group alike, by the sum of their gradients.
+
+    groups: the number of each weight's group, by the parameter's name; 0: pruned. As in Han et al. 2015,
+    "Deep Compression" (§3.3). For networks that the mesh does not divide.
+    """
+
+    counts = {name: int(group.max(initial=0)) + 1 for name, group in groups.items()}
+
+    def update(gradients, state, params, **rates):
+        inner_state, groups = state
+
+        def summed(path, g):
+            name = '/'.join(names_of(path))
+            if name not in groups:
+                return g
+            sums = jnp.zeros(counts[name], g.dtype).at[groups[name]].add(g)
+            return sums.at[0].set(0)[groups[name]]
+
+        gradients = jax.tree.map_with_path(summed, gradients)
+        updates, inner_state = inner.update(gradients, inner_state, params, **rates)
+        return updates, (inner_state, groups)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: (inner.init(params), jax.tree.map(jnp.asarray, groups)), update
+    )
 
 
 def with_variables(run: Run, variables: dict, mesh: jax.sharding.Mesh, mean: np.ndarray) -> Run:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -183,50 +182,6 @@ def _hold_where_rate_is_zero(net, inner, freeze):
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def keep_zeros(net: Network, inner):
-    """Returns an optimizer that leaves the weights of kernels that are 0 at 0, as pruned ones must be."""
-
-    def held(tree, params):
-        def hold(path, x, w):
-            return jnp.where(w == 0, 0, x) if net.role(network.names_of(path)) == 'kernel' else x
-
-        return jax.tree.map_with_path(hold, tree, params)
-
-    def update(gradients, state, params, **rates):
-        updates, state = inner.update(held(gradients, params), state, params, **rates)
-        return held(updates, params), state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def share(inner, groups: dict[str, np.ndarray]):
-    """Returns an optimizer that moves all weights of a group alike, by the sum of their gradients.
-
-    groups: the number of each weight's group, by the parameter's name; 0: pruned. As in Han et al. 2015,
-    "Deep Compression" (§3.3). For networks that the mesh does not divide.
-    """
-
-    counts = {name: int(group.max(initial=0)) + 1 for name, group in groups.items()}
-
-    def update(gradients, state, params, **rates):
-        inner_state, groups = state
-
-        def summed(path, g):
-            name = '/'.join(network.names_of(path))
-            if name not in groups:
-                return g
-            sums = jnp.zeros(counts[name], g.dtype).at[groups[name]].add(g)
-            return sums.at[0].set(0)[groups[name]]
-
-        gradients = jax.tree.map_with_path(summed, gradients)
-        updates, inner_state = inner.update(gradients, inner_state, params, **rates)
-        return updates, (inner_state, groups)
-
-    return optax.GradientTransformationExtraArgs(
-        lambda params: (inner.init(params), jax.tree.map(jnp.asarray, groups)), update
-    )
 
 
 def _like(x: Any, params) -> bool:

@@ -199,8 +199,8 @@ def _levels(raw: Coded, x: np.ndarray, huffman: bool) -> list:
 
 def _differences(levels: np.ndarray) -> np.ndarray:
     """u8[H,W,C] -> u8[H*W*C], modulo 256: from the pixel on the left, and from the first one above."""
-    left = np.diff(levels, axis=1, prepend=0)
-    left[:, 0] = np.diff(levels[:, 0], axis=0, prepend=0)
+    left = np.diff(levels, axis=1, prepend=np.uint8(0))
+    left[:, 0] = np.diff(levels[:, 0], axis=0, prepend=np.uint8(0))
     return left.reshape(-1)
 
 
