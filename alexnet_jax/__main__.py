@@ -4,7 +4,8 @@
     alexnet-jax evaluate runs/quickstart    measure the error of a run
     alexnet-jax COMMAND --help              list the flags of a command
 
-Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary, hub, convert.
+Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary, hub, convert,
+compress.
 `python -m alexnet_jax` does the same.
 """
 
@@ -26,6 +27,7 @@ COMMANDS = (
     'summary',
     'hub',
     'convert',
+    'compress',
 )
 
 

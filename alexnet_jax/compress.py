@@ -26,50 +26,63 @@ def main() -> None:
     parser = command.make_parser('compress', __doc__)
     parser.add_argument('run', metavar='RUN', help='a run directory or a bundle')
     parser.add_argument(
-        '--output', metavar='DIR', default='', help='the folder to write (default: RUN-compressed)'
+        '--output', metavar='DIR', default='', help='the folder to write; by default RUN-compressed'
     )
     parser.add_argument('--step', default='latest', help="checkpoint: 'best', 'latest' or a step")
     parser.add_argument('--store', default='', help='path of the store, if it has moved')
-    for name, layers, factor, bits in (
-        ('conv', 'convolutions', 0.8, 8),
-        ('fc', 'fully connected layers', 1.5, 5),
-    ):
-        parser.add_argument(
-            f'--prune_{name}',
-            type=float,
-            default=factor,
-            metavar='STDS',
-            help=f'remove weights of {layers} below this many standard deviations of the kernel '
-            f'({factor})',
-        )
-        parser.add_argument(
-            f'--bits_{name}',
-            type=int,
-            default=bits,
-            metavar='N',
-            help=f'2^N values in a kernel of {layers} ({bits})',
-        )
-    parser.add_argument('--rounds', type=int, default=3, help='of pruning, each further (3)')
-    parser.add_argument(
-        '--epochs', type=float, default=3.0, help='of retraining after each round (3)'
-    )
-    parser.add_argument(
-        '--tune', type=float, default=1.0, help='epochs of fine-tuning the shared values (1)'
-    )
-    parser.add_argument(
-        '--rate', type=float, default=0.1, help='of retraining, times config.optim.rate (0.1)'
-    )
-    parser.add_argument(
-        '--tune_rate', type=float, default=0.001, help='the same, of fine-tuning (0.001)'
-    )
     parser.add_argument('--batch', type=int, default=100, help='images per step of evaluation')
+    default = compression.DEFAULTS
+    for kind, layers in (('conv', 'convolutions'), ('fc', 'fully connected layers')):
+        parser.add_argument(
+            f'--prune_{kind}',
+            type=float,
+            default=default.prune[kind],
+            metavar='STDS',
+            help=f'removes weights of {layers} that are below this many standard deviations of the '
+            f"layer's ({default.prune[kind]:g})",
+        )
+        parser.add_argument(
+            f'--bits_{kind}',
+            type=int,
+            default=default.bits[kind],
+            metavar='N',
+            help=f'leaves 2^N different weights in each of the {layers} ({default.bits[kind]})',
+        )
+    for name, text in (
+        ('rounds', 'pruning rounds, each with a higher threshold'),
+        ('epochs', 'of retraining in each round'),
+        ('tune', 'epochs of fine-tuning the shared weights'),
+        ('rate', 'of retraining, times config.optim.rate'),
+        ('tune_rate', 'of fine-tuning, times config.optim.rate'),
+    ):
+        value = getattr(default, name)
+        parser.add_argument(
+            f'--{name}', type=type(value), default=value, help=f'{text} ({value:g})'
+        )
     command.add_devices(parser)
     args = parser.parse_args()
     settings = _settings(args)
+    if not args.output and not os.path.isdir(args.run):
+        raise UserError(f'{args.run}: not a folder here, so name the one to write: --output=DIR')
     command.log_to_stdout()
-    logging.getLogger('alexnet_jax.training.compression').setLevel(logging.INFO)
+    logging.getLogger(compression.__name__).setLevel(logging.INFO)
     command.start(args.cpu_devices)
-    compress(args, settings)
+    output = args.output or f'{os.path.normpath(args.run)}-compressed'
+    step = int(args.step) if args.step.isdigit() else args.step
+    options = {'step': step, 'store': args.store, 'batch': args.batch, 'made': _made()}
+    card = compress(args.run, output, settings, **options)
+    facts, measured = card['compression'], card['measured']
+    print(compression.table(facts['layers']))
+    say(
+        f'{facts["dense"] / 1e3:,.0f} kB of float32 -> {facts["compressed"] / 1e3:,.0f} kB '
+        f'({bundle.COMPRESSED}, with the mean image): {facts["times"]:.1f} times smaller'
+    )
+    say(
+        f'validation, center crop: top-1 error {facts["before"]["top1_error"]:.2f} % -> '
+        f'{measured["top1_error"]:.2f} %'
+    )
+    say('this saves storage only: predictions take as much memory and time as before')
+    say(f'wrote {output}')
 
 
 def _settings(args) -> compression.Settings:
@@ -88,66 +101,63 @@ def _settings(args) -> compression.Settings:
         value = getattr(args, name)
         if not lowest <= value <= most:
             raise UserError(f'--{name}={value}: must be from {lowest:g} to {most:g}')
-    return compression.Settings(
-        prune={kind: getattr(args, f'prune_{kind}') for kind in compression.KINDS},
-        bits={kind: getattr(args, f'bits_{kind}') for kind in compression.KINDS},
-        rounds=args.rounds,
-        epochs=args.epochs,
-        tune=args.tune,
-        rate=args.rate,
-        tune_rate=args.tune_rate,
-    )
+    by_kind = {
+        part: {kind: getattr(args, f'{part}_{kind}') for kind in compression.KINDS}
+        for part in ('prune', 'bits')
+    }
+    others = {name: getattr(args, name) for name in compression.Settings._fields[2:]}
+    return compression.Settings(**by_kind, **others)
 
 
-def compress(args, settings: compression.Settings) -> None:
-    """Compresses args.run, compares it with the original, and writes it."""
-    run = inference.describe_run(args.run)
-    output = args.output or f'{os.path.normpath(run.path)}-compressed'
+@meshes.settings()
+def compress(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    settings: compression.Settings,
+    *,
+    step: str | int = 'latest',
+    store: str = '',
+    batch: int = 100,
+    made: str = '',
+) -> dict:
+    """Compresses a run or a bundle into a new bundle -> its card.
+
+    The card's 'compression' has the settings, what `compression.layers` returns, 'kept' (percent of the
+    weights), 'before' (the errors), 'dense' and 'compressed' (bytes) and 'times'. Raises UserError for a
+    folder with files in it, and as `inference.open_run`, `open_store` and `compression.compress` do.
+    """
     bundle.check_new(output)
-    store = inference.open_store([run], args.store)
-    store.check_split('val')
-    batches = {'config.train.batch': run.config['train']['batch'], '--batch': args.batch}
+    run = inference.describe_run(path)
+    opened = inference.open_store([run], store)
+    opened.check_split('val')
+    batches = {'config.train.batch': run.config['train']['batch'], '--batch': batch}
     mesh = meshes.make((0, 1), towers=1, batches=batches)
-    run = inference.restore_run(run, mesh, int(args.step) if args.step.isdigit() else args.step)
+    run = inference.restore_run(run, mesh, step)
 
-    def error(of):
-        predict = inference.predictor(of, mesh, 'centre')
-        sums = evaluation.evaluate(
-            [predict], mesh, store, split='val', batch=args.batch, threads=0
-        )
-        return metrics.values(sums)
+    def errors(of):
+        predict = [inference.predictor(of, mesh, 'centre')]
+        sums = evaluation.evaluate(predict, mesh, opened, split='val', batch=batch, threads=0)
+        return {name: metrics.values(sums)[name] for name in bundle.METRICS}
 
-    before = error(run)
-    variables = compression.compress(run, store, mesh, settings)
+    before = errors(run)
+    variables = compression.compress(run, opened, mesh, settings)
     mean = run.facts.mean
     if (mean != mean[:1, :1]).any():
         mean = np.rint(mean)
     small = compression.with_variables(run, variables, mesh, mean)
-    after = error(small)
-    rows = compression.layers(run.net, variables)
-    dense = rows[-1]['size']
     facts = {
         'settings': settings._asdict(),
-        'layers': rows,
+        'layers': compression.layers(run.net, variables),
         'kept': compression.share_kept(run.net, variables['params']),
-        'before': {key: before[key] for key in bundle.METRICS},
+        'before': before,
     }
-    measured = {key: after[key] for key in bundle.METRICS} | {'on': 'validation, center crop'}
-    made = inference.as_bundle(small, made=_made(), measured=measured, compression=facts)
-    size = len(bundle.encoded(made, compress=True)[bundle.COMPRESSED])
+    measured = {**errors(small), 'on': 'validation, center crop'}
+    found = inference.as_bundle(small, made=made, measured=measured, compression=facts)
+    size = len(bundle.encoded(found, compress=True)[bundle.COMPRESSED])
+    dense = facts['layers'][-1]['size']
     facts |= {'dense': dense, 'compressed': size, 'times': dense / size}
-    bundle.write(output, made, compress=True)
-    print(compression.table(rows))
-    say(
-        f'{dense / 1e3:,.0f} kB of float32 -> {size / 1e3:,.0f} kB ({bundle.COMPRESSED}, with the mean image): '
-        f'{dense / size:.1f} times smaller'
-    )
-    say(
-        f'{store.counts["val"]:,} validation pictures, center crop: top-1 error {before["top1_error"]:.2f} % '
-        f'-> {after["top1_error"]:.2f} %'
-    )
-    say('only storage: in memory, and in the time that a prediction takes, nothing changes')
-    say(f'wrote {output}')
+    bundle.write(output, found, compress=True)
+    return found.card
 
 
 def _made() -> str:

@@ -21,7 +21,7 @@ from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import Store
 from alexnet_jax.nets.network import Network, names_of
 from alexnet_jax.rundir import fingerprint
-from alexnet_jax.training import inference, steps
+from alexnet_jax.training import inference, metrics, steps
 from alexnet_jax.training.inference import Run
 from alexnet_jax.training.setup import Setup
 from alexnet_jax.weights import compressed
@@ -55,6 +55,17 @@ class Settings(NamedTuple):
     tune_rate: float  # the same, of fine-tuning
 
 
+DEFAULTS = Settings(
+    prune={'conv': 0.8, 'fc': 1.8},
+    bits={'conv': 8, 'fc': 5},
+    rounds=3,
+    epochs=3.0,
+    tune=1.0,
+    rate=0.1,
+    tune_rate=0.001,
+)
+
+
 def compress(run: Run, store: Store, mesh: jax.sharding.Mesh, settings: Settings) -> dict:
     """Returns {'params', 'batch_stats'}, in NumPy, with few distinct values in each kernel.
 
@@ -62,28 +73,27 @@ def compress(run: Run, store: Store, mesh: jax.sharding.Mesh, settings: Settings
     on nothing but its arguments. Raises UserError if training diverges.
     """
     net, variables = run.net, jax.device_get(run.variables)
-    config = _config(run.config, settings.epochs, settings.rate)
-    setup = Setup.make(config, mesh, store, net, lambda inner: keep_zeros(net, inner))
     dense, step = kernels(net, variables['params']), 0
+
+    def setup(epochs, rate, wrap):
+        return epochs and Setup.make(_config(run.config, epochs, rate), mesh, store, net, wrap)
+
+    retraining = setup(settings.epochs, settings.rate, lambda inner: keep_zeros(net, inner))
     for i in range(settings.rounds):
         part = (i + 1) / settings.rounds
         factors = {name: part * settings.prune[kind(x)] for name, x in dense.items()}
         variables = replaced(variables, pruned(dense, kernels(net, variables['params']), factors))
         left = share_kept(net, variables['params'])
         log.info('round %s of %s: %.1f %% of the weights are left', i + 1, settings.rounds, left)
-        variables, step = _train(setup, variables, step), step + setup.total
+        variables, step = _train(retraining, variables, step)
     groups, values = {}, {}
     for name, x in kernels(net, variables['params']).items():
         groups[name], values[name] = shared(x, 2 ** settings.bits[kind(x)])
-    variables = replaced(variables, values)
-    config = _config(run.config, settings.tune, settings.tune_rate)
-    if settings.tune:
-        log.info('fine-tuning the shared weights')
-        setup = Setup.make(config, mesh, store, net, lambda inner: share(inner, groups))
-        variables = _train(setup, variables, step)
-        tuned = kernels(net, variables['params'])
-        values = {name: merged(tuned[name], group) for name, group in groups.items()}
-    return replaced(variables, values)
+    log.info('shared weights')
+    tuning = setup(settings.tune, settings.tune_rate, lambda inner: share(inner, groups))
+    variables, _ = _train(tuning, replaced(variables, values), step)
+    tuned = kernels(net, variables['params'])
+    return replaced(variables, {name: merged(tuned[name], group) for name, group in groups.items()})
 
 
 def kind(kernel: np.ndarray) -> str:
@@ -177,8 +187,10 @@ def _config(config: dict, epochs: float, rate: float) -> ConfigDict:
     return changed
 
 
-def _train(setup: Setup, variables: dict, start: int) -> dict:
-    """Trains to the end of the setup's schedule -> variables, on the host. start: the first position's step."""
+def _train(setup: Setup | None, variables: dict, start: int) -> tuple[dict, int]:
+    """Trains for the setup's epochs from step `start` on -> (variables on the host, the step after it)."""
+    if not setup:
+        return variables, start
     config, mesh = setup.config, setup.mesh
     target = steps.abstract_state(setup.net, setup.optimizer, mesh, config.augment.crop)
     state = steps.TrainState(
@@ -201,8 +213,13 @@ def _train(setup: Setup, variables: dict, start: int) -> dict:
             )
     if config.train.recompute:
         state = setup.recompute(state)
-    log.info('  %s steps of training: loss %.4f', f'{setup.total:,}', loss / max(count, 1))
-    return jax.device_get(state.variables)
+    log.info(
+        '  %s steps of training: loss %.4f, validation: %s',
+        f'{setup.total:,}',
+        loss / count,
+        metrics.line(setup.evaluate(state)),
+    )
+    return jax.device_get(state.variables), start + setup.total
 
 
 def keep_zeros(net: Network, inner):

@@ -5,7 +5,8 @@
     names.txt           the class names, by label
     README.md           the model card
 
-A compressed network has model.compressed (`compressed`) in place of model.safetensors. A mean image whose pixels are all the same is stored as one, f32[1,1,3].
+A compressed network has model.compressed (`compressed`) in place of model.safetensors. A mean image whose
+pixels are all the same is stored as one, f32[1,1,3].
 """
 
 import hashlib

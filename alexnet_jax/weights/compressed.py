@@ -10,7 +10,7 @@ import json
 import math
 import struct
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
