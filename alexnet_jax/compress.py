@@ -145,17 +145,20 @@ def compress(
     if (mean != mean[:1, :1]).any():
         mean = np.rint(mean)
     small = compression.with_variables(run, variables, mesh, mean)
+    measured = {**errors(small), 'on': 'validation, center crop'}
+    found = inference.as_bundle(small, made=made, measured=measured)
+    rows = compression.layers(run.net, variables)
+    size, dense = len(bundle.encoded(found, compress=True)[bundle.COMPRESSED]), rows[-1]['size']
     facts = {
         'settings': settings._asdict(),
-        'layers': compression.layers(run.net, variables),
+        'layers': rows,
         'kept': compression.share_kept(run.net, variables['params']),
         'before': before,
+        'dense': dense,
+        'compressed': size,
+        'times': dense / size,
     }
-    measured = {**errors(small), 'on': 'validation, center crop'}
-    found = inference.as_bundle(small, made=made, measured=measured, compression=facts)
-    size = len(bundle.encoded(found, compress=True)[bundle.COMPRESSED])
-    dense = facts['layers'][-1]['size']
-    facts |= {'dense': dense, 'compressed': size, 'times': dense / size}
+    found = found._replace(card={**found.card, 'compression': facts})
     bundle.write(output, found, compress=True)
     return found.card
 

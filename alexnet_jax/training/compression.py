@@ -56,11 +56,11 @@ class Settings(NamedTuple):
 
 
 DEFAULTS = Settings(
-    prune={'conv': 0.8, 'fc': 1.8},
+    prune={'conv': 0.8, 'fc': 1.6},
     bits={'conv': 8, 'fc': 5},
     rounds=3,
-    epochs=3.0,
-    tune=1.0,
+    epochs=4.0,
+    tune=2.0,
     rate=0.1,
     tune_rate=0.001,
 )
@@ -117,7 +117,7 @@ def replaced(variables: dict, values: dict[str, np.ndarray]) -> dict:
 def share_kept(net: Network, params: dict) -> float:
     """Percent of the kernels' weights that are not 0."""
     found = kernels(net, params).values()
-    return 100 * sum(np.count_nonzero(x) for x in found) / sum(x.size for x in found)
+    return 100 * sum(int(np.count_nonzero(x)) for x in found) / sum(x.size for x in found)
 
 
 def pruned(dense: dict, now: dict, factors: dict[str, float]) -> dict[str, np.ndarray]:

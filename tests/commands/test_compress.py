@@ -56,7 +56,8 @@ def test_a_run(run, tmp_path, monkeypatch, capsys):
 
     call(monkeypatch, evaluate, 'small', f'--store={run.store}', '--views=centre', '--batch=4')
     assert f'{card["measured"]["top1_error"]:.2f} %' in capsys.readouterr().out
-    call(monkeypatch, compress, 'small', f'--store={run.store}', '--output=again', *QUICK)
+    options = ('--output=again', '--rounds=1', '--epochs=0', '--tune=0', '--batch=4')
+    call(monkeypatch, compress, 'small', f'--store={run.store}', *options)
     assert bundle.is_bundle('again')
 
 
@@ -69,7 +70,7 @@ def test_a_run(run, tmp_path, monkeypatch, capsys):
         (['RUN', '--bits_fc=9'], '--bits_fc=9: must be from 1 to 8'),
         (['RUN', '--prune_conv=nan'], '--prune_conv=nan: must be from 0'),
         (['RUN', '--rounds=0'], '--rounds=0'),
-        (['RUN', '--epochs=0.01', '--output=x'], 'shorter than a step'),
+        (['RUN', '--epochs=-1'], '--epochs=-1.0: must be from 0'),
         (['RUN', '--rate=1e6', '--epochs=9', '--output=x'], 'not finite'),
         (['RUN', '--store=x', '--output=x'], '--store=x'),
     ],
