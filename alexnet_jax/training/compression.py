@@ -56,7 +56,7 @@ class Settings(NamedTuple):
 
 
 DEFAULTS = Settings(
-    prune={'conv': 0.8, 'fc': 1.6},
+    prune={'conv': 0.9, 'fc': 1.7},
     bits={'conv': 8, 'fc': 5},
     rounds=3,
     epochs=4.0,

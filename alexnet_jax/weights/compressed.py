@@ -110,10 +110,7 @@ def _header(data: bytes, file: str) -> tuple[list[Coded], int]:
     if version != FORMAT:
         raise UserError(f'{file}: of format {version}; update alexnet_jax, which reads {FORMAT}')
     try:
-        stream = zlib.decompressobj()
-        text = stream.decompress(data[16 : 16 + length], LONGEST_HEADER)
-        if not stream.eof:
-            raise ValueError
+        text = zlib.decompressobj().decompress(data[16 : 16 + length], LONGEST_HEADER)
         rows = json.loads(text.decode())
         contents = [_checked(Coded(*row)) for row in rows]
     except (zlib.error, ValueError, TypeError, KeyError, RecursionError, OverflowError):
@@ -306,7 +303,7 @@ def _symbols(code: np.ndarray, lengths: np.ndarray, bits: int, count: int) -> np
     ahead = ahead.reshape(-1)  # the 16 bits from each bit on
     steps, at, starts = table[1][ahead].tobytes(), 0, np.zeros(count, np.int64)
     for i in range(count):
-        if at >= bits or not steps[at]:
+        if at >= bits:
             raise Damaged('a code is wrong')
         starts[i] = at
         at += steps[at]
