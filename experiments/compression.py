@@ -35,14 +35,20 @@ SCALES = {  # name: preset, changes
         'quickstart': ('configs/quickstart.py', {}),
         'alexnet_bn': (
             'configs/alexnet_bn.py',
-            {**EMBEDDED, 'model.width': 0.125, 'optim.epochs': 12.0, 'optim.drops': (8.0, 10.0)},
+            {
+                **EMBEDDED,
+                'model.width': 0.125,
+                'optim.rate': 0.02,
+                'optim.epochs': 36.0,
+                'optim.drops': (28.0, 34.0),
+            },
         ),
     },
     'full': {'original': ('configs/original.py', {})},
 }
 NOTES = {
     'small': 'On the embedded set of rendered images: the quickstart, and `alexnet_bn` at an eighth of the '
-    'width, trained for 12 epochs.'
+    'width with its schedule.'
 }
 plot = None
 
