@@ -4,7 +4,8 @@
     alexnet-jax evaluate runs/quickstart    measure the error of a run
     alexnet-jax COMMAND --help              list the flags of a command
 
-Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary, hub, convert, export.
+Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary, hub, convert, export,
+compress.
 `python -m alexnet_jax` does the same.
 """
 
@@ -27,6 +28,7 @@ COMMANDS = (
     'hub',
     'convert',
     'export',
+    'compress',
 )
 
 

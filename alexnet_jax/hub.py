@@ -67,7 +67,7 @@ def about(name: str) -> tuple[dict, int | None, str | None]:
     """(facts as of a card, size of the download in bytes, folder if it is here) of a registered network."""
     if name not in ENTRIES:
         folder = hub.locate(f'{hub.PREFIX}{name}')
-        size = sum(os.path.getsize(os.path.join(folder, file)) for file in bundle.FILES)
+        size = sum(os.path.getsize(os.path.join(folder, file)) for file in bundle.files(folder))
         return bundle.read_config(folder)[1], size, folder
     entry = ENTRIES[name]
     return hub.facts(entry), entry.size, hub.cached(name, entry.checksum)
@@ -109,7 +109,8 @@ def upload(name: str, target: str, args) -> None:
     card = {'title': args.title, 'licence': args.license}
     made = inference.as_bundle(run, **{key: value for key, value in card.items() if value})
     with tempfile.TemporaryDirectory() as folder:
-        bundle.write(os.path.join(folder, 'bundle'), made)
+        compress = run.bundle is not None and bundle.COMPRESSED in bundle.files(run.path)
+        bundle.write(os.path.join(folder, 'bundle'), made, compress=compress)
         hub.push(os.path.join(folder, 'bundle'), target, private=args.private)
     say(f'{name} is now in {target}')
 

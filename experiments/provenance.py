@@ -60,9 +60,11 @@ CANNOT = {  # modules that cannot change a result, and why
     'input/prepare.py': 'writes the store, which has its own identity',
     'input/store_writer.py': 'as above',
     'input/sources/*.py': 'as above',
+    'training/compression.py': 'changes networks that are trained',
     'training/diagnosis.py': 'messages',
     'training/progress.py': 'the log',
-    'weights/hub.py': 'downloads; what a run starts from has its own fingerprint',
+    'weights/compressed.py': 'reads bundles; what a run starts from has its own fingerprint',
+    'weights/hub.py': 'downloads; as above',
     'weights/registry.py': 'as above',
 }
 PLACES = ('config.seed', 'config.data.dir', 'config.data.store', 'config.data.source')

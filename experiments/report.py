@@ -27,6 +27,7 @@ EXPERIMENTS = (
     'tanh_sweep',
     'ablations',
     'efficient',
+    'compression',
     'table1',
     'table2',
     'fig3_filters',

@@ -38,6 +38,10 @@ def make_optimizer(config, net: Network, mesh: jax.sharding.Mesh):
     )
 
 
+def _same(optimizer):
+    return optimizer
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What the loop needs; `make` builds it from a config, a mesh, a store and a network."""
@@ -59,8 +63,9 @@ class Setup:
     statistics: Callable
 
     @classmethod
-    def make(cls, config, mesh, store: Store, net: Network) -> 'Setup':
-        optimizer = make_optimizer(config, net, mesh)
+    def make(cls, config, mesh, store: Store, net: Network, wrap: Callable = _same) -> 'Setup':
+        """wrap: makes the optimizer used of the config's."""
+        optimizer = wrap(make_optimizer(config, net, mesh))
         examples, crop = store.counts['train'], config.augment.crop
         _check_intervals(config, examples)
         inputs_of = {

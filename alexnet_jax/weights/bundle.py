@@ -5,7 +5,8 @@
     names.txt           the class names, by label
     README.md           the model card
 
-A mean image whose pixels are all the same is stored as one, f32[1,1,3].
+A compressed network has model.compressed (`compressed`) in place of model.safetensors. A mean image whose
+pixels are all the same is stored as one, f32[1,1,3].
 """
 
 import hashlib
@@ -20,14 +21,15 @@ import numpy as np
 from alexnet_jax.common import class_names, paths
 from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.rundir import directory, fingerprint
-from alexnet_jax.weights import safetensors, variables
+from alexnet_jax.weights import compressed, safetensors, variables
 
-CONFIG, WEIGHTS, NAMES, CARD = FILES = (
+CONFIG, WEIGHTS, NAMES, CARD = (
     'config.json',
     'model.safetensors',
     'names.txt',
     'README.md',
 )
+COMPRESSED = 'model.compressed'
 FORMAT = 1
 LARGEST = 4096  # pixels, side of images
 METRICS = {'top1_error': 'top-1 error', 'top5_error': 'top-5 error'}  # in percent
@@ -51,23 +53,31 @@ class Bundle(NamedTuple):
 def is_bundle(path: str | os.PathLike) -> bool:
     """Whether a folder holds a bundle."""
     folder = paths.path(path)
-    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
+    weights = any((folder / name).is_file() for name in (WEIGHTS, COMPRESSED))
+    return weights and (folder / CONFIG).is_file()
 
 
-def write(folder: str | os.PathLike, bundle: Bundle) -> None:
+def check_new(folder: str | os.PathLike) -> None:
+    """Raises UserError unless a folder is empty or does not exist."""
+    path = paths.path(folder)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f'{folder}: exists and is not an empty folder; give another')
+
+
+def write(folder: str | os.PathLike, bundle: Bundle, *, compress: bool = False) -> None:
     """Writes a bundle to a new or empty folder: all of it or, if it cannot be written, nothing.
 
-    Arrays keep their types, such as float16. Raises UserError if the folder has files.
+    Arrays keep their types, such as float16; compress: in the form of `compressed`, which loses nothing.
+    Raises UserError if the folder has files.
     """
     path = paths.path(folder)
-    files = encoded(bundle)
+    files = encoded(bundle, compress=compress)
     try:
         if paths.is_remote(path):
-            for name in reversed(FILES):  # the config last, without which it is not a bundle
+            for name in reversed(files):  # the config last, without which it is not a bundle
                 paths.replace(path / name, files[name])
             return
-        if path.exists() and (not path.is_dir() or os.listdir(path)):
-            raise UserError(f'{folder}: exists and is not an empty folder; give another')
+        check_new(folder)
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.absolute().parent)
         try:
@@ -86,7 +96,7 @@ def write(folder: str | os.PathLike, bundle: Bundle) -> None:
         ) from error
 
 
-def encoded(bundle: Bundle) -> dict[str, bytes]:
+def encoded(bundle: Bundle, *, compress: bool = False) -> dict[str, bytes]:
     """The files of a bundle, by name."""
     names = class_names.checked(bundle.names, 'the bundle')
     mean = np.asarray(bundle.mean, np.float32)
@@ -95,10 +105,12 @@ def encoded(bundle: Bundle) -> dict[str, bytes]:
         raise ValueError(f'the mean image is {mean.shape}, and config.data.size is {size}')
     constant = (mean == mean[:1, :1]).all()
     arrays = {name: np.asarray(x) for name, x in fingerprint.named_leaves(bundle.variables).items()}
-    weights = safetensors.encoded(
-        {**arrays, 'mean': mean[:1, :1] if constant else mean}, {'format': 'alexnet_jax'}
-    )
-    files = {WEIGHTS: weights, NAMES: ''.join(f'{name}\n' for name in names).encode()}
+    arrays['mean'] = mean[:1, :1] if constant else mean
+    if compress:
+        weights = {COMPRESSED: compressed.encoded(arrays)}
+    else:
+        weights = {WEIGHTS: safetensors.encoded(arrays, {'format': 'alexnet_jax'})}
+    files = {**weights, NAMES: ''.join(f'{name}\n' for name in names).encode()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     about = {'format': FORMAT, 'sha256': sums, 'card': bundle.card}
     config = {**bundle.config, 'bundle': about}
@@ -117,24 +129,34 @@ def checksums(folder: str | os.PathLike) -> dict[str, str]:
     return _config(folder)[1]['sha256']
 
 
+def files(folder: str | os.PathLike) -> tuple[str, ...]:
+    """The names of a bundle's files, the config first; UserError if that is damaged."""
+    weights = COMPRESSED if COMPRESSED in checksums(folder) else WEIGHTS
+    return CONFIG, weights, NAMES, CARD
+
+
 def read(folder: str | os.PathLike) -> Bundle:
     """Reads a bundle. Raises UserError if it is damaged or of a later version."""
     config, about = _config(folder)
     path, size = paths.path(folder), config['data']['size']
-    files = {name: variables.content(str(path / name)) for name in (WEIGHTS, NAMES)}
-    for name, data in files.items():
+    weights = COMPRESSED if COMPRESSED in about['sha256'] else WEIGHTS
+    contents = {name: variables.content(str(path / name)) for name in (weights, NAMES)}
+    for name, data in contents.items():
         if hashlib.sha256(data).hexdigest() != about['sha256'].get(name):
             raise _damaged(folder, f'{name} does not have the SHA-256 in {CONFIG}')
-    arrays, _ = safetensors.decoded(files[WEIGHTS], str(path / WEIGHTS))
+    if weights == COMPRESSED:
+        arrays = compressed.decoded(contents[weights], str(path / weights))
+    else:
+        arrays, _ = safetensors.decoded(contents[weights], str(path / weights))
     mean = arrays.pop('mean', None)
     floats = all(x.dtype.kind in 'fV' for x in arrays.values())  # V: bfloat16
     if mean is None or mean.shape not in ((1, 1, 3), (size, size, 3)) or not floats:
-        raise _damaged(folder, f'{WEIGHTS} has no mean image, or arrays that are not floats')
+        raise _damaged(folder, f'{weights} has no mean image, or arrays that are not floats')
     mean = np.ascontiguousarray(np.broadcast_to(mean.astype(np.float32), (size, size, 3)))
     if not np.isfinite(mean).all():
         raise _damaged(folder, 'the mean image is not finite')
     try:
-        names = files[NAMES].decode().removesuffix('\n').split('\n')
+        names = contents[NAMES].decode().removesuffix('\n').split('\n')
         tree = variables.nest({tuple(name.split('/')): x for name, x in arrays.items()})
     except (UnicodeDecodeError, TypeError, AttributeError) as error:
         raise _damaged(folder, reason(error)) from error
@@ -208,6 +230,7 @@ def card(bundle: Bundle) -> str:
         ('SHA-256 of that file', facts.get('sha256')),
         ('Published', errors(facts.get('published'))),
         ('Measured', errors(facts.get('measured'))),
+        ('Compressed', _compressed(facts.get('compression'))),
         ('Made by', f'`{facts["made"]}`' if facts.get('made') else None),
         ('Batch normalization', 'folded into the layers' if facts.get('folded') else None),
         ('License', licence),
@@ -217,6 +240,12 @@ def card(bundle: Bundle) -> str:
     lines += ["classify = alexnet_jax.load('PATH OF THIS FOLDER')"]
     lines += ["print(classify.names[classify('picture.jpg').argmax()])", '```', '']
     return '\n'.join(lines)
+
+
+def _compressed(facts: dict | None) -> str:
+    if not facts:
+        return ''
+    return f'{facts["times"]:.1f} times smaller; {facts["kept"]:.1f} % of the weights are left'
 
 
 def errors(found: dict | None) -> str:

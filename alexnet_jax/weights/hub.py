@@ -182,7 +182,7 @@ def _from_hugging_face(text: str) -> str:
             return folder
         parts = f'{folder}.part'  # kept if the download stops, so that it can go on
         os.makedirs(parts, exist_ok=True)
-        for part in bundle.FILES[1:]:
+        for part in bundle.files(temporary)[1:]:
             target, checksum = os.path.join(parts, part), sums.get(part)
             done = checksum and os.path.exists(target) and _digest(target, 'sha256') == checksum
             if not done:
@@ -426,7 +426,7 @@ def push(source: str, target: str, *, private: bool = False) -> None:
         api.upload_folder(
             repo_id=repository,
             folder_path=source,
-            allow_patterns=[*bundle.FILES],
+            allow_patterns=[*bundle.files(source)],
             commit_message='Upload a bundle of alexnet_jax',
         )
     except Exception as error:  # of many kinds: no network, no access, a full disk

@@ -16,6 +16,7 @@ from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from experiments import (
     ablations,
+    compression,
     does_it_train,
     embedded_controls,
     lab,
@@ -528,3 +529,27 @@ def test_the_intervals_of_steps_and_the_p_of_the_controls():
     }
     assert does_it_train.later(results, 'paper std') == [-60, -70]
     assert does_it_train.later(results, 'paper') == []
+
+
+def test_the_table_of_compression():
+    """The original has 60 errors in 1,000 images; compressed, 20 of these are right and 10 others wrong."""
+    original, small = np.ones((2, 1000), bool)
+    original[:60] = small[20:70] = False
+    layers = [{'layer': name, 'weights': 9, 'kept': 10.0, 'pq': 4.0} for name in ('fc6', 'all')]
+    facts = {'kept': 10.0, 'dense': 7e6, 'compressed': 2e5, 'times': 35.0, 'layers': layers}
+    found = {'facts': {**facts, 'before': {'top1_error': 6.0}}, 'measured': {'top1_error': 5.0}}
+    results = {
+        f'a net-{seed}': {
+            'name': 'a net',
+            'seed': seed,
+            'diverged': False,
+            'data': {'counts': {'val': 1000}},
+            'hits': statistics.pack(original),
+            'extra': {**found, 'hits': statistics.pack(small)},
+        }
+        for seed in range(2)
+    }
+    table = compression.report(results)
+    assert '| a net | 1 | 10.0 | 7,000 | 200 | 35.0 | 6.00 | 5.00 |' in table
+    assert 'a net: -1.00 (no spread) over 2 seeds; over the 1,000 validation images: -2.' in table
+    assert 'fc6' in table and '2.39' in table  # the paper's

@@ -4,6 +4,7 @@ import concurrent.futures
 import email.message
 import hashlib
 import json
+import os
 import sys
 import types
 import urllib.error
@@ -332,7 +333,7 @@ def test_every_entry_is_sound():
 def test_our_own(name):
     found = bundle.read(hub.locate(name))
     assert {'title', 'licence', 'data', 'measured', 'made'} <= {*found.card}
-    size = sum((hub.OWN / name / file).stat().length for file in bundle.FILES)
+    size = sum((hub.OWN / name / file).stat().length for file in bundle.files(hub.OWN / name))
     assert size <= 4e6
     net = build(classes=len(found.names), **found.config['model'])
     shapes = jax.tree.map(lambda x: x.shape, network.shapes(net, found.config['augment']['crop']))
@@ -418,17 +419,20 @@ def test_the_token_is_for_one_server(hugging_face, monkeypatch):
     assert sent == ['Bearer secret'] * len(sent)
 
 
-def test_push(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('compress', [False, True])
+def test_push(tmp_path, monkeypatch, capsys, compress):
     done = []
 
     class HfApi:
         def create_repo(self, name, **more):
             done.append((name, more))
 
-        def upload_folder(self, *, repo_id, folder_path, **more):
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, **more):
             done.append((repo_id, bundle.read(folder_path)))
+            assert {*allow_patterns} == {*os.listdir(folder_path)}
+            assert ('model.compressed' in allow_patterns) == compress
 
-    bundle.write(tmp_path / 'a', small_bundle())
+    bundle.write(tmp_path / 'a', small_bundle(), compress=compress)
     push = ('push', tmp_path / 'a', 'hf://me/net', '--title=Mine', '--private')
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     refused(lambda: call(monkeypatch, hub_command, *push), "pip install 'alexnet_jax[hub]'")

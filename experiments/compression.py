@@ -1,0 +1,121 @@
+"""Deep Compression (Han, Mao, Dally 2015): networks many times smaller, at the same error.
+
+    python -m experiments.compression --scale=small
+
+Pruning with retraining, shared weights and Huffman coding; the paper's AlexNet became 35 times smaller. Each
+network is trained, and compressed with the defaults of `python -m alexnet_jax.compress`. Sizes are those of
+the files, mean image included, beside 4 bytes per parameter.
+"""
+
+import pathlib
+import shutil
+
+import numpy as np
+
+from alexnet_jax import compress
+from alexnet_jax.rundir import directory
+from alexnet_jax.training import compression, evaluation
+from experiments import lab as labs
+from experiments import statistics
+
+TITLE = 'Deep Compression: smaller files at the same error'
+INDEPENDENT = True
+EMBEDDED = {
+    'data.source': 'alexnet_shapes',
+    'data.size': 128,
+    'data.format': 'u8',
+    'augment.crop': 112,
+    'train.batch': 96,
+    'run.eval_batch': 100,
+}
+TINY = {'model.width': 0.0625, 'optim.epochs': 0.5, 'optim.drops': (), 'run.log_every': 1}
+SCALES = {  # name: preset, changes
+    'smoke': {'quickstart': ('configs/quickstart.py', TINY)},
+    'small': {
+        'quickstart': ('configs/quickstart.py', {}),
+        'alexnet_bn': (
+            'configs/alexnet_bn.py',
+            {
+                **EMBEDDED,
+                'model.width': 0.125,
+                'optim.rate': 0.02,
+                'optim.epochs': 36.0,
+                'optim.drops': (28.0, 34.0),
+            },
+        ),
+    },
+    'full': {'original': ('configs/original.py', {})},
+}
+NOTES = {
+    'small': 'On the embedded set of rendered images: the quickstart, and `alexnet_bn` at an eighth of the '
+    'width with its schedule.'
+}
+plot = None
+
+
+def run(lab):
+    for name, (config, changes) in SCALES[lab.scale].items():
+        for seed in range(lab.seeds):
+            lab.run(name, seed, config, changes, after=look)
+
+
+def look(workdir) -> dict:
+    """Compresses a run -> the facts in the bundle's card, and which validation images are right."""
+    folder = pathlib.Path(f'{workdir}-compressed')
+    shutil.rmtree(folder, ignore_errors=True)  # of a look that was interrupted
+    card = compress.compress(workdir, folder, compression.DEFAULTS)
+    hits = evaluation.hits(folder, store=directory.recorded_store(workdir))
+    return {
+        'facts': card['compression'],
+        'measured': card['measured'],
+        'hits': statistics.pack(hits),
+    }
+
+
+def report(results) -> str:
+    lines = [
+        '| network | seed | weights kept, % | float32, kB | compressed, kB | times smaller '
+        '| top-1 error, % | compressed, % |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    sound = [r for r in results.values() if not r['diverged']]
+    for r in sound:
+        facts = r['extra']['facts']
+        lines.append(
+            f'| {r["name"]} | {r["seed"]} | {facts["kept"]:.1f} | {facts["dense"] / 1e3:,.0f} '
+            f'| {facts["compressed"] / 1e3:,.0f} | {facts["times"]:.1f} '
+            f'| {facts["before"]["top1_error"]:.2f} | {r["extra"]["measured"]["top1_error"]:.2f} |'
+        )
+    lines += ['', 'Differences of the error, compressed minus original, in points:', '']
+    for name in dict.fromkeys(r['name'] for r in sound):
+        lines.append(f'- {name}: {difference(labs.named(results, name))}')
+    for name in dict.fromkeys(r['name'] for r in sound):
+        first = labs.named(results, name)[0]
+        lines += [
+            '',
+            f'The layers of {name}, seed {first["seed"]}:',
+            '',
+            '```',
+            compression.table(first['extra']['facts']['layers']),
+        ]
+        lines.append('```')
+    return '\n'.join(lines)
+
+
+def difference(results: list[dict]) -> str:
+    """Describes how much larger the error of compressed networks is, over images and over seeds."""
+    pairs = [(r, r['extra']) for r in results if not r['diverged']]
+    count = pairs[0][0]['data']['counts']['val']
+    own, reference = (
+        np.stack([statistics.unpack(pair[i]['hits'], count) for pair in pairs]) for i in (1, 0)
+    )
+    over = statistics.between(*statistics.bootstrap(own, reference), 2)
+    errors = [x['measured']['top1_error'] - x['facts']['before']['top1_error'] for _, x in pairs]
+    return (
+        f'{statistics.interval(statistics.paired(errors))} over {labs.count(len(pairs), "seed")}; '
+        f'over the {count:,} validation images: {over}'
+    )
+
+
+if __name__ == '__main__':
+    labs.main(__name__)

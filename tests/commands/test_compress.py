@@ -1,0 +1,80 @@
+"""A compressed network is one that all commands take; the command says what it did."""
+
+import jax
+import numpy as np
+import pytest
+
+from alexnet_jax import compress, evaluate
+from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.training import compression, inference
+from alexnet_jax.weights import bundle
+from tests.helpers.run_dirs import call, refuses, write_run
+
+QUICK = ('--rounds=2', '--epochs=4', '--tune=4', '--batch=4')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp('tiny'))
+
+
+def test_a_run(run, tmp_path, monkeypatch, capsys):
+    seen = {}
+    real = compression.with_variables
+
+    def spy(*args):
+        seen['run'] = real(*args)
+        return seen['run']
+
+    monkeypatch.setattr(compression, 'with_variables', spy)
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, compress, run.path, '--output=small', *QUICK)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == 'wrote small'
+    assert any(line.startswith('conv1 ') and '20.53' in line for line in lines)
+    assert any('times smaller' in line for line in lines)
+
+    card = bundle.read_config('small')[1]
+    size = (tmp_path / 'small' / 'model.compressed').stat().st_size
+    facts = card['compression']
+    assert facts['compressed'] == size and facts['times'] == facts['dense'] / size
+    assert facts['layers'][-1]['layer'] == 'all' and len(facts['layers']) == 9
+    assert 'times smaller' in (tmp_path / 'small' / 'README.md').read_text()
+
+    # The same logits to the last bit as those of the network in memory.
+    mesh = meshes.make((1, 1), towers=1, batches={})
+    opened = inference.open_run('small', mesh)
+    images = run.pictures['val'][:4]
+    logits = [
+        np.asarray(jax.jit(inference.predictor(r, mesh, 'centre'))(images))
+        for r in (opened, seen['run'])
+    ]
+    np.testing.assert_array_equal(*logits)
+    assert logits[0].std() > 0
+    mean = bundle.read('small').mean
+    assert np.abs(mean - run.mean).max() <= 0.5 and (mean == np.rint(mean)).all()
+
+    call(monkeypatch, evaluate, 'small', f'--store={run.store}', '--views=centre', '--batch=4')
+    assert f'{card["measured"]["top1_error"]:.2f} %' in capsys.readouterr().out
+    options = ('--output=again', '--rounds=1', '--epochs=0', '--tune=0', '--batch=4')
+    call(monkeypatch, compress, 'small', f'--store={run.store}', *options)
+    assert bundle.is_bundle('again')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['RUN', '--output=.'], 'exists and is not an empty folder'),
+        (['nothing'], '--output=DIR'),
+        (['nothing', '--output=x'], 'nothing'),
+        (['RUN', '--bits_fc=9'], '--bits_fc=9: must be from 1 to 8'),
+        (['RUN', '--prune_conv=nan'], '--prune_conv=nan: must be from 0'),
+        (['RUN', '--rounds=0'], '--rounds=0'),
+        (['RUN', '--epochs=-1'], '--epochs=-1.0: must be from 0'),
+        (['RUN', '--rate=1e6', '--epochs=9', '--output=x'], 'not finite'),
+        (['RUN', '--store=x', '--output=x'], '--store=x'),
+    ],
+)
+def test_refused(run, tmp_path, monkeypatch, arguments, message):
+    (tmp_path / 'file').touch()
+    refuses(monkeypatch, tmp_path, compress, run.path, arguments, message)
