@@ -22,6 +22,7 @@ class Backend(NamedTuple):
     # several programs in flight, with which virtual CPU devices could deadlock
     overlap: bool
     shifts: bool  # depthwise convolutions as shifted products, for which XLA is slow on CPUs
+    products: bool  # 1 x 1 convolutions as matrix products, whose gradients are faster on CPUs
     keep_programs: bool  # cache compiled programs on disk; compiling for CPUs takes seconds
     # maximum pooling as one operator, and hidden layers as one product per tower, as other programs have
     operators: bool = False
@@ -30,12 +31,24 @@ class Backend(NamedTuple):
 
 
 CPU = Backend(
-    blocks=False, donate=False, loop=False, overlap=False, shifts=True, keep_programs=False
+    blocks=False,
+    donate=False,
+    loop=False,
+    overlap=False,
+    shifts=True,
+    products=True,
+    keep_programs=False,
 )
 ACCELERATOR = Backend(
-    blocks=True, donate=True, loop=True, overlap=True, shifts=False, keep_programs=True
+    blocks=True,
+    donate=True,
+    loop=True,
+    overlap=True,
+    shifts=False,
+    products=False,
+    keep_programs=True,
 )
-PORTABLE = CPU._replace(shifts=False, operators=True)
+PORTABLE = CPU._replace(shifts=False, products=False, operators=True)
 _forced = contextvars.ContextVar('_forced', default=None)
 
 

@@ -50,7 +50,7 @@ def test_a_bundle_classifies_like_its_run(tiny):
 def test_a_bundle_has_no_paths_of_this_machine(tiny):
     run, folder = tiny
     assert str(run.store) in (run.path / 'config.json').read_text()
-    files = [folder / name for name in bundle.FILES if name != bundle.WEIGHTS]
+    files = [folder / name for name in (bundle.CONFIG, bundle.NAMES, bundle.CARD)]
     assert not [file for file in files if str(run.path.parent) in file.read_text()]
     card = bundle.read_config(folder)[1]
     assert card == {'title': 'run', 'data': 'made_up', 'made': 'x'}
