@@ -27,7 +27,7 @@ from alexnet_jax.common import configfile
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
-from alexnet_jax.training import inference, steps
+from alexnet_jax.training import inference, optim, steps
 from alexnet_jax.training.setup import Setup
 from experiments import ablations, statistics
 from experiments import lab as labs
@@ -220,7 +220,7 @@ def _timed(config, store, mesh, classes: int) -> dict:
     }
     batch = meshes.global_batch(mesh, BATCH, local)
     whole = jax.device_put(rng.integers(0, 256, (BATCH, size, size, 3), dtype=np.uint8))
-    rates = {k: np.float32(v) for k, v in setup.rates(0, {}).items() if k != 'stop'}
+    rates = optim.scalars(setup.rates(0, {}))
 
     def train():
         nonlocal state

@@ -21,7 +21,7 @@ from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.store import Store
 from alexnet_jax.nets.network import Network, names_of
 from alexnet_jax.rundir import fingerprint
-from alexnet_jax.training import inference, metrics, steps
+from alexnet_jax.training import inference, metrics, optim, steps
 from alexnet_jax.training.inference import Run
 from alexnet_jax.training.setup import Setup
 from alexnet_jax.weights import compressed
@@ -203,7 +203,7 @@ def _train(setup: Setup | None, variables: dict, start: int) -> tuple[dict, int]
     loss, count = 0.0, 0.0
     for i, local in enumerate(setup.batches(start, start + setup.total)):
         batch = meshes.global_batch(mesh, config.train.batch, local)
-        rates = {n: np.float32(x) for n, x in setup.rates(i, {}).items() if n != 'stop'}
+        rates = optim.scalars(setup.rates(i, {}))
         state, sums = setup.train_step(state, batch, rates)
         loss, count = loss + float(sums['loss']), count + float(sums['count'])
         if not math.isfinite(loss):
@@ -269,8 +269,7 @@ def share(inner, groups: dict[str, np.ndarray]):
 def with_variables(run: Run, variables: dict, mesh: jax.sharding.Mesh, mean: np.ndarray) -> Run:
     """A run with other variables and another mean image, f32[S,S,3]."""
     target = steps.abstract_variables(run.net, mesh, run.config['augment']['crop'])
-    leaves = inference.placed(run.path, variables, fingerprint.named_leaves(target))
-    placed = jax.tree.unflatten(jax.tree.structure(target), leaves.values())
+    placed = inference.placed(run.path, variables, target)
     return run._replace(variables=placed, facts=run.facts._replace(mean=mean))
 
 

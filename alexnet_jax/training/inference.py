@@ -43,9 +43,7 @@ class Run(NamedTuple):
     net: Network
     step: int = 0  # 0 for a bundle
     variables: dict | None = None  # {'params', 'batch_stats'}; None until restored
-    bundle: Bundle | None = (
-        None  # where it is from one; without its variables once they are restored
-    )
+    bundle: Bundle | None = None  # its origin, if it is one; restoring takes the variables out
 
     @property
     def title(self) -> str:
@@ -81,8 +79,7 @@ def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
     if run.bundle:
         if isinstance(step, int):
             raise UserError(f'{run.path}: a bundle has no steps; leave out --step={step}')
-        leaves = placed(run.path, run.bundle.variables, fingerprint.named_leaves(target))
-        variables = jax.tree.unflatten(jax.tree.structure(target), leaves.values())
+        variables = placed(run.path, run.bundle.variables, target)
         return run._replace(variables=variables, bundle=run.bundle._replace(variables={}))
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints')
     wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
@@ -93,25 +90,26 @@ def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
     return run._replace(step=found, variables=restored['ema'] if average else restored)
 
 
-def placed(path: str | os.PathLike, variables: dict, target: dict) -> dict[str, jax.Array]:
-    """Returns the arrays of a bundle that `target` names, with its dtypes and shardings.
+def placed(path: str | os.PathLike, variables: dict, target: dict) -> dict:
+    """Returns the arrays of a bundle that `target` has, in its form, with its dtypes and shardings.
 
-    variables: nested; target: jax.ShapeDtypeStructs by name, such as 'params/conv1/kernel'. Raises
-    UserError if one is missing or of another shape.
+    variables: nested; target: jax.ShapeDtypeStructs, nested or by name, such as 'params/conv1/kernel'.
+    Raises UserError if one is missing or of another shape.
     """
-    there = fingerprint.named_leaves(variables)
-    for name, leaf in target.items():
+    there, wanted = fingerprint.named_leaves(variables), fingerprint.named_leaves(target)
+    for name, leaf in wanted.items():
         shape = [*there[name].shape] if name in there else 'missing'
         if shape != [*leaf.shape]:
             raise UserError(
                 f'{path}: its weights do not fit its config.model: {name} is {shape}, not {[*leaf.shape]}'
             )
-    return {
-        name: jax.make_array_from_callback(
+    arrays = [
+        jax.make_array_from_callback(
             leaf.shape, leaf.sharding, there[name].astype(leaf.dtype).__getitem__
         )
-        for name, leaf in target.items()
-    }
+        for name, leaf in wanted.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(target), arrays)
 
 
 def as_bundle(run: Run, **card) -> Bundle:

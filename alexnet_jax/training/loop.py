@@ -166,7 +166,7 @@ class Loop:
         self.clock = progress.Clock()
         self.compiled = {}  # seconds, by the size of the dispatch
         self.tracing = False
-        self.latest = None  # step, batch and rates of the latest step, for batch normalization
+        self.latest: Dispatch | None = None  # for batch normalization
 
     def run(self, stop: Callable[[int], str]) -> None:
         """Evaluates, saves, ends or takes a step, in this order, so that a resumed run does the same.
@@ -254,8 +254,11 @@ class Loop:
             self.writer.image('first_kernels', self.step, progress.kernel_picture(kernels))
         log.info('step %s: validation %s', f'{self.step:,}', metrics.line(values))
         if self.latest and self.state.batch_stats:
+            latest = self.latest
+            step = latest.step + len(latest.rates) - 1
+            batch, rates = (latest.of(-1, x) for x in (latest.batch, latest.scalars))
             with self.clock.paused():
-                losses = jax.device_get(self.setup.modes(self.state.variables, *self.latest))
+                losses = jax.device_get(self.setup.modes(self.state.variables, step, batch, rates))
             words = 'the latest training images: loss %.4f in training mode, %.4f in test mode'
             log.info(words, *losses)
 
@@ -333,15 +336,13 @@ class Loop:
         scalars = {name: np.float32([each[name] for each in rates]) for name in names}
         if count == 1:
             scalars = {name: value[0] for name, value in scalars.items()}
-        if self.state.batch_stats:
-            several = jax.tree.map(lambda x: x[-1], batch) if count > 1 else batch
-            self.latest = self.step + count - 1, several, {**rates[-1], 'stop': False}
         train = self.setup.train_steps if count > 1 else self.setup.train_step
         with self.clock.once() if new else contextlib.nullcontext() as seconds:
             self.state, sums = train(self.state, batch, scalars)
         if new:
             (self.compiled[count],) = seconds
-        return Dispatch(self.step, rates, scalars, batch, sums)
+        self.latest = Dispatch(self.step, rates, scalars, batch, sums)
+        return self.latest
 
     def report(self) -> None:
         """Accounts for the pending dispatch, if any: its sums, rows and log lines."""

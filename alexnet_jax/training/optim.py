@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -196,6 +197,11 @@ def velocity(opt_state) -> dict:
 def steps_per(epochs: float, examples: int, batch: int) -> int:
     """Returns the first step after `epochs` epochs: ceil(epochs * examples / batch)."""
     return math.ceil(epochs * examples / batch - 1e-9)  # less than any real fraction of a step
+
+
+def scalars(rates: Mapping[str, float]) -> dict[str, np.float32]:
+    """Returns the rates of one step, of `make_rates`, as a train step takes them."""
+    return {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
 
 
 def make_rates(

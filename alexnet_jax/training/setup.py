@@ -293,9 +293,9 @@ def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
 def _unfolded(setup: Setup, kept: dict, found: dict) -> dict:
     """Returns `found`, by name, with `folded.unfolded`: the same in all processes."""
     config, store = setup.config, setup.store
-    crop, images = config.augment.crop, store.counts['train']
-    batch = min(64, images)
-    count = min(CALIBRATION, images) // batch
+    crop, examples = config.augment.crop, store.counts['train']
+    batch = min(64, examples)
+    count = min(CALIBRATION, examples) // batch
     log.info(
         'its batch normalization gets the statistics of %s training images', f'{count * batch:,}'
     )

@@ -86,7 +86,7 @@ def _training(spec, config, net, mesh):
             several=spec['dispatch'] > 1,
         )
     rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)(0, {})
-    rates = {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
+    rates = optim.scalars(rates)
     batch = meshes.global_batches(mesh, spec['batch'], [_batch(spec, config)] * spec['dispatch'])
     if spec['dispatch'] > 1:
         rates = {name: np.repeat(value, spec['dispatch']) for name, value in rates.items()}
