@@ -27,6 +27,7 @@ EXPERIMENTS = (
     'tanh_sweep',
     'ablations',
     'efficient',
+    'few_labels',
     'compression',
     'table1',
     'table2',

@@ -18,7 +18,9 @@ from experiments import (
     ablations,
     compression,
     does_it_train,
+    efficient,
     embedded_controls,
+    few_labels,
     lab,
     statistics,
     table1,
@@ -553,3 +555,82 @@ def test_the_table_of_compression():
     assert '| a net | 1 | 10.0 | 7,000 | 200 | 35.0 | 6.00 | 5.00 |' in table
     assert 'a net: -1.00 (no spread) over 2 seeds; over the 1,000 validation images: -2.' in table
     assert 'fc6' in table and '2.39' in table  # the paper's
+
+
+def test_recipes_of_the_efficient_networks():
+    """Rates follow the batch, epochs the length; no recipe names a wrong field."""
+    assert efficient.own('configs/squeezenet.py:1.1', 20.0)['optim.rate'] == 0.04 * 128 / 512
+    modern = efficient.own('configs/modern.py', 20.0)
+    config = configfile.load('configs/modern.py')
+    assert modern['optim.warmup'] / 20 == pytest.approx(config.optim.warmup / config.optim.epochs)
+    assert efficient.own('configs/mobilenet.py', 20.0)['optim.schedule'] == 'cosine'
+    assert 'optim.schedule' not in efficient.own('configs/mobilenet.py', 300.0)
+    # The average forgets over the same part of the training: 1 / (1 - ema) of all steps.
+    ema = efficient.averaged('configs/modern.py', 20.0, 10_000)['train.ema']
+    there = (1 - config.train.ema) * config.optim.epochs * 1_281_167 / config.train.batch
+    assert (1 - ema) * 20 * 10_000 / 128 == pytest.approx(there, rel=0.05)
+    for net in efficient.NETS.values():
+        for changes in (efficient.own(net.preset, 20.0), efficient.theirs(20.0)):
+            config = configfile.load(net.preset)
+            config.update_from_flattened_dict(changes)
+            assert (config.train.batch, config.optim.epochs) == (128, 20.0)
+
+
+def test_the_table_of_efficient():
+    def row(name, seed, error):
+        times = {'train_ratio': 2.0, 'predict_ratio': 0.5, 'train': [0.004, 0.002]}
+        extra = {view: {'top1_error': error} for view in ('centre', 'ten')}
+        extra |= {'size': {'parameters': 250_000, 'macs': 7_000_000}}
+        extra |= {'times': times | {'predict': [0.001, 0.002]}}
+        return {'name': name, 'seed': seed, 'diverged': False, 'extra': extra}
+
+    errors = {'original': (60, 62, 61), 'modern': (50, 53, 51), 'mobilenet v1 as original': (70,)}
+    errors['modern without mixup'] = (48,)
+    results = {
+        f'{name}-{seed}': row(name, seed, error)
+        for name, values in errors.items()
+        for seed, error in enumerate(values)
+    }
+    table = efficient.report(results)
+    assert '| 250,000 | 1.0 | 7,000,000 | 51.3 ± 1.5 | 51.3 ± 1.5 | -9.67 (-11.1' in table
+    assert "| MobileNet v1 | `original`'s | 250,000" in table and '2.00 (4 ms)' in table
+    assert '| mixup | 48.0 | -2.0 |' in table
+
+
+def test_few_labels(tmp_path):
+    """A draw has so many images of each class, others for each seed, and is one of the larger draw's."""
+    for split, count in (('train', 20), ('val', 2)):
+        for kind in 'ab':
+            folder = tmp_path / 'all' / split / kind / 'images'
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f'{kind}{i}.jpg').write_bytes(b'')
+            (folder.parent / 'boxes.txt').write_text('')
+
+    def draw(count, seed):
+        folder = tmp_path / f'{count}-{seed}'
+        for _ in range(2):  # again, as when a run resumes
+            few_labels.draw(str(tmp_path / 'all'), folder, count, seed)
+        assert len([*folder.glob('val/*/images/*')]) == 4
+        return {path.name for path in folder.glob('train/*/*')}
+
+    assert len(draw(5, 0)) == 10 and draw(5, 0) < draw(10, 0) and draw(5, 0) != draw(5, 1)
+    with pytest.raises(UserError, match='20 images, fewer than 21'):
+        few_labels.draw(str(tmp_path / 'all'), tmp_path / 'more', 21, 0)
+    with pytest.raises(UserError, match='not a folder with train/ and val/'):
+        few_labels.draw(str(tmp_path), tmp_path / 'other', 1, 0)
+
+
+def test_the_table_of_few_labels():
+    results = {
+        f'squeezenet {start} 10-{seed}': {
+            'name': f'squeezenet {start} 10',
+            'seed': seed,
+            'extra': {'centre': {'top1_error': error + seed}},
+        }
+        for start, error in (('fine-tuned', 40), ('from scratch', 85))
+        for seed in range(2)
+    }
+    table = few_labels.report(results)
+    assert '| SqueezeNet v1.0, fine-tuned | 40.5 ± 0.7 |  |  |' in table
+    assert '| SqueezeNet v1.0, 10 per class | -45.00' in table

@@ -1,0 +1,197 @@
+"""Does AlexNet depend on labels? Pre-trained networks with 10, 50 and 500 labeled images per class.
+
+    python -m experiments.few_labels --scale=small -- --config.data.source=FOLDER
+
+"It depends on labeled data": MobileNet v2 and SqueezeNet are fine-tuned from their ImageNet weights
+(`python -m alexnet_jax.hub`), and trained from scratch, for twice as many epochs; the AlexNet of
+`folder.py:small` is trained from scratch. FOLDER has train/CLASS/ and val/CLASS/. Each seed draws its own
+training images, and those of fewer labels are among those of more.
+
+All see random crops and flips, in batches of 50. The learning rate follows a cosine; it was chosen on seed 10
+with 50 images per class.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from alexnet_jax.common.errors import UserError
+from alexnet_jax.input.sources import source as sources
+from experiments import ablations, statistics
+from experiments import lab as labs
+
+TITLE = 'Few labels: pre-trained networks and training from scratch'
+INDEPENDENT = True
+NOTES = {
+    'small': 'On 96-pixel crops of 112-pixel images. The pre-trained networks know these classes: '
+    'they are among the thousand that they were trained on, with about 1,300 labels each.'
+}
+
+
+class Net(NamedTuple):
+    title: str
+    preset: str
+    fields: dict
+    weights: str  # '': there are none
+    tuned: float  # learning rates: fine-tuned, from scratch
+    scratch: float
+
+
+NETS = {
+    'mobilenet v2': Net(
+        'MobileNet v2',
+        'configs/mobilenet.py',
+        {'model.padding': 'tensorflow'},
+        'hub:coral/mobilenet_v2',
+        0.01,
+        0.02,
+    ),
+    'squeezenet': Net(
+        'SqueezeNet v1.0', 'configs/squeezenet.py', {}, 'hub:squeezenet', 0.001, 0.005
+    ),
+    'alexnet': Net('AlexNet, a quarter of the width', 'configs/folder.py:small', {}, '', 0.0, 0.01),
+}
+SMOKE = {'quickstart': Net('Quickstart', 'configs/quickstart.py', {}, 'hub:quickstart', 0.01, 0.01)}
+COUNTS = {10: 50.0, 50: 20.0, 500: 3.0}  # images per class: epochs
+LONGER = 2  # from scratch, times as many
+RECIPE = {
+    'data.format': 'u8',
+    'augment.area': (),
+    'optim.schedule': 'cosine',
+    'train.batch': 50,
+    'run.eval_every': 1e6,  # at the end
+    'run.stuck_after': 0,
+    'run.log_every': 20,
+}
+
+
+def run(lab):
+    smoke = lab.scale == 'smoke'
+    source = lab.value_given('data.source')
+    if not source and not smoke:
+        raise UserError('give the images, as in -- --config.data.source=FOLDER')
+    common = RECIPE | ({'run.log_every': 1} if smoke else {'data.size': 112, 'augment.crop': 96})
+    for seed in range(lab.seeds):
+        for count, epochs in ({10: 0.2} if smoke else COUNTS).items():
+            last = {}
+            if source:
+                last['data.source'] = draw(source, lab.folder / f'few-{count}-{seed}', count, seed)
+            for name, net in (SMOKE if smoke else NETS).items():
+                starts = {'from scratch': {'optim.rate': net.scratch}}
+                if net.weights:
+                    tuned = {'optim.rate': net.tuned, 'train.init_from': net.weights}
+                    starts['fine-tuned'] = tuned
+                for start, changes in starts.items():
+                    longer = LONGER if start == 'from scratch' else 1
+                    changes = changes | net.fields | {'optim.epochs': longer * epochs}
+                    title = f'{name} {start} {count}'
+                    lab.run(
+                        title,
+                        seed,
+                        net.preset,
+                        common | changes,
+                        last=last,
+                        after=ablations.errors,
+                    )
+
+
+def draw(source: str, folder: pathlib.Path, count: int, seed: int) -> str:
+    """Makes a folder of links to `count` training images of each class, and to val/ -> its path.
+
+    Raises UserError if `source` has no train/ and val/, or fewer images in a class.
+    """
+    root = pathlib.Path(source).resolve()
+    if not ((root / 'train').is_dir() and (root / 'val').is_dir()):
+        raise UserError(f'--config.data.source={source}: not a folder with train/ and val/')
+    rng = np.random.default_rng(seed)
+    for kind in sorted((root / 'train').iterdir()):
+        files = sorted(path for path in kind.resolve().rglob('*') if sources.is_image(path.name))
+        if len(files) < count:
+            raise UserError(f'{kind}: {len(files)} images, fewer than {count}')
+        target = folder / 'train' / kind.name
+        target.mkdir(parents=True, exist_ok=True)
+        for i in rng.permutation(len(files))[:count]:
+            _link(target / files[i].name, files[i])
+    _link(folder / 'val', root / 'val')
+    return str(folder)
+
+
+def _link(link: pathlib.Path, target: pathlib.Path) -> None:
+    if not link.is_symlink():
+        link.symlink_to(target)
+
+
+def centre(results, net: str, start: str, count: int) -> dict[int, float]:
+    """Returns the top-1 error with the centre crop by seed, in percent, of runs that did not diverge."""
+    return ablations.of_seeds(results, f'{net} {start} {count}', 'top1_error', 'centre')
+
+
+def report(results) -> str:
+    lines = [
+        f'| network | {" | ".join(f"{count} images per class" for count in COUNTS)} |',
+        f'|---|{"---|" * len(COUNTS)}',
+    ]
+    tests = {}
+    for name, net in (NETS | SMOKE).items():
+        for start in ('fine-tuned', 'from scratch'):
+            errors = [[*centre(results, name, start, count).values()] for count in COUNTS]
+            if any(errors):
+                cells = [statistics.mean_std(values) if values else '' for values in errors]
+                lines.append(f'| {net.title}, {start} | {" | ".join(cells)} |')
+        for count in COUNTS:
+            tuned, scratch = (
+                centre(results, name, start, count) for start in ('fine-tuned', 'from scratch')
+            )
+            pairs = [tuned[seed] - scratch[seed] for seed in sorted(tuned) if seed in scratch]
+            if len(pairs) > 1:
+                tests[f'{net.title}, {count} per class'] = statistics.paired(pairs)
+    lines += ['', 'Top-1 error with the centre crop, in percent.']
+    if tests:
+        corrected = statistics.holm({name: found.p for name, found in tests.items()})
+        lines += [
+            '',
+            '| fine-tuned minus from scratch | points (95 % interval) | p | verdict |',
+            '|---|---|---|---|',
+        ]
+        for name, found in tests.items():
+            p = corrected[name]
+            verdict = statistics.verdict(found.mean, p)
+            lines.append(f'| {name} | {statistics.interval(found)} | {p:.2g} | {verdict} |')
+        lines += ['', statistics.family(len(tests), 'top-1 error with the centre crop')]
+    return '\n'.join(lines)
+
+
+def plot(results, file):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.2), layout='constrained')
+    axes = figure.subplots()
+    for net, colour in zip(
+        (NETS | SMOKE).items(), '#0072b2 #d55e00 black #009e73'.split(), strict=True
+    ):
+        name, net = net
+        for start, style in (('fine-tuned', 'o-'), ('from scratch', 's--')):
+            found = {count: [*centre(results, name, start, count).values()] for count in COUNTS}
+            found = {count: errors for count, errors in found.items() if errors}
+            if found:
+                means, spreads = ([f(e) for e in found.values()] for f in (np.mean, np.std))
+                axes.errorbar(
+                    [*found],
+                    means,
+                    spreads,
+                    fmt=style,
+                    color=colour,
+                    capsize=3,
+                    label=f'{net.title}, {start}',
+                )
+    axes.set(xscale='log', xticks=[*COUNTS], xticklabels=[*COUNTS], ylim=(0, 100))
+    axes.minorticks_off()
+    axes.set(xlabel='labeled training images per class', ylabel='top-1 error, centre crop, %')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(frameon=False, fontsize='small')
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == '__main__':
+    labs.main(__name__)
