@@ -131,12 +131,7 @@ def test_the_crops_of_torchvisions_alexnet(crop, folder):
 def caffe_arrays(preset, classes=CLASSES):
     net = variables.preset(preset, classes, {})
 
-    def name(path):
-        parts = {'squeeze': 'conv1x1_1', 'expand1x1': 'conv1x1_2', 'expand3x3': 'conv3x3_2'}
-        layer = '/'.join(parts.get(x, x) for x in path[1:-1])
-        return layer.replace('conv10', 'conv_final'), int(path[-1] == 'bias')
-
-    shapes = files.their_shapes(net, name, 227)
+    shapes = files.their_shapes(net, files.caffe_name, 227)
     order = sorted(shapes, key=lambda key: (key[0].startswith('fc'), key[0]))
     return files.random_arrays({key: shapes[key] for key in order})
 

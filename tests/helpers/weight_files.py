@@ -126,6 +126,13 @@ def blob(x, old=False):
     return dims + field(5, x.astype('<f4').tobytes())
 
 
+def caffe_name(path):
+    """('params', LAYER, ..., 'kernel' or 'bias') -> what BVLC's and Han's prototxt call it."""
+    parts = {'squeeze': 'conv1x1_1', 'expand1x1': 'conv1x1_2', 'expand3x3': 'conv3x3_2'}
+    layer = '/'.join(parts.get(x, x) for x in path[1:-1])
+    return layer.replace('conv10', 'conv_final'), int(path[-1] == 'bias')
+
+
 def caffemodel(arrays, order=('LRN', 'Pooling'), name='AlexNet', old=False, lrn=None, padded=False):
     """{(layer, i): array} -> a .caffemodel; order: of the operations after conv1 and conv2."""
     types = {'Convolution': 4, 'LRN': 15, 'Pooling': 17, 'InnerProduct': 14}
