@@ -1,6 +1,6 @@
 """Prints a network's layers: shapes, parameters and multiply-adds for one image.
 
-    python -m alexnet_jax.summary --config=configs/paper.py
+    python -m alexnet_jax.summary --config=configs/paper.py [--config.model.width=0.5 ...]
 
 Multiply-adds are those of convolutions and products with kernels, as papers count them; biases, norms,
 activations and pooling are not counted. --classes=N counts the last layer for N classes.
@@ -16,15 +16,15 @@ def main() -> None:
         '--config', required=True, help='a preset or your own file; :VARIANT may follow'
     )
     parser.add_argument('--classes', type=int, default=1000, help='default: 1000')
-    args = parser.parse_args()
+    args, changes = parser.parse_known_args()
     if args.classes < 1:
         raise UserError(f'--classes={args.classes}: must be at least 1')
 
-    from alexnet_jax.common import configfile
+    from alexnet_jax import main as train
     from alexnet_jax.nets import network
     from alexnet_jax.nets.build import build
 
-    config = configfile.load(args.config)
+    config = train.parse(['summary', f'--config={args.config}', *changes]).config
     net = build(classes=args.classes, **config.model)
     crop = config.augment.crop
     try:

@@ -46,3 +46,12 @@ def test_flags_alone_train(monkeypatch, arguments):
 def test_no_such_command(monkeypatch, name, words):
     with pytest.raises(UserError, match=words):
         call(monkeypatch, name)
+
+
+def test_summary(monkeypatch, capsys):
+    """The config's fields can be set, as in training."""
+    call(monkeypatch, 'summary', '--config=mobilenet', '--config.model.width=0.5', '--classes=10')
+    total = capsys.readouterr().out.splitlines()[-1].split()
+    assert total == ['total', f'{1_968_680 - 990 * 1281:,}', f'{97_131_840 - 990 * 1280:,}']
+    with pytest.raises(UserError, match='did you mean config.model.width'):
+        call(monkeypatch, 'summary', '--config=mobilenet', '--config.model.widht=1')
