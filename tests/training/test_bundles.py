@@ -15,6 +15,7 @@ from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint
 from alexnet_jax.training import evaluation, inference, loop, steps
+from alexnet_jax.training.setup import Setup
 from alexnet_jax.weights import bundle, variables
 from alexnet_jax.weights.bundle import Bundle
 from configs import quickstart
@@ -140,16 +141,20 @@ def test_folded_normalizations_get_the_statistics_of_training_images(tiny, tmp_p
             folded[kind, *path] = rng.normal(0, std, shape).astype(np.float32)
     folded = variables.nest(folded)
     plain = json.loads(json.dumps(config.to_dict()))
-    names = open_store(run.store).names
-    made = Bundle(plain, folded, names, np.full((SIZE, SIZE, 3), 120, np.float32), {'folded': True})
+    store = open_store(run.store)
+    made = Bundle(plain, folded, store.names, np.full((SIZE, SIZE, 3), 120, np.float32), {'folded': True})
     bundle.write(tmp_path / 'folded', made)
     with caplog.at_level('INFO', 'alexnet_jax'):
-        found = start(config, tmp_path / 'run', mesh=(2, 1))
+        mesh = meshes.make((2, 1), towers=1, batches={})
+        setup = Setup.make(config, mesh, store, net)
+        nothing = checkpoint.Checkpoints(tmp_path / 'checkpoints')
+        found = setup.start(nothing, config.train.init_from)[0].variables
     assert f'gets the statistics of {TRAIN} training images' in caplog.text
     images = run.pictures['val'][:, 4:-4, 4:-4].astype(np.float32) - 120
-    old, new = (network.apply(net, x, images)[0] for x in (folded, found))
+    apply = jax.jit(lambda tree, *training: network.apply(net, tree, images, *training)[0])
+    old, new = apply(folded), apply(found)
     np.testing.assert_allclose(new, old, atol=1e-3 * np.abs(old).max())
     train = network.Training(jax.random.key(0), jax.numpy.arange(len(images)))
-    modes = [network.apply(net, x, images, train)[0] for x in (folded, found)]
+    modes = [apply(tree, train) for tree in (folded, found)]
     near = [np.abs(x - old).mean() for x in modes]
     assert near[1] < 0.5 * near[0]
