@@ -1,14 +1,21 @@
 """Shared by the commands: arguments, start-up, and exit handling."""
 
 import argparse
+import difflib
 import io
+import itertools
 import logging
 import os
+import re
 import select
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import INTERRUPTED, UNREAD, Stopped, UserError, end, printable
 
 # Flags for multi-process runs and their defaults: the arguments of `distributed.start`.
@@ -22,6 +29,8 @@ DISTRIBUTED = {
     ),
     'connect_timeout': (120, 'seconds to wait for all processes to connect'),
 }
+
+PREPARE = ('skip_bad', 'verify')  # flags that only `prepare` has
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -50,6 +59,66 @@ def make_parser(name: str, description: str) -> ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def config(file: str, arguments: list[str], known: Iterable[str] = ()) -> ConfigDict:
+    """Runs a config file, once, and sets fields of it, as in ['--config.model.width=0.5'].
+
+    known: names of the command's other flags, which an error can suggest. Raises UserError if anything is
+    wrong with the file or the arguments.
+    """
+    found = configfile.load(file)
+    fields = configfile.fields(found)
+    for argument in arguments:
+        if override := re.match(r'--?(no)?(config\.[^=]*)', argument):
+            configfile.check_name(override[2], fields)
+    arguments = ['', *_last_of_each(arguments, fields)]
+    overrides = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict('config', found, flag_values=overrides, sys_argv=arguments)
+        rest = overrides(arguments)[1:]
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname in PREPARE:
+            raise UserError(
+                f'--{error.flagname}: run python -m alexnet_jax.prepare with it first'
+            ) from error
+        close = difflib.get_close_matches(error.flagname, known, n=1)
+        meant = f' (did you mean --{close[0]}?)' if close else ''
+        raise UserError(
+            f'--{error.flagname}: no such flag{meant}; set a field of the config as in '
+            '--config.train.batch=64'
+        ) from error
+    except flags.Error as error:
+        raise UserError(flag_error(error, fields)) from error
+    if rest:
+        raise UserError(
+            f'{" ".join(rest)}: not a flag; flags begin with --, as in --workdir=runs/a'
+        )
+    for name, value in configfile.fields(found).items():
+        configfile.check_value(name, value, fields[name])
+    return found
+
+
+def flag_error(error: flags.Error, fields: dict | None = None) -> str:
+    """Describes an invalid value in one line; fields: those of the config, with values of the right type."""
+    flag, _, reason = ' '.join(str(error).split()).removeprefix('flag ').partition(': ')
+    field = (fields or {}).get(flag.lstrip('-').split('=')[0])
+    if field is not None:
+        reason = f'must be of type {type(field).__name__}, like {field!r}'
+    return f'{flag}: {reason}' if reason else flag
+
+
+def _last_of_each(arguments: list[str], fields: dict) -> list[str]:
+    """Keeps only the last value of each tuple field: config_flags would join them."""
+    kept, rest = [], iter(arguments)  # (the field, the arguments that set it)
+    for argument in rest:
+        name, equals, _ = argument.lstrip('-').partition('=')
+        if not argument.startswith('-') or not isinstance(fields.get(name), tuple):
+            kept.append(('', [argument]))
+            continue
+        value = [] if equals else [*itertools.islice(rest, 1)]
+        kept = [pair for pair in kept if pair[0] != name] + [(name, [argument, *value])]
+    return [argument for _, setting in kept for argument in setting]
 
 
 def add_devices(parser: argparse.ArgumentParser, *, distributed: bool = False) -> None:

@@ -20,11 +20,10 @@ def main() -> None:
     if args.classes < 1:
         raise UserError(f'--classes={args.classes}: must be at least 1')
 
-    from alexnet_jax import main as train
     from alexnet_jax.nets import network
     from alexnet_jax.nets.build import build
 
-    config = train.parse(['summary', f'--config={args.config}', *changes]).config
+    config = command.config(args.config, changes)
     net = build(classes=args.classes, **config.model)
     crop = config.augment.crop
     try:

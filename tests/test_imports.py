@@ -58,8 +58,8 @@ OUTSIDE = {
     'torch': (set(), False),  # files of other frameworks are read without them
     'flatbuffers': (set(), False),
     'h5py': ({'weights'}, True),
-    'ml_collections.config_flags': ({'commands'}, False),  # the library has no flags
-    'absl.flags': ({'commands'}, False),
+    'ml_collections.config_flags': ({'shared'}, False),  # the library has no flags
+    'absl.flags': ({'shared', 'commands'}, False),
     'configs': (set(), False),
     'experiments': (set(), False),
     'tests': (set(), False),

@@ -1,12 +1,13 @@
-"""How CPUs and accelerators compute differently, for speed: all such choices in one place.
+"""How CPUs, GPUs and TPUs compute differently, for speed: all such choices in one place.
 
-Both compute the same function. Choices that depend on anything but the kind of device are made where
-they are used, such as XLA flags in `mesh.py`.
+All compute the same function, up to the rounding stated here. Choices that depend on anything but the kind
+of device are made where they are used, such as XLA flags in `mesh.py`. docs/scaling.md has what each gains.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,6 @@ from jax.sharding import Mesh
 
 
 class Backend(NamedTuple):
-    blocks: bool  # strided convolutions on blocks of pixels, since matrix units need many channels
     # donate the state to a step; CPUs would copy it first, since the update reads it twice
     donate: bool
     # several steps in one loop, in which XLA's convolutions on CPUs are many times slower
@@ -24,6 +24,13 @@ class Backend(NamedTuple):
     shifts: bool  # depthwise convolutions as shifted products, for which XLA is slow on CPUs
     products: bool  # 1 x 1 convolutions as matrix products, whose gradients are faster on CPUs
     keep_programs: bool  # cache compiled programs on disk; compiling for CPUs takes seconds
+    # the gradient of maximum pooling as a sum of arrays with zeros between their pixels, not interleaved
+    padded: bool
+    # sums over channels in bfloat16 networks as products with a band matrix, of terms rounded to bfloat16
+    band: bool = False
+    # the gradient of normalization recomputes the squares, which XLA would keep in float32 otherwise,
+    # and rounds what it sums over channels to the dtype of the network
+    barrier: bool = False
     # maximum pooling as one operator, and hidden layers as one product per tower, as other programs have
     operators: bool = False
     # local response normalization and sums over windows as one operator, too, as only ONNX has
@@ -31,40 +38,58 @@ class Backend(NamedTuple):
 
 
 CPU = Backend(
-    blocks=False,
     donate=False,
     loop=False,
     overlap=False,
     shifts=True,
     products=True,
     keep_programs=False,
+    padded=False,
 )
-ACCELERATOR = Backend(
-    blocks=True,
+GPU = Backend(
     donate=True,
     loop=True,
     overlap=True,
     shifts=False,
     products=False,
     keep_programs=True,
+    padded=True,
+    barrier=True,
 )
+TPU = GPU._replace(barrier=False, band=True)
 PORTABLE = CPU._replace(shifts=False, products=False, operators=True)
 _forced = contextvars.ContextVar('_forced', default=None)
 
 
 @contextlib.contextmanager
-def portable(*, sums: bool = False) -> Iterator[None]:
-    """Networks traced in this context compute with the operators that other programs have."""
-    token = _forced.set(PORTABLE._replace(sums=sums))
+def using(backend: Backend) -> Iterator[None]:
+    """Networks traced in this context make these choices."""
+    token = _forced.set(backend)
     try:
         yield
     finally:
         _forced.reset(token)
 
 
+def portable(*, sums: bool = False) -> contextlib.AbstractContextManager:
+    """Networks traced in this context compute with the operators that other programs have."""
+    return using(PORTABLE._replace(sums=sums))
+
+
+def on(mesh: Mesh, function: Callable) -> Callable:
+    """Returns the function, traced with the choices for a mesh, whose devices need not be here."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with using(choices(mesh)):
+            return function(*args)
+
+    return traced
+
+
 def choices(mesh: Mesh | None = None) -> Backend:
-    """The choices for a mesh or, without one, for JAX's default devices; commands use no others."""
+    """The choices of the context (`using`), else those for a mesh, else for JAX's default devices."""
     if forced := _forced.get():
         return forced
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return CPU if platform == 'cpu' else ACCELERATOR
+    return {'cpu': CPU, 'tpu': TPU}.get(platform, GPU)

@@ -28,12 +28,8 @@ def conv(
 
     x[B,H,W,C], kernel[k,k,C,O], bias[O] -> [B,H',W',O]; padding is ((top, bottom), (left, right)) in
     pixels. The source's first layer pads ((0, 3), (0, 3)): its last window extends 3 pixels beyond
-    the right and lower edges of the 224-pixel crop. JAX's default devices decide whether it runs on
-    blocks, since a layer does not know its mesh.
+    the right and lower edges of the 224-pixel crop.
     """
-    if stride > 1 and choices().blocks:
-        x, kernel = _blocks(x, kernel, stride, padding)
-        stride, padding = 1, ((0, 0), (0, 0))
     alone = kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0))
     if alone and choices().products:
         y = jnp.matmul(x, kernel[0, 0])
@@ -44,31 +40,10 @@ def conv(
     return y if bias is None else add(y, bias.reshape(1, 1, 1, -1))
 
 
-def _blocks(x, kernel, stride: int, padding: Padding):
-    """The same convolution with stride 1, with blocks of stride x stride pixels as channels.
-
-    It is exact: the kernel is padded with zeros to a multiple of the stride. In conv1, matrix units
-    get 48 channels instead of 3; CPUs are faster without it.
-    """
-    k, cells = kernel.shape[0], -(-kernel.shape[0] // stride)
-    pads = [(0, 0, 0)]
-    for size, (before, after) in zip(x.shape[1:3], padding, strict=True):
-        out = (before + size + after - k) // stride + 1
-        pads.append((before, (out - 1 + cells) * stride - before - size, 0))
-    x = lax.pad(x, jnp.zeros((), x.dtype), (*pads, (0, 0, 0)))
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // stride, stride, w // stride, stride, c).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(b, h // stride, w // stride, stride * stride * c)
-    fill = cells * stride - k
-    kernel = jnp.pad(kernel, ((0, fill), (0, fill), (0, 0), (0, 0)))
-    kernel = kernel.reshape(cells, stride, cells, stride, c, -1).transpose(0, 2, 1, 3, 4, 5)
-    return x, kernel.reshape(cells, cells, stride * stride * c, -1)
-
-
 def depthwise(x, kernel, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0))) -> jax.Array:
     """Cross-correlates each channel with its own kernel: x[B,H,W,C], kernel[k,k,C] -> [B,H',W',C].
 
-    The default device decides whether as shifted products, see `backend.py`; both are exact.
+    On CPUs as shifted products (`backend.py`); both forms are exact.
     """
     if not choices().shifts:
         return lax.conv_general_dilated(
@@ -173,7 +148,10 @@ def lrn(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
 
 
 def _lrn(x, *, alpha, k, n, beta):
-    return _normalize(functools.partial(_window_sum, n=n, axes=(3,)), alpha, k, beta, x)
+    total = functools.partial(_window_sum, axes=(3,))
+    if choices().band and x.dtype == jnp.bfloat16:
+        total = _band_sum
+    return _normalize(functools.partial(total, n=n), alpha, k, beta, choices().barrier, x)
 
 
 def map_norm(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
@@ -181,7 +159,8 @@ def map_norm(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
 
     x[B,H,W,C] -> [B,H,W,C]. The source has it in layer 2; the paper does not mention it.
     """
-    return _normalize(functools.partial(_window_sum, n=n, axes=(1, 2)), alpha, k, beta, x)
+    total = functools.partial(_window_sum, n=n, axes=(1, 2))
+    return _normalize(total, alpha, k, beta, choices().barrier, x)
 
 
 def _window_sum(x, n: int, axes: tuple[int, ...]):
@@ -193,6 +172,20 @@ def _window_sum(x, n: int, axes: tuple[int, ...]):
         size, padded = x.shape[axis], jnp.pad(x, pad)
         x = sum(lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(n))
     return x
+
+
+def _band_sum(x, n: int):
+    """The sum over n neighbouring channels, of terms rounded to bfloat16, as a 1 x 1 convolution."""
+    places = np.arange(x.shape[3])
+    band = abs(places[:, None] - places) <= n // 2
+    return lax.conv_general_dilated(
+        x.astype(jnp.bfloat16),
+        jnp.asarray(band, jnp.bfloat16)[None, None],
+        (1, 1),
+        'VALID',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        preferred_element_type=x.dtype,
+    )
 
 
 def wide(dtype):
@@ -215,30 +208,33 @@ def _powers(s, beta: float):
 
 # The custom gradient recomputes the denominator instead of storing it, and exploits what autodiff does
 # not know: the adjoint of a symmetric window sum is the same window sum.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _normalize(window_sum: Callable, alpha: float, k: float, beta: float, x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _normalize(window_sum: Callable, alpha: float, k: float, beta: float, barrier: bool, x):
     wide = _wide(x)
     return (wide * _powers(k + alpha * window_sum(wide * wide), beta)[0]).astype(x.dtype)
 
 
-def _normalize_forward(window_sum, alpha, k, beta, x):
-    return _normalize(window_sum, alpha, k, beta, x), x
+def _normalize_forward(window_sum, alpha, k, beta, barrier, x):
+    return _normalize(window_sum, alpha, k, beta, barrier, x), x
 
 
-def _normalize_backward(window_sum, alpha, k, beta, x, g):
+def _normalize_backward(window_sum, alpha, k, beta, barrier, x, g):
+    if barrier:
+        x = lax.optimization_barrier(x)
     wide = _wide(x)
     scale, inverse = _powers(k + alpha * window_sum(wide * wide), beta)
     scaled = g * scale
-    return (
-        (scaled - 2 * alpha * beta * wide * window_sum(scaled * wide * inverse)).astype(x.dtype),
-    )
+    terms = scaled * wide * inverse
+    if barrier:
+        terms = _wide(lax.optimization_barrier(terms.astype(x.dtype)))
+    return ((scaled - 2 * alpha * beta * wide * window_sum(terms)).astype(x.dtype),)
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _max_pool(x, window: int, stride: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x, window: int, stride: int, padded: bool):
     slices = _pool_slices(x, window, stride, -jnp.inf)
     return functools.reduce(jnp.maximum, slices)
 
@@ -252,7 +248,7 @@ def max_pool(x, *, window: int, stride: int) -> jax.Array:
     """
     if choices().operators:
         return _reduce(x, window, stride, lax.max, -jnp.inf, _ends(x, window, stride))
-    return _max_pool(x, window, stride)
+    return _max_pool(x, window, stride, choices().padded)
 
 
 def _reduce(x, window: int, stride: int, function: Callable, start: float, padding: Padding):
@@ -301,7 +297,7 @@ def _pool_slices(x, window, stride, fill):
 
 # The custom gradient stores the index of the winner, one byte per output: many times faster on CPUs than
 # the compiler's select-and-scatter, and deterministic on GPUs.
-def _max_pool_forward(x, window, stride):
+def _max_pool_forward(x, window, stride, padded):
     best, winner = None, None
     for index, view in enumerate(_pool_slices(x, window, stride, -jnp.inf)):
         if best is None:
@@ -312,8 +308,10 @@ def _max_pool_forward(x, window, stride):
     return best, (winner, x)  # only the shape of x is used: the compiler drops the rest
 
 
-def _max_pool_backward(window, stride, residual, g):
+def _max_pool_backward(window, stride, padded, residual, g):
     winner, x = residual
+    if padded:
+        return (_spread(winner, g, x.shape[1:3], window, stride),)
     batch, height, width, channels = x.shape
     # Pixel stride * a + p is at offset p + stride * d of window a - d. So the pixels with the same p are
     # a sum of whole arrays, and the gradient interleaves those arrays.
@@ -342,6 +340,19 @@ def _max_pool_backward(window, stride, residual, g):
     rows = [jnp.stack([pixels(p, q) for q in range(stride)], axis=3) for p in range(stride)]
     whole = jnp.stack(rows, axis=2).reshape(batch, cells[0] * stride, cells[1] * stride, channels)
     return (whole[:, :height, :width],)
+
+
+def _spread(winner, g, sizes, window: int, stride: int):
+    """The gradient of the input: for each place in a window, g where it won, in an array of zeros."""
+    zero, total = jnp.zeros((), g.dtype), 0
+    for index in range(window * window):
+        pads = [
+            (before, size - before - (count - 1) * stride - 1, stride - 1)
+            for before, size, count in zip(divmod(index, window), sizes, g.shape[1:3], strict=True)
+        ]
+        part = jnp.where(winner == index, g, zero)
+        total = total + lax.pad(part, zero, ((0, 0, 0), *pads, (0, 0, 0)))
+    return total
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

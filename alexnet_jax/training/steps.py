@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.common.errors import choose
+from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.devices.backend import choices
 from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.training import metrics
@@ -219,7 +219,7 @@ def make_train_step(
         (1 + step) / (10 + step).
       inputs_of: the arguments of `make_inputs`.
     """
-    backend = choices(mesh)
+    choices = backend.choices(mesh)
     alone = mesh.size == 1  # nothing to exchange: even a sum over one device copies every gradient
     local = net.local(mesh.shape['model'], None if alone else 'data')
     target = abstract_state(net, optimizer, mesh, inputs_of['mean'].shape[0], ema > 0)
@@ -255,11 +255,11 @@ def make_train_step(
             new = new.replace(ema=_hold(finite, moved, state.ema))
         return new, sums
 
-    mapped = step
+    mapped = backend.on(mesh, step)
     if not alone:
         in_specs, out_specs = (specs, P('data'), P()), (specs, P())
         mapped = jax.shard_map(
-            step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
+            mapped, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
         )
 
     def chain(state, batches, rates):
@@ -272,11 +272,11 @@ def make_train_step(
             new = new.replace(**held)
             return (new, finite & jnp.isfinite(sums['loss'])), sums
 
-        (state, _), sums = lax.scan(one, (state, True), (batches, rates), unroll=not backend.loop)
+        (state, _), sums = lax.scan(one, (state, True), (batches, rates), unroll=not choices.loop)
         return state, sums
 
     out = meshes.shardings(mesh, specs), NamedSharding(mesh, P())
-    donated = 0 if backend.donate else ()
+    donated = 0 if choices.donate else ()
     return jax.jit(chain if several else mapped, donate_argnums=donated, out_shardings=out)
 
 
@@ -395,7 +395,11 @@ def _forward(function: Callable, net: Network, mesh: Mesh, crop: int, out: P) ->
     """Returns function(variables, images) compiled for a mesh; out: how its result is divided."""
     specs = _variable_specs(net, network.shapes(net, crop), mesh)
     mapped = jax.shard_map(
-        function, mesh=mesh, in_specs=(specs, P('data')), out_specs=out, check_vma=True
+        backend.on(mesh, function),
+        mesh=mesh,
+        in_specs=(specs, P('data')),
+        out_specs=out,
+        check_vma=True,
     )
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, out))
 

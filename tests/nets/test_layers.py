@@ -12,6 +12,7 @@ import scipy.signal
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax.devices import backend
 from alexnet_jax.nets import layers
 from alexnet_jax.nets.network import Training
 from tests.helpers import references
@@ -36,6 +37,9 @@ MAP_NORMS = {
     'source, CIFAR-10': (5e-5 / 9, 1.0, 3, 0.75),
     'strong, another power': (0.1, 1.5, 3, 0.6),
 }
+FORMS = pytest.mark.parametrize(
+    'form', [backend.CPU, backend.GPU, backend.TPU], ids=['cpu', 'gpu', 'tpu']
+)
 NORMS = [
     pytest.param(layer, window, *constants, id=f'{layer.__name__}: {name}')
     for layer, window, table in (
@@ -97,9 +101,7 @@ class TestConv:
         g = normal(3, *references.conv(x, kernel, bias, stride, padding).shape)
         return x, kernel, bias, g, {'stride': stride, 'padding': padding}
 
-    @pytest.mark.parametrize('backend', ['cpu', 'gpu'])  # these compute strides differently
-    def test_layer(self, case, backend, monkeypatch):
-        monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    def test_layer(self, case):
         x, kernel, bias, g, how = self.arrays(case)
         y, gradients = value_and_gradients(lambda *a: layers.conv(*a, **how), g, x, kernel, bias)
         close(y, references.conv(x, kernel, bias, **how))
@@ -168,6 +170,27 @@ def test_norms_of_bfloat16_are_rounded_once(power):
     np.testing.assert_array_equal(gradient, expected.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize('form', [backend.GPU, backend.TPU], ids=['gpu', 'tpu'])
+def test_norms_of_bfloat16_on_accelerators(form):
+    """They are as close to float64 as the form on CPUs, within 15 %."""
+    x, g = 60 * normal(0, 9, 9, 9, 96), normal(1, 9, 9, 9, 96)
+    x, g = (jnp.asarray(array, jnp.bfloat16) for array in (x, g))
+    constants = {'alpha': 1e-4, 'k': 2.0, 'n': 5, 'beta': 0.75}
+    window = references.channel_window
+    exact = references.normalize(np.float64(x), window, **constants)
+    gradient = references.normalize_grad(np.float64(x), np.float64(g), window, **constants)
+
+    def errors(form):
+        with backend.using(form):
+            y, back = jax.vjp(functools.partial(layers.lrn, **constants), x)
+            (dx,) = back(g)
+        pairs = (y, exact), (dx, gradient)
+        return [np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b) for a, b in pairs]
+
+    for own, plain in zip(errors(form), errors(backend.CPU), strict=True):
+        assert own < 1.15 * plain < 0.003, (own, plain)
+
+
 def test_dense():
     x, kernel, bias, g = normal(0, 3, 7), normal(1, 7, 4), normal(2, 4), normal(3, 3, 4)
     y, gradients = value_and_gradients(layers.dense, g, x, kernel, bias)
@@ -196,9 +219,13 @@ def test_dense_reference():
 @pytest.mark.parametrize(('layer', 'window', 'alpha', 'k', 'n', 'beta'), NORMS)
 class TestNorms:
     # Values up to a hundred, as after conv1, so that the small alphas matter as much as k.
-    def test_layer(self, layer, window, alpha, k, n, beta):
+    @FORMS
+    def test_layer(self, layer, window, alpha, k, n, beta, form):
         x, g = 60 * normal(0, 2, 6, 7, 8), normal(1, 2, 6, 7, 8)
-        y, (dx,) = value_and_gradients(lambda x: layer(x, alpha=alpha, k=k, n=n, beta=beta), g, x)
+        with backend.using(form):
+            y, (dx,) = value_and_gradients(
+                lambda x: layer(x, alpha=alpha, k=k, n=n, beta=beta), g, x
+            )
         close(y, references.normalize(x, window, alpha, k, n, beta))
         close(dx, references.normalize_grad(x, g, window, alpha, k, n, beta))
 
@@ -242,12 +269,14 @@ def test_map_norm_of_ones():
 @pytest.mark.parametrize(('size', 'window', 'stride', 'out'), POOLS)
 class TestMaxPool:
     # All values are negative: zero padding would win every partial window.
-    def test_layer(self, size, window, stride, out):
+    @FORMS
+    def test_layer(self, size, window, stride, out, form):
         x, g = normal(0, 1, size, size - 1, 2) - 10, normal(1, 1, out, out, 2)
         x = np.concatenate([x, x[:, :, :1] - 0.5], axis=2)
-        y, (dx,) = value_and_gradients(
-            lambda x: layers.max_pool(x, window=window, stride=stride), g, x
-        )
+        with backend.using(form):
+            y, (dx,) = value_and_gradients(
+                lambda x: layers.max_pool(x, window=window, stride=stride), g, x
+            )
         assert y.shape == (1, out, out, 2)
         close(y, references.max_pool(x, window, stride))
         close(dx, references.max_pool_grad(x, g, window, stride))
@@ -296,13 +325,17 @@ def test_local():
         close(np.sum(gradient * change), up)
 
 
+@FORMS
 @pytest.mark.parametrize(('size', 'window', 'stride', 'out'), POOLS[1::3])
-def test_max_pool_of_ties_loses_no_gradient(size, window, stride, out):
+def test_max_pool_of_ties_loses_no_gradient(size, window, stride, out, form):
     """After a ReLU most maxima are tied zeros: an output's gradient goes to one of its maxima."""
     x = np.random.default_rng(0).integers(0, 2, size=(2, size, size, 2)).astype(np.float64)
     x[1] = 0
     g = 1 + np.random.default_rng(1).random(size=(2, out, out, 2))
-    y, (dx,) = value_and_gradients(lambda x: layers.max_pool(x, window=window, stride=stride), g, x)
+    with backend.using(form):
+        y, (dx,) = value_and_gradients(
+            lambda x: layers.max_pool(x, window=window, stride=stride), g, x
+        )
     close(dx.sum(axis=(1, 2)), g.sum(axis=(1, 2)))
     close(np.sum(dx * x), np.sum(g * y))  # in a window with a one, no zero got anything
     close(dx, references.max_pool_grad(x, g, window, stride))

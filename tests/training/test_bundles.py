@@ -142,7 +142,9 @@ def test_folded_normalizations_get_the_statistics_of_training_images(tiny, tmp_p
     folded = variables.nest(folded)
     plain = json.loads(json.dumps(config.to_dict()))
     store = open_store(run.store)
-    made = Bundle(plain, folded, store.names, np.full((SIZE, SIZE, 3), 120, np.float32), {'folded': True})
+    made = Bundle(
+        plain, folded, store.names, np.full((SIZE, SIZE, 3), 120, np.float32), {'folded': True}
+    )
     bundle.write(tmp_path / 'folded', made)
     with caplog.at_level('INFO', 'alexnet_jax'):
         mesh = meshes.make((2, 1), towers=1, batches={})

@@ -336,7 +336,7 @@ def test_profile_and_frozen_layers(store, tmp_path):
         (2, backend.CPU),
         (4, backend.CPU),
         (8, backend.CPU),
-        (1, backend.ACCELERATOR),
+        (1, backend.GPU),
     ],
 )
 def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, monkeypatch, devices, form):

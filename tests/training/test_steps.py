@@ -91,7 +91,7 @@ RATES = {
 
 @pytest.mark.parametrize(
     'form',
-    [pytest.param(backend.CPU, marks=pytest.mark.full), backend.ACCELERATOR],
+    [pytest.param(backend.CPU, marks=pytest.mark.full), backend.GPU],
     ids=['cpu', 'accelerator'],
 )
 def test_several_steps_of_one_program_are_those_of_one_each(net, mesh, monkeypatch, form):
