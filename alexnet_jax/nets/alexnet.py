@@ -142,7 +142,8 @@ class AlexNet(network.Network):
                 out[name] = xs
             first = first or xs[0].shape[1]
             for op in after:
-                xs = out[f'{op}{i + 1}'] = self._apply(op, xs)
+                with jax.named_scope(f'{op}{i + 1}'):
+                    xs = out[f'{op}{i + 1}'] = self._apply(op, xs)
 
         for i, features in enumerate(self.hidden):
             name = f'fc{i + 6}'

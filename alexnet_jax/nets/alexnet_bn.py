@@ -104,7 +104,9 @@ class AlexNetBN(network.Network):
             xs = out[name] = conv(exchange(name, xs))
             xs = normalize(f'norm{i + 1}', xs)
             if name in POOLED:
-                xs = out[f'pool{i + 1}'] = tuple(layers.max_pool(x, window=3, stride=2) for x in xs)
+                with jax.named_scope(f'pool{i + 1}'):
+                    xs = tuple(layers.max_pool(x, window=3, stride=2) for x in xs)
+                out[f'pool{i + 1}'] = xs
         for i, features in enumerate(self.hidden):
             name = f'fc{i + 6}'
             xs = tuple(x.reshape(x.shape[0], -1) for x in exchange(name, xs))

@@ -112,7 +112,8 @@ class CudaConvnet(network.Network):
                 xs = tuple(x.reshape(x.shape[0], -1) for x in xs)
             xs = out[name] = layer(xs)
             for op in after:
-                xs = out[f'{op}{i}'] = tuple(self._apply(op, x) for x in xs)
+                with jax.named_scope(f'{op}{i}'):
+                    xs = out[f'{op}{i}'] = tuple(self._apply(op, x) for x in xs)
         xs = tuple(x.reshape(x.shape[0], -1) for x in xs)
         logits = blocks.Logits(self.classes, axis=None, **self._common(-1, 'fc10'))
         return logits(xs), out

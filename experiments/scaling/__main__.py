@@ -7,6 +7,14 @@ Compiles the training step for meshes of virtual CPU devices from shapes alone, 
 mesh it prints the collectives in the program, their bytes beside those of the formula (`formula.py`), and the
 FLOPs and memory of one device. Then it prints and plots the predictions of `accelerators.py`. Exits with 1 if
 a program moves anything that the formula does not predict.
+
+    python -m experiments.scaling --topology=v5e:16x16 --dtype=bfloat16 --images=128
+    python -m experiments.scaling --topology=h100:8 --dtype=bfloat16 --images=2048 --what=train
+
+With --topology, XLA's compiler for that chip makes the program of one mesh instead, and the command prints
+what it says of it: memory, collectives, kernels, bytes, costs by layer, and a lower bound of the time.
+All of it is the compiler's model, not measured. Chips: v5e, v5p, v6e, h100, h200; needs
+requirements-compilers.txt.
 """
 
 import collections
@@ -18,7 +26,7 @@ from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
-from experiments.scaling import formula, hlo, programs, report
+from experiments.scaling import compilers, formula, hlo, programs, report
 from experiments.scaling.accelerators import ACCELERATORS
 
 MAX_DEVICES = 64
@@ -29,6 +37,9 @@ def main() -> None:
     args = _arguments()
     config = configfile.load(args.config)
     config.model.dtype = args.dtype or config.model.dtype
+    if args.topology:
+        _compile(config, args)
+        return
     meshes.configure(cpu_devices=args.max_devices)
     net, crop = programs.make_net(config, args.classes), config.augment.crop
     counts = [2**i for i in range(args.max_devices.bit_length())]
@@ -61,11 +72,39 @@ def main() -> None:
         sys.exit(1)
 
 
+def _compile(config, args) -> None:
+    """Compiles one program for a topology of absent devices and prints what its compiler says."""
+    _, chip, count = compilers.parse(args.topology)
+    shape = (count // args.towers, args.towers)
+    compilers.configure()
+    mesh = compilers.make_mesh(args.topology, shape)
+    net, crop = programs.make_net(config, args.classes), config.augment.crop
+    began = time.perf_counter()
+    if args.what == 'train':
+        lowered = programs.train_step(config, args.classes, mesh, args.images)
+    else:
+        lowered = programs.predict_step(config, args.classes, mesh, args.images, args.what)
+    compiled = lowered.compile()
+    title = (
+        f'{args.config}, {config.model.dtype}, {args.what}, {args.topology}, mesh {shape}, '
+        f'{args.images} images per device; compiled in {time.perf_counter() - began:.0f} s'
+    )
+    text = compiled.as_text()
+    if args.hlo:
+        pathlib.Path(args.hlo).write_text(text)
+    formula_flops = formula.flops(net, crop) if args.what == 'train' else 0
+    print(
+        title,
+        *report.program_lines(compiled, text, chip, shape, net, args.images, formula_flops),
+        sep='\n',
+    )
+
+
 def _count(mesh, config, args, net) -> bool:
     """Compiles the step on one mesh and prints its counts; returns whether they match the formula."""
     crop = config.augment.crop
     began = time.perf_counter()
-    lowered = programs.train_step(config, args.classes, mesh, args.images)
+    lowered = programs.train_step(config, args.classes, programs.make_mesh(mesh), args.images)
     compiled = lowered.compile(compiler_options=OPTIONS)
     took = time.perf_counter() - began
     wanted = formula.train_step(net, crop, args.images, mesh, lars=config.optim.name == 'lars')
@@ -107,6 +146,24 @@ def _arguments():
         help="dtype of the computation; '': the preset's",
     )
     parser.add_argument('--classes', type=int, default=1000, help='number of classes')
+    parser.add_argument(
+        '--topology',
+        default='',
+        metavar='CHIP:SHAPE',
+        help="absent devices; '': virtual CPU devices",
+    )
+    parser.add_argument(
+        '--towers', type=int, default=1, help='with --topology: devices that share an image'
+    )
+    parser.add_argument(
+        '--what',
+        default='train',
+        choices=('train', 'centre', 'ten'),
+        help='with --topology: a training step, or prediction from the centre or ten crops',
+    )
+    parser.add_argument(
+        '--hlo', default='', metavar='FILE', help='with --topology: keep the program'
+    )
     parser.add_argument('--images', type=int, default=64, help='per device, in compiled programs')
     parser.add_argument('--max_devices', type=int, default=MAX_DEVICES, help='virtual CPU devices')
     parser.add_argument('--share', type=float, default=0.3, help='fraction of peak FLOP/s reached')
@@ -119,7 +176,7 @@ def _arguments():
         raise UserError(f'--predict={args.predict}: must be numbers, as in 16,64') from None
     if min(args.predict) < 1:
         raise UserError(f'--predict={args.predict}: must be at least 1')
-    for name in ('classes', 'images', 'max_devices'):
+    for name in ('classes', 'images', 'max_devices', 'towers'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name}={getattr(args, name)}: must be at least 1')
     if args.max_devices > MAX_DEVICES:

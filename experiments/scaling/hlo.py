@@ -1,4 +1,4 @@
-"""Reads the collectives from a program's HLO text: what they move, and between which devices."""
+"""Reads a program's HLO text: its collectives, and what its kernels read, write and compute."""
 
 import math
 import re
@@ -32,7 +32,7 @@ KINDS = (
 )
 # '%name = RESULT KIND(operands), attributes'; RESULT is 'f32[2,3]{1,0}' or '(f32[2]{0}, bf16[]...)'.
 INSTRUCTION = re.compile(
-    rf'^\s*(?:ROOT )?%?[\w.-]+ = (?P<result>\(.*?\)|\S+) (?P<kind>{"|".join(KINDS)})'
+    rf'^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<result>\(.*?\)|\S+) (?P<kind>{"|".join(KINDS)})'
     r'(?P<form>-start|-done|-update)?\((?P<rest>.*)$'
 )
 SHAPE = re.compile(r'([a-z]+[0-9]*)\[([0-9,]*)\]')
@@ -53,6 +53,7 @@ class Collective(NamedTuple):
     dtype: str  # HLO's name, 'f32' or 'bf16'
     elements: int
     groups: frozenset[frozenset[int]]  # device numbers, in the mesh's order
+    name: str
 
 
 def collectives(text: str) -> list[Collective]:
@@ -69,17 +70,22 @@ def collectives(text: str) -> list[Collective]:
             if re.search(rf' (?:{"|".join(KINDS)})(?:-start)?\(', line):
                 raise ValueError(f'cannot read this collective: {line.strip()[:200]}')
             continue
-        if match['form']:
-            raise ValueError(f'cannot read asynchronous collectives: {line.strip()[:200]}')
+        if match['form'] in ('-done', '-update'):  # of one that has started
+            continue
         groups = _groups(match['rest'])
         size = max(map(len, groups))
         if size == 1:
             continue
-        for dtype, shape in SHAPE.findall(match['result']):
+        shapes = SHAPE.findall(match['result'])
+        if (
+            match['form'] == '-start' and match['kind'] != 'all-reduce'
+        ):  # its operands, then its results
+            shapes = shapes[len(shapes) // 2 :]
+        for dtype, shape in shapes:
             elements = math.prod(int(n) for n in shape.split(',') if n)
             if match['kind'] == 'reduce-scatter':
                 elements *= size
-            found.append(Collective(number, match['kind'], dtype, elements, groups))
+            found.append(Collective(number, match['kind'], dtype, elements, groups, match['name']))
     return found
 
 
@@ -107,3 +113,141 @@ def axis(groups: frozenset[frozenset[int]], mesh: tuple[int, int]) -> str:
         if groups == frozenset(frozenset(map(int, row)) for row in rows):
             return name
     return 'other'
+
+
+LINE = re.compile(
+    r'^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<result>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<rest>.*)$'
+)
+HEAD = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$')
+PLACED = re.compile(r'([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?')
+# Operations that do nothing, or whose work is that of their start.
+FREE = {
+    'parameter',
+    'get-tuple-element',
+    'bitcast',
+    'tuple',
+    'constant',
+    'after-all',
+    'partition-id',
+}
+ON_CHIP = re.compile(r'S\([1-9]\d*\)')  # in a layout: not in the device's main memory
+
+
+class Kernel(NamedTuple):
+    """An instruction of a compiled program that runs by itself.
+
+    bytes: what it reads and writes in the device's memory, if it reads all of its operands once; flops:
+    of convolutions and matrix products; cycles: the compiler's estimate, 0 if it gives none.
+    """
+
+    name: str
+    op: str  # HLO's name, such as 'fusion'
+    source: str  # JAX's names, such as 'jit(step)/jvp(AlexNet)/conv1/add'
+    bytes: int
+    flops: int
+    cycles: int
+    times: int  # how often it runs, in a loop
+    operands: tuple[str, ...]  # the instructions that it reads
+    parts: frozenset[str]  # the instructions in it, itself included
+
+
+def kernels(text: str) -> list[Kernel]:
+    """Returns the kernels of a compiled program in the order in which they start."""
+    bodies, entry, current = {}, '', None
+    for line in text.splitlines():
+        if head := HEAD.match(line):
+            current = bodies.setdefault(head['name'], [])
+            entry = head['name'] if head['entry'] else entry
+        elif current is not None and (match := LINE.match(line)):
+            current.append(match)
+    return _kernels(bodies, entry, 1)
+
+
+def _kernels(bodies: dict, name: str, times: int) -> list[Kernel]:
+    found, results = [], {}
+    for match in bodies.get(name, ()):
+        results[match['name']] = match['result']
+        op, rest = match['op'], match['rest']
+        if op in FREE or op.endswith('-done') and not op.startswith((*KINDS, 'async')):
+            continue
+        if op in ('while', 'call', 'conditional'):
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+            inner = re.findall(r'(?:body|to_apply|branch_computations)=\{?%?([\w.-]+)', rest)
+            for one in inner:
+                found += _kernels(bodies, one, times * int(trips[1] if trips else 1))
+            continue
+        names = tuple(x for x in re.findall(r'%([\w.-]+)', _operands(rest)) if x in results)
+        operands = [results[x] for x in names]
+        source = re.search(r'op_name="([^"]*)"', rest)
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
+        result = match['result']
+        if op == 'copy-start':  # (what it writes, what it reads, a flag)
+            result = PLACED.search(result)[0]
+        called = re.findall(r'calls=%?([\w.-]+)', rest)
+        found.append(
+            Kernel(
+                name=match['name'],
+                op=op,
+                source=source[1] if source else '',
+                bytes=sum(map(_bytes, [*operands, result])),
+                flops=_flops(bodies, match, operands),
+                cycles=int(cycles[1]) if cycles else 0,
+                times=times,
+                operands=names,
+                parts=frozenset(
+                    [match['name'], *(one['name'] for body in called for one in bodies[body])]
+                ),
+            )
+        )
+    return found
+
+
+def _operands(rest: str) -> str:
+    """The part of an instruction up to the parenthesis that ends its operands."""
+    depth = 1
+    for i, letter in enumerate(rest):
+        depth += (letter == '(') - (letter == ')')
+        if not depth:
+            return rest[:i]
+    return rest
+
+
+def _bytes(shapes: str) -> int:
+    return sum(
+        math.prod(_sizes(sizes)) * BYTES.get(dtype, 0)
+        for dtype, sizes, layout in PLACED.findall(shapes)
+        if not ON_CHIP.search(layout)
+    )
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(n) for n in text.split(',') if n]
+
+
+def _flops(bodies: dict, match, operands: list[str]) -> int:
+    op, rest = match['op'], match['rest']
+    shapes = [_sizes(PLACED.search(x)[2]) for x in [match['result'], *operands] if PLACED.search(x)]
+    if op == 'dot' or op == 'custom-call' and '"__cublas' in rest:
+        contracted = re.search(r'lhs_contracting_dim(?:s|ension)[^0-9]*([0-9",]+)', rest)
+        inner = [shapes[1][int(n)] for n in re.findall(r'\d+', contracted[1])]
+        return 2 * math.prod(shapes[0]) * math.prod(inner)
+    if op == 'convolution' or op == 'custom-call' and '"__cudnn$conv' in rest:
+        kernel, other = shapes[2], shapes[0]  # forward: of the output
+        if 'BackwardInput' in rest:
+            other = shapes[1]
+        if 'BackwardFilter' in rest:
+            kernel, other = shapes[0], shapes[2]
+        outputs = re.search(r'dim_labels=\w+_(\w+)->', rest)[1].index('o')
+        return 2 * math.prod(other) * math.prod(kernel) // kernel[outputs]
+    total = 0
+    for name in re.findall(r'calls=%?([\w.-]+)', rest):
+        results = {}
+        for inner in bodies.get(name, ()):
+            results[inner['name']] = inner['result']
+            given = [
+                results[x]
+                for x in re.findall(r'%([\w.-]+)', _operands(inner['rest']))
+                if x in results
+            ]
+            total += _flops(bodies, inner, given)
+    return total

@@ -33,9 +33,9 @@ def make_net(config, classes: int) -> alexnet.AlexNet:
     return build(classes=classes, **config.model)
 
 
-def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax.stages.Lowered:
-    """Lowers the step of `steps.make_train_step`, with `images` per device."""
-    mesh, net, crop = make_mesh(shape), make_net(config, classes), config.augment.crop
+def train_step(config, classes: int, mesh: jax.sharding.Mesh, images: int) -> jax.stages.Lowered:
+    """Lowers the step of `steps.make_train_step`, with `images` per device, which need not be here."""
+    net, crop = make_net(config, classes), config.augment.crop
     optimizer = make_optimizer(config, net, mesh)
     step = steps.make_train_step(
         net,
@@ -55,7 +55,24 @@ def train_step(config, classes: int, shape: tuple[int, int], images: int) -> jax
     }
     rates = optim.make_rates(examples=1000, batch=config.train.batch, **config.optim)(0, {})
     rates = {name: _array((), jnp.float32, mesh, P()) for name in rates if name != 'stop'}
-    return step.lower(steps.abstract_state(net, optimizer, mesh, crop), batch, rates)
+    return _lower(step, mesh, steps.abstract_state(net, optimizer, mesh, crop), batch, rates)
+
+
+def predict_step(
+    config, classes: int, mesh: jax.sharding.Mesh, images: int, views: str
+) -> jax.stages.Lowered:
+    """Lowers `steps.make_predict`, with `images` per device."""
+    net, crop, size = make_net(config, classes), config.augment.crop, config.data.size
+    mean = np.zeros((size, size, 3), np.float32)
+    predict = steps.make_predict(net, mesh, mean=mean, views=views, crop=crop)
+    pixels = _array((images * mesh.size, size, size, 3), jnp.uint8, mesh, P('data'))
+    return _lower(predict, mesh, steps.abstract_variables(net, mesh, crop), pixels)
+
+
+def _lower(function, mesh: jax.sharding.Mesh, *args) -> jax.stages.Lowered:
+    platform = mesh.devices.flat[0].platform
+    platforms = ('cuda' if platform == 'gpu' else platform,)
+    return function.trace(*args).lower(lowering_platforms=platforms)
 
 
 def written(lowered: jax.stages.Lowered, shape: tuple[int, int]) -> list[Move]:

@@ -2,14 +2,18 @@
 
 import math
 import pathlib
+import re
 from typing import NamedTuple
 
+import numpy as np
+
 from alexnet_jax.nets import alexnet
-from experiments.scaling import formula, programs
+from experiments.scaling import compilers, formula, hlo, programs
 from experiments.scaling.accelerators import ACCELERATORS, Accelerator, efficiency
 from experiments.scaling.formula import Move
 
 # Colours of Okabe and Ito that also differ in grey, with distinct lines and markers.
+ROWS = 24  # of the costs of layers
 STYLES = {
     'data parallel': ('#000000', '-', 'o'),
     "the paper's split": ('#d55e00', '--', 's'),
@@ -62,6 +66,105 @@ def count_lines(moved: list[Move], wanted: list[Move]) -> list[str]:
             '  {:<16}{:<7}{:<6}'.format(*key) + f'{arrays:>7}{size:>16,}{should:>16,}{verdict}'
         )
     return out if len(out) > 1 else ['  no collective']
+
+
+def program_lines(
+    compiled, text: str, chip: compilers.Chip, shape, net, images: int, flops: int
+) -> list[str]:
+    """Describes a program for absent devices; flops: of training on one image, 0 if unknown."""
+    memory = compiled.memory_analysis()
+    kernels = hlo.kernels(text)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = held + memory.temp_size_in_bytes
+    per_image = images * shape[1]  # that one device works on, if only on its towers
+    moved = sum(k.bytes * k.times for k in kernels) / per_image
+    times = [_seconds(k, chip) for k in kernels]
+    total = sum(times)
+    out = [
+        "the compiler's model, not measured:",
+        f'  memory      {peak / 1e6:,.0f} MB of {chip.memory / 1e6:,.0f}: {held / 1e6:,.0f} of arguments and '
+        f'results, {memory.temp_size_in_bytes / 1e6:,.0f} of temporaries',
+        f'  kernels     {sum(k.times for k in kernels)}, {moved / 1e6:.2f} MB read and written per image',
+        f'  time        at least {1e3 * total:.2f} ms without collectives: at most '
+        f'{images / total:,.0f} images/s per device'
+        + (
+            f', {flops * images / total / chip.flops:.0%} of {chip.flops / 1e12:,.0f} TFLOP/s'
+            if flops
+            else ''
+        ),
+        f'  assumes     {_assumption(chip)}',
+    ]
+    groups: dict[tuple[str, str], list[float]] = {}
+    for kernel, seconds in zip(kernels, times, strict=True):
+        entry = groups.setdefault(_place(kernel, net), [0.0, 0.0])
+        entry[0] += seconds
+        entry[1] += kernel.bytes * kernel.times
+    out.append(f'  {"layer":<12}{"pass":<10}{"us per image":>14}{"share":>8}{"MB per image":>14}')
+    for (layer, way), (seconds, size) in sorted(groups.items(), key=lambda x: -x[1][0])[:ROWS]:
+        out.append(
+            f'  {layer:<12}{way:<10}{1e6 * seconds / per_image:>14.2f}{seconds / total:>8.1%}'
+            f'{size / per_image / 1e6:>14.2f}'
+        )
+    out += _positions(text, kernels, times, shape)
+    return out
+
+
+def _seconds(kernel: hlo.Kernel, chip: compilers.Chip) -> float:
+    """The compiler's estimate or, if it gives none, the time that memory or arithmetic takes at least."""
+    if kernel.op.startswith((*hlo.KINDS, 'async')):
+        return 0.0
+    if kernel.cycles:
+        return kernel.times * kernel.cycles / chip.clock
+    if chip.clock and kernel.op.endswith('-start'):  # beside the others
+        return 0.0
+    return kernel.times * max(kernel.bytes / chip.bandwidth, kernel.flops / chip.flops)
+
+
+def _assumption(chip: compilers.Chip) -> str:
+    if chip.clock:
+        return (
+            f'the cycles that the compiler estimates, at {chip.clock / 1e9:.2f} GHz; copies that it starts '
+            'early cost nothing'
+        )
+    return (
+        f'every kernel reads and writes its arrays once at {chip.bandwidth / 1e12:.2f} TB/s, or multiplies '
+        f'at {chip.flops / 1e12:,.0f} TFLOP/s, whichever takes longer'
+    )
+
+
+def _place(kernel: hlo.Kernel, net) -> tuple[str, str]:
+    """The layer of a kernel, and the pass: 'forward', 'backward' or ''."""
+    names = [part for part in re.split(r'[/()]', kernel.source) if part in net.names]
+    if not names:
+        return ('dropout' if 'dropout' in kernel.source else 'update, ...'), ''
+    return names[-1], 'backward' if 'transpose(' in kernel.source else 'forward'
+
+
+def _positions(text: str, kernels: list[hlo.Kernel], times: list[float], shape) -> list[str]:
+    """Lists the collectives: what they move, and how much of the work is done when they start and end."""
+    done = np.cumsum([0.0, *times]) / sum(times)
+    moved: dict[str, list] = {}
+    for move in hlo.collectives(text):
+        moved.setdefault(move.name, []).append(move)
+    out = []
+    for name, moves in moved.items():
+        size = sum(m.elements * hlo.BYTES[m.dtype] for m in moves)
+        own = next((i for i, k in enumerate(kernels) if name in k.parts), None)
+        where = ''
+        if own is not None:
+            ends = [
+                i
+                for i, k in enumerate(kernels)
+                if k.op.endswith('-done') and kernels[own].name in k.operands
+            ]
+            where = f'after {done[own]:.0%} of the work'
+            if ends:
+                where = f'from {done[own]:.0%} to {done[ends[0]]:.0%} of the work'
+        out.append(
+            f'  {moves[0].kind:<16}{hlo.axis(moves[0].groups, shape):<7}{len(moves):>4} arrays '
+            f'{size:>14,} bytes  {where}'
+        )
+    return out or ['  no collective']
 
 
 def curve_lines(accelerator: Accelerator, images: int, points: dict[str, list[Point]]) -> list[str]:

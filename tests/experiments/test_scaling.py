@@ -33,7 +33,7 @@ def narrow(preset=paper, **changes):
 
 
 def lower(config, shape):
-    return programs.train_step(config, CLASSES, shape, IMAGES)
+    return programs.train_step(config, CLASSES, programs.make_mesh(shape), IMAGES)
 
 
 def expected(config, shape, **options):
@@ -111,7 +111,7 @@ def test_the_paper_s_step_at_full_width():
     """128 images on two devices: 28,966,912 bytes gathered and as many reduce-scattered, in float32."""
     config = paper.get_config()
     totals = programs.totals(
-        programs.written(programs.train_step(config, 1000, (1, 2), 64), (1, 2))
+        programs.written(programs.train_step(config, 1000, programs.make_mesh((1, 2)), 64), (1, 2))
     )
     size = 4 * 128 * (13 * 13 * 256 + 6 * 6 * 256 + 4096)
     assert totals == {
