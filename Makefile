@@ -3,6 +3,7 @@
 # make test-fast    without the slow tests
 # make test-all     with the end-to-end checks to run before a release (15 minutes)
 # make test-deploy  compares the networks with those of PyTorch, Keras, OpenCV, ... (installs them)
+# make test-compilers  compiles for TPUs and GPUs that are not there (installs their compilers, 1 GB)
 # make notebook     executes notebooks/alexnet.ipynb in runs/notebook (less than 5 minutes)
 # make lint         ruff: rules and format
 # To use another Python: `make test PYTHON=python3.12`. To pass arguments to pytest: `make test ARGS='-k layers'`.
@@ -10,6 +11,7 @@
 PYTHON ?= python3
 VENV := .venv
 DEPLOY := .venv-deploy
+COMPILERS := .venv-compilers
 RUN := runs/quickstart
 NOTEBOOK := runs/notebook
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
@@ -20,7 +22,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reord
 # libraries ignore this variable, and older versions of glibc ignore settings that they do not know.
 quickstart notebook: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-fast test-all test-deploy notebook lint clean
+.PHONY: quickstart test test-fast test-all test-deploy test-compilers notebook lint clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2
@@ -42,6 +44,9 @@ test-fast: $(VENV)/.installed-dev
 test-deploy: $(DEPLOY)/.installed
 	$(DEPLOY)/bin/python -m pytest tests/deploy $(ARGS)
 
+test-compilers: $(COMPILERS)/.installed
+	$(COMPILERS)/bin/python -m pytest tests/experiments/test_compilers.py $(ARGS)
+
 notebook: $(VENV)/.installed-notebook
 	rm -rf $(NOTEBOOK) && mkdir -p $(NOTEBOOK) && cp notebooks/alexnet.ipynb $(NOTEBOOK)
 	cd $(NOTEBOOK) && PYTHONPATH='$(CURDIR)' '$(abspath $(VENV))/bin/jupyter' execute --inplace alexnet.ipynb
@@ -52,7 +57,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEPLOY)
+	rm -rf $(VENV) $(DEPLOY) $(COMPILERS)
 
 # The stamps are newer than the requirements installed from, so nothing is installed twice.
 $(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/bin/python
@@ -74,7 +79,12 @@ $(DEPLOY)/.installed: requirements-deploy.txt requirements-dev.txt requirements.
 	$(DEPLOY)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-deploy.txt -c $(DEPLOY)/constraints.txt
 	@touch $@
 
-$(VENV)/bin/python $(DEPLOY)/bin/python:
+$(COMPILERS)/.installed: requirements-compilers.txt requirements-dev.txt requirements.txt constraints.txt | $(COMPILERS)/bin/python
+	@echo "Installing requirements-compilers.txt into $(COMPILERS) (about 3 GB) ..."
+	$(COMPILERS)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-compilers.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/bin/python $(DEPLOY)/bin/python $(COMPILERS)/bin/python:
 	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or later, or choose another: make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old; use Python 3.11 or later, for example: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(@D:/bin=)

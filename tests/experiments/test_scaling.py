@@ -217,6 +217,8 @@ def test_collectives_are_read():
   %e = f32[2]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
   %f = f32[9]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3}}, to_apply=%sum
   %g = f32[9]{0} get-tuple-element(%all-reduce.5), index=0
+  %h = (f32[2], f32[4]) all-gather-start(%x), replica_groups={{0,1},{2,3}}
+  %i = f32[4] all-gather-done(%h)
 """
     found = [(*c[1:4], hlo.axis(c.groups, (2, 2))) for c in hlo.collectives(text)]
     assert found == [
@@ -226,13 +228,46 @@ def test_collectives_are_read():
         ('all-gather', 'bf16', 8, 'both'),
         ('reduce-scatter', 'u8', 8, 'both'),
         ('collective-permute', 'f32', 2, 'other'),
+        ('all-gather', 'f32', 4, 'model'),
     ]
+
+
+def test_kernels_are_read():
+    """Two fusions and a loop of three products; what stays on the chip is not counted."""
+    text = """
+%inner (a: f32[4,8], b: f32[8,2]) -> f32[4,2] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,2]{1,0} parameter(1)
+  ROOT %dot = f32[4,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%body (p: (f32[4,8], f32[8,2])) -> (f32[4,8], f32[8,2]) {
+  %p = (f32[4,8]{1,0}, f32[8,2]{1,0}) parameter(0)
+  %q = f32[4,8]{1,0} get-tuple-element(%p), index=0
+  %r = f32[8,2]{1,0} get-tuple-element(%p), index=1
+  %product = f32[4,2]{1,0} fusion(%q, %r), kind=kLoop, calls=%inner
+}
+ENTRY %main (x: bf16[2,6,6,3], k: bf16[3,3,3,8]) -> bf16[2,4,4,8] {
+  %x = bf16[2,6,6,3]{3,2,1,0} parameter(0)
+  %k = bf16[3,3,3,8]{3,2,1,0:T(8,128)S(1)} parameter(1)
+  %conv = bf16[2,4,4,8]{3,2,1,0} convolution(%x, %k), window={size=3x3}, dim_labels=b01f_01io->b01f, \
+metadata={op_name="jit(step)/jvp(Net)/conv1/conv"}, backend_config={"estimated_cycles":"77"}
+  %tuple = (f32[4,8]{1,0}, f32[8,2]{1,0}) tuple(%x, %k)
+  %loop = (f32[4,8]{1,0}) while(%tuple), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %sum-start = f32[9]{0} all-reduce-start(%x), replica_groups={{0,1}}
+  ROOT %sum = f32[9]{0} all-reduce-done(%sum-start)
+}
+"""
+    conv, product, start, done = hlo.kernels(text)
+    assert (conv.bytes, conv.cycles) == (2 * (2 * 6 * 6 * 3 + 2 * 4 * 4 * 8), 77)
+    assert conv.flops == 2 * (2 * 4 * 4 * 8) * (3 * 3 * 3)
+    assert (product.flops, product.times) == (2 * 4 * 2 * 8, 3)
+    assert product.bytes == 4 * (32 + 16 + 8) and product.parts == {'product', 'a', 'b', 'dot'}
+    assert start.name in done.operands
 
 
 @pytest.mark.parametrize(
     'line',
     [
-        '%a = (f32[2], f32[4]) all-gather-start(%x), replica_groups={{0,1}}',
         '%a = f32[2] all-reduce(%x), replica_groups=@mesh',
         '%a = token[] something all-reduce(%x), replica_groups={{0,1}}',
     ],
