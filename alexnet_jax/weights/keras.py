@@ -26,12 +26,19 @@ NORM = ('scale', 'bias', 'mean', 'var')  # in the file's order
 Layer = tuple[str, list]  # its name in the file, and its arrays, of which only shapes were read
 
 
-def read(data: bytes, options: Options) -> Imported:
-    """Reads the weights of keras.applications' MobileNet or MobileNetV2; raises Damaged, UserError."""
+def check_installed() -> None:
+    """Raises UserError if the package for these files is missing."""
     try:
-        import h5py
+        import h5py  # noqa: F401
     except ImportError:
         raise UserError("Keras's .h5 files need h5py: pip install 'alexnet_jax[keras]'") from None
+
+
+def read(data: bytes, options: Options) -> Imported:
+    """Reads the weights of keras.applications' MobileNet or MobileNetV2; raises Damaged, UserError."""
+    check_installed()
+    import h5py
+
     try:
         with h5py.File(io.BytesIO(data), 'r') as opened:
             return _imported(h5py, opened, options)
