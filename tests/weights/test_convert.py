@@ -572,6 +572,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     names = f'--names={tmp_path}/names.txt'
     call(monkeypatch, tmp_path / 'net.pth', tmp_path / 'out', names, '--size=240')
     out = capsys.readouterr().out
+    assert 'mean 123.68, 116.28, 103.53' in out
     assert 'SqueezeNet 1.1, net.pth (torchvision): 724,035 parameters' in out and '3 classes' in out
     found = bundle.read(tmp_path / 'out')
     assert found.names == ['ant', 'bee', 'çat'] and found.mean.shape == (240, 240, 3)
