@@ -114,7 +114,7 @@ def made_up(difference, exact=None):
         def off(by):
             def computed(images):
                 logits = export._logits(source, images)
-                return logits + by * np.ptp(logits, 0).max() * (images.mean() > 0)
+                return logits + by * np.ptp(logits)
 
             return computed
 
@@ -146,9 +146,9 @@ def test_tolerances(kind, difference, exact, message, made, monkeypatch, tmp_pat
 
 
 def test_the_range_and_the_classes_of_validation_images():
-    """A class's mean logit does not count; 95 % of real images must keep their class."""
+    """An offset of all logits does not count; 95 % of real images must keep their class."""
     rng = np.random.default_rng(0)
-    ours = rng.uniform(size=(100, 4)).astype(np.float32) + [0, 0, 0, 1000]
+    ours = rng.uniform(size=(100, 4)).astype(np.float32) + 1000
     labels = np.zeros(100, int)
     with pytest.raises(UserError, match='more than 0.1 of the range'):
         export._compare('onnx', ours, ours + 0.2, labels, 0.1)

@@ -455,6 +455,10 @@ def test_our_own(name):
     assert (hub.OWN / name / bundle.CARD).read_text() == bundle.card(found)
 
 
+def test_all_of_our_own_are_small():
+    assert sum(file.stat().length for file in hub.OWN.glob('*/*')) <= 10e6
+
+
 # The Hugging Face Hub
 
 
