@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import select
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -127,6 +128,13 @@ def add_devices(parser: argparse.ArgumentParser, *, distributed: bool = False) -
     for name, (default, text) in DISTRIBUTED.items() if distributed else ():
         kind = {'action': 'store_true'} if default is False else {'type': type(default)}
         parser.add_argument(f'--{name}', default=default, help=text, **kind)
+
+
+def made(name: str) -> str:
+    """This call of the command NAME, without the folders of its files."""
+    parts = [word.rpartition('=') for word in sys.argv[1:]]
+    words = [f'{flag}{sign}{os.path.basename(value)}' for flag, sign, value in parts]
+    return shlex.join(['python', '-m', f'alexnet_jax.{name}', *words])
 
 
 def start(cpu_devices: int = 0, *, deterministic: bool = False, **processes) -> None:

@@ -10,8 +10,6 @@ time to download, but not less memory or time to run: weights are restored to fl
 
 import logging
 import os
-import shlex
-import sys
 
 import numpy as np
 
@@ -69,7 +67,12 @@ def main() -> None:
     command.start(args.cpu_devices)
     output = args.output or f'{os.path.normpath(args.run)}-compressed'
     step = int(args.step) if args.step.isdigit() else args.step
-    options = {'step': step, 'store': args.store, 'batch': args.batch, 'made': _made()}
+    options = {
+        'step': step,
+        'store': args.store,
+        'batch': args.batch,
+        'made': command.made('compress'),
+    }
     card = compress(args.run, output, settings, **options)
     facts, measured = card['compression'], card['measured']
     print(compression.table(facts['layers']))
@@ -161,13 +164,6 @@ def compress(
     found = found._replace(card={**found.card, 'compression': facts})
     bundle.write(output, found, compress=True)
     return found.card
-
-
-def _made() -> str:
-    """The command, without the folders of its files."""
-    parts = [word.rpartition('=') for word in sys.argv[1:]]
-    words = [f'{flag}{sign}{os.path.basename(value)}' for flag, sign, value in parts]
-    return shlex.join(['python', '-m', 'alexnet_jax.compress', *words])
 
 
 if __name__ == '__main__':

@@ -5,11 +5,8 @@ ONNX, Keras (.h5), TensorFlow Lite and Deep Compression (.net). The first layer 
 inputs, so that the network gets pixels from 0 to 255 minus a mean.
 """
 
-import os
-import shlex
-import sys
-
 import jax
+import numpy as np
 
 from alexnet_jax import command
 from alexnet_jax.common.errors import say
@@ -52,24 +49,17 @@ def main() -> None:
         mean=readers.mean_of(args.mean) if args.mean else None,
         size=args.size,
         names=readers.names_of(args.names) if args.names else None,
-        made=_made(),
+        made=command.made('convert'),
     )
     bundle.write(args.out, found)
     count = sum(x.size for x in jax.tree.leaves(found.variables['params']))
-    red, green, blue = found.mean.mean((0, 1)).tolist()
+    red, green, blue = found.mean.mean((0, 1), np.float64).tolist()
     crop, size = found.config['augment']['crop'], found.config['data']['size']
     say(
         f'{found.card["title"]}, {found.card["source"]}: {count:,} parameters, {len(found.names):,} classes; '
         f'crops of {crop} of {size} pixels, mean {red:.2f}, {green:.2f}, {blue:.2f}'
     )
     say(f'wrote {args.out}')
-
-
-def _made() -> str:
-    """The command, without the folders of its files."""
-    parts = [word.rpartition('=') for word in sys.argv[1:]]
-    words = [f'{flag}{sign}{os.path.basename(value)}' for flag, sign, value in parts]
-    return shlex.join(['python', '-m', 'alexnet_jax.convert', *words])
 
 
 if __name__ == '__main__':

@@ -83,7 +83,7 @@ def output(args: argparse.Namespace, default: str) -> str:
 
 def check_folder(run: str, output: str | None) -> None:
     """Raises UserError if the results of a run would go to its folder, and it has none."""
-    if hub.locate(run) != run:
+    if not hub.is_folder(run):
         if output is None:
             raise UserError(f'{run}: has no folder for results; give --output')
     else:

@@ -40,7 +40,7 @@ def main() -> None:
     elif args.action == 'info':
         describe(*args.names)
     elif args.action == 'download':
-        say(hub.locate(*args.names))
+        say(hub.checked(*args.names))
     else:
         upload(*args.names, args)
 
@@ -89,7 +89,7 @@ def describe(name: str) -> None:
             checksum = entry.checksum and f'{entry.checksum[0]} {entry.checksum[1]} ({whose})'
             facts |= {'preset': entry.preset, 'checksum': checksum or 'none published'}
     else:
-        folder = hub.locate(name)
+        folder = hub.checked(name)
         facts = {**bundle.read_config(folder)[1], 'here': folder}
     for key, value in facts.items():
         text = bundle.errors(value) if key in ('published', 'measured') else value

@@ -27,7 +27,7 @@ class InputError(UserError, ValueError):
 
 def choose(name: str, value, choices) -> None:
     """Raises UserError if a field's value is not one of the choices."""
-    if value not in choices:
+    if value not in [*choices]:  # not hashed: it can be a list
         raise UserError(f'{name}={value!r}: choose one of {", ".join(choices)}')
 
 

@@ -1,5 +1,6 @@
 """Loads a trained network, from a run directory or a bundle, as functions from images to probabilities."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -65,7 +66,8 @@ def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
         config, facts = stored.config, directory.Facts(stored.names, stored.mean, exif)
     else:
         config, facts, stored = directory.read_config(path), directory.read_facts(path), None
-    net = build(classes=len(facts.names), **config['model'])
+    with bundles.usable(path) if stored else contextlib.nullcontext():
+        net = build(classes=len(facts.names), **config['model'])
     return Run(path, config, facts, net, bundle=stored)
 
 
@@ -75,7 +77,8 @@ def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
     They are the moving averages if `config.train.ema_used`. Raises UserError for missing or damaged
     checkpoints, and for a numbered step of a bundle.
     """
-    target = steps.abstract_variables(run.net, mesh, run.config['augment']['crop'])
+    with bundles.usable(run.path) if run.bundle else contextlib.nullcontext():
+        target = steps.abstract_variables(run.net, mesh, run.config['augment']['crop'])
     if run.bundle:
         if isinstance(step, int):
             raise UserError(f'{run.path}: a bundle has no steps; leave out --step={step}')

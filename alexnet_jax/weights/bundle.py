@@ -9,17 +9,19 @@ A compressed network has model.compressed (`compressed`) in place of model.safet
 pixels are all the same is stored as one, f32[1,1,3].
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from alexnet_jax.common import class_names, paths
-from alexnet_jax.common.errors import UserError, reason
+from alexnet_jax.common.errors import UserError, one_line, reason
 from alexnet_jax.rundir import directory, fingerprint
 from alexnet_jax.weights import compressed, safetensors, variables
 
@@ -32,6 +34,7 @@ CONFIG, WEIGHTS, NAMES, CARD = (
 COMPRESSED = 'model.compressed'
 FORMAT = 1
 LARGEST = 4096  # pixels, side of images
+TEXTS = ('title', 'source', 'url', 'sha256', 'licence', 'data', 'made')  # facts of the card
 METRICS = {'top1_error': 'top-1 error', 'top5_error': 'top-5 error'}  # in percent
 
 
@@ -58,9 +61,16 @@ def is_bundle(path: str | os.PathLike) -> bool:
 
 
 def check_new(folder: str | os.PathLike) -> None:
-    """Raises UserError unless a folder is empty or does not exist."""
+    """Raises UserError unless a folder is empty or does not exist, and can be written."""
     path = paths.path(folder)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    try:
+        new = not path.exists() or path.is_dir() and not any(path.iterdir())
+        if new and not paths.is_remote(path):
+            with tempfile.TemporaryDirectory(dir=paths.existing(path.absolute().parent)):
+                pass
+    except paths.failures(path) as error:
+        raise _unwritable(folder, error) from error
+    if not new:
         raise UserError(f'{folder}: exists and is not an empty folder; give another')
 
 
@@ -68,16 +78,16 @@ def write(folder: str | os.PathLike, bundle: Bundle, *, compress: bool = False) 
     """Writes a bundle to a new or empty folder: all of it or, if it cannot be written, nothing.
 
     Arrays keep their types, such as float16; compress: in the form of `compressed`, which loses nothing.
-    Raises UserError if the folder has files.
+    Raises UserError if the folder has files or cannot be written.
     """
     path = paths.path(folder)
     files = encoded(bundle, compress=compress)
+    check_new(folder)
     try:
         if paths.is_remote(path):
             for name in reversed(files):  # the config last, without which it is not a bundle
                 paths.replace(path / name, files[name])
             return
-        check_new(folder)
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.absolute().parent)
         try:
@@ -89,11 +99,13 @@ def write(folder: str | os.PathLike, bundle: Bundle, *, compress: bool = False) 
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     except paths.failures(path) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f'{paths.full(error)}{folder}: cannot be written ({reason(error)}); give another folder'
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: str | os.PathLike, error: Exception) -> UserError:
+    return UserError(
+        f'{paths.full(error)}{folder}: cannot be written ({reason(error)}); give another folder'
+    )
 
 
 def encoded(bundle: Bundle, *, compress: bool = False) -> dict[str, bytes]:
@@ -172,7 +184,7 @@ def _config(folder: str | os.PathLike) -> tuple[dict, dict]:
         valid = [
             type(about['format']) is int,
             isinstance(about['sha256'], dict),
-            isinstance(about['card'], dict),
+            isinstance(about['card'], dict) and _is_card(about['card']),
             type(crop) is int and 0 < crop <= size <= LARGEST,
         ]
         if not all(valid):
@@ -186,6 +198,33 @@ def _config(folder: str | os.PathLike) -> tuple[dict, dict]:
             f'{folder}: a bundle of format {about["format"]}; update alexnet_jax, which reads {FORMAT}'
         )
     return config, about
+
+
+def _is_card(card: dict) -> bool:
+    """Whether the facts have the types that `card` and `errors` print."""
+    found = [card.get(name) or {} for name in ('published', 'measured', 'compression')]
+    if not all(isinstance(x, dict) for x in found):
+        return False
+    *tables, compression = found
+    percent = [table.get(key, 0) for table in tables for key in METRICS]
+    texts = [table.get('on') for table in tables] + [card.get(name) for name in TEXTS]
+    sizes = [compression.get('times'), compression.get('kept')] if compression else []
+    return (
+        all(isinstance(x, int | float) and 0 <= x <= 100 for x in percent)
+        and all(isinstance(x, int | float) and 0 <= x <= 1e6 for x in sizes)
+        and all(isinstance(x, str | None) for x in texts)
+    )
+
+
+@contextlib.contextmanager
+def usable(folder: str | os.PathLike) -> Iterator[None]:
+    """Raises UserError that names the bundle if its network cannot be made of its config."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'{folder}: {error}') from error
+    except Exception as error:  # of any layer, for values that a config of ours does not have
+        raise _damaged(folder, f'{CONFIG}: {one_line(error)[:200]}') from error
 
 
 def _damaged(folder: str | os.PathLike, why: str) -> UserError:
@@ -262,7 +301,7 @@ def _count(bundle: Bundle) -> int:
 
 def _input(bundle: Bundle) -> str:
     size, crop = bundle.config['data']['size'], bundle.config['augment']['crop']
-    red, green, blue = bundle.mean.mean((0, 1)).tolist()
+    red, green, blue = bundle.mean.mean((0, 1), np.float64).tolist()
     return (
         f'RGB, 0 to 255, minus the mean ({red:.1f}, {green:.1f}, {blue:.1f} on average); crops of '
         f'{crop} x {crop} pixels of the central square resized to {size} x {size}'

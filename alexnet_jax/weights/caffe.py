@@ -4,7 +4,6 @@ These networks read BGR pixels. What `read` returns reads RGB.
 """
 
 import io
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,7 +58,7 @@ def imported(graph: Graph, options: Options, presets: Sequence[str], program: st
     fires = any('/' in name for name in names)
     if fires and SQUEEZENETS[0] in presets:
         kernel = graph.arrays.get(('conv1', 0))
-        known = SQUEEZENETS[kernel is not None and kernel.shape[-1] == 3]
+        known = SQUEEZENETS[kernel is not None and kernel.shape[-1:] == (3,)]
     elif fires:
         raise Damaged('its network is not AlexNet or CaffeNet')
     else:
@@ -152,11 +151,9 @@ def _blob(blob: Message, name: str) -> np.ndarray:
     data = blob.array(8, '<f8') if data is None else data
     shapes = blob.messages(7)
     shape = shapes[-1].numbers(1) if shapes else [blob.number(i) for i in (1, 2, 3, 4)]
-    if data is None or math.prod(shape) != len(data):
-        raise Damaged(f'{name[:60]} has {0 if data is None else len(data):,} numbers for {shape}')
     while not shapes and len(shape) > 1 and shape[0] == 1:  # biases and matrices of old files
         shape = shape[1:]
-    return data.reshape(shape)
+    return variables.shaped(data, shape, name)
 
 
 def mean_image(data: bytes) -> np.ndarray:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, one_line, reason, say
-from alexnet_jax.weights import bundle, readers
+from alexnet_jax.weights import bundle, keras, readers, variables
 from alexnet_jax.weights.registry import ENTRIES, Entry
 from alexnet_jax.weights.variables import Options
 
@@ -37,6 +37,7 @@ PREFIX = 'hub:'
 TRIES, PAUSE = 5, 1.0  # attempts without progress, and seconds between them
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20  # bytes
+SMALL = 1 << 20  # bytes: most of a file without a checksum that is not weights
 SHOWN = 8  # hex digits of a SHA-256 in the name of a file
 
 
@@ -48,24 +49,56 @@ def locate(name: str | os.PathLike) -> str:
     registered name. Raises UserError for names that do not exist, and for failed downloads.
     """
     text = os.fspath(name)
+    known = text.removeprefix(PREFIX)
+    if is_folder(name) and (os.path.exists(text) or '://' in text or not _close(text, 0.6)):
+        return text
     if text.startswith('hf://'):
         return _from_hugging_face(text)
     if re.match(r'https?://', text):
         return _from_url(text)
-    known = text.removeprefix(PREFIX)
-    if known not in names():
-        if known == text:
-            return text
-        close = ', '.join(difflib.get_close_matches(known, names(), n=3, cutoff=0.4))
-        raise UserError(
-            f'{text}: no network of this name{f" (did you mean {close}?)" if close else ""}; '
-            'python -m alexnet_jax.hub list shows all'
-        )
-    if known == text and (paths.path(text) / bundle.CONFIG).is_file():
-        return text
-    if known not in ENTRIES:
+    if known in ENTRIES:
+        return _registered(known, ENTRIES[known])
+    if known in names():
         return str(OWN / known)
-    return _registered(known, ENTRIES[known])
+    close = ', '.join(_close(known, 0.4))
+    what = (
+        'no network of this name'
+        if known != text
+        else 'neither a run directory nor a registered network'
+    )
+    raise UserError(
+        f'{text}: {what}{f" (did you mean {close}?)" if close else ""}; python -m alexnet_jax.hub '
+        'list shows all names'
+    )
+
+
+def is_folder(name: str | os.PathLike) -> bool:
+    """Whether a name stands for a folder, which need not exist, and so for nothing to download."""
+    text = os.fspath(name)
+    if re.match(f'(hf|https?)://|{PREFIX}', text):
+        return False
+    return text not in names() or (paths.path(text) / bundle.CONFIG).is_file()
+
+
+def _close(name: str, cutoff: float) -> list[str]:
+    """Registered names like this one."""
+    return difflib.get_close_matches(name, names(), n=3, cutoff=cutoff)
+
+
+def checked(name: str | os.PathLike) -> str:
+    """`locate`, for a bundle, whose files are read; one in the cache that is damaged is made again."""
+    folder = locate(name)
+    if not bundle.is_bundle(folder):
+        raise UserError(f'{name}: not a bundle; python -m alexnet_jax.hub list shows all names')
+    try:
+        bundle.read(folder)
+    except UserError:
+        if os.path.realpath(os.path.dirname(folder)) != os.path.realpath(cache()):
+            raise
+        with _locked(folder):
+            shutil.rmtree(folder)
+        folder = locate(name)
+    return folder
 
 
 def names() -> list[str]:
@@ -96,9 +129,11 @@ def _plain(name: str) -> str:
 
 def _registered(name: str, entry: Entry) -> str:
     found = cached(name, entry.checksum)
-    if found:
+    if found and _is_current(found):
         return found
     ext = os.path.splitext(urllib.parse.urlsplit(entry.url).path)[1]
+    if ext == '.h5':
+        keras.check_installed()
     file = download(name, entry.url, ext, entry.checksum, entry.size)
     return _converted(file, entry.checksum, facts(entry), entry.preset)
 
@@ -123,32 +158,43 @@ def _from_url(text: str) -> str:
         raise UserError(
             f'{text}: end it in #sha256= and the 64 digits of the SHA-256 of the file, to check it'
         )
-    stem, ext = os.path.splitext(os.path.basename(urllib.parse.urlsplit(url).path))
+    path = urllib.parse.urlsplit(_quoted(url, url)).path
+    stem, ext = os.path.splitext(os.path.basename(path))
     name, checksum = f'url-{stem[:100]}', ('sha256', match[1].lower())
     found = cached(name, checksum)
-    if found and bundle.read_config(found)[1].get('sha256') == checksum[1]:
+    if found and _is_current(found, checksum[1]):
         return found
-    file = download(name, url, ext, checksum)
+    file = download(name, url, ext if re.fullmatch(r'\.\w+', ext) else '.bin', checksum)
     return _converted(file, checksum, {'url': url})
 
 
 def _converted(file: str, checksum, facts: dict, preset: str = '') -> str:
-    """Makes a bundle of a download -> its folder; a file that is no use and has no checksum is removed."""
+    """Makes a bundle of a download -> its folder; removes a useless file that has no checksum."""
     folder = os.path.splitext(file)[0]
     digest = _digest(file, 'sha256')
     with _locked(folder):
-        if bundle.is_bundle(folder) and bundle.read_config(folder)[1].get('sha256') != digest:
-            shutil.rmtree(folder)  # of another file whose hash begins like this one's
-        if not bundle.is_bundle(folder):
+        if not _is_current(folder, digest):
             try:
                 found = readers.read(file, Options(preset))
             except UserError:
                 if checksum is None:
                     os.unlink(file)
                 raise
+            if os.path.exists(folder):
+                shutil.rmtree(folder)
             card = {**found.card, **facts, 'sha256': digest}
             bundle.write(folder, found._replace(card=card))
     return folder
+
+
+def _is_current(folder: str, sha256: str = '') -> bool:
+    """Whether a folder is a bundle that this version of the program made, of the file with this hash."""
+    try:
+        card = bundle.read_config(folder)[1]
+    except UserError:
+        return False
+    same = (card.get('sha256') or '').startswith(sha256)
+    return bundle.is_bundle(folder) and same and card.get('converter') == readers.VERSION
 
 
 def _from_hugging_face(text: str) -> str:
@@ -156,20 +202,29 @@ def _from_hugging_face(text: str) -> str:
     if not match:
         raise UserError(f'{text}: the form is hf://USER/REPO or hf://USER/REPO@REVISION')
     repository, revision = match[1], match[2] or 'main'
-    endpoint = (os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')
+    endpoint = _server('HF_ENDPOINT') or 'https://huggingface.co'
     address = f'{endpoint}/{repository}/resolve/{urllib.parse.quote(revision, safe="")}'
     name = f'hf-{repository.replace("/", "--")}@{revision}'
     headers = {}
-    if token := os.environ.get('HF_TOKEN'):
+    if token := os.environ.get('HF_TOKEN', '').strip():
+        if not re.fullmatch('[!-~]+', token):
+            raise UserError('HF_TOKEN: has characters that no token has; copy it again')
         headers['Authorization'] = f'Bearer {token}'
-    with _locked(os.path.join(cache(), _plain(name))), tempfile.TemporaryDirectory() as temporary:
+    offline = os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1', 'true', 'yes', 'on')
+    found = cached(name)
+    if found and (offline or re.fullmatch('[0-9a-f]{40}', revision)):  # a commit stays the same
+        return found
+    with tempfile.TemporaryDirectory() as temporary:
         file = os.path.join(temporary, bundle.CONFIG)
         try:
-            if os.environ.get('HF_HUB_OFFLINE') in ('1', 'true', 'True', 'TRUE', 'YES', 'ON'):
+            if offline:
                 raise Unreachable(f'{text}: HF_HUB_OFFLINE is set')
-            _fetch(f'{address}/{bundle.CONFIG}', file, text, headers=headers)
+            tries = 1 if found else TRIES
+            _fetch(
+                f'{address}/{bundle.CONFIG}', file, text, headers=headers, tries=tries, most=SMALL
+            )
         except Unreachable as error:
-            if not (found := cached(name)):
+            if not found:
                 raise _not_here(error) from None
             say(f'{error}: using {found}')
             return found
@@ -180,25 +235,33 @@ def _from_hugging_face(text: str) -> str:
         folder = os.path.join(cache(), f'{_plain(name)}-{_digest(file, "sha256")[:SHOWN]}')
         if bundle.is_bundle(folder):
             return folder
-        parts = f'{folder}.part'  # kept if the download stops, so that it can go on
-        os.makedirs(parts, exist_ok=True)
-        for part in bundle.files(temporary)[1:]:
-            target, checksum = os.path.join(parts, part), sums.get(part)
-            done = checksum and os.path.exists(target) and _digest(target, 'sha256') == checksum
-            if not done:
-                check = ('sha256', checksum) if checksum else None
-                with _here():
-                    _fetch(
-                        f'{address}/{part}',
-                        f'{target}.part',
-                        f'{text}: {part}',
-                        check,
-                        headers=headers,
-                    )
-                os.replace(f'{target}.part', target)
-        shutil.copy(file, os.path.join(parts, bundle.CONFIG))
-        os.rename(parts, folder)
+        with _locked(folder):
+            if not bundle.is_bundle(folder):
+                _download_bundle(address, folder, file, sums, text, headers)
     return folder
+
+
+def _download_bundle(address, folder, config, sums, called, headers) -> None:
+    """Downloads the files of a bundle, whose config is there already."""
+    parts = f'{folder}.part'  # kept if the download stops, so that it can go on
+    os.makedirs(parts, exist_ok=True)
+    for name in bundle.files(os.path.dirname(config))[1:]:
+        target, checksum = os.path.join(parts, name), sums.get(name)
+        if not (checksum and os.path.exists(target) and _digest(target, 'sha256') == checksum):
+            with _here():
+                _fetch(
+                    f'{address}/{name}',
+                    f'{target}.part',
+                    f'{called}: {name}',
+                    ('sha256', checksum) if checksum else None,
+                    headers=headers,
+                    most=variables.LARGEST if checksum else SMALL,
+                )
+            os.replace(f'{target}.part', target)
+    shutil.copy(config, os.path.join(parts, bundle.CONFIG))
+    if os.path.exists(folder):
+        shutil.rmtree(folder)  # a part of a bundle
+    os.rename(parts, folder)
 
 
 class Unreachable(UserError):
@@ -235,11 +298,14 @@ def download(
     interrupted is resumed if there is a checksum to show that the parts fit. Raises UserError if the
     file cannot be reached, is truncated or is another one.
     """
-    part = os.path.join(cache(), f'{_plain(name)}{ext}.part')
+    digits = f'-{checksum[1][:SHOWN]}' if checksum else ''
+    part = os.path.join(cache(), f'{_plain(name)}{digits}{ext}.part')
     with _locked(part):
         found = cached(name, checksum, ext)
-        if found and (not checksum or _digest(found, checksum[0]).startswith(checksum[1])):
-            return found
+        if found:
+            kind, known = checksum or ('sha256', found.removesuffix(ext)[-SHOWN:])
+            if _digest(found, kind).startswith(known):
+                return found
         with _here():
             _fetch(_mirrored(url), part, name, checksum, size)
         target = os.path.join(cache(), f'{_plain(name)}-{_digest(part, "sha256")[:SHOWN]}{ext}')
@@ -248,8 +314,28 @@ def download(
 
 
 def _mirrored(url: str) -> str:
-    mirror = os.environ.get('ALEXNET_JAX_MIRROR')
-    return f'{mirror.rstrip("/")}/{url.partition("://")[2]}' if mirror else url
+    mirror = _server('ALEXNET_JAX_MIRROR')
+    return f'{mirror}/{url.partition("://")[2]}' if mirror else url
+
+
+def _server(variable: str) -> str:
+    """The address in an environment variable, '' if there is none."""
+    found = os.environ.get(variable, '').strip().rstrip('/')
+    if found and not re.match('https?://', found):
+        raise UserError(f'{variable}={found}: must start with https:// or http://')
+    return found
+
+
+def _quoted(url: str, called: str) -> str:
+    """A URL with all characters that need it escaped; UserError for what is none."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.hostname and parts.port != 0:  # reading a damaged port raises ValueError
+            return urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")
+        why = 'no host'
+    except ValueError as error:
+        why = one_line(error)
+    raise UserError(f'{called}: not an address on the web ({why}); check the URL')
 
 
 @contextlib.contextmanager
@@ -303,16 +389,19 @@ def _fetch(
     checksum: tuple[str, str] | None = None,
     size: int | None = None,
     headers: dict | None = None,
+    tries: int = TRIES,
+    most: int = variables.LARGEST,
 ) -> None:
-    """Downloads a file to `part`, from where it ends if there is a checksum.
+    """Downloads a file of at most `most` bytes to `part`, from where it ends if there is a checksum.
 
     What was read stays there if the connection breaks; a file that is whole but wrong does not.
     """
-    left, total, before = TRIES, None, _size(part)
+    url = _quoted(url, called)
+    left, total, before = tries, None, _size(part)
     while True:
         start = _size(part)
         try:
-            total = _rest(url, part, called, start if checksum else 0, headers or {})
+            total = _rest(url, part, called, start if checksum else 0, headers or {}, most)
             if total is None or _size(part) >= total:
                 break
             why = 'the connection was closed'
@@ -326,15 +415,10 @@ def _fetch(
                     f'{called}: {url}: HTTP {error.code} {_text(error.reason)}{hint.get(error.code, "")}'
                 ) from None
             why = f'HTTP {error.code} {_text(error.reason)}'
-        except (
-            urllib.error.URLError,
-            http.client.HTTPException,
-            TimeoutError,
-            ConnectionError,
-        ) as error:
-            why = _text(getattr(error, 'reason', '')) or one_line(error)
+        except Broken as error:
+            why = str(error)
         here = _size(part)
-        left = TRIES if here > start and checksum else left - 1
+        left = tries if here > start and checksum else left - 1
         if not left:
             if here == before:
                 raise Unreachable(f'{called}: {url} cannot be reached ({why})')
@@ -356,17 +440,34 @@ def _text(reason) -> str:
     return ' '.join(str(reason).split())[:200]
 
 
-def _rest(url: str, part: str, called: str, start: int, headers: dict) -> int | None:
+class Broken(Exception):
+    """A connection that failed."""
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Turns whatever reading from the web raises, except a status of HTTP, into Broken."""
+    try:
+        yield
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Broken(_text(getattr(error, 'reason', '')) or one_line(error)) from None
+
+
+def _rest(url: str, part: str, called: str, start: int, headers: dict, most: int) -> int | None:
     """Appends the bytes from `start` on to a file -> the size of all, None if the server does not say."""
     request = urllib.request.Request(url, headers={'User-Agent': 'alexnet_jax', **headers})
     if start:
         request.add_header('Range', f'bytes={start}-')
     opener = urllib.request.build_opener(_Redirects)
-    with opener.open(request, timeout=TIMEOUT) as response:
+    with _reading():
+        response = opener.open(request, timeout=TIMEOUT)
+    with response:
         place = re.match(r'bytes (\d+)-\d+/(\d+|\*)', response.headers.get('Content-Range', ''))
         resumed = response.status == 206 and place and int(place[1]) == start
         if response.status == 206 and not resumed:
-            raise urllib.error.URLError('another part of the file than was asked for')
+            raise Broken('a different part than requested')
         start = start if resumed else 0
         length = response.headers.get('Content-Length')
         total = start + int(length) if length and length.isdigit() else None
@@ -376,7 +477,13 @@ def _rest(url: str, part: str, called: str, start: int, headers: dict) -> int | 
                 desc=called, initial=start, total=total, unit='B', unit_scale=True, disable=None
             ) as bar,
         ):
-            while data := response.read(CHUNK):
+            while True:
+                with _reading():
+                    data = response.read(CHUNK)
+                if max(file.tell() + len(data), total or 0) > most:
+                    raise UserError(f'{called}: {url} has more than {most:,} bytes')
+                if not data:
+                    break
                 file.write(data)
                 bar.update(len(data))
     return total
@@ -398,8 +505,8 @@ def _check(url: str, part: str, called: str, checksum, size: int | None) -> None
     os.unlink(part)
     short = f'truncated: {here:,} of {size:,} bytes; ' if size and here < 0.999 * size else ''
     raise UserError(
-        f'{called}: {url}: {short}{problem}: removed; try again, and if it stays so, the file has been '
-        'replaced or something on the way changes it'
+        f'{called}: {url}: {short}{problem}: removed; try again; if this persists, the file has been '
+        'replaced, or a proxy changes it'
     )
 
 

@@ -11,6 +11,7 @@ from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets import network
 from alexnet_jax.nets.mobilenet import MobileNet
 from alexnet_jax.weights import variables
+from alexnet_jax.weights.tflite import WIDTHS
 from alexnet_jax.weights.variables import Damaged, Imported, Options, Weights
 
 MAGIC = b'\x89HDF\r\n\x1a\n'
@@ -20,18 +21,24 @@ FORMS = {  # number of layers with weights -> preset, fields
     55: ('mobilenet:v1', {}),
     105: ('mobilenet', {'padding': 'tensorflow', 'norm_momentum': 0.999, 'norm_epsilon': 1e-3}),
 }
-WIDTHS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
 NORM = ('scale', 'bias', 'mean', 'var')  # in the file's order
 
 Layer = tuple[str, list]  # its name in the file, and its arrays, of which only shapes were read
 
 
-def read(data: bytes, options: Options) -> Imported:
-    """Reads the weights of keras.applications' MobileNet or MobileNetV2; raises Damaged, UserError."""
+def check_installed() -> None:
+    """Raises UserError if the package for these files is missing."""
     try:
-        import h5py
+        import h5py  # noqa: F401
     except ImportError:
         raise UserError("Keras's .h5 files need h5py: pip install 'alexnet_jax[keras]'") from None
+
+
+def read(data: bytes, options: Options) -> Imported:
+    """Reads the weights of keras.applications' MobileNet or MobileNetV2; raises Damaged, UserError."""
+    check_installed()
+    import h5py
+
     try:
         with h5py.File(io.BytesIO(data), 'r') as opened:
             return _imported(h5py, opened, options)
@@ -87,6 +94,8 @@ def _arrays(net: MobileNet, layers: list[Layer], ours: list[list[network.Path]])
         given,
         'get it again, or save it from a network of keras.applications',
     )
+    if sum(x.nbytes for x in given.values()) > variables.LARGEST:
+        raise Damaged('its arrays are larger than 2 GiB')
     return {path: given[places[path]][()].reshape(shapes[path]) for path in shapes}
 
 

@@ -2,14 +2,12 @@
 
 The zoo's graphs read 224 pixels and round down in pooling, 54 -> 26 -> 12 -> 6 with pool5 padded. Caffe,
 which trained the weights, reads 227 and has 55 -> 27 -> 13 -> 6. The zoo's graphs lose most of the accuracy
-by that (onnx/models#453, #622). This takes the weights, and runs them as Caffe did.
+by that (onnx/models#453, #622). The weights are read here for the network as Caffe has it.
 """
-
-import math
 
 import numpy as np
 
-from alexnet_jax.weights import caffe
+from alexnet_jax.weights import caffe, variables
 from alexnet_jax.weights.protobuf import Message
 from alexnet_jax.weights.variables import Damaged, Imported, Options
 
@@ -52,6 +50,4 @@ def _array(tensor: Message) -> np.ndarray:
     data = tensor.array(9, DTYPES[dtype])
     if data is None and dtype == 1:
         data = tensor.array(4, '<f4')
-    if data is None or math.prod(shape) != len(data):
-        raise Damaged(f'{name} has {0 if data is None else len(data):,} numbers for {shape}')
-    return data.reshape(shape)
+    return variables.shaped(data, shape, name)

@@ -9,7 +9,6 @@ import collections
 import io
 import math
 import pickle
-import pickletools
 import zipfile
 from typing import Any, NamedTuple
 
@@ -22,6 +21,9 @@ ZIP = b'PK\x03\x04'
 # The pickle of the number that older files begin with.
 LEGACY = bytes.fromhex('80028a0a6cfc9c46f9206aa850192e')
 LONGEST = 2**24  # bytes of a pickle
+LOADERS = pickle._Unpickler.dispatch
+# Opcodes that tensors do not need: sets, buffers, the registry of extensions, old forms.
+USELESS = b'\x8f\x90\x91\x96\x97\x98\x82\x83\x84dio'
 STORAGES = {
     'DoubleStorage': np.dtype('<f8'),
     'FloatStorage': np.dtype('<f4'),
@@ -57,21 +59,29 @@ class Tensor(NamedTuple):
 
 def state_dict(data: bytes) -> dict[str, np.ndarray]:
     """The tensors of a file by name, of the state dict that it is or has; raises Damaged."""
-    found = _zipped(data) if data.startswith(ZIP) else _legacy(data)
-    for name in NESTED:
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
-            break
+    described, storages = _zipped(data) if data.startswith(ZIP) else _legacy(data)
+    # DataParallel puts `module` before or into every name.
+    names = ['.'.join(x for x in name.split('.') if x != 'module') for name in described]
+    if len({*names}) < len(names):
+        raise Damaged('two of its names differ in `module` alone')
+    arrays = [_array(tensor, storages) for tensor in described.values()]
+    return dict(zip(names, arrays, strict=True))
+
+
+def _described(found: Any) -> dict[str, Tensor]:
+    """The state dict that a file is or has, before its arrays are read."""
+    if isinstance(found, dict):
+        inner = (found[name] for name in NESTED if isinstance(found.get(name), dict))
+        found = next(inner, found)
     if not isinstance(found, dict):
         raise Damaged('it holds no state dict; save model.state_dict()')
     for name, x in found.items():
-        if not isinstance(name, str) or not isinstance(x, np.ndarray):
+        if not isinstance(name, str) or not isinstance(x, Tensor):
             raise Damaged(f'it holds no state dict: {str(name)[:60]} is not a tensor')
-    # DataParallel puts this before or into every name.
-    return {name.replace('module.', ''): x for name, x in found.items()}
+    return found
 
 
-def _zipped(data: bytes) -> Any:
+def _zipped(data: bytes) -> tuple[dict[str, Tensor], dict[str, bytes]]:
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         members = archive.infolist()
@@ -86,26 +96,26 @@ def _zipped(data: bytes) -> Any:
         names = {x.filename for x in members}
         if f'{root}/byteorder' in names and archive.read(f'{root}/byteorder') != b'little':
             raise Damaged('its numbers are not little-endian')
-        found, _ = _unpickled(archive.read(f'{root}/data.pkl'))
-        keys = {tensor.storage.key for tensor in _tensors(found)}
+        found = _described(_unpickled(archive.read(f'{root}/data.pkl'))[0])
+        keys = {tensor.storage.key for tensor in found.values()}
         storages = {key: archive.read(f'{root}/data/{key}') for key in keys}
     except (zipfile.BadZipFile, KeyError, IndexError, EOFError, OSError, ValueError) as error:
         raise Damaged(' '.join(str(error).split())[:100]) from None
     except (NotImplementedError, RuntimeError):
         raise Damaged('its archive is encrypted or in another version') from None
-    return _with_arrays(found, storages)
+    return found, storages
 
 
-def _legacy(data: bytes) -> Any:
-    at, parts = 0, []
+def _legacy(data: bytes) -> tuple[dict[str, Tensor], dict[str, bytes]]:
+    at, parts, described = 0, [], {}
     for _ in range(5):  # magic number, version, system, the object, the storages' names
-        part, size = _unpickled(data[at : at + LONGEST])
+        part, size, its = _unpickled(data[at : at + LONGEST])
         at += size
         parts.append(part)
+        described |= its
     *_, system, found, keys = parts
     if not isinstance(system, dict) or not system.get('little_endian', True):
         raise Damaged('its numbers are not little-endian')
-    described = {tensor.storage.key: tensor.storage for tensor in _tensors(found)}
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise Damaged('it has no list of storages')
     storages = {}
@@ -118,11 +128,12 @@ def _legacy(data: bytes) -> Any:
             raise Damaged(f'it ends after {len(data):,} bytes')
         storages[key] = data[at : at + size]
         at += size
-    return _with_arrays(found, storages)
+    return _described(found), storages
 
 
-def _unpickled(data: bytes) -> tuple[Any, int]:
-    """(what a pickle makes, its length in bytes)"""
+def _unpickled(data: bytes) -> tuple[Any, int, dict[str, Storage]]:
+    """(what a pickle makes, its length in bytes, the storages that it describes)"""
+    storages = {}
 
     # Functions of this call: a pickle can set attributes of what it gets.
     def tensor(storage, offset, shape, strides, *_):
@@ -131,17 +142,27 @@ def _unpickled(data: bytes) -> tuple[Any, int]:
             raise Damaged('a tensor has no storage or shape')
         if not all(type(n) is int and 0 <= n < 2**40 for n in numbers) or len(shape) > 8:
             raise Damaged('a tensor has an impossible shape')
+        if math.prod(max(n, 1) for n in shape) >= 2**40:
+            raise Damaged('a tensor has an impossible shape')
         return Tensor(storage, offset, (*shape,), (*strides,))
 
     def parameter(found, *_):
         return found
 
-    class Unpickler(pickle.Unpickler):
+    def ordered(pairs=()):
+        check([key for key, _ in pairs])
+        return collections.OrderedDict(pairs)
+
+    def check(keys):  # before they are hashed, which can take forever
+        if not all(type(key) in (str, int) for key in keys):
+            raise Damaged('a dict has keys that are not names or numbers')
+
+    class Unpickler(pickle._Unpickler):  # the one in C lets nothing look at keys
         def find_class(self, module, name):
             if module == 'torch' and name in STORAGES:
                 return name
             allowed = {
-                ('collections', 'OrderedDict'): collections.OrderedDict,
+                ('collections', 'OrderedDict'): ordered,
                 ('torch._utils', '_rebuild_tensor'): tensor,
                 ('torch._utils', '_rebuild_tensor_v2'): tensor,
                 ('torch._utils', '_rebuild_parameter'): parameter,
@@ -155,40 +176,33 @@ def _unpickled(data: bytes) -> tuple[Any, int]:
 
         def persistent_load(self, saved):
             kind, dtype, key, _, count, *_ = saved
-            if kind != 'storage' or dtype not in STORAGES or type(count) is not int:
+            texts = all(isinstance(x, str) for x in (kind, dtype, key))
+            valid = texts and kind == 'storage' and dtype in STORAGES and type(count) is int
+            if not valid or not 0 <= count < 2**62:
                 raise Damaged('a storage is described wrongly')
-            return Storage(STORAGES[dtype], str(key), count)
+            storage = Storage(STORAGES[dtype], key, count)
+            if storages.setdefault(key, storage) != storage:
+                raise Damaged(f'storage {key[:60]} is described twice')
+            return storage
 
+        def load_setitem(self):
+            check(self.stack[-2:-1])
+            super().load_setitem()
+
+        def load_setitems(self):
+            check(self.stack[::2])
+            super().load_setitems()
+
+        dispatch = {code: load for code, load in LOADERS.items() if code not in USELESS}
+        dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+
+    file = io.BytesIO(data)
     try:
-        end = 0
-        for code, argument, place in pickletools.genops(data[:LONGEST]):
-            end = place + 1
-            if 'PUT' in code.name and int(argument) > len(data):
-                raise Damaged('its pickle reserves memory')  # for as many objects
-        return Unpickler(io.BytesIO(data)).load(), end
+        return Unpickler(file).load(), file.tell(), storages
     except Damaged:
         raise
     except Exception as error:  # a damaged pickle can raise any
         raise Damaged(f'its pickle is damaged: {" ".join(str(error).split())[:100]}') from None
-
-
-def _tensors(found: Any) -> list[Tensor]:
-    """The descriptions of tensors in dicts, at most two deep."""
-    if not isinstance(found, dict):
-        return []
-    inner = [x for value in found.values() if isinstance(value, dict) for x in value.values()]
-    return [x for x in (*found.values(), *inner) if isinstance(x, Tensor)]
-
-
-def _with_arrays(found: Any, storages: dict[str, bytes]) -> Any:
-    if isinstance(found, Tensor):
-        return _array(found, storages)
-    if isinstance(found, dict):
-        return {
-            name: _with_arrays(x, storages) if isinstance(x, Tensor | dict) else x
-            for name, x in found.items()
-        }
-    return found
 
 
 def _array(tensor: Tensor, storages: dict[str, bytes]) -> np.ndarray:

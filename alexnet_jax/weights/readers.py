@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from alexnet_jax.common import class_names, configfile, paths
-from alexnet_jax.common.errors import UserError, reason
+from alexnet_jax.common.errors import UserError, one_line, reason
 from alexnet_jax.nets import network
 from alexnet_jax.weights import (
     caffe,
@@ -38,6 +38,9 @@ TITLES = {
 }
 CROPS = range(32, 1025)  # pixels
 LARGEST = 4096  # pixels, of a mean image
+# What arrays of shapes that nobody foresaw can raise.
+DAMAGE = (ValueError, IndexError, OverflowError, MemoryError, RecursionError)
+VERSION = 1  # of what is made of a file; bundles in the cache with another are made again
 
 
 def read(
@@ -62,9 +65,9 @@ def read(
         raise UserError(f'crop={options.crop}: must be from {CROPS[0]} to {CROPS[-1]} pixels')
     try:
         imported = _imported(file, data, options)
-    except Damaged as error:
+    except (Damaged, *DAMAGE) as error:
         raise UserError(
-            f'{file}: cannot be converted ({error}); get it again, or see docs/weights.md'
+            f'{file}: cannot be converted ({_text(error)}); get it again, or see docs/weights.md'
         ) from None
     except UserError as error:
         raise error if str(error).startswith(file) else UserError(f'{file}: {error}') from None
@@ -91,6 +94,7 @@ def read(
         'source': f'{name} ({imported.program})',
         'sha256': hashlib.sha256(data).hexdigest(),
         'made': made,
+        'converter': VERSION,
         'folded': imported.folded,
     }
     return Bundle(
@@ -100,6 +104,10 @@ def read(
         np.ascontiguousarray(np.broadcast_to(mean, (side, side, 3)), np.float32),
         card,
     )
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, Damaged) else one_line(error)[:100]
 
 
 def _imported(file: str, data: bytes, options: Options) -> Imported:
@@ -151,9 +159,10 @@ def mean_of(text: str) -> np.ndarray:
         return np.float32(numbers('--mean', text, 0, 255))
     try:
         return caffe.mean_image(variables.content(text))
-    except Damaged as error:
+    except (Damaged, *DAMAGE) as error:
         raise UserError(
-            f'--mean={text}: not a mean image of Caffe ({error}); give a .binaryproto or .npy file, or R,G,B'
+            f'--mean={text}: not a mean image of Caffe ({_text(error)}); give a .binaryproto or '
+            '.npy file, or R,G,B'
         ) from None
 
 

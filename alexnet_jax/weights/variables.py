@@ -117,6 +117,16 @@ def check(
         raise UserError(f'{title} ({"; ".join(problems)}): {advice}')
 
 
+def shaped(data: np.ndarray | None, shape: Sequence[int], name: str) -> np.ndarray:
+    """The numbers of an array in its shape; raises Damaged unless they fit."""
+    if len(shape) > 8 or any(n >= 2**31 for n in shape):
+        raise Damaged(f'{name[:60]} has an impossible shape')
+    if data is None or math.prod(shape) != len(data):
+        count = 0 if data is None else len(data)
+        raise Damaged(f'{name[:60]} has {count:,} numbers for {[*shape]}')
+    return data.reshape(shape)
+
+
 def _in_towers(net: Network, path: network.Path) -> bool:
     return net.partition(path[1:]) != P()
 

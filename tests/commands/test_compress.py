@@ -65,6 +65,7 @@ def test_a_run(run, tmp_path, monkeypatch, capsys):
     ('arguments', 'message'),
     [
         (['RUN', '--output=.'], 'exists and is not an empty folder'),
+        (['RUN', '--output=file/x', '--rate=1e6', '--epochs=9'], 'file/x: cannot be written'),
         (['nothing'], '--output=DIR'),
         (['nothing', '--output=x'], 'nothing'),
         (['RUN', '--bits_fc=9'], '--bits_fc=9: must be from 1 to 8'),

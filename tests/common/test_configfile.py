@@ -91,6 +91,7 @@ def test_the_wheel_has_every_package_and_the_presets():
     assert {*options['packages']} == folders | {'alexnet_jax.configs'}
     assert options['package-dir'] == {'alexnet_jax.configs': 'configs'}
     assert not (ROOT / 'configs' / '__init__.py').exists()
+    assert 'weights/bundles/*/*' in options['package-data']['alexnet_jax']
 
 
 def test_modules_beside_a_config(elsewhere):

@@ -163,7 +163,7 @@ def opencv(folder, preset, arrays, images, mean):
 @pytest.mark.parametrize('old', [False, True], ids=['layer', 'layers'])
 @pytest.mark.parametrize('preset', PROTOTXT)
 def test_caffe(preset, old, folder):
-    """The network, that the file says itself, its mean image and its colors."""
+    """The network by what its file says, its mean image and its colors."""
     arrays = caffe_arrays(preset)
     order = ('Pooling', 'LRN') if preset == 'caffenet' else ('LRN', 'Pooling')
     padded = preset == 'squeezenet'

@@ -70,10 +70,15 @@ def tensor(key, dtype, shape, strides=None, offset=0, count=None):
     )
 
 
+def table(entries):
+    """The opcodes of an OrderedDict {name: opcodes}."""
+    items = b''.join(_op(name) + value for name, value in entries.items())
+    return call('collections', 'OrderedDict') + b'(' + items + b'u'
+
+
 def described(entries):
     """A pickle of an OrderedDict {name: opcodes}."""
-    items = b''.join(_op(name) + value for name, value in entries.items())
-    return b'\x80\x02' + call('collections', 'OrderedDict') + b'(' + items + b'u.'
+    return b'\x80\x02' + table(entries) + b'.'
 
 
 def zipped(members, compression=zipfile.ZIP_STORED, root='archive/'):
@@ -84,9 +89,21 @@ def zipped(members, compression=zipfile.ZIP_STORED, root='archive/'):
     return file.getvalue()
 
 
-def pth_of(arrays, legacy=False):
-    """The bytes of a state dict's file."""
+def pth_of(arrays, legacy=False, checkpoint=False):
+    """The bytes of a state dict's file, or of a checkpoint with it and the momentum of every array."""
     entries = {name: tensor(str(i), x.dtype, x.shape) for i, (name, x) in enumerate(arrays.items())}
+    if checkpoint:
+        moments = {f'{name}, momentum': x / 2 for name, x in arrays.items()}
+        state = {
+            i: table({'momentum_buffer': tensor(str(len(arrays) + i), x.dtype, x.shape)})
+            for i, x in enumerate(moments.values())
+        }
+        entries = {
+            'epoch': _op(7),
+            'state_dict': table(entries),
+            'optimizer': table({'state': table(state), 'param_groups': b'](' + _op((1, 2)) + b'e'}),
+        }
+        arrays = arrays | moments
     storages = {str(i): np.ascontiguousarray(x).tobytes() for i, x in enumerate(arrays.values())}
     if not legacy:
         data = {f'data/{key}': content for key, content in storages.items()}

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import alexnet_jax
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.rundir import fingerprint
 from alexnet_jax.weights import bundle, safetensors
 from alexnet_jax.weights.bundle import Bundle
 from configs import quickstart
+from tests.helpers import buckets
 
 
 def made(**changes):
@@ -64,6 +66,29 @@ def test_a_constant_mean_is_one_pixel(tmp_path):
     assert_same(bundle.read(tmp_path / 'a'), expected)
 
 
+def test_the_mean_in_the_card_is_that_of_many_pixels(tmp_path):
+    found = made(mean=np.full((256, 256, 3), 123.675, np.float32))
+    found.config['data']['size'] = 256
+    assert '(123.7, 123.7, 123.7 on average)' in bundle.card(found)
+
+
+def test_a_bundle_in_a_bucket():
+    with buckets.mounted(buckets.Bucket()):
+        bundle.write('gs://bucket/a', made())
+        assert_same(bundle.read('gs://bucket/a'), made())
+        with pytest.raises(UserError, match='gs://bucket/a: exists and is not an empty folder'):
+            bundle.write('gs://bucket/a', made())
+
+
+def test_where_no_folder_can_be_made(tmp_path):
+    (tmp_path / 'file').touch()
+    for check in (bundle.check_new, lambda folder: bundle.write(folder, made())):
+        with pytest.raises(UserError, match='cannot be written .*give another folder'):
+            check(tmp_path / 'file' / 'a')
+    bundle.check_new(tmp_path / 'b' / 'c')
+    assert [*tmp_path.iterdir()] == [tmp_path / 'file']
+
+
 def test_nothing_is_left_of_a_bundle_that_cannot_be_written(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, 'No space left on device')
@@ -92,7 +117,6 @@ def _replace(folder, name, content):
     ('damage', 'message'),
     [
         (lambda f: (f / 'names.txt').unlink(), 'No such file'),
-        (lambda f: _replace(f, 'names.txt', b'a\nb\n'), None),
         (lambda f: (f / 'names.txt').write_bytes(b'a\nb\n'), 'names.txt does not have the SHA-256'),
         (lambda f: _replace(f, 'names.txt', b'\xff\n'), 'UnicodeDecodeError'),
         (lambda f: _replace(f, 'names.txt', b'a\n\x1b\n'), 'control character'),
@@ -104,17 +128,46 @@ def _replace(folder, name, content):
         (lambda f: _edit_config(f, lambda c: c['data'].update(size=9)), 'no mean image'),
         (lambda f: _edit_config(f, lambda c: c['data'].update(size=10**9)), 'another type'),
         (lambda f: _edit_config(f, lambda c: c['bundle'].update(format=2)), 'update alexnet_jax'),
+        *(
+            (
+                lambda f, x=card: _edit_config(f, lambda c: c['bundle'].update(card=x)),
+                'another type',
+            )
+            for card in (
+                {'measured': 5},
+                {'published': {'top1_error': '5'}},
+                {'measured': {'top5_error': 1e999}},
+                {'measured': {'on': ['x']}},
+                {'title': {'a': 1}},
+                {'compression': {'kept': 5}},
+            )
+        ),
     ],
 )
 def test_damaged_bundles(tmp_path, damage, message):
     bundle.write(tmp_path / 'a', made())
     damage(tmp_path / 'a')
-    if message is None:
-        bundle.read(tmp_path / 'a')
-        return
     with pytest.raises(UserError, match=message) as error:
         bundle.read(tmp_path / 'a')
     assert '\n' not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda c: c['model'].update(net=['a']), 'config.model.net='),
+        (lambda c: c['model'].update(net={'a': 1}), 'config.model.net='),
+        (lambda c: c['model'].update(width='x'), 'config.model.width='),
+        (lambda c: c['model'].update(more=1), 'more'),
+        (lambda c: c['augment'].update(crop=1), 'a damaged bundle'),
+    ],
+)
+def test_networks_that_cannot_be_made(tmp_path, change, message):
+    bundle.write(tmp_path / 'a', made())
+    _edit_config(tmp_path / 'a', change)
+    with pytest.raises(UserError, match=message) as error:
+        alexnet_jax.load(tmp_path / 'a')
+    assert '\n' not in str(error.value) and str(error.value).startswith(str(tmp_path / 'a'))
 
 
 def test_safetensors_of_every_type(tmp_path):

@@ -71,26 +71,23 @@ def test_the_networks_of_torchvision_are_found(preset):
     assert jax.tree.map(np.shape, found.weights.variables) == {'batch_stats': {}, **expected}
 
 
-@pytest.mark.parametrize('form', ['zip', 'legacy', 'checkpoint', 'parallel', 'half', 'safetensors'])
+FORMS = ('zip', 'legacy', 'checkpoint', 'legacy checkpoint', 'parallel', 'half', 'safetensors')
+
+
+@pytest.mark.parametrize('form', FORMS)
 def test_forms_of_state_dicts(tmp_path, form):
     arrays = torch_arrays(SMALL)
     if form == 'half':
         arrays = {name: x.astype(np.float16) for name, x in arrays.items()}
-    name, content = 'net.pth', files.pth_of(arrays, legacy=form == 'legacy')
+    name, content = 'net.pth', files.pth_of(arrays, 'legacy' in form, 'checkpoint' in form)
     if form == 'safetensors':
         from alexnet_jax.weights import safetensors
 
         name, content = 'net.safetensors', safetensors.encoded(arrays, {})
-    if form == 'checkpoint':
-        inner = files.described(
-            {key: files.tensor(key, x.dtype, x.shape) for key, x in arrays.items()}
-        )
-        whole = b'\x80\x02}(' + files._op('epoch') + files._op(7)
-        whole += files._op('state_dict') + inner[2:-1] + b'u.'
-        data = {f'data/{key}': x.tobytes() for key, x in arrays.items()}
-        content = files.zipped({'data.pkl': whole, **data})
     if form == 'parallel':
-        renamed = {f'module.{key}': x for key, x in arrays.items()}
+        renamed = {
+            f'module.{key}'.replace('features.', 'features.module.'): x for key, x in arrays.items()
+        }
         content = files.pth_of(renamed)
     found = read(tmp_path, name, content)
     params = found.variables['params']
@@ -106,6 +103,14 @@ def test_forms_of_state_dicts(tmp_path, form):
     np.testing.assert_allclose(found.mean[5, 7], torch.MEAN, rtol=1e-6)
     assert found.names == NAMES and found.mean.shape == (256, 256, 3)
     assert found.config['augment']['crop'] == 224 and net['version'] == '1.1'
+
+
+def test_names_with_module_in_them():
+    zeros = np.zeros(2, np.float32)
+    found = pth.state_dict(files.pth_of({'module.submodule.x': zeros, 'modules.y': zeros}))
+    assert [*found] == ['submodule.x', 'modules.y']
+    with pytest.raises(variables.Damaged, match='differ in `module` alone'):
+        pth.state_dict(files.pth_of({'module.x': zeros, 'x': zeros}))
 
 
 def test_views_of_a_storage():
@@ -162,6 +167,9 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
+TOWER = b')' + b'2\x86' * 60  # a tuple of itself twice, of 60 floors
+
+
 def malicious(tmp_path):
     """{name: (content, words of the error)}, each with a part that must not be believed."""
     state = torch_arrays(SMALL)
@@ -185,7 +193,7 @@ def malicious(tmp_path):
         'an attribute': (one(b'\x80\x04\x8c\x05torch\x8c\x08_C.x.y.z\x93.'), 'torch._C.x.y.z'),
         'a network': (one(b'\x80\x02ctorchvision.models.alexnet\nAlexNet\n)\x81.'), 'state_dict()'),
         'the registry': (one(b'\x80\x02\x82\x01.'), 'pickle is damaged'),
-        'a memo of gigabytes': (one(b'\x80\x02K\x01r\xff\xff\xff\x7f.'), 'reserves memory'),
+        'a memo of gigabytes': (one(b'\x80\x02K\x01r\xff\xff\xff\x7f.'), 'holds no state dict'),
         'depth': (one(nested), ''),
         'a path': (files.zipped({'../../evil': b'x', 'data.pkl': b''}), 'its archive has a file'),
         'an absolute path': (files.zipped({'/evil': b'x'}, root=''), ''),
@@ -200,7 +208,22 @@ def malicious(tmp_path):
         'outside the storage': (shaped((2, 3), (3, 1), offset=1, count=6), 'lies outside'),
         'strides outside': (shaped((2, 3), (4, 1), count=6), 'lies outside'),
         'negative strides': (shaped((2, 3), (-3, 1), count=6), 'impossible shape'),
-        'an enormous shape': (shaped((2**39, 2**39), (0, 0), count=6), 'lies outside'),
+        'an enormous shape': (shaped((2**39, 2**39), (0, 0), count=6), 'impossible shape'),
+        'an enormous empty shape': (shaped((0, 2**39, 2**39), (0, 0, 0)), 'impossible shape'),
+        'a dict in itself': (one(b'\x80\x02}q\0X\x01\0\0\0xh\0s.'), 'x is not a tensor'),
+        **{
+            f'a key that takes forever to hash: {kind}': (one(start + TOWER + end), 'keys that are')
+            for kind, start, end in (
+                ('item', b'\x80\x02}', b'K\x01s.'),
+                ('items', b'\x80\x02}(', b'K\x01u.'),
+                ('pairs', b'\x80\x02ccollections\nOrderedDict\n](', b'K\x01\x86e\x85R.'),
+            )
+        },
+        'a set': (one(b'\x80\x02\x8f(' + TOWER + b'\x90.'), 'pickle is damaged'),
+        'a storage that takes forever to name': (
+            one(b'\x80\x02(' + files._op('storage') * 2 + TOWER + b'K\0K\0tQ.'),
+            'described wrongly',
+        ),
         'another count': (shaped((2, 3), count=7), 'does not have 7 numbers'),
         'an enormous count': (shaped((2, 3), count=2**60), 'does not have'),
         'a missing storage': (entry(files.tensor('7', np.float32, (2, 3))), ''),
@@ -351,6 +374,7 @@ def test_malicious_protobufs(tmp_path):
         named = files.field(1, 'conv1') + files.field(2, 'Convolution')
         return files.field(100, named + b''.join(files.field(7, x) for x in blobs))
 
+    fire = files.field(100, files.field(1, 'fire2/x') + files.field(7, files.blob(np.zeros(1))))
     floats = files.field(5, bytes(24))
     shape = files.field(7, files.field(1, files.varint(2) + files.varint(3)))
     enormous = files.field(7, files.field(1, files.varint(2**63) * 2))
@@ -365,17 +389,39 @@ def test_malicious_protobufs(tmp_path):
         (layer(files.field(5, 7) + shape), 'field 5 has another type'),
         (layer(files.field(5, bytes(23)) + shape), 'ends within a number'),
         (layer(files.field(5, bytes(20)) + shape), 'has 5 numbers for [2, 3]'),
-        (layer(floats + enormous), 'has 6 numbers for'),
+        (layer(floats + enormous), 'impossible shape'),
         (layer(shape), 'has 0 numbers'),
         (layer(floats + shape) * 2, 'has two layers conv1'),
         (files.field(100, files.field(1, 1) * 200_000), 'more than 100,000 fields'),
         (layer(floats + long), 'field 1 has another type'),
+        (layer(files.field(7, files.field(1, b'\0' + files.varint(2**63)))), 'impossible shape'),
+        (
+            layer(files.field(5, bytes(4)) + files.field(7, files.field(1, b'\1' * 70))),
+            'impossible',
+        ),
+        (layer(files.field(5, bytes(4)) + files.field(7, b'')) + fire, 'no biases of conv10'),
     ):
         assert len(refused(tmp_path, 'net.caffemodel', content, words)) < 500
     outside = files.field(1, 2) + files.field(2, 1) + files.field(8, 'conv1_w_0')
     outside = files.field(7, files.field(5, outside + files.field(14, 1)))
     refused(tmp_path, 'net.onnx', outside, 'is stored in another file')
     refused(tmp_path, 'net.onnx', b'', '0 graphs')
+    many = files.field(1, b'\1' * 70) + files.field(2, 1) + files.field(9, bytes(4))
+    refused(tmp_path, 'net.onnx', files.field(7, files.field(5, many)), 'impossible shape')
+
+
+@pytest.mark.parametrize(
+    'error', [ValueError, IndexError, OverflowError, MemoryError, RecursionError]
+)
+def test_errors_that_no_reader_foresaw(tmp_path, monkeypatch, error):
+    def fails(*_):
+        raise error('dim\n7')
+
+    monkeypatch.setattr(caffe, 'read', fails)
+    monkeypatch.setattr(caffe, 'mean_image', fails)
+    refused(tmp_path, 'net.caffemodel', b'', f'{error.__name__}: dim 7')
+    with pytest.raises(UserError, match='not a mean image .* dim 7'):
+        readers.mean_of(str(tmp_path / 'net.caffemodel'))
 
 
 @pytest.mark.parametrize('name', ['net.caffemodel', 'net.pth', 'net.safetensors'])
@@ -497,6 +543,15 @@ def test_keras_files_that_are_refused(tmp_path, monkeypatch):
         opened['layer2/inner'].create_dataset('0:0', (10**6, 10**6), np.float32, chunks=(100, 100))
 
     changed(large, 'layer2/0 is [1000000, 1000000] and should be [3, 3, 8, 1]')
+
+    def vast(opened):
+        """A head of terabytes, of which the file has nothing."""
+        for name, shape in (('kernel', (1, 1, 256, 10**12)), ('bias', (10**12,))):
+            path = f'layer54/inner/{int(name == "bias")}:0'
+            del opened[path]
+            opened.create_dataset(path, shape, np.float32, chunks=shape[:-1] + (100,))
+
+    changed(vast, 'larger than 2 GiB')
     for end in (8, 100, 2000, len(content) // 2):
         refused(tmp_path, 'net.h5', content[:end])
     monkeypatch.setitem(sys.modules, 'h5py', None)
@@ -517,6 +572,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     names = f'--names={tmp_path}/names.txt'
     call(monkeypatch, tmp_path / 'net.pth', tmp_path / 'out', names, '--size=240')
     out = capsys.readouterr().out
+    assert 'mean 123.68, 116.28, 103.53' in out
     assert 'SqueezeNet 1.1, net.pth (torchvision): 724,035 parameters' in out and '3 classes' in out
     found = bundle.read(tmp_path / 'out')
     assert found.names == ['ant', 'bee', 'çat'] and found.mean.shape == (240, 240, 3)

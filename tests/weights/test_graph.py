@@ -1,4 +1,4 @@
-"""Networks as graphs of ONNX's operators. tests/deploy/test_export.py runs them."""
+"""Networks as graphs of ONNX's operators. tests/deploy/test_export.py runs them in onnxruntime."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from alexnet_jax.devices import backend
 from alexnet_jax.nets import layers, network
 from alexnet_jax.nets.build import build
 from alexnet_jax.weights import graph
+from tests.helpers import graphs
 
 
 def read(function, crop=8, maps=True):
@@ -86,6 +87,85 @@ def test_towers_that_differ_stay_apart():
         return jnp.concatenate([jnp.tanh(a), jnp.exp(b)], axis=3).sum((1, 2))
 
     assert {'Split', 'Tanh', 'Exp', 'Concat'} <= {*ops(read(function))}
+
+
+def towers(function):
+    """function(a, b) of the halves of a convolution's maps, [B,8,8,4] each."""
+    kernel = np.random.default_rng(1).normal(size=(3, 3, 3, 8)).astype(np.float32)
+
+    def whole(x):
+        a, b = jnp.split(layers.conv(x, kernel, padding=((1, 1), (1, 1))), 2, axis=3)
+        return function(a, b).mean((1, 2))
+
+    return whole
+
+
+def joined(*x):
+    return jnp.concatenate(x, axis=3)
+
+
+def softmax(x):
+    exponentials = jnp.exp(x - x.max(3, keepdims=True))
+    return exponentials / exponentials.sum(3, keepdims=True)
+
+
+def convolved(*x, like=True):
+    """A convolution of each, with another kernel."""
+    rng = np.random.default_rng(2)
+    shapes = [(3, 3, tower.shape[-1], 4 if like else 4 + i) for i, tower in enumerate(x)]
+    kernels = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    return [
+        layers.conv(tower, k, padding=((1, 1), (1, 1))) for tower, k in zip(x, kernels, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    'function',
+    [
+        lambda a, b: joined(b, a),
+        lambda a, b: joined(*convolved(b, a)),
+        lambda a, b: joined(*convolved(a, b)[::-1]),
+        lambda a, b: joined(*convolved(a, b, like=False)),
+        lambda a, b: joined(*convolved(a, a)),
+        lambda a, b: joined(*convolved(*convolved(a, b)[::-1])),
+        lambda a, b: a * b,
+        lambda a, b: joined(a * b, b * a),
+        lambda a, b: joined(a * 2, b * 3),
+        lambda a, b: joined(a * jnp.tanh(a), b * jnp.tanh(b)),
+        lambda a, b: joined(a * jnp.tanh(b), b * jnp.tanh(a)),
+        lambda a, b: joined(a - jnp.tanh(b), b - jnp.tanh(b)),
+        lambda a, b: joined(a - b, b - a),
+        lambda a, b: joined(softmax(a), softmax(b)),
+        lambda a, b: joined(a + np.arange(4.0).reshape(1, 1, 1, 4), b + np.ones((1, 1, 1, 4))),
+        lambda a, b: joined(*(layers.max_pool(t, window=3, stride=2) for t in (b, a))),
+        lambda a, b: (
+            joined(*(layers.lrn(t, alpha=0.1, k=2.0, n=5, beta=0.75) for t in (a, b)))
+            * joined(a, b)
+        ),
+    ],
+)
+def test_towers_compute_the_same_as_a_graph(function):
+    found = read(towers(function))
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
+    expected = towers(function)(x)
+    np.testing.assert_allclose(
+        graphs.run(found, x.transpose(0, 3, 1, 2)), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_papers_network_computes_the_same_as_a_graph():
+    net = build(classes=4, **{**configfile.load('paper').model, 'width': 0.125})
+    rng = np.random.default_rng(0)
+    arrays = jax.tree.map(
+        lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), network.shapes(net, 64)
+    )
+    images = rng.normal(0, 50, (2, 64, 64, 3)).astype(np.float32)
+
+    def function(x):
+        return network.apply(net, arrays, x)[0]
+
+    found, expected = graphs.run(read(function, 64), images.transpose(0, 3, 1, 2)), function(images)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_an_operation_without_counterpart_is_named():

@@ -1,10 +1,13 @@
 """Networks by name: downloads that break, are damaged, or have no network, against a server of our own."""
 
 import concurrent.futures
+import contextlib
 import email.message
 import hashlib
+import http.client
 import json
 import os
+import ssl
 import sys
 import types
 import urllib.error
@@ -25,6 +28,7 @@ from alexnet_jax.weights.bundle import Bundle
 from alexnet_jax.weights.registry import Entry
 from tests.helpers import web as webs
 from tests.helpers.run_dirs import call
+from tests.helpers.weight_files import pth_of
 
 DATA = np.random.default_rng(0).bytes(100_000)
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -94,7 +98,7 @@ def test_a_truncated_download_is_named_kept_and_resumed(web, cache):
     web.cut = 40_000
     web.shift = 1  # so what follows the first part cannot be used
     refused(lambda: get(web), 'truncated: 40,000 of 100,000 bytes', 'resume')
-    assert files(cache) == {'someone-net.bin.part'}
+    assert files(cache) == {f'someone-net-{SHA[:8]}.bin.part'}
     web.cut, web.shift, web.log = None, 0, []
     assert content(get(web)) == DATA
     assert [headers['Range'] for _, headers in web.log] == ['bytes=40000-']
@@ -114,7 +118,7 @@ def test_an_interrupted_download_goes_on_by_itself(web):
 
 def test_a_server_that_ignores_ranges(web, cache):
     cache.mkdir()
-    (cache / 'someone-net.bin.part').write_bytes(DATA[:40_000])
+    (cache / f'someone-net-{SHA[:8]}.bin.part').write_bytes(DATA[:40_000])
     web.ranges = False
     assert content(get(web)) == DATA
     assert web.log[0][1]['Range'] == 'bytes=40000-'
@@ -122,7 +126,7 @@ def test_a_server_that_ignores_ranges(web, cache):
 
 def test_a_part_that_is_whole_already(web, cache):
     cache.mkdir()
-    (cache / 'someone-net.bin.part').write_bytes(DATA)
+    (cache / f'someone-net-{SHA[:8]}.bin.part').write_bytes(DATA)
     assert content(get(web)) == DATA
 
 
@@ -130,7 +134,7 @@ def test_a_part_that_is_whole_already(web, cache):
 def test_a_part_of_another_file(web, cache, part):
     """It is found out at the end, and the next try starts anew."""
     cache.mkdir()
-    (cache / 'someone-net.bin.part').write_bytes(part)
+    (cache / f'someone-net-{SHA[:8]}.bin.part').write_bytes(part)
     refused(lambda: get(web), 'SHA-256')
     assert files(cache) == set()
     assert content(get(web)) == DATA
@@ -171,6 +175,75 @@ def test_errors_of_servers(web, cache):
     refused(lambda: hub.download('b', f'{web.url}/net.bin', '.bin', CHECK), 'HTTP 503', 'cache')
 
 
+@pytest.mark.parametrize('error', [ssl.SSLEOFError(8, 'EOF'), OSError(113, 'No route to host')])
+def test_a_connection_that_breaks_in_any_way(web, monkeypatch, error):
+    real, errors = http.client.HTTPResponse.read, [error]
+
+    def read(self, *amount):
+        if errors and self.length < 60_000:
+            raise errors.pop()
+        return real(self, *amount)
+
+    monkeypatch.setattr(http.client.HTTPResponse, 'read', read)
+    assert content(get(web)) == DATA
+    assert [headers.get('Range') for _, headers in web.log] == [None, 'bytes=41000-']
+
+
+def test_a_full_disk_is_not_the_network(web, monkeypatch):
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(hub, 'open', full, raising=False)
+    monkeypatch.setattr(hub, '_locked', lambda path: contextlib.nullcontext())
+    with pytest.raises(OSError, match='No space'):
+        get(web)
+
+
+def test_a_file_of_any_size(web, cache):
+    url = f'{web.url}/net.bin'
+    for web.sized in (True, False):
+        refused(lambda: hub._fetch(url, str(cache), 'net', most=99_999), 'more than 99,999 bytes')
+    hub._fetch(url, str(cache), 'net', most=100_000)
+
+
+def test_two_urls_with_the_same_end(web, cache):
+    """The part of one is not taken for the other's."""
+    web.files['/a/net.bin'], web.files['/b/net.bin'] = DATA, DATA[::-1]
+    web.cut, web.shift = 40_000, 1
+    refused(lambda: hub.download('url-net', f'{web.url}/a/net.bin', '.bin', CHECK), 'truncated')
+    web.cut = None
+    other = 'sha256', hashlib.sha256(DATA[::-1]).hexdigest()
+    assert content(hub.download('url-net', f'{web.url}/b/net.bin', '.bin', other)) == DATA[::-1]
+    assert f'url-net-{SHA[:8]}.bin.part' in files(cache)
+
+
+@pytest.mark.parametrize('checksum', [CHECK, None])
+def test_a_damaged_file_in_the_cache_is_downloaded_again(web, checksum):
+    with open(get(web, checksum), 'r+b') as file:
+        file.write(b'x' * 9)
+    assert content(get(web, checksum)) == DATA and len(web.log) == 2
+
+
+@pytest.mark.parametrize(
+    ('url', 'words'),
+    [
+        ('http://[::1/x', 'not an address on the web'),
+        ('http://host:x/y', 'not an address on the web'),
+        ('http:///y', 'not an address on the web (no host)'),
+        ('http://127.0.0.1:9/é ü\n.bin', 'cannot be reached ([Errno 111] Connection refused)'),
+    ],
+)
+def test_addresses(url, words):
+    refused(lambda: hub.locate(f'{url}#sha256={SHA}'), words)
+
+
+@pytest.mark.parametrize('variable', ['ALEXNET_JAX_MIRROR', 'HF_ENDPOINT'])
+def test_servers_without_a_scheme(variable, monkeypatch):
+    monkeypatch.setenv(variable, 'huggingface.co')
+    name = 'hf://me/net' if variable == 'HF_ENDPOINT' else f'https://host/x.bin#sha256={SHA}'
+    refused(lambda: hub.locate(name), f'{variable}=huggingface.co: must start with https://')
+
+
 def test_redirects(web):
     web.moved = {'/net.bin': '/other.bin'}
     web.files['/other.bin'] = DATA
@@ -193,7 +266,7 @@ def test_no_redirects_to_what_is_not_https(target):
 def test_without_a_network_the_cache_is_listed(web, cache):
     url = 'http://127.0.0.1:9/net.bin'
     cache.mkdir()
-    (cache / 'b.bin.part').write_bytes(DATA[:5000])
+    (cache / f'b-{SHA[:8]}.bin.part').write_bytes(DATA[:5000])
     refused(
         lambda: hub.download('b', url, '.bin', CHECK),
         'cannot be reached',
@@ -284,6 +357,33 @@ def test_a_file_that_cannot_be_converted(web, registered, cache, monkeypatch):
     web.files['/host/net.safetensors'] = b'<html'
     refused(lambda: hub.locate('host/net'), 'not a .safetensors file')
     assert files(cache) == set()
+    entry = entry._replace(url='https://host/net.h5')
+    monkeypatch.setitem(registry.ENTRIES, 'host/net', entry)
+    monkeypatch.setitem(sys.modules, 'h5py', None)
+    web.log = []
+    refused(lambda: hub.locate('host/net'), "pip install 'alexnet_jax[keras]'")
+    assert not web.log
+
+
+@pytest.mark.parametrize('damage', ['lost', 'changed', 'older', 'no config'])
+def test_a_damaged_bundle_in_the_cache(web, registered, cache, monkeypatch, capsys, damage):
+    folder = cache / f'host-net-{registered[:8]}'
+    assert hub.locate('host/net') == str(folder)
+    weights, config = folder / 'model.safetensors', folder / 'config.json'
+    whole = bundle.read(folder).card
+    if damage == 'lost':
+        weights.unlink()
+    elif damage == 'changed':
+        weights.write_bytes(b'x' + weights.read_bytes()[1:])
+    elif damage == 'no config':
+        config.write_text('{}')
+    else:
+        config.write_text(config.read_text().replace('"converter": 1', '"converter": 0'))
+    if damage == 'changed':  # only reading finds it out
+        call(monkeypatch, hub_command, 'download', 'host/net')
+        assert capsys.readouterr().out == f'{folder}\n'
+    assert hub.locate('host/net') == str(folder)
+    assert bundle.read(folder).card == whole and len(web.log) == 1
 
 
 def test_a_file_on_the_web(web, published, cache, monkeypatch):
@@ -296,6 +396,11 @@ def test_a_file_on_the_web(web, published, cache, monkeypatch):
     wrong = digest[:8] + '0' * 56
     refused(lambda: hub.locate(f'{url}#sha256={wrong}'), 'SHA-256')
     assert hub.locate(f'{url}#sha256={digest}') == folder
+    web.files['/b/weights'] = pth_of({'a': np.zeros(3, np.float32)})  # by its content, a .pth
+    digest = hashlib.sha256(web.files['/b/weights']).hexdigest()
+    refused(lambda: hub.locate(f'{web.url}/b/weights#sha256={digest}'), 'weights', 'it has no ')
+    refused(lambda: hub.locate(f'{web.url}/b/weights#sha256={digest}'), f'{digest[:8]}.bin')
+    assert web.paths().count('/b/weights') == 1
     for fragment in ('', '#', '#sha256=', '#sha256=1234', '#md5=' + '0' * 64):
         refused(lambda f=fragment: hub.locate(url + f), '#sha256=')
 
@@ -309,6 +414,15 @@ def test_names(tmp_path, monkeypatch):
     (tmp_path / 'squeezenet' / 'config.json').write_text('{}')
     assert hub.locate('squeezenet') == 'squeezenet'
     refused(lambda: alexnet_jax.load('nowhere'), 'not a run directory', 'alexnet_jax.hub lists')
+    close = 'squeeznet: neither a run directory nor a registered network (did you mean squeezenet'
+    for action in (
+        lambda: alexnet_jax.load('squeeznet'),
+        lambda: call(monkeypatch, hub_command, 'download', 'squeeznet'),
+        lambda: call(monkeypatch, hub_command, 'info', 'squeeznet'),
+    ):
+        refused(action, close)
+    for action in ('info', 'download'):
+        refused(lambda a=action: call(monkeypatch, hub_command, a, 'nope'), 'nope: not a bundle')
     for text in ('hf://', 'hf://a', 'hf://a/b/c', 'hf://a/b@', 'hf://a/../b'):
         refused(lambda t=text: hub.locate(t), 'hf://USER/REPO')
 
@@ -339,6 +453,10 @@ def test_our_own(name):
     shapes = jax.tree.map(lambda x: x.shape, network.shapes(net, found.config['augment']['crop']))
     assert jax.tree.map(np.shape, found.variables) == shapes
     assert (hub.OWN / name / bundle.CARD).read_text() == bundle.card(found)
+
+
+def test_all_of_our_own_are_small():
+    assert sum(file.stat().length for file in hub.OWN.glob('*/*')) <= 10e6
 
 
 # The Hugging Face Hub
@@ -380,12 +498,40 @@ def test_a_repository(hugging_face, cache, monkeypatch):
     upload(hugging_face, small_bundle(), revision='v%2F1')
     assert hub.locate('hf://me/net@v/1') not in (first, second)
     assert not [name for name in files(cache) if name.endswith('.part')]
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setenv('HF_HUB_OFFLINE', 'Yes')
     assert hub.locate('hf://me/net') == second
     refused(lambda: hub.locate('hf://me/other'), 'HF_HUB_OFFLINE', 'hf-me--net@main')
     monkeypatch.delenv('HF_HUB_OFFLINE')
+    hugging_face.log, hugging_face.fails = [], [503] * 5
+    assert hub.locate('hf://me/net') == second and len(hugging_face.log) == 1
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     assert hub.locate('hf://me/net') == second
+
+
+def test_a_commit_and_a_cache_that_cannot_be_written(hugging_face, cache, monkeypatch):
+    commit = '0123456789' * 4
+    upload(hugging_face, small_bundle(), revision=commit)
+    found, main = hub.locate(f'hf://me/net@{commit}'), hub.locate('hf://me/net')
+
+    def unwritable(path):
+        raise AssertionError(path)
+
+    monkeypatch.setattr(hub, '_locked', unwritable)
+    assert hub.locate('hf://me/net') == main
+    hugging_face.log = []
+    assert hub.locate(f'hf://me/net@{commit}') == found and not hugging_face.log
+
+
+def test_a_repository_whose_cached_bundle_lost_a_file(hugging_face, cache):
+    folder = hub.locate('hf://me/net')
+    os.unlink(os.path.join(folder, 'model.safetensors'))
+    assert hub.locate('hf://me/net') == folder and bundle.is_bundle(folder)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'README.md'])
+def test_a_repository_with_an_enormous_file(hugging_face, name):
+    hugging_face.files[f'/me/net/resolve/main/{name}'] = bytes(hub.SMALL + 1)
+    refused(lambda: hub.locate('hf://me/net'), name, 'more than 1,048,576 bytes')
 
 
 def test_a_repository_that_breaks_off(hugging_face, cache):
@@ -408,7 +554,11 @@ def test_a_repository_with_other_weights(hugging_face, cache):
 
 
 def test_the_token_is_for_one_server(hugging_face, monkeypatch):
-    monkeypatch.setenv('HF_TOKEN', 'secret')
+    monkeypatch.setenv('HF_TOKEN', 'sec\nret')
+    with pytest.raises(UserError, match='HF_TOKEN: has characters') as error:
+        hub.locate('hf://me/net')
+    assert 'ret' not in str(error.value)
+    monkeypatch.setenv('HF_TOKEN', 'secret\n')
     key = '/me/net/resolve/main/model.safetensors'
     with webs.serve() as other:
         other.files['/blob'] = hugging_face.files.pop(key)
