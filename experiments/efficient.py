@@ -338,8 +338,10 @@ def plot(results, file):
     figure = Figure(figsize=(12, 4.6), layout='constrained')
     colours = ['#000000', '#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#cc79a7', '#009e73']
     panels = {
-        'parameters': lambda runs: runs[0]['extra']['size']['parameters'],
-        'multiply-adds of one image': lambda runs: runs[0]['extra']['size']['macs'],
+        'parameters, millions': lambda runs: 1e-6 * runs[0]['extra']['size']['parameters'],
+        'multiply-adds of one image, millions': lambda runs: (
+            1e-6 * runs[0]['extra']['size']['macs']
+        ),
         "training time, relative to `original`'s": lambda runs: _ratio(runs, 'train'),
     }
     for axes, (label, value) in zip(
@@ -355,7 +357,7 @@ def plot(results, file):
             axes.errorbar(x, np.mean(errors), np.std(errors), fmt='o', label=title, **style)
             for error in centre(results, f'{name} as original').values():
                 axes.plot(x, error, 'o', mfc='none', color=colour)
-        axes.set(xscale='log', xlabel=label.replace('`', ''))
+        axes.set(xlim=(0, None), xlabel=label.replace('`', ''))
         axes.spines[['top', 'right']].set_visible(False)
     figure.axes[0].set_ylabel('top-1 error, centre crop, %')
     handles, labels = figure.axes[0].get_legend_handles_labels()
