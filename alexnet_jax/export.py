@@ -63,7 +63,6 @@ FORMATS = {
     'bundle': ('', 1e-4),
 }
 WEIGHTS = ('torch', 'safetensors', 'bundle')  # formats without a program
-EXACT = 1e-4  # as above, of what is rounded to 8 bits, before that
 SAME = 95  # percent of validation images that get the same class
 CALIBRATION, BATCH = 128, 16  # training images whose activations set the ranges of 8 bits; at once
 
@@ -129,10 +128,11 @@ def main() -> None:
     source = _source(args)
     images, labels = _images(source, args)
     ours = _logits(source, images)
-    made = EXPORTS[args.format.split('-')[0]](source, args)
-    _, tolerance = FORMATS[args.format]
-    for computed, most in ((made.exact, EXACT), (made.run, tolerance)):
+    plain = args.format.split('-')[0]
+    made = EXPORTS[plain](source, args)
+    for computed, name in ((made.exact, plain), (made.run, args.format)):
         if computed:
+            _, most = FORMATS[name]
             parts = [computed(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
             lines = _compare(args.format, ours, np.concatenate(parts), labels, most)
     for line in lines:

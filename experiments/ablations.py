@@ -121,8 +121,7 @@ def of_seeds(results, name: str, error: str, view: str) -> dict[int, float]:
 
 def differences(results, name: str, error: str, view: str = 'ten') -> list[float]:
     """Returns how much worse a row is than the reference, in points, for every seed that both have."""
-    own, reference = (of_seeds(results, row, error, view) for row in (name, REFERENCE))
-    return [own[seed] - reference[seed] for seed in sorted(own) if seed in reference]
+    return statistics.by_seed(*(of_seeds(results, row, error, view) for row in (name, REFERENCE)))
 
 
 def tested(results) -> dict[str, tuple[statistics.Difference, float]]:

@@ -253,8 +253,7 @@ def report(results) -> str:
     ]
     reference, tests = centre(results, REFERENCE), {}
     for name in NETS:
-        own = centre(results, name)
-        pairs = [own[seed] - reference[seed] for seed in sorted(own) if seed in reference]
+        pairs = statistics.by_seed(centre(results, name), reference)
         if name != REFERENCE and len(pairs) > 1:
             tests[name] = statistics.paired(pairs)
     corrected = statistics.holm({name: found.p for name, found in tests.items()})

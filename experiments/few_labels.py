@@ -140,10 +140,8 @@ def report(results) -> str:
                 cells = [statistics.mean_std(values) if values else '' for values in errors]
                 lines.append(f'| {net.title}, {start} | {" | ".join(cells)} |')
         for count in COUNTS:
-            tuned, scratch = (
-                centre(results, name, start, count) for start in ('fine-tuned', 'from scratch')
-            )
-            pairs = [tuned[seed] - scratch[seed] for seed in sorted(tuned) if seed in scratch]
+            both = (centre(results, name, start, count) for start in ('fine-tuned', 'from scratch'))
+            pairs = statistics.by_seed(*both)
             if len(pairs) > 1:
                 tests[f'{net.title}, {count} per class'] = statistics.paired(pairs)
     lines += ['', 'Top-1 error with the centre crop, in percent.']

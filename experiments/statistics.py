@@ -40,6 +40,11 @@ class Difference(NamedTuple):
     note: str = ''
 
 
+def by_seed(own: dict[int, float], reference: dict[int, float]) -> list[float]:
+    """Returns the differences own - reference of the seeds that both have, in the order of the seeds."""
+    return [own[seed] - reference[seed] for seed in sorted(own) if seed in reference]
+
+
 def paired(values: Sequence[float]) -> Difference:
     """Returns the mean of paired differences, one per seed, with Student's t."""
     values = np.asarray(values, np.float64)

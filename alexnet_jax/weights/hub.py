@@ -327,7 +327,7 @@ def _server(variable: str) -> str:
 
 
 def _quoted(url: str, called: str) -> str:
-    """A URL with all characters that need it escaped; UserError for what is none."""
+    """Escapes the characters of a URL that need it; UserError if it is not one."""
     try:
         parts = urllib.parse.urlsplit(url)
         if parts.hostname and parts.port != 0:  # reading a damaged port raises ValueError

@@ -60,7 +60,7 @@ class Tensor(NamedTuple):
 def state_dict(data: bytes) -> dict[str, np.ndarray]:
     """The tensors of a file by name, of the state dict that it is or has; raises Damaged."""
     described, storages = _zipped(data) if data.startswith(ZIP) else _legacy(data)
-    # DataParallel puts `module` before or into every name.
+    # DataParallel adds `module` to every name, in front or within.
     names = ['.'.join(x for x in name.split('.') if x != 'module') for name in described]
     if len({*names}) < len(names):
         raise Damaged('two of its names differ in `module` alone')

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from alexnet_jax.common.errors import UserError, one_line
+from experiments.scaling.accelerators import ACCELERATORS
 
 
 class Chip(NamedTuple):
@@ -27,11 +28,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    'v5e': Chip('tpu', 197e12, 819e9, 16e9, 1.5e9),  # 4 units of 128 x 128
+    'v5e': Chip('tpu', ACCELERATORS['v5e'].peak, 819e9, 16e9, 1.5e9),  # 4 units of 128 x 128
     'v5p': Chip('tpu', 459e12, 2765e9, 95e9, 1.75e9),  # 8
     'v6e': Chip('tpu', 918e12, 1640e9, 32e9, 1.75e9),  # 4 of 256 x 256
-    'h100': Chip('cuda', 989.4e12, 3352e9, 85e9),
-    'h200': Chip('cuda', 989.4e12, 4800e9, 151e9),
+    'h100': Chip('cuda', ACCELERATORS['h100'].peak, 3352e9, 85e9),
+    'h200': Chip('cuda', ACCELERATORS['h100'].peak, 4800e9, 151e9),
 }
 MODULES = {'tpu': 'libtpu', 'cuda': 'jax_cuda13_plugin'}
 # What the compiler asks of a GPU: CUDA's limits for compute capability 9.0, of the SXM cards.

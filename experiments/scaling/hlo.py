@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -77,10 +78,8 @@ def collectives(text: str) -> list[Collective]:
         if size == 1:
             continue
         shapes = SHAPE.findall(match['result'])
-        if (
-            match['form'] == '-start' and match['kind'] != 'all-reduce'
-        ):  # its operands, then its results
-            shapes = shapes[len(shapes) // 2 :]
+        if match['form'] == '-start' and match['kind'] != 'all-reduce':
+            shapes = shapes[len(shapes) // 2 :]  # its operands come first
         for dtype, shape in shapes:
             elements = math.prod(int(n) for n in shape.split(',') if n)
             if match['kind'] == 'reduce-scatter':
@@ -119,6 +118,7 @@ LINE = re.compile(
     r'^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<result>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<rest>.*)$'
 )
 HEAD = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$')
+CALLED = re.compile(r'calls=%?([\w.-]+)')
 PLACED = re.compile(r'([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?')
 # Operations that do nothing, or whose work is that of their start.
 FREE = {
@@ -164,9 +164,8 @@ def kernels(text: str) -> list[Kernel]:
 
 
 def _kernels(bodies: dict, name: str, times: int) -> list[Kernel]:
-    found, results = [], {}
-    for match in bodies.get(name, ()):
-        results[match['name']] = match['result']
+    found = []
+    for match, operands in _instructions(bodies.get(name, ())):
         op, rest = match['op'], match['rest']
         if op in FREE or op.endswith('-done') and not op.startswith((*KINDS, 'async')):
             continue
@@ -176,30 +175,37 @@ def _kernels(bodies: dict, name: str, times: int) -> list[Kernel]:
             for one in inner:
                 found += _kernels(bodies, one, times * int(trips[1] if trips else 1))
             continue
-        names = tuple(x for x in re.findall(r'%([\w.-]+)', _operands(rest)) if x in results)
-        operands = [results[x] for x in names]
         source = re.search(r'op_name="([^"]*)"', rest)
         cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
         result = match['result']
         if op == 'copy-start':  # (what it writes, what it reads, a flag)
             result = PLACED.search(result)[0]
-        called = re.findall(r'calls=%?([\w.-]+)', rest)
+        called = CALLED.findall(rest)
         found.append(
             Kernel(
                 name=match['name'],
                 op=op,
                 source=source[1] if source else '',
-                bytes=sum(map(_bytes, [*operands, result])),
+                bytes=sum(map(_bytes, [*(x for _, x in operands), result])),
                 flops=_flops(bodies, match, operands),
                 cycles=int(cycles[1]) if cycles else 0,
                 times=times,
-                operands=names,
+                operands=tuple(name for name, _ in operands),
                 parts=frozenset(
                     [match['name'], *(one['name'] for body in called for one in bodies[body])]
                 ),
             )
         )
     return found
+
+
+def _instructions(body) -> Iterator[tuple[re.Match, list[tuple[str, str]]]]:
+    """Yields the instructions of a computation, each with what it reads, (name, result)."""
+    results = {}
+    for match in body:
+        results[match['name']] = match['result']
+        names = re.findall(r'%([\w.-]+)', _operands(match['rest']))
+        yield match, [(name, results[name]) for name in names if name in results]
 
 
 def _operands(rest: str) -> str:
@@ -224,9 +230,10 @@ def _sizes(text: str) -> list[int]:
     return [int(n) for n in text.split(',') if n]
 
 
-def _flops(bodies: dict, match, operands: list[str]) -> int:
+def _flops(bodies: dict, match: re.Match, operands: list[tuple[str, str]]) -> int:
     op, rest = match['op'], match['rest']
-    shapes = [_sizes(PLACED.search(x)[2]) for x in [match['result'], *operands] if PLACED.search(x)]
+    arrays = (PLACED.search(x) for x in (match['result'], *(x for _, x in operands)))
+    shapes = [_sizes(array[2]) for array in arrays if array]
     if op == 'dot' or op == 'custom-call' and '"__cublas' in rest:
         contracted = re.search(r'lhs_contracting_dim(?:s|ension)[^0-9]*([0-9",]+)', rest)
         inner = [shapes[1][int(n)] for n in re.findall(r'\d+', contracted[1])]
@@ -239,15 +246,5 @@ def _flops(bodies: dict, match, operands: list[str]) -> int:
             kernel, other = shapes[0], shapes[2]
         outputs = re.search(r'dim_labels=\w+_(\w+)->', rest)[1].index('o')
         return 2 * math.prod(other) * math.prod(kernel) // kernel[outputs]
-    total = 0
-    for name in re.findall(r'calls=%?([\w.-]+)', rest):
-        results = {}
-        for inner in bodies.get(name, ()):
-            results[inner['name']] = inner['result']
-            given = [
-                results[x]
-                for x in re.findall(r'%([\w.-]+)', _operands(inner['rest']))
-                if x in results
-            ]
-            total += _flops(bodies, inner, given)
-    return total
+    inside = (one for name in CALLED.findall(rest) for one in _instructions(bodies.get(name, ())))
+    return sum(_flops(bodies, *one) for one in inside)

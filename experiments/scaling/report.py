@@ -95,8 +95,9 @@ def program_lines(
         f'  assumes     {_assumption(chip)}',
     ]
     groups: dict[tuple[str, str], list[float]] = {}
+    layers = {*net.names}
     for kernel, seconds in zip(kernels, times, strict=True):
-        entry = groups.setdefault(_place(kernel, net), [0.0, 0.0])
+        entry = groups.setdefault(_place(kernel, layers), [0.0, 0.0])
         entry[0] += seconds
         entry[1] += kernel.bytes * kernel.times
     out.append(f'  {"layer":<12}{"pass":<10}{"us per image":>14}{"share":>8}{"MB per image":>14}')
@@ -132,9 +133,9 @@ def _assumption(chip: compilers.Chip) -> str:
     )
 
 
-def _place(kernel: hlo.Kernel, net) -> tuple[str, str]:
+def _place(kernel: hlo.Kernel, layers: set[str]) -> tuple[str, str]:
     """The layer of a kernel, and the pass: 'forward', 'backward' or ''."""
-    names = [part for part in re.split(r'[/()]', kernel.source) if part in net.names]
+    names = [part for part in re.split(r'[/()]', kernel.source) if part in layers]
     if not names:
         return ('dropout' if 'dropout' in kernel.source else 'update, ...'), ''
     return names[-1], 'backward' if 'transpose(' in kernel.source else 'forward'

@@ -143,12 +143,12 @@ PROTOTXT = {
 }
 
 
-def opencv(folder, preset, arrays, images, mean):
-    """The logits of OpenCV's importer of Caffe's files, from BVLC's or Han's prototxt."""
+def opencv(folder, preset, images, mean, classes=CLASSES):
+    """The logits of OpenCV's importer of Caffe's files, from BVLC's or Han's prototxt; mean: B, G, R."""
     cv2 = pytest.importorskip('cv2')
     if not hasattr(cv2.dnn, 'readNetFromCaffe'):
         pytest.skip('needs OpenCV 4, which reads Caffe: make test-deploy')
-    text = real(PROTOTXT[preset]).read_text().replace('num_output: 1000', f'num_output: {CLASSES}')
+    text = real(PROTOTXT[preset]).read_text().replace('num_output: 1000', f'num_output: {classes}')
     (folder / 'net.prototxt').write_text(text)
     net = cv2.dnn.readNetFromCaffe(str(folder / 'net.prototxt'), str(folder / 'net.caffemodel'))
     last = 'pool_final' if preset == 'squeezenet' else 'fc8'
@@ -171,7 +171,7 @@ def test_caffe(preset, old, folder):
     mean = real('ilsvrc_2012_mean.npy')
     found = convert(folder, content, 'net.caffemodel', mean=readers.mean_of(str(mean)))
     mean = np.load(mean).transpose(1, 2, 0)[14:241, 14:241]
-    expected = opencv(folder, preset, arrays, pictures(), mean)
+    expected = opencv(folder, preset, pictures(), mean)
     ours = logits(found, pictures())
     if padded:  # the border of conv10, of 15 x 15 values
         ours = ours + 56 / 225 * np.maximum(arrays['conv_final', 1], 0)
@@ -207,7 +207,7 @@ def alexnet(tmp_path_factory):
     """(the converted network, OpenCV's logits)"""
     folder, arrays = tmp_path_factory.mktemp('caffe'), caffe_arrays('caffe')
     found = convert(folder, files.caffemodel(arrays), 'net.caffemodel')
-    expected = opencv(folder, 'caffe', arrays, pictures(), found.mean[0, 0, ::-1])
+    expected = opencv(folder, 'caffe', pictures(), found.mean[0, 0, ::-1])
     shutil.rmtree(folder)
     assert difference(logits(found, pictures()), expected) < TOLERANCE['caffe']
     return found, expected

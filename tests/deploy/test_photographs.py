@@ -16,6 +16,8 @@ from PIL import Image
 
 from alexnet_jax.nets import network
 from alexnet_jax.weights import deep_compression
+from tests.deploy.test_convert import opencv
+from tests.deploy.test_tflite import interpreter
 from tests.helpers import weight_files as files
 from tests.weights.test_files import NETS, SQUEEZENET, net_of, read, real
 
@@ -50,11 +52,8 @@ def crops(squares, crop):
     return np.stack([Image.fromarray(x).resize((crop, crop), Image.BILINEAR) for x in central])
 
 
-def opencv(images, folder):
-    """Logits f32[N,1000] of OpenCV, from Han's prototxt."""
-    cv2 = pytest.importorskip('cv2')
-    if not hasattr(cv2.dnn, 'readNetFromCaffe'):
-        pytest.skip('needs OpenCV 4, which reads Caffe: make test-deploy')
+def caffemodel():
+    """The decoded SqueezeNet as a file of Caffe."""
     net = net_of(SQUEEZENET)
     decoded = deep_compression._arrays(net, real(SQUEEZENET).read_bytes())
     first = ('params', 'conv1', 'kernel')  # for BGR, 0 to 255
@@ -63,29 +62,7 @@ def opencv(images, folder):
         files.caffe_name(path): x.transpose(3, 2, 0, 1) if x.ndim == 4 else x
         for path, x in decoded.items()
     }
-    (folder / 'net.caffemodel').write_bytes(files.caffemodel(arrays, name='', padded=True))
-    prototxt = str(real('squeezenet_v1.0.prototxt'))
-    theirs = cv2.dnn.readNetFromCaffe(prototxt, str(folder / 'net.caffemodel'))
-    found = []
-    for image in images:
-        blob = cv2.dnn.blobFromImage(image[:, :, ::-1].copy(), mean=deep_compression.MEAN[::-1])
-        theirs.setInput(blob)
-        found.append(theirs.forward('pool_final').reshape(-1))
-    return np.stack(found)
-
-
-def interpreter(name, images):
-    """Probabilities [N,1000] of TensorFlow Lite, in steps of 1/255."""
-    litert = pytest.importorskip('ai_edge_litert.interpreter', reason='needs ai-edge-litert')
-    theirs = litert.Interpreter(str(real(name)), num_threads=1)
-    theirs.allocate_tensors()
-    pixels, scores = theirs.get_input_details()[0], theirs.get_output_details()[0]
-    found = []
-    for image in images:
-        theirs.set_tensor(pixels['index'], image[None])
-        theirs.invoke()
-        found.append(theirs.get_tensor(scores['index'])[0, 1:])
-    return np.float32(found) / 255
+    return files.caffemodel(arrays, name='', padded=True)
 
 
 def accuracy(scores, top):
@@ -98,7 +75,11 @@ def test_photographs(name, squares, tmp_path):
     """The same first class as OpenCV on 97 %; TensorFlow Lite, with 8-bit activations, within 3 points."""
     weights, net = read(name, real(name)), net_of(name)
     images = crops(squares, weights.crop)
-    expected = opencv(images, tmp_path) if name == SQUEEZENET else interpreter(name, images)
+    if name == SQUEEZENET:
+        (tmp_path / 'net.caffemodel').write_bytes(caffemodel())
+        expected = opencv(tmp_path, 'squeezenet', images, deep_compression.MEAN[::-1], classes=1000)
+    else:
+        expected = interpreter(name, images)
     run = jax.jit(lambda x: network.apply(net, weights.variables, x)[0])
     mean = np.float32(weights.mean).reshape(1, 1, 1, 3)
     parts = [run(images[i : i + BATCH] - mean) for i in range(0, len(images), BATCH)]
