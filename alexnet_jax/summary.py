@@ -7,7 +7,7 @@ activations and pooling are not counted. --classes=N counts the last layer for N
 """
 
 from alexnet_jax import command
-from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.errors import UserError
 
 
 def main() -> None:
@@ -25,13 +25,7 @@ def main() -> None:
 
     config = command.config(args.config, changes)
     net = build(classes=args.classes, **config.model)
-    crop = config.augment.crop
-    try:
-        layers = network.summary(net, crop)
-    except (TypeError, ValueError, ArithmeticError) as error:  # JAX's own, about a shape
-        raise UserError(
-            f'config.augment.crop={crop}: too small for this network ({one_line(error)})'
-        ) from error
+    layers = network.summary(net, config.augment.crop)
     print(f'{"layer":32}{"output":>24}{"parameters":>14}{"multiply-adds":>16}')
     for layer in layers:
         output = ' x '.join(map(str, layer.output))

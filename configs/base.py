@@ -7,6 +7,8 @@ are those of the paper; "the source" is the 2012 source code, and #145 its netwo
 
 from ml_collections import ConfigDict
 
+from alexnet_jax.common.errors import InputError
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -109,7 +111,7 @@ def get_config() -> ConfigDict:
             'patience': 5.0,  # 'plateau': epochs without improvement before a drop
             'threshold': 0.1,  # 'plateau': points of top-1 error that count as an improvement
             'max_drops': 3,  # 'plateau': after this many drops, the next stall ends the run
-            'warmup': 0.0,  # epochs of linear growth from 0
+            'warmup': 0.0,  # epochs of linear growth from 0, fewer than `epochs`
             'conv1': (),  # ((epoch, rate), ...): conv1's own rate from that epoch on; 0 freezes it
             'colour_off': 0.0,  # epoch at which the colour noise is turned off; 0: never
         }
@@ -123,7 +125,8 @@ def get_config() -> ConfigDict:
             'ema': 0.0,
             'ema_used': False,  # the average decides the best checkpoint, and is what `load` returns
             'smoothing': 0.0,  # label smoothing: part of the target spread evenly over all classes
-            # Training images over which batch normalization's statistics are recomputed at the end; 0: none
+            # Training images over which batch normalization's statistics are recomputed at the end, at
+            # most all of them; 0: none
             'recompute': 0,
             'freeze': (),  # layers whose parameters do not change, for example ('conv1',)
         }
@@ -163,6 +166,6 @@ def get_config() -> ConfigDict:
 def with_variant(config: ConfigDict, variants: dict[str, dict], name: str) -> ConfigDict:
     """Returns the config with the named variant's fields, {'model.activation': 'tanh', ...}, set."""
     if name and name not in variants:
-        raise ValueError(f'no variant {name!r} of this config; choose one of {", ".join(variants)}')
+        raise InputError(f'no variant {name!r} of this config; choose one of {", ".join(variants)}')
     config.update_from_flattened_dict(variants.get(name, {}))
     return config

@@ -60,6 +60,8 @@ def load(argument: str) -> ConfigDict:
         config = _execute(file, *([variant] if colon else []))
     except KeyboardInterrupt:
         raise
+    except UserError as error:
+        raise UserError(f'--config={argument}: {error}') from error
     except BaseException as error:  # a config file can do anything
         stack = traceback.extract_tb(error.__traceback__)
         lines = [f'line {frame.lineno}: ' for frame in stack if frame.filename == file]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from alexnet_jax.common.errors import InputError
 from alexnet_jax.devices.backend import choices
 from alexnet_jax.nets.network import Training, inside
 
@@ -266,7 +267,12 @@ def _ends(x, window: int, stride: int) -> Padding:
 
 
 def _pool_size(size: int, window: int, stride: int) -> int:
-    return 1 + -((window - size) // stride)
+    pooled = 1 + -((window - size) // stride)
+    if pooled < 1:
+        raise InputError(
+            f'nothing is left of feature maps of {size} x {size} pixels after pooling; use larger crops'
+        )
+    return pooled
 
 
 def avg_pool(x, *, window: int, stride: int) -> jax.Array:

@@ -9,7 +9,7 @@ network without running statistics. A path is a tuple of names, such as ('conv1'
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import InputError, UserError, one_line
 
 Path = tuple[str, ...]
 
@@ -159,8 +159,22 @@ def init(net: Network, key: jax.Array, crop: int) -> dict[str, Any]:
 
 
 def shapes(net: Network, crop: int) -> dict[str, Any]:
-    """`init` without the arithmetic: a jax.ShapeDtypeStruct for every variable."""
-    return jax.eval_shape(lambda: init(net, jax.random.key(0), crop))
+    """`init` without the arithmetic: a jax.ShapeDtypeStruct for every variable.
+
+    Raises UserError if the network does not fit such crops.
+    """
+    return _shapes(lambda: init(net, jax.random.key(0), crop), crop)
+
+
+def _shapes(function: Callable, crop: int):
+    try:
+        return jax.eval_shape(function)
+    except InputError as error:
+        raise UserError(f'config.augment.crop={crop}: {error}') from error
+    except (TypeError, ValueError, ArithmeticError) as error:  # JAX's own, about a shape
+        raise UserError(
+            f'config.model does not fit crops of config.augment.crop={crop} pixels ({one_line(error)})'
+        ) from error
 
 
 class Layer(NamedTuple):
@@ -173,7 +187,7 @@ class Layer(NamedTuple):
 
 
 def summary(net: Network, crop: int) -> list[Layer]:
-    """Describes the layers that have parameters, in the order of the forward pass."""
+    """Describes the layers that have parameters, in the order of the forward pass; UserError as `shapes`."""
     outputs, order, local = {}, [], set()
 
     def keep(module, method):
@@ -187,7 +201,7 @@ def summary(net: Network, crop: int) -> list[Layer]:
         images = jnp.zeros((1, crop, crop, 3))
         return net.init_with_output(jax.random.key(0), images, capture_intermediates=keep)
 
-    _, variables = jax.eval_shape(run)
+    _, variables = _shapes(run, crop)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables['intermediates']):
         *names, _, _ = names_of(path)[: names_of(path).index('__call__') + 2]
         outputs.setdefault(tuple(names), []).append(leaf.shape[1:])

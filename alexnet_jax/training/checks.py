@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from alexnet_jax.common import configfile, paths
-from alexnet_jax.common.errors import UserError, choose, one_line
+from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.devices import preemption
 from alexnet_jax.input import threads
@@ -87,8 +87,6 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             )
     if config.train.recompute < 0:
         raise UserError(f'config.train.recompute={config.train.recompute}: must be at least 0')
-    if config.train.recompute and config.optim.schedule == 'plateau':
-        raise UserError('config.train.recompute needs a schedule with a fixed end: not plateau')
     if config.train.ema_used and not config.train.ema:
         raise UserError('config.train.ema_used=True: there is no average; set config.train.ema')
     if not 0 < config.augment.crop <= config.data.size:
@@ -96,17 +94,13 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             f'config.augment.crop={config.augment.crop} does not fit pictures of '
             f'config.data.size={config.data.size} pixels'
         )
-    try:
-        shapes = network.shapes(net, config.augment.crop)
-    except (TypeError, ValueError, ArithmeticError) as error:  # JAX's own, about a shape
-        raise UserError(
-            f'config.model does not fit crops of config.augment.crop={config.augment.crop} pixels; if '
-            f'nothing is left after strides and pooling, use larger crops ({one_line(error)})'
-        ) from error
+    shapes = network.shapes(net, config.augment.crop)
     if config.train.recompute and not shapes['batch_stats']:
         raise UserError(
             f'config.train.recompute={config.train.recompute}: this network has no batch normalization'
         )
+    if config.train.recompute and config.optim.schedule == 'plateau':
+        raise UserError('config.train.recompute needs a schedule with a fixed end: not plateau')
     unnamed = ', '.join({*shapes['params']} - {*net.names})
     if unnamed:
         raise UserError(f'{type(net).__name__}.names lacks the layers {unnamed}: add them')
@@ -165,17 +159,20 @@ def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
     if own.steps():
         own.shapes()
     elif config.train.init_from:
-        there = Start.open(config.train.init_from).shapes
+        start = Start.open(config.train.init_from)
         for name, leaf in fingerprint.named_leaves(shapes).items():
             kind, _, layer = name.partition('/')
             if network.in_head(net, tuple(layer.split('/'))):
                 continue
-            other = there.get(name)
+            other = start.shapes.get(name)
             if other != leaf.shape:
                 called = layer if kind == 'params' else name
+                found = 'missing' if other is None else list(other)
+                why = f'its {called} is {found}, expected {list(leaf.shape)}'
+                if start.net != config.model.net:
+                    why = f'{start.net} there, config.model.net={config.model.net} here'
                 raise UserError(
-                    f'config.train.init_from={config.train.init_from}: a run of another network: its '
-                    f'{called} is {"missing" if other is None else list(other)}, expected {list(leaf.shape)}'
+                    f'config.train.init_from={config.train.init_from}: a run of another network: {why}'
                 )
 
 

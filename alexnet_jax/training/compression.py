@@ -217,7 +217,7 @@ def _train(setup: Setup | None, variables: dict, start: int) -> tuple[dict, int]
         '  %s steps of training: loss %.4f, validation: %s',
         f'{setup.total:,}',
         loss / count,
-        metrics.line(setup.evaluate(state)),
+        metrics.line(setup.evaluate(state), setup.store.classes),
     )
     return jax.device_get(state.variables), start + setup.total
 

@@ -28,6 +28,7 @@ from alexnet_jax.training.setup import Setup
 from alexnet_jax.training.steps import TrainState
 
 log = logging.getLogger(__name__)
+ROWS = 30  # of the table of parameters: longer ones are left out
 NOT_FINITE = 'is not finite'  # part of every message about a run that diverged
 
 
@@ -110,7 +111,11 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
 def _describe(setup: Setup, state: TrainState, *, resuming: bool) -> None:
     """Logs the data, the mesh, and the parameters or the step to resume from."""
     if not resuming:
-        log.info(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+        rows = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+        if rows.count('\n') > ROWS:
+            arrays = jax.tree.leaves(state.params)
+            rows = f'parameters: {sum(x.size for x in arrays):,} in {len(arrays)} arrays'
+        log.info(rows)
     batch = setup.config.train.batch
     for line in progress.data_lines(setup.store, batch=batch, total=setup.total):
         log.info(line)
@@ -166,7 +171,7 @@ class Loop:
         self.clock = progress.Clock()
         self.compiled = {}  # seconds, by the size of the dispatch
         self.tracing = False
-        self.latest: Dispatch | None = None  # for batch normalization
+        self.recomputed = False
 
     def run(self, stop: Callable[[int], str]) -> None:
         """Evaluates, saves, ends or takes a step, in this order, so that a resumed run does the same.
@@ -183,7 +188,7 @@ class Loop:
             )
             if evaluated:
                 if over and self.setup.config.train.recompute:
-                    self.recompute()
+                    self.recompute(stop)
                 self.evaluate()
                 over = over or self.over()  # the plateau rule may end the run now
             asked = stop(self.step)
@@ -205,16 +210,19 @@ class Loop:
             self.trace(self.step >= self.config.profile[1])
         self.trace(end=True)
         if not over:
-            saved = ', saved' if self.step > self.first else ''
-            raise Stopped(
-                f'{self.workdir}: stopped at step {self.step:,} ({asked}){saved}; run the same '
-                'command to resume'
-            )
+            raise self.stopped(asked)
         log.info(
             '%s: ended at step %s; to evaluate: python -m alexnet_jax.evaluate %s',
             printable(str(self.workdir)),
             f'{self.step:,}',
             printable(shlex.quote(str(self.workdir))),
+        )
+
+    def stopped(self, asked: str) -> Stopped:
+        saved = ', saved' if self.step > self.first else ''
+        return Stopped(
+            f'{self.workdir}: stopped at step {self.step:,} ({asked}){saved}; run the same '
+            'command to resume'
         )
 
     def over(self) -> bool:
@@ -246,33 +254,46 @@ class Loop:
         self.report()
         with self.clock.paused():
             values = self.setup.evaluate(self.state)
-        self.history[self.step] = values['top1_error']
-        self.writer.write('eval', self.step, values)
-        kernels = self.setup.net.first_kernels(self.state.params)
-        if kernels is not None:
-            kernels = multihost_utils.process_allgather(kernels, tiled=True)
-            self.writer.image('first_kernels', self.step, progress.kernel_picture(kernels))
-        log.info('step %s: validation %s', f'{self.step:,}', metrics.line(values))
-        if self.latest and self.state.batch_stats:
-            latest = self.latest
-            step = latest.step + len(latest.rates) - 1
-            batch, rates = (latest.of(-1, x) for x in (latest.batch, latest.scalars))
-            with self.clock.paused():
-                losses = jax.device_get(self.setup.modes(self.state.variables, step, batch, rates))
-            words = 'the latest training images: loss %.4f in training mode, %.4f in test mode'
-            log.info(words, *losses)
-
-    def recompute(self) -> None:
-        """Replaces the running statistics by those of more training images, at the end."""
-        self.report()
-        images = self.setup.config.train.recompute
+            modes = self.setup.compare_modes(self.state, self.history)
+            self.history[self.step] = values['top1_error']
+            self.writer.write('eval', self.step, values | modes)
+            kernels = self.setup.net.first_kernels(self.state.params)
+            if kernels is not None:
+                kernels = multihost_utils.process_allgather(kernels, tiled=True)
+                self.writer.image('first_kernels', self.step, progress.kernel_picture(kernels))
         log.info(
-            'step %s: recomputing the statistics over %s images', f'{self.step:,}', f'{images:,}'
+            'step %s: validation %s',
+            f'{self.step:,}',
+            metrics.line(values, self.setup.store.classes),
         )
-        with self.clock.paused():
-            self.state = self.setup.recompute(self.state)
+        if modes:
+            words = 'the latest batch: loss %.4f with its own statistics, %.4f with the running statistics'
+            log.info(words, *modes.values())
+
+    def recompute(self, stop: Callable[[int], str]) -> None:
+        """Replaces the running statistics by those of more training images, at the end.
+
+        Saves the state first. A start that resumes there begins these statistics again.
+        """
+        if self.save_due(evaluated=True, ending=True):
+            self.save(last=True)
+        shown = -1
+
+        def watch(done: int, of: int) -> None:
+            nonlocal shown
+            if asked := stop(self.first):  # a number of steps to stop after doesn't stop it
+                raise self.stopped(asked)
+            if (tenth := 10 * done // of) > shown:
+                shown = tenth
+                words = 'step %s: recomputing the statistics, %s of %s images'
+                log.info(words, f'{self.step:,}', f'{done:,}', f'{of:,}')
+
+        self.state = self.setup.recompute(self.state, watch)
+        self.recomputed = True
 
     def save_due(self, evaluated: bool, ending: bool) -> bool:
+        if self.recomputed:
+            return True
         if self.step == self.first:  # keep the checkpoint that this start began with
             return evaluated and not self.checkpoints.steps()
         return evaluated or bool(ending) or self.step % self.config.checkpoint_every == 0
@@ -285,18 +306,19 @@ class Loop:
             broken = self.setup.find_broken(state.variables)
             self.diverged(f'step {self.step:,} {NOT_FINITE}: {broken}')
         self.writer.sync()
-        try:
-            self.checkpoints.wait()
-        except checkpoint.SaveError as error:
-            self.tolerate(error)
-        try:
-            self.checkpoints.save(self.step, state, self.meta())
-            if last or self.config.saves == 'wait':
+        with self.clock.once():
+            try:
                 self.checkpoints.wait()
-        except checkpoint.SaveError as error:
-            if last:
-                raise
-            self.tolerate(error)
+            except checkpoint.SaveError as error:
+                self.tolerate(error)
+            try:
+                self.checkpoints.save(self.step, state, self.meta())
+                if last or self.config.saves == 'wait':
+                    self.checkpoints.wait()
+            except checkpoint.SaveError as error:
+                if last:
+                    raise
+                self.tolerate(error)
 
     def amend(self) -> None:
         """Adds an evaluation to the checkpoint that this start began with."""
@@ -341,8 +363,7 @@ class Loop:
             self.state, sums = train(self.state, batch, scalars)
         if new:
             (self.compiled[count],) = seconds
-        self.latest = Dispatch(self.step, rates, scalars, batch, sums)
-        return self.latest
+        return Dispatch(self.step, rates, scalars, batch, sums)
 
     def report(self) -> None:
         """Accounts for the pending dispatch, if any: its sums, rows and log lines."""
@@ -383,7 +404,8 @@ class Loop:
             **times,
         }
         self.writer.write('train', step, values)
-        log.info(progress.line(step + 1, total, batch, values, steady))
+        classes = self.setup.store.classes
+        log.info(progress.line(step + 1, total, batch, classes, values, steady))
         if self.stuck(values['loss'], self.config.log_every):
             log.warning('step %s: %s', f'{step + 1:,}', self.stuck.advice)
         self.running, self.images = {}, 0.0

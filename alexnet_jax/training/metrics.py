@@ -84,11 +84,14 @@ def class_errors(sums: dict[str, Any]) -> np.ndarray:
     return 100 * np.divide(total - hits, total, out=np.full_like(total, np.nan), where=total > 0)
 
 
-def line(values: dict[str, float]) -> str:
-    """Formats values for one line of the log; in brackets, those of the network that `PREFIXES` names."""
+def line(values: dict[str, float], classes: int) -> str:
+    """Formats values for one line of the log; in brackets, those of the network that `PREFIXES` names.
+
+    The top-5 error of at most five classes is always 0, and left out.
+    """
 
     def those(prefix):
-        known = {name: f'{prefix}{name}' for name in TEXT}
+        known = {name: f'{prefix}{name}' for name in TEXT if name != 'top5_error' or classes > 5}
         return '  '.join(
             TEXT[name][0].format(values[key]) for name, key in known.items() if key in values
         )

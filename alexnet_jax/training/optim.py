@@ -247,6 +247,7 @@ def make_rates(
         ('momentum', momentum, 0 <= momentum < 1, 'at least 0 and below 1'),
         ('factor', factor, 0 < factor <= 1, 'above 0 and at most 1'),
         ('epochs', epochs, epochs > 0, 'above 0'),
+        ('warmup', warmup, warmup < epochs, f'below config.optim.epochs={epochs}'),
         ('drop_every', drop_every, drop_every > 0, 'above 0'),
         ('rms_decay', rms_decay, 0 <= rms_decay < 1, 'at least 0 and below 1'),
         ('rms_epsilon', rms_epsilon, rms_epsilon > 0, 'above 0'),

@@ -44,7 +44,10 @@ def data_warning(store: Store, *, batch: int) -> str:
     images, few, many = store.counts['train'], int(counts.min()), int(counts.max())
     found = []
     if batch > images:
-        found.append(f'a batch of {batch:,} repeats the {images:,} training images')
+        found.append(
+            f'a batch of {batch:,} repeats the {images:,} training images; set a smaller '
+            'config.train.batch, and config.optim.rate in proportion'
+        )
     if store.classes == 1:
         found.append('there is only one class, so there is nothing to learn')
     if empty := int((counts == 0).sum()):
@@ -67,10 +70,10 @@ def rate_warning(optim, *, batch: int) -> str:
         return ''
     many = effective > UNUSUAL[1]
     return (
-        f'config.optim.rate={optim.rate}: rate / (1 - momentum) is {effective:.3g} per 256 images, and '
-        f'such networks train with {TRAINS[0]} to {TRAINS[1]}; '
-        f'{"the loss may diverge" if many else "training may be very slow"}. With batches of {batch:,}, '
-        f'try a rate of {TRAINS[many] * (1 - optim.momentum) * batch / 256:.2g}'
+        f'config.optim.rate={optim.rate}: {"the loss may diverge" if many else "training may be very slow"};'
+        f' with batches of {batch:,}, try {TRAINS[many] * (1 - optim.momentum) * batch / 256:.2g} '
+        f'(rate / (1 - momentum) is {effective:.3g} per 256 images, and such networks train with '
+        f'{TRAINS[0]} to {TRAINS[1]})'
     )
 
 
@@ -123,7 +126,9 @@ def first_line(step: int, total: int, loss: float, compiled: float) -> str:
     return f'step {step:,} of {total:,}: loss {loss:.4f}, compiled in {compiled:.0f} s'
 
 
-def line(step: int, total: int, batch: int, values: dict[str, float], steady: float) -> str:
+def line(
+    step: int, total: int, batch: int, classes: int, values: dict[str, float], steady: float
+) -> str:
     """Formats an interval's log line.
 
     values: those of the train row, times included; steady: images/s from here on.
@@ -132,7 +137,7 @@ def line(step: int, total: int, batch: int, values: dict[str, float], steady: fl
     hours, minutes = divmod(int(left) // 60, 60)
     to_go = f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{int(left) % 60:02d}s'
     return (
-        f'step {step:,}/{total:,}  epoch {values["epoch"]:.2f}  {metrics.line(values)}  '
+        f'step {step:,}/{total:,}  epoch {values["epoch"]:.2f}  {metrics.line(values, classes)}  '
         f'rate {values["weights"]:.2g}  {values["images_per_second"]:,.0f} images/s  '
         f'waiting {100 * values["waiting"]:.0f} %  {to_go} to go'
     )

@@ -140,15 +140,22 @@ class Setup:
             **self.config.augment,
         )
 
-    def recompute(self, state: steps.TrainState) -> steps.TrainState:
-        """Returns a state with statistics over `config.train.recompute` more training images, at least."""
+    def recompute(
+        self, state: steps.TrainState, watch: Callable[[int, int], None] = lambda done, of: None
+    ) -> steps.TrainState:
+        """Returns a state with statistics over `config.train.recompute` more training images, in batches.
+
+        At most one epoch is read. watch(done, of) is called before every batch, with numbers of images.
+        """
         batch = self.config.train.batch
-        count = -(-self.config.train.recompute // batch)
+        images = min(self.config.train.recompute, self.store.counts['train'])
+        count = -(-images // batch)
         start = int(state.step)
         rates = {**self.rates(start, {}), 'colour': 0.0}
 
         def batches():
             for i, local in enumerate(self.batches(start, start + count)):
+                watch(i * batch, count * batch)
                 local = {name: x for name, x in local.items() if name != 'mix'}
                 yield start + i, meshes.global_batch(self.mesh, batch, local), rates
 
@@ -163,6 +170,20 @@ class Setup:
         if state.ema:
             new = new.replace(ema={**state.ema, 'batch_stats': stats(state.ema)})
         return new
+
+    def compare_modes(self, state: steps.TrainState, history: dict[int, float]) -> dict[str, float]:
+        """Returns the loss of the latest training batch with its own and with the running statistics.
+
+        {} without batch normalization, or before the first step.
+        """
+        step = int(state.step) - 1
+        if step < 0 or not state.batch_stats:
+            return {}
+        rates = optim.scalars(self.rates(step, history))
+        [local] = self.batches(step, step + 1)
+        batch = meshes.global_batch(self.mesh, self.config.train.batch, local)
+        losses = jax.device_get(self.modes(state.variables, step, batch, rates))
+        return dict(zip(('loss_batch_stats', 'loss_running_stats'), losses.tolist(), strict=True))
 
     def evaluate(self, state: steps.TrainState) -> dict[str, float]:
         """Returns the metrics of the validation split with the centre crop.
@@ -228,6 +249,7 @@ class Start(NamedTuple):
     """The network that `config.train.init_from` names."""
 
     path: paths.Path
+    net: str  # its config.model.net
     names: list[str]  # its classes
     shapes: dict[str, tuple[int, ...]]  # by name, such as 'params/conv1/kernel'
     bundle: Bundle | None = None
@@ -240,11 +262,13 @@ class Start(NamedTuple):
         if bundles.is_bundle(path):
             stored = bundles.read(path)
             leaves = fingerprint.named_leaves(stored.variables)
-            return cls(path, stored.names, {n: x.shape for n, x in leaves.items()}, stored)
-        average = directory.read_config(path)['train']['ema_used']
+            found = {n: x.shape for n, x in leaves.items()}
+            return cls(path, stored.config['model']['net'], stored.names, found, stored)
+        config = directory.read_config(path)
         leaves = checkpoint.Checkpoints(path / 'checkpoints').shapes()
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-        return cls(path, directory.read_facts(path).names, shapes, average=average)
+        names, average = directory.read_facts(path).names, config['train']['ema_used']
+        return cls(path, config['model']['net'], names, shapes, average=average)
 
     def restore(self, kept: dict) -> tuple[str, dict[str, jax.Array]]:
         """Returns (what to call it, arrays): of the names in `kept`, with the shardings there."""

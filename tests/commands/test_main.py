@@ -184,6 +184,10 @@ FLAGS = {
         ['--config=configs/paper.py:tnah'],
         ["no variant 'tnah'", 'one of text, tanh'],
     ),
+    'another variant': (
+        ['--config=squeezenet:1.2'],
+        ["--config=squeezenet:1.2: no variant '1.2' of this config; choose one of 1.1"],
+    ),
     'no variants': (['--config=configs/caffe.py:tanh'], ['no variants: --config=configs/caffe.py']),
     'syntax': (['--config=syntax.py'], ['SyntaxError', 'syntax.py, line 1']),
     'type in a file': (['--config=wrong_type.py'], ['line 6', "'width'", 'float']),

@@ -115,6 +115,10 @@ def test_the_start_must_fit(tiny, tmp_path):
     config = config_of(run, **{'train.init_from': str(folder), 'model.width': 0.125})
     with pytest.raises(UserError, match='init_from=.*bundle: a run of another network: its conv1/'):
         loop.train(config, tmp_path / 'a')
+    other = configfile.load('squeezenet')
+    other.train.init_from = str(folder)
+    with pytest.raises(UserError, match='alexnet there, config.model.net=squeezenet here'):
+        loop.train(other, tmp_path / 'a')
     assert not (tmp_path / 'a').exists()
     config.train.init_from = 'hub:squeeznet'
     with pytest.raises(UserError, match='did you mean squeezenet'):

@@ -89,6 +89,11 @@ def test_every_field_with_hostile_values(tmp_path, kind):
         ('model.norm_n', 2**31 + 1, 'norm_n=2147483649: .* at most twice the 96 kernels'),
         ('model.conv1_padding', (0, 11), 'conv1_padding=.*: must be below 11'),
         ('optim.epochs', 0.0, 'config.optim.epochs=0.0: must be above 0'),
+        (
+            'optim.warmup',
+            200.0,
+            'optim.warmup=200.0: must be below config.optim.epochs=36',
+        ),
         ('optim.momentum', 1.0, 'momentum=1.0: must be at least 0 and below 1'),
         ('optim.momentum', 2.0, 'momentum=2.0: must be at least 0 and below 1'),
         ('optim.factor', 0.0, 'factor=0.0: must be above 0 and at most 1'),

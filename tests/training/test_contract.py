@@ -7,7 +7,9 @@ resume, and are fine-tuned, frozen and averaged, on every mesh.
 import functools
 import json
 import logging
+import os
 import shutil
+import signal
 
 import flax.linen as nn
 import jax
@@ -250,7 +252,7 @@ def test_recomputed_statistics_are_those_of_the_images(folder, caplog, net, shap
     changes = {'optim.schedule': 'steps', 'augment.random': False, 'colour.std': 0.0}
     with caplog.at_level(logging.INFO, 'alexnet_jax'):
         run = train(folder, f'{net}-recomputed', net, shape, **changes, **{'train.recompute': 13})
-    assert 'recomputing the statistics over 13 images' in caplog.text
+    assert 'recomputing the statistics, 0 of 16 images' in caplog.text
     found = variables(run)
     config, store = make_config(folder, net), open_store(folder / 'three')
     given = {'seed': 0, 'batch': BATCH, 'crop': CROP, 'chunk': 1, 'random': False}
@@ -273,11 +275,38 @@ def test_recomputed_statistics_are_those_of_the_images(folder, caplog, net, shap
         axes = range(y.ndim - 1) if net == 'nested' else range(1, y.ndim - 1)
         np.testing.assert_allclose(found[f'{name}/mean'], y.mean(axes), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found[f'{name}/var'], y.var(axes), rtol=1e-4, atol=1e-5)
-    modes = [line for line in caplog.messages if line.startswith('the latest training images')]
-    assert len(modes) == 3 and 'in training mode' in modes[-1]
+    modes = [line for line in caplog.messages if line.startswith('the latest batch')]
+    rows = [row for row in metrics.read(run) if row['kind'] == 'eval']
+    assert len(modes) == len(rows) == 3
+    text = f'loss {rows[-1]["loss_batch_stats"]:.4f} with its own'
+    assert (
+        text in modes[-1] and f'{rows[-1]["loss_running_stats"]:.4f} with the running' in modes[-1]
+    )
     longer = {'optim.epochs': 2 * STEPS * BATCH / 20, 'train.recompute': 13}
     with pytest.raises(UserError, match='whose statistics are recomputed at its end'):
         train(folder, f'{net}-recomputed', net, shape, **changes, **longer)
+
+
+def test_recomputing_reads_at_most_an_epoch_and_can_be_stopped(folder, caplog):
+    """As with a preset whose number of images is ImageNet's, on a small folder."""
+    changes = {'optim.schedule': 'steps', 'train.recompute': 1_281_167}
+    caplog.set_level(logging.INFO, 'alexnet_jax')
+    whole = train(folder, 'nested-whole', 'nested', **changes)
+    assert 'recomputing the statistics, 16 of 24 images' in caplog.text
+
+    class Kill(logging.Handler):
+        def emit(self, record):
+            if 'recomputing' in record.getMessage():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    logger, kill = logging.getLogger('alexnet_jax'), Kill()
+    logger.addHandler(kill)
+    try:
+        with pytest.raises(loop.Stopped, match='SIGTERM.*, saved'):
+            train(folder, 'nested-killed', 'nested', **changes)
+    finally:
+        logger.removeHandler(kill)
+    assert_same(outcome(train(folder, 'nested-killed', 'nested', **changes)), outcome(whole))
 
 
 @pytest.mark.parametrize('net', FIELDS)

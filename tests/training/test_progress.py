@@ -11,6 +11,8 @@ from alexnet_jax.input import store as stores
 from alexnet_jax.training import progress
 from tests.helpers.stores import write_store
 
+SMALLER = 'set a smaller config.train.batch, and config.optim.rate in proportion'
+
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
@@ -47,7 +49,7 @@ def test_classes_of_one_size(store):
     ('labels', 'batch', 'warning'),
     [
         ([0, 1, 2], 3, ''),
-        ([0, 1, 2], 4, 'a batch of 4 repeats the 3 training images'),
+        ([0, 1, 2], 4, f'a batch of 4 repeats the 3 training images; {SMALLER}'),
         ([0] * 100 + [1, 2], 3, ''),
         ([0] * 101 + [1, 2], 3, 'the largest class has 101 images and the smallest 1'),
         ([0, 1], 2, '1 of the 3 classes have no training images'),
@@ -60,7 +62,8 @@ def test_unusual_data(store, labels, batch, warning):
 def test_a_single_class(store):
     store = dataclasses.replace(with_labels(store, [0, 0]), classes=1, names=['ape'])
     assert progress.data_warning(store, batch=9) == (
-        'a batch of 9 repeats the 2 training images; there is only one class, so there is nothing to learn'
+        f'a batch of 9 repeats the 2 training images; {SMALLER}; there is only one class, so there is '
+        'nothing to learn'
     )
 
 
@@ -71,15 +74,15 @@ def test_a_single_class(store):
         (
             {'rate': 0.21},
             128,
-            'is 4.2 per 256 images, and such networks train with 0.02 to 1.0; the loss may '
-            'diverge. With batches of 128, try a rate of 0.05',
+            'the loss may diverge; with batches of 128, try 0.05 (rate / (1 - momentum) is 4.2 per 256 '
+            'images, and such networks train with 0.02 to 1.0)',
         ),
         ({}, 12, ''),
         ({}, 4096, ''),
         (
             {'rate': 0.0002},
             128,
-            'training may be very slow. With batches of 128, try a rate of 0.001',
+            'training may be very slow; with batches of 128, try 0.001 (',
         ),
         ({'rate': 5.0, 'name': 'lars'}, 128, ''),
         ({'rate': 0.2, 'momentum': 0.0}, 128, ''),
@@ -115,5 +118,6 @@ def test_what_happens_once_does_not_count_in_the_time_to_go(monkeypatch):
     now[0] += 5
     assert clock.interval(100) == ({'images_per_second': 20.0, 'waiting': 0.0}, 20)
     values = {'epoch': 1, 'loss': 1, 'top1_error': 2, 'top5_error': 3, 'weights': 0.1, **times}
-    line = progress.line(10, 50, 5, values, steady)
+    line = progress.line(10, 50, 5, 3, values, steady)
+    assert 'top-5' not in line and 'top-5' in progress.line(10, 50, 5, 6, values, steady)
     assert '1 images/s' in line and line.endswith('  0m20s to go')
