@@ -1,4 +1,4 @@
-"""The README's program runs as it stands."""
+"""The programs of the README and of docs/runs.md run as they stand, and the README's results are kept ones."""
 
 import re
 
@@ -12,10 +12,11 @@ from tests.helpers.run_dirs import CLASSES, without_tensorflow
 
 @pytest.mark.slow
 def test_the_program_in_python(tmp_path, monkeypatch, capsys):
-    """On a tiny run in place of the quickstart's."""
-    (program,) = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
-    assert len(program.splitlines()) <= 40
-    assert len((ROOT / 'README.md').read_text().splitlines()) <= 160
+    """On a tiny run in place of the quickstart's, and of the pre-trained network."""
+    pages = [(ROOT / name).read_text() for name in ('README.md', 'docs/runs.md')]
+    (first, second), (loop,) = (re.findall(r'```python\n(.*?)```', page, re.S) for page in pages)
+    assert len(loop.splitlines()) <= 40
+    assert len(pages[0].splitlines()) <= 160
     monkeypatch.chdir(tmp_path)
     without_tensorflow(monkeypatch)
     write_store, rng = run_dirs.write_store, np.random.default_rng(0)
@@ -45,8 +46,21 @@ def test_the_program_in_python(tmp_path, monkeypatch, capsys):
     made.path.rename(tmp_path / 'runs/quickstart')
     for name in ('picture.jpg', 'other.png'):
         Image.fromarray(made.pictures['train'][0]).resize((90, 70)).save(name)
+    assert "'squeezenet'" in first
+    exec(compile(first.replace('squeezenet', 'runs/quickstart'), 'README.md', 'exec'), {})
+    assert capsys.readouterr().out.startswith('class ')
     names = {}
-    exec(compile(program, 'README.md', 'exec'), names)
+    exec(compile(second, 'README.md', 'exec'), names)
     assert capsys.readouterr().out.startswith('class ')
     assert names['probabilities'].shape == (CLASSES,) and names['fc7'].shape == (2, 256)
+    exec(compile(loop, 'docs/runs.md', 'exec'), names)
     assert names['step'] == 99 and 0 < names['value'] < 0.95 * np.log(CLASSES)
+
+
+def test_the_results_are_those_that_were_kept():
+    """Every number of the table's last columns is in the results; those of the paper are not checked."""
+    rows = re.findall(r'^\| .*? \|.*?\|(.*)\|$', (ROOT / 'README.md').read_text(), re.M)
+    kept = (ROOT / 'experiments/RESULTS.md').read_text().replace('-', '−')
+    numbers = [n for row in rows for n in re.findall(r'[−+]?\d+\.\d+', row)]
+    assert len(numbers) >= 10
+    assert [n for n in numbers if n.lstrip('+') not in kept] == []
