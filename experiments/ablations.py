@@ -8,8 +8,8 @@ over the seeds; positive means worse than the reference. Verdicts are based on t
 their tests, one per row, form one family. For the centre crop there is also an interval over images.
 
 The table also has the difference in the paper and in the 2012 log, if any (`docs/original.md` §0, §7), or
-'worse' if the paper gives no number. About weight decay the paper only says that it lowers the training
-error, whereas the table shows validation errors.
+'worse' if the paper gives no number. A second table is about training, for the parts whose effect on it the
+paper describes: dropout, overlapping pooling and weight decay. Its tests form another family.
 
 The small scale shows the effect of each part in a small network. At full scale the presets keep their own
 schedules; that of `one gpu` has 96 epochs.
@@ -90,6 +90,21 @@ THEIRS = (
     'one run each, some under other conditions: two GPUs on ILSVRC-2010, first norm only (#167) with a later '
     'schedule.'
 )
+CLAIMS = {  # what the paper says of training, and the value that is positive if it is so
+    'no dropout': (
+        'dropout (§4.2) roughly doubles the number of iterations to converge',
+        'Steps to converge with it, divided by those without',
+    ),
+    'pooling without overlap': (
+        'overlapping pooling (§3.4) makes overfitting slightly more difficult',
+        'Gap without it minus gap with it, points',
+    ),
+    'no weight decay': (
+        'weight decay (§5) reduces the training error',
+        'Training error without it minus with it, points',
+    ),
+}
+POINT = 1.0  # a run has converged if its error is this close to its lowest
 SMOKE = (REFERENCE, 'pooling without overlap', 'one gpu', 'without conv1')
 ERRORS = ('top1_error', 'top5_error')
 
@@ -130,6 +145,126 @@ def tested(results) -> dict[str, tuple[statistics.Difference, float]]:
     found = {name: statistics.paired(v) for name, v in values.items() if len(v) > 1}
     corrected = statistics.holm({name: d.p for name, d in found.items()})
     return {name: (d, corrected[name]) for name, d in found.items()}
+
+
+class Course(NamedTuple):
+    """What the rows of a run say about its training: top-1 errors in percent, loss in nats, steps."""
+
+    training: float  # error in the last tenth of training
+    loss: float  # the same, loss
+    validation: float  # error at the end, centre crop
+    gap: float  # validation minus training
+    steps: int  # until the first validation error within POINT of the lowest
+
+
+def courses(results, name: str) -> dict[int, Course]:
+    """Returns the course of every run of a row by seed, without runs that diverged."""
+    found = {}
+    for result in labs.named(results, name):
+        if result['diverged']:
+            continue
+        end = result['train'][-1]['epoch']
+        rows = [row for row in result['train'] if row['epoch'] > 0.9 * end]
+        error, loss = (float(np.mean([row[of] for row in rows])) for of in (ERRORS[0], 'loss'))
+        errors = {row['step']: row[ERRORS[0]] for row in result['eval']}
+        last, most = errors[max(errors)], min(errors.values()) + POINT + statistics.EQUAL
+        steps = min(step for step, error in errors.items() if error <= most)
+        found[result['seed']] = Course(error, loss, last, last - error, steps)
+    return found
+
+
+def of_claims(results) -> dict[str, list[float]]:
+    """Returns a value per pair for every row of CLAIMS that has pairs, positive if the paper is right.
+
+    For dropout, these are logarithms of ratios.
+    """
+    reference = courses(results, REFERENCE)
+    found = {}
+    for name in CLAIMS:
+        own = courses(results, name)
+        both = [(own[seed], reference[seed]) for seed in sorted(own) if seed in reference]
+        if name == 'no dropout':
+            found[name] = [math.log(theirs.steps / ours.steps) for ours, theirs in both]
+        elif name == 'pooling without overlap':
+            found[name] = [ours.gap - theirs.gap for ours, theirs in both]
+        else:
+            found[name] = [ours.training - theirs.training for ours, theirs in both]
+    return {name: values for name, values in found.items() if values}
+
+
+def of_training(results) -> list[str]:
+    """Returns the lines about training; [] without a row of CLAIMS."""
+    claims = of_claims(results)
+    if not claims:
+        return []
+    reference = courses(results, REFERENCE)
+    cells = [
+        statistics.mean_std([getattr(course, field) for course in reference.values()], digits)
+        for field, digits in (('training', 1), ('loss', 3), ('validation', 1), ('gap', 1))
+    ]
+    lines = [
+        'Training and validation:',
+        '',
+        '| row | pairs | training, top-1 | training, loss | validation, top-1 | gap '
+        '| steps to converge, by seed |',
+        '|---|---|---|---|---|---|---|',
+        f'| {REFERENCE} | {len(reference)} | {" | ".join(cells)} | {_steps(reference)} |',
+    ]
+    for name in claims:
+        own = courses(results, name)
+        cells = []
+        for field, digits in (('training', 2), ('loss', 3), ('validation', 2), ('gap', 2)):
+            pairs = [
+                {seed: getattr(course, field) for seed, course in runs.items()}
+                for runs in (own, reference)
+            ]
+            found = statistics.paired(statistics.by_seed(*pairs))
+            masked = name == 'no dropout' and field != 'validation'
+            cells.append('–' if masked else statistics.interval(found, digits))
+        lines.append(f'| {name} | {len(claims[name])} | {" | ".join(cells)} | {_steps(own)} |')
+    found = {name: statistics.paired(values) for name, values in claims.items()}
+    corrected = statistics.holm({name: d.p for name, d in found.items()})
+    every = min(row['step'] for run in labs.named(results, REFERENCE) for row in run['eval'])
+    lines += [
+        '',
+        'Reference: mean ± standard deviation over the seeds; other rows: difference from it. Training: mean '
+        "over the last tenth of the run, with dropout's masks, so that of `no dropout` cannot be compared. "
+        'Validation: centre crop, at the end. Gap: validation minus training. A run has converged at the '
+        f'first evaluation within {POINT:g} point of its lowest error. Evaluations are {every:,} '
+        'steps apart, and the learning rates drop at the same steps in all runs.',
+        '',
+    ]
+    for name, (claim, value) in CLAIMS.items():
+        if name in found:
+            number = found[name]
+            shown = _ratio(number) if name == 'no dropout' else statistics.interval(number)
+            lines.append(
+                f'- The paper: {claim}. {value}: {shown}, {labs.count(len(claims[name]), "pair")}, '
+                f'p = {corrected[name]:.2g}; {as_claimed(number.mean, corrected[name])}.'
+            )
+    return [*lines, '', statistics.family(len(found), 'the values in this list')]
+
+
+def as_claimed(mean: float, corrected: float) -> str:
+    """Describes a value that is positive if the paper is right, given its corrected p value."""
+    if corrected < statistics.LEVEL:
+        return 'as the paper says' if mean > 0 else 'the opposite of what the paper says'
+    if abs(mean) < statistics.EQUAL:
+        return 'no difference'
+    whose = "the paper's" if mean > 0 else 'the opposite'
+    return f'{whose} sign, but not significant'
+
+
+def _steps(runs: dict[int, Course]) -> str:
+    return ', '.join(str(course.steps) for course in runs.values())
+
+
+def _ratio(logs: statistics.Difference) -> str:
+    """Formats the ratio whose logarithm has this mean and interval."""
+    if math.isinf(logs.low):
+        return f'{math.exp(logs.mean):.2f}' + (f' ({logs.note})' if logs.note else '')
+    between = statistics.between(math.exp(logs.low), math.exp(logs.high), 2, '-')
+    return f'{math.exp(logs.mean):.2f} ({between})'
 
 
 def agrees(verdict: str, row: Row) -> str:
@@ -202,7 +337,9 @@ def report(results) -> str:
     if tests:
         of = 'top-1 error with ten crops, every row with several pairs'
         lines += ['', statistics.family(len(tests), of)]
-    return '\n'.join([*lines, '', same_pictures(results), '', THEIRS])
+    lines += ['', same_pictures(results), '', THEIRS]
+    training = of_training(results)
+    return '\n'.join([*lines, '', *training] if training else lines)
 
 
 def same_pictures(results) -> str:

@@ -8,12 +8,14 @@ import pytest
 
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input import prepare
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import fingerprint
 from alexnet_jax.training import optim, steps
 from alexnet_jax.training.setup import make_optimizer
 from configs import base
+from tests.helpers import fixtures
 
 CONFIGS = pathlib.Path(base.__file__).parent
 # conv1, conv2, ..., fc8: the paper's are those of `docs/original.md` §1.
@@ -41,6 +43,7 @@ TABLE = {
         59_798_312,
     ),
     ('cnn_star', ()): ((*PAPER[:5], 590_080, *PAPER[5:]), 61_555_304),
+    ('cnn_star:fall2009', ()): ((*PAPER[:5], 590_080, *PAPER[5:-1], 41_723_848), 99_182_152),
     ('owt', ()): (NOT_2012, 61_100_840),
     ('no_talk', ()): (
         changed(conv2=384_320, conv3=553_344, fc6=37_756_928, fc7=16_781_312),
@@ -117,8 +120,8 @@ def fields(config):
     return {(part, name) for part in config if part != 'seed' for name in config[part]}
 
 
-def shapes(config):
-    classes = 10 if config.model.net == 'cuda_convnet' else 1000
+def shapes(config, classes=None):
+    classes = classes or (10 if config.model.net == 'cuda_convnet' else 1000)
     net = build(classes=classes, **config.model)
     return net, network.shapes(net, config.augment.crop)['params']
 
@@ -127,7 +130,7 @@ def shapes(config):
 def test_parameter_counts(preset, overrides):
     config = load(*preset.split(':'))
     config.model.update(dict(overrides))
-    net, params = shapes(config)
+    net, params = shapes(config, 10_184 if preset == 'cnn_star:fall2009' else None)
     layers = [name for name in net.names if name in params]
     counts = tuple(sum(x.size for x in jax.tree.leaves(params[name])) for name in layers)
     expected, total = TABLE[preset, overrides]
@@ -139,6 +142,17 @@ def test_the_small_network_for_folders():
     _, params = shapes(config)
     assert sum(x.size for x in jax.tree.leaves(params)) == 2_818_120
     assert config.augment.crop / config.data.size == 224 / 256
+
+
+def test_half_of_fall_2009_is_held_out(tmp_path):
+    for wnid in ('n00000001', 'n00000002', 'n00000003'):
+        (tmp_path / 'fall2009' / wnid).mkdir(parents=True)
+        for i in range(6):
+            fixtures.picture(i).save(tmp_path / 'fall2009' / wnid / f'{i}.png')
+    config = load('cnn_star', 'fall2009')
+    config.data.update({'source': f'{tmp_path}/fall2009', 'store': f'{tmp_path}/store', 'size': 8})
+    store = prepare.ensure(**config.data)
+    assert store.counts == {'train': 9, 'val': 9} and store.classes == 3
 
 
 @pytest.mark.parametrize('preset', [preset for preset, overrides in TABLE if not overrides])
@@ -202,7 +216,7 @@ def leaves(model) -> tuple[set, set]:
 
 def test_every_preset_is_in_the_table():
     cifar = {f'cifar10:{variant}' for variant in load_module('cifar10').VARIANTS}
-    variants = {'squeezenet:1.1', 'mobilenet:v1', 'shufflenet:x0.5'} | cifar
+    variants = {'cnn_star:fall2009', 'squeezenet:1.1', 'mobilenet:v1', 'shufflenet:x0.5'} | cifar
     assert {preset for preset, _ in TABLE} == {*presets()} - {'quickstart', 'cifar10'} | variants
 
 

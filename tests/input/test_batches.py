@@ -180,6 +180,26 @@ def test_reading_starts_where_it_is_asked_to(stores, monkeypatch):
 
 
 @pytest.mark.parametrize('format, reader', READERS)
+def test_the_next_batches_are_made_while_the_consumer_is_busy(stores, format, reader, monkeypatch):
+    """Once one batch is taken, later ones are begun without anyone asking for them."""
+    store, _ = stores[format]
+    draws, begun = sampler.draws, threading.Event()
+    last = 4 if reader == 'tf' else 3  # TensorFlow begins 3 even if it prefetches nothing
+
+    def watched(seed, first, *args, **kwargs):
+        if (seed, first) == (5, 8 * last):
+            begun.set()
+        return draws(seed, first, *args, **kwargs)
+
+    monkeypatch.setattr(batches.sampler, 'draws', watched)
+    reading = train(store, seed=5, stop=20, reader=reader)
+    assert not begun.is_set()
+    next(reading)
+    assert begun.wait(60)
+    reading.close()
+
+
+@pytest.mark.parametrize('format, reader', READERS)
 @pytest.mark.parametrize('processes', [1, 2, 4])
 @pytest.mark.parametrize('batch', [4, 8, 12])
 def test_evaluation_counts_every_picture_once(stores, format, reader, processes, batch):

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from alexnet_jax.input import sampler
+from alexnet_jax.input.batches import train_batches
+from alexnet_jax.input.store import open_store
+from tests.helpers.stores import write_store
 
 DRAWS = 100_000
 
@@ -100,6 +103,20 @@ def test_z_is_normal_and_independent(many):
         sign = cells[:, k] // 50  # independent of the crop, too
         assert is_uniform(np.bincount(sign * 33 + many.y))
         assert is_uniform(np.bincount(sign * 2 + many.flip))
+
+
+def test_an_image_has_other_colour_noise_in_every_epoch(tmp_path):
+    """Repeating the run repeats the noise."""
+    write_store(tmp_path, format='u8', size=8, counts={'train': 12, 'val': 1}, classes=12)
+    kwargs = dict(seed=3, batch=12, stop=3, crop=8, chunk=32, random=True, reader='threads')
+
+    def noise():  # [epoch,image,3]; an image's label is its number, and a batch is an epoch
+        steps = train_batches(open_store(tmp_path), **kwargs)
+        return np.stack([step['z'][np.argsort(step['label'])] for step in steps])
+
+    first = noise()
+    assert first.shape == (3, 12, 3) and np.unique(first).size == first.size
+    np.testing.assert_array_equal(noise(), first)
 
 
 def test_a_chunk_shares_one_offset_and_one_flip():

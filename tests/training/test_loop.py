@@ -1,6 +1,7 @@
 """The training loop: when it evaluates, saves and stops, and what it refuses to save."""
 
 import dataclasses
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from alexnet_jax.common.errors import Stopped, UserError
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input import batches
 from alexnet_jax.input.store import open_store
 from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory, metrics
@@ -19,6 +21,7 @@ from alexnet_jax.training import checks, diagnosis, evaluation, loop, optim
 from alexnet_jax.training.setup import Setup
 from configs import quickstart
 from tests.helpers.commands import assert_same, outcome
+from tests.helpers.run_dirs import without_tensorflow
 from tests.helpers.stores import write_store
 
 EXAMPLES, BATCH = 20, 8
@@ -474,6 +477,61 @@ def test_the_start_of_the_input_does_not_count(tmp_path, monkeypatch):
     state = loop.TrainState(step=0, params={}, batch_stats={}, opt_state=())
     running = loop.Loop(one, tmp_path, one, one, state, {}, {})
     assert running.clock.interval(8.0)[1] == 16.0
+
+
+def test_batches_are_made_while_a_step_runs(store, tmp_path, monkeypatch):
+    """A step ends once two batches are made that nobody has asked for; its sums are read after the next one
+    has begun."""
+    without_tensorflow(monkeypatch)
+    monkeypatch.setattr(loop.meshes, 'global_batches', lambda mesh, batch, local: local)
+    one, made, events, cut = Pretended(), threading.Semaphore(0), [], batches._cut
+    pretend = one.train_step
+
+    def watched_cut(*args):
+        batch = cut(*args)
+        made.release()
+        return batch
+
+    class Sum:
+        def __init__(self, step, value):
+            self.step, self.value = step, value
+
+        def __array__(self):
+            events.append(f'sums {self.step}')
+            return self.value
+
+    def read(start):
+        reading = batches.train_batches(
+            open_store(store),
+            seed=0,
+            batch=BATCH,
+            stop=40,
+            crop=64,
+            chunk=1,
+            random=True,
+            threads=2,
+        )
+        for step, batch in enumerate(reading):
+            events.append(f'batch {step}')
+            yield batch
+
+    def train_step(state, batch, rates):
+        events.append(f'step {state.step}')
+        for _ in range(1 if state.step else 3):
+            assert made.acquire(timeout=60)
+        after, sums = pretend(state, batch, rates)
+        return after, sums | {'loss': Sum(state.step, sums['loss'])}
+
+    monkeypatch.setattr(batches, '_cut', watched_cut)
+    monkeypatch.setattr(one, 'batches', read)
+    monkeypatch.setattr(one, 'train_step', train_step)
+    state = loop.TrainState(step=0, params={}, batch_stats={}, opt_state=())
+    running = loop.Loop(one, tmp_path, one, one, state, {}, {})
+    with pytest.raises(Stopped):
+        running.run(lambda step: 'asked' if step == 4 else '')
+    first = ['batch 0', 'step 0', 'batch 1', 'sums 0', 'step 1', 'batch 2']
+    later = ['step 2', 'batch 3', 'sums 1', 'step 3', 'batch 4', 'sums 2', 'sums 3']
+    assert events == first + later
 
 
 def test_saturated_units_are_reported_at_the_first_start(store, tmp_path, caplog):
