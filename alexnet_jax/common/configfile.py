@@ -60,8 +60,6 @@ def load(argument: str) -> ConfigDict:
         config = _execute(file, *([variant] if colon else []))
     except KeyboardInterrupt:
         raise
-    except UserError as error:
-        raise UserError(f'--config={argument}: {error}') from error
     except BaseException as error:  # a config file can do anything
         stack = traceback.extract_tb(error.__traceback__)
         lines = [f'line {frame.lineno}: ' for frame in stack if frame.filename == file]
@@ -70,6 +68,8 @@ def load(argument: str) -> ConfigDict:
         if text.startswith('get_config() takes'):
             kind, text = '', f'this config has no variants: --config={name}'
         at = lines[-1] if lines else ''
+        if text.startswith('no variant '):  # of `with_variant` in configs/base.py
+            kind = at = ''
         text = text if len(text) <= LONG else f'{text[:LONG]} ...'
         raise UserError(f'--config={argument}: {at}{kind}{text}') from error
     if isinstance(config, FrozenConfigDict):
