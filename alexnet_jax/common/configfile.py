@@ -37,12 +37,15 @@ def find(name: str) -> str:
         return name
     if file and file.is_file():
         return str(file)
-    presets = sorted(file.stem for file in PRESETS.glob('*.py') if file.stem != 'base')
-    close = difflib.get_close_matches(Path(name).stem, presets, n=1)
+    close = difflib.get_close_matches(Path(name).stem, presets(), n=1)
     meant = f' (did you mean {close[0]}?)' if close else ''
     raise UserError(
-        f'--config={name}: no such file or preset{meant}; the presets are {", ".join(presets)}'
+        f'--config={name}: no such file or preset{meant}; the presets are {", ".join(presets())}'
     )
+
+
+def presets() -> list[str]:
+    return sorted(file.stem for file in PRESETS.glob('*.py') if file.stem != 'base')
 
 
 def load(argument: str) -> ConfigDict:
