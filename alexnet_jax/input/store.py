@@ -135,7 +135,7 @@ class Store:
 class Jpegs:
     """The images of a JPEG store's split, u8[S,S,3] each, read and decoded on access.
 
-    Of a store of whole images, these are the central squares, and `whole` returns all of one.
+    For a store of whole images, these are the central squares; `whole` returns a whole image.
     """
 
     store: Store

@@ -183,7 +183,7 @@ def schedule(
 
     Returns the changed fields, as in `directory.differences`, and the history without an evaluation
     that was only made because an earlier schedule ended at `step`. Raises UserError if the rates of a
-    step that was made would be others.
+    completed step would differ.
     """
     config, examples = setup.config, setup.store.counts['train']
     different = directory.differences(config, workdir)

@@ -53,7 +53,7 @@ def read(data: bytes, options: Options) -> Imported:
 
 
 def imported(graph: Graph, options: Options, presets: Sequence[str], program: str) -> Imported:
-    """The variables of the one of these presets that a graph is."""
+    """The variables of the preset that a graph matches."""
     names = {layer for layer, _ in graph.arrays}
     fires = any('/' in name for name in names)
     if fires and SQUEEZENETS[0] in presets:

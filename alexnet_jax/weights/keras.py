@@ -153,7 +153,7 @@ def _texts(values: Any) -> list[str]:
 
 
 def _inside(h5py, group, path: str) -> Any:
-    """What a path leads to in this very file; links to other files are refused."""
+    """What a path leads to in this file; links to other files are errors."""
     for part in path.split('/'):
         if not isinstance(group.get(part, getlink=True), h5py.HardLink):
             raise Damaged(f'it has no {path[:60]} of its own')

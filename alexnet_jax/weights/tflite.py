@@ -49,9 +49,9 @@ class Model(NamedTuple):
 def mobilenet(net: MobileNet, file: str) -> Weights:
     """Reads the weights of a MobileNet from a .tflite file with 8-bit weights.
 
-    In place of normalization, the layers have a bias (`variables.without_norm`): to train on, see
-    `unfolded`. TensorFlow's files have a class 0, background, which a network with one class less
-    does not get. Weights are exact; TensorFlow Lite also rounds every activation to 8 bits. Raises
+    In place of normalization, the layers have a bias (`variables.without_norm`); to train further,
+    see `unfolded`. TensorFlow's files have a class 0, background, which is dropped for a network
+    with one class fewer. Weights are exact; TensorFlow Lite also rounds every activation to 8 bits. Raises
     UserError if the file is damaged, not such a network, or a network with other fields.
     """
     if not isinstance(net, MobileNet) or (net.padding, net.activation) != ('tensorflow', 'relu6'):

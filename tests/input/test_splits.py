@@ -145,7 +145,7 @@ def test_a_store_of_an_earlier_version_is_used(tree, tmp_path, monkeypatch, caps
     (tmp_path / 'moved').rename(tree / 'test')
     after = prepare.prepare('tree', **OPTIONS)
     assert before.counts == after.counts == {'train': 12, 'val': 6}
-    assert 'data/tree-24-u8: without the test split of its source, since' in capsys.readouterr().out
+    assert 'data/tree-24-u8: lacks the test split of its source, since' in capsys.readouterr().out
     (tree / 'val/ape/001.jpg').unlink()
     with pytest.raises(UserError, match='tree has 1 image fewer'):
         prepare.prepare('tree', **OPTIONS)
