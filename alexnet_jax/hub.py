@@ -6,7 +6,7 @@
     python -m alexnet_jax.hub push runs/mine hf://USER/REPO
 
 Names are those that `list` shows, hf://USER/REPO[@REVISION], and https://...#sha256=... of a file of
-weights. Every command that takes a run directory takes them, too, and so does --config.train.init_from, as in
+weights. Every command that takes a run directory also takes them, as does --config.train.init_from, as
 hub:torchvision/alexnet. Errors are in percent.
 """
 

@@ -57,7 +57,7 @@ def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
 
 
 def start_devices() -> None:
-    """Starts JAX's devices; UserError if that fails, or if JAX_PLATFORMS names a kind that is not here."""
+    """Starts JAX's devices; UserError if that fails, or if JAX_PLATFORMS names a missing kind."""
     named = jax.config.jax_platforms
     logging.getLogger('jax._src.xla_bridge').addFilter(_in_one_line)
     try:

@@ -90,7 +90,7 @@ def _to_rgb(image: Image.Image, exif: bool) -> Image.Image:
             f'{LARGEST // 1_000_000} million pixels'
         )
     with _large if width * height > LARGE else nullcontext():
-        raw = str(getattr(image, 'tile', [])[:1])  # after loading it is gone
+        raw = str(getattr(image, 'tile', [])[:1])  # loading discards it
         image.load()
         orientation = _orientation(image) if exif else 1
         if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
@@ -164,7 +164,7 @@ def _check_range(high: np.ndarray) -> None:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG file without its texts and colour profile; b'' if there are none, or it is no PNG."""
+    """A PNG file without its texts and colour profile; b'' if there are none, or it is not a PNG."""
     if not data.startswith(b'\x89PNG\r\n\x1a\n'):
         return b''
     kept, start = [data[:8]], 8

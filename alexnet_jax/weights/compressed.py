@@ -90,7 +90,7 @@ def decoded(data: bytes, file: str) -> dict[str, np.ndarray]:
                 at += size
             found[coded.name] = _decode(coded, parts)
     except Damaged as error:
-        raise UserError(f'{file}: not a compressed network ({error}): get it again') from None
+        raise UserError(f'{file}: not a compressed network ({error}): get a fresh copy') from None
     return found
 
 
@@ -99,7 +99,7 @@ def described(data: bytes, file: str) -> list[Coded]:
     try:
         return _header(data, file)[0]
     except Damaged as error:
-        raise UserError(f'{file}: not a compressed network ({error}): get it again') from None
+        raise UserError(f'{file}: not a compressed network ({error}): get a fresh copy') from None
 
 
 def _header(data: bytes, file: str) -> tuple[list[Coded], int]:

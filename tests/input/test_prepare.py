@@ -954,7 +954,9 @@ def test_a_pass_does_not_resume_with_other_images(flowers, monkeypatch, change):
             prepare.prepare('flowers', size=24)
     assert os.path.exists('data/flowers-24-jpg/progress.npz')
     change()
-    with pytest.raises(UserError, match='images, labels or names of .* have changed since this pass began'):
+    with pytest.raises(
+        UserError, match='images, labels or names of .* have changed since this pass began'
+    ):
         prepare.prepare('flowers', size=24)
 
 

@@ -181,7 +181,7 @@ def _built(name: str, data_dir: str | None) -> str | None:
 
 
 def _class_folders_alone(name: str, data_dir: str | None) -> str | None:
-    """Returns the folder of `imagenet2012` if it has class folders, in train/ or not, and nothing of val.
+    """Returns the folder of `imagenet2012` if it has class folders, in train/ or not, but nothing of val.
 
     It is read as if given by its path: a part of the training images is held out.
     """

@@ -34,7 +34,7 @@ class Source:
     splits: dict[str, int]  # {'train': N, 'val': M}, in this order; maybe also 'test'
     read: Callable[[str, int], Iterator[Example]]  # (split, start): records start, start + 1, ...
     exif: bool = True  # what `data.exif` 'auto' means: images are rotated by their EXIF orientation
-    notes: tuple[str, ...] = ()  # what the user should know, a line each
+    notes: tuple[str, ...] = ()  # what the user should know, one line each
     validation: str = ''  # where the validation images come from, if not from a split of their own
     # Of train and val; None for TFDS sets.
     files: tuple[int, int] | None = None  # `fingerprint`

@@ -1,6 +1,6 @@
 """WebDataset shards: tars of KEY.jpg (or another extension of images) and KEY.cls, the label as a number.
 
-A word of a shard's path tells its split (imagenet1k-train-0000.tar, val/0.tar); without any, all shards are
+A word in a shard's path gives its split (imagenet1k-train-0000.tar, val/0.tar); without any, all shards are
 for training. `classnames.txt` may name the classes, one per line. Other members are skipped and counted.
 """
 
