@@ -83,9 +83,7 @@ def _is_copied(path: str, remote: paths.Path, content: bytes) -> bool:
     except FileNotFoundError:
         return False
     if not same:
-        raise UserError(
-            f'{path} is a copy of what was in {remote} before: remove it, and start again'
-        )
+        raise UserError(f'{path} is a copy of an earlier {remote}: remove it, and start again')
     return True
 
 

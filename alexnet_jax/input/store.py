@@ -248,7 +248,7 @@ def verify(store: Store) -> None:
     for name in info.get('crc', ()):
         _read(store.path, name, info)
     if 'checksum' in info and (store.path / 'store.json').read_bytes() != encode(info):
-        raise _damaged(store.path / 'store.json', 'it is not as it was written')
+        raise _damaged(store.path / 'store.json', 'it has changed since it was written')
     step = 1024
     jobs = [(s, i) for s, count in store.counts.items() for i in range(0, count, step)]
 

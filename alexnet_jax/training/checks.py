@@ -68,7 +68,7 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
     if area := config.augment.area:
         if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
             raise UserError(
-                f'config.augment.area={area}: must be the least and the largest part of the area, as in '
+                f'config.augment.area={area}: must be the smallest and largest share of the area, as in '
                 '(0.08, 1.0), or ()'
             )
         if config.data.format != 'whole':

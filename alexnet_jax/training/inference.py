@@ -48,7 +48,7 @@ class Run(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What to call it in output."""
+        """The name to show in output."""
         return str(self.path) if self.bundle else f'{self.path} (step {self.step:,})'
 
 
@@ -286,7 +286,7 @@ class Classifier:
         try:
             return pictures.square(image, self.size, exif=exif)
         except pictures.Undecodable as error:
-            raise InputError(f'a picture of PIL cannot be used ({error}): {ACCEPTED}') from error
+            raise InputError(f'this PIL picture cannot be used ({error}): {ACCEPTED}') from error
 
 
 def _levels(image) -> np.ndarray:

@@ -195,7 +195,7 @@ def _config(folder: str | os.PathLike) -> tuple[dict, dict]:
         raise _damaged(folder, f'{CONFIG} is nested too deeply') from None
     if about['format'] != FORMAT:
         raise UserError(
-            f'{folder}: a bundle of format {about["format"]}; update alexnet_jax, which reads {FORMAT}'
+            f'{folder}: has bundle format {about["format"]}; update alexnet_jax, which reads {FORMAT}'
         )
     return config, about
 
@@ -228,7 +228,7 @@ def usable(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _damaged(folder: str | os.PathLike, why: str) -> UserError:
-    return UserError(f'{folder}: a damaged bundle ({why}): get it again')
+    return UserError(f'{folder}: a damaged bundle ({why}): get a fresh copy')
 
 
 def card(bundle: Bundle) -> str:

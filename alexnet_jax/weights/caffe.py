@@ -116,7 +116,7 @@ def _arrays(net: Network, graph: Graph, crop: int, title: str) -> dict:
         title,
         {shown(name(path)): variables.their_shape(net, path, x) for path, x in shapes.items()},
         {shown(key): x for key, x in graph.arrays.items()},
-        'choose another with --net or --crop, or get the file again',
+        'choose another with --net or --crop, or get a fresh copy of the file',
     )
     return {path: variables.from_theirs(net, path, graph.arrays[name(path)]) for path in shapes}
 

@@ -92,7 +92,7 @@ def _arrays(net: MobileNet, layers: list[Layer], ours: list[list[network.Path]])
         "the file is not keras.applications' MobileNet",
         wanted,
         given,
-        'get it again, or save it from a network of keras.applications',
+        'get a fresh copy, or save it from a network of keras.applications',
     )
     if sum(x.nbytes for x in given.values()) > variables.LARGEST:
         raise Damaged('its arrays are larger than 2 GiB')

@@ -67,7 +67,7 @@ def read(
         imported = _imported(file, data, options)
     except (Damaged, *DAMAGE) as error:
         raise UserError(
-            f'{file}: cannot be converted ({_text(error)}); get it again, or see docs/weights.md'
+            f'{file}: cannot be converted ({_text(error)}); get a fresh copy, or see docs/weights.md'
         ) from None
     except UserError as error:
         raise error if str(error).startswith(file) else UserError(f'{file}: {error}') from None
@@ -82,8 +82,8 @@ def read(
         raise UserError(f'size={side}: must be from {crop} (the crop) to {LARGEST}')
     names = names or (class_names.imagenet() if classes == 1000 else None)
     if names is None or len(names) != classes:
-        there = 'the names of its' if names is None else f'{len(names):,} names for'
-        raise UserError(f'{file}: {there} {classes:,} classes: give them, one a line, --names=FILE')
+        there = 'needs names for its' if names is None else f'{len(names):,} names for'
+        raise UserError(f'{file}: {there} {classes:,} classes: give one per line, --names=FILE')
     config = configfile.load(imported.preset)
     config.data.size, config.augment.crop = side, crop
     config.model.update(imported.model)
@@ -123,7 +123,7 @@ def _imported(file: str, data: bytes, options: Options) -> Imported:
     if suffix == '.onnx':
         return onnx.read(data, options)
     if data[4:8] != tflite.MAGIC and suffix not in ('.tflite', '.net'):
-        raise UserError(f'{file}: not a format of weights that is known, which are {FORMATS}')
+        raise UserError(f'{file}: not a known weight format; the formats are {FORMATS}')
     if options.std or options.crop:
         raise UserError(f'{file}: has its own crop and scale; leave --std and --crop out')
     if suffix == '.net':
@@ -144,7 +144,7 @@ def _checked(file: str, found: dict) -> dict:
             x = np.ascontiguousarray(x, np.float32)
         if not np.isfinite(x).all():
             name = '/'.join(network.names_of(path)[1:])
-            raise UserError(f'{file}: {name} has weights that are not finite; get it again')
+            raise UserError(f'{file}: {name} has weights that are not finite; get a fresh copy')
         return x
 
     return jax.tree.map_with_path(checked, found)

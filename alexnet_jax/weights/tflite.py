@@ -64,7 +64,7 @@ def mobilenet(net: MobileNet, file: str) -> Weights:
     except Damaged as error:
         raise UserError(
             f'{file}: not a .tflite file of this MobileNet ({error}): choose the version and width of '
-            'config.model that it has, or get it again if it is damaged'
+            'config.model that it has, or get a fresh copy if it is damaged'
         ) from None
 
 
@@ -82,7 +82,7 @@ def form(data: bytes) -> tuple[str, dict, int]:
         17: ('mobilenet', {'padding': 'tensorflow'}, lambda net: 6 * net.channels(160)),
     }.get(len(kernels), ('', {}, None))
     if not preset:
-        raise Damaged(f'it has {len(kernels)} depthwise convolutions, and MobileNets 13 or 17')
+        raise Damaged(f'it has {len(kernels)} depthwise convolutions; MobileNets have 13 or 17')
     pooled = [op.output for op in model.ops if op.code == AVERAGE_POOL]
     classes = _classes(model, pooled[0]) if pooled else 0
     for width in WIDTHS:

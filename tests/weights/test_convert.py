@@ -588,7 +588,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ((), '3 classes: give them, one a line, --names=FILE'),
+        ((), '3 classes: give one per line, --names=FILE'),
         (('--names=names.txt',), '2 names for 3 classes'),
         (('--names=missing.txt',), '--names=missing.txt: cannot be read'),
         (('--names=names.txt', '--net=caffe'), '--net=caffe: not a network of this format'),
