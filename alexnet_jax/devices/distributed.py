@@ -40,11 +40,7 @@ CLUSTERS = {
     'a TPU pod': ('TPU_WORKER_HOSTNAMES', 'TPU_WORKER_ID'),
     'Kubernetes': ('KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'),
 }
-OWN = (
-    'RESOURCE_EXHAUSTED',
-    'INVALID_ARGUMENT',
-    'UNIMPLEMENTED',
-)  # JAX errors that concern only one process
+OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX errors of a single process
 HEARTBEAT = 30  # seconds; a process that is silent for longer is lost
 
 

@@ -222,8 +222,7 @@ def square(data: bytes | np.ndarray | Image.Image, size: int, *, exif: bool = Fa
     """Resizes the shorter side to `size` and crops the central square -> u8[size,size,3].
 
     As in the paper (§2); rounding, the corner at (n - size) // 2 and bicubic upscaling are those
-    of the 2012 source code (`docs/original.md` §5). exif and errors: see
-    `decode`.
+    of the 2012 source code (`docs/original.md` §5). exif, errors: see `decode`.
     """
     image = decode(data, exif=exif)
     shorter, sides = min(image.size), _sides(image, size)

@@ -1,4 +1,4 @@
-"""A bundle: a folder with a trained network and all that is needed to use it, but not to resume its training.
+"""A bundle: a folder with a trained network and all that is needed to use it, but not to resume training.
 
     config.json         the config, as of a run; `bundle` has the card's facts and SHA-256s of other files
     model.safetensors   the variables by path ('params/conv1/kernel'), and `mean`
