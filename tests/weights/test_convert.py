@@ -606,7 +606,7 @@ def test_arguments_that_are_refused(tmp_path, monkeypatch, arguments, message):
 
 
 def test_files_that_are_refused(tmp_path):
-    refused(tmp_path, 'net.xyz', b'abc', 'not a format', '.caffemodel')
+    refused(tmp_path, 'net.xyz', b'abc', 'not a known weight format', '.caffemodel')
     arrays = torch_arrays(SMALL)
     arrays['features.0.bias'][3] = np.nan
     refused(tmp_path, 'net.pth', files.pth_of(arrays), 'conv1/bias has weights that are not finite')
