@@ -42,7 +42,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Lists options with their defaults, and leaves the description as it is."""
+    """Lists options with their defaults, and keeps the description's line breaks."""
 
     def _get_help_string(self, action):
         if action.default in (None, '', []):  # the text says what happens then
@@ -131,7 +131,7 @@ def add_devices(parser: argparse.ArgumentParser, *, distributed: bool = False) -
 
 
 def made(name: str) -> str:
-    """This call of the command NAME, without the folders of its files."""
+    """The command line of this call of NAME, with paths reduced to file names."""
     parts = [word.rpartition('=') for word in sys.argv[1:]]
     words = [f'{flag}{sign}{os.path.basename(value)}' for flag, sign, value in parts]
     return shlex.join(['python', '-m', f'alexnet_jax.{name}', *words])
@@ -185,9 +185,9 @@ def _is_unread() -> bool:
 
 
 def _use_utf8() -> None:
-    """Starts Python again in UTF-8 mode if the locale has another encoding, also of file names.
+    """Restarts Python in UTF-8 mode if the locale uses another encoding, also for file names.
 
-    Otherwise the paths in a run directory or a store would not be those of another locale.
+    Otherwise paths stored in a run directory or a store would differ between locales.
     """
     if sys.getfilesystemencoding() != 'utf-8':
         encoding = {'PYTHONIOENCODING': sys.stdout.encoding, **os.environ}  # the terminal's

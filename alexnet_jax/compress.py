@@ -3,9 +3,9 @@
     python -m alexnet_jax.compress RUN
 
 Han, Mao, Dally 2015 (arXiv:1510.00149). Small weights are removed and the others retrained; the rest of each
-kernel is grouped by k-means into a few values, which are fine-tuned. RUN's config and images are used. Writes
-a bundle (docs/weights.md), which all commands take in place of RUN. It needs less storage and takes less
-time to download, but not less memory or time to run: weights are restored to float32 when it is loaded.
+kernel is grouped by k-means into a few values, which are fine-tuned. Uses RUN's config and images. Writes a
+bundle (docs/weights.md), which all commands take in place of RUN. It is smaller to store and to download, but
+needs as much memory and time to run: weights are restored to float32 when it is loaded.
 """
 
 import logging
@@ -36,22 +36,22 @@ def main() -> None:
             type=float,
             default=default.prune[kind],
             metavar='STDS',
-            help=f'removes weights of {layers} that are below this many standard deviations of the '
-            f"layer's ({default.prune[kind]:g})",
+            help=f'removes weights of {layers} below this many standard deviations of the '
+            f"layer's weights ({default.prune[kind]:g})",
         )
         parser.add_argument(
             f'--bits_{kind}',
             type=int,
             default=default.bits[kind],
             metavar='N',
-            help=f'leaves 2^N different weights in each of the {layers} ({default.bits[kind]})',
+            help=f'leaves 2^N distinct weights in each of the {layers} ({default.bits[kind]})',
         )
     for name, text in (
         ('rounds', 'pruning rounds, each with a higher threshold'),
-        ('epochs', 'of retraining in each round'),
+        ('epochs', 'epochs of retraining in each round'),
         ('tune', 'epochs of fine-tuning the shared weights'),
-        ('rate', 'of retraining, times config.optim.rate'),
-        ('tune_rate', 'of fine-tuning, times config.optim.rate'),
+        ('rate', 'learning rate of retraining, times config.optim.rate'),
+        ('tune_rate', 'learning rate of fine-tuning, times config.optim.rate'),
     ):
         value = getattr(default, name)
         parser.add_argument(
@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = _settings(args)
     if not args.output and not os.path.isdir(args.run):
-        raise UserError(f'{args.run}: not a folder here, so name the one to write: --output=DIR')
+        raise UserError(f'{args.run}: not a local folder; name the one to write: --output=DIR')
     command.log_to_stdout()
     logging.getLogger(compression.__name__).setLevel(logging.INFO)
     command.start(args.cpu_devices)

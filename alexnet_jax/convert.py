@@ -1,8 +1,8 @@
-"""Converts a file of weights of another program to a bundle, for load, evaluate, predict and init_from.
+"""Converts another program's weight file to a bundle, for load, evaluate, predict and init_from.
 
 Reads the networks listed in docs/weights.md from files of PyTorch (.pth, .safetensors), Caffe (.caffemodel),
-ONNX, Keras (.h5), TensorFlow Lite and Deep Compression (.net). The first layer takes over the scale of their
-inputs, so that the network gets pixels from 0 to 255 minus a mean.
+ONNX, Keras (.h5), TensorFlow Lite and Deep Compression (.net). Their input scale is folded into the first
+layer, so that the network takes pixels from 0 to 255 minus a mean.
 """
 
 import jax
@@ -16,7 +16,7 @@ from alexnet_jax.weights.variables import Options
 
 def main() -> None:
     parser = command.make_parser('convert', __doc__)
-    parser.add_argument('file', metavar='IN', help='the file of weights')
+    parser.add_argument('file', metavar='IN', help='the weight file')
     parser.add_argument('out', metavar='OUT', help='the folder to write, new or empty')
     parser.add_argument(
         '--net', default='', help='its preset, such as caffenet, if the file does not say'
@@ -28,18 +28,18 @@ def main() -> None:
         '--std', default='', help='R,G,B: what its network divides pixels (0 to 255) by'
     )
     parser.add_argument(
-        '--crop', type=int, default=0, help='pixels, side of the images that the network sees'
+        '--crop', type=int, default=0, help='side in pixels of the images that the network sees'
     )
     parser.add_argument(
         '--size',
         type=int,
         default=0,
-        help='pixels, side of the images that crops are taken from (256)',
+        help='side in pixels of the images that crops are taken from (256)',
     )
     parser.add_argument(
         '--names',
         default='',
-        help="class names, one a line; by default ImageNet's, of 1,000 classes",
+        help="file of class names, one per line; default for 1,000 classes: ImageNet's",
     )
     args = parser.parse_args()
     std = readers.numbers('--std', args.std, 1e-3, 1e3) if args.std else None

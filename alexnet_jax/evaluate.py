@@ -4,8 +4,8 @@
 
 Prints a table with the top-1 and top-5 errors of each run and of the ensemble of all runs. Every
 picture counts exactly once. --confusion writes confusion.csv (a row per true class, a column per
-predicted class), confusion.png and per_class.csv to the run directory or to --output; for other splits
-than val their names begin with the split. The matrix is that of the table's last row.
+predicted class), confusion.png and per_class.csv to the run directory or to --output; for splits other
+than val their names begin with the split. The matrix belongs to the table's last row.
 """
 
 import csv
@@ -23,7 +23,7 @@ from alexnet_jax.input import threads
 from alexnet_jax.training import evaluation, inference, metrics, steps
 
 DPI = 100
-NUMBERED, NAMED = 20, 60  # most classes whose cells have numbers, whose rows and columns have names
+NUMBERED, NAMED = 20, 60  # most classes for numbers in cells, and for names of rows and columns
 
 
 def main() -> None:
@@ -39,12 +39,12 @@ def main() -> None:
     parser.add_argument(
         '--confusion', action='store_true', help='also write the confusion matrix: CSV and PNG'
     )
-    parser.add_argument('--output', metavar='DIR', help='for --confusion, instead of RUN')
+    parser.add_argument('--output', metavar='DIR', help='folder for --confusion (default: RUN)')
     command.add_devices(parser, distributed=True)
     args = parser.parse_args()
     threads.check('--threads', args.threads)
     if args.output is not None and not args.confusion:
-        raise UserError('--output is the folder for --confusion: give both')
+        raise UserError('--output is the folder for --confusion: give both flags')
     if args.confusion and args.output is None and len(args.runs) > 1:
         raise UserError('--confusion of several runs needs a folder of its own: give --output=DIR')
     prefix = os.path.join(

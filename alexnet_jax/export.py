@@ -7,7 +7,7 @@ RUN is a run directory, a bundle or a name (`python -m alexnet_jax.hub list`). T
 
     onnx, onnx-float16             ONNX, opset 17, any batch
     onnx-int8                      8-bit weights and activations, whose ranges come from training images
-    onnx-int8-dynamic              8-bit weights in the hidden layers, activations rounded as they come
+    onnx-int8-dynamic              8-bit weights in the hidden layers, activations rounded at run time
     tflite, tflite-int8            TensorFlow Lite (LiteRT), one image; float, or 8-bit weights
     stablehlo                      a program for `jax.export`, any batch; its parameters in .safetensors
     torch                          PyTorch's state dict: torchvision's, or for the class in docs/weights.md
@@ -15,8 +15,8 @@ RUN is a run directory, a bundle or a name (`python -m alexnet_jax.hub list`). T
 
 The first four take the pixels of the crop, u8[B,crop,crop,3], and give logits; with --preprocess=json they
 take f32 minus the mean, in ONNX [B,3,crop,crop]. A JSON file beside the export says how to prepare images,
-and lists the classes. Before anything is written, the export computes the logits of some images (of the
-run's store, else random ones), and the largest difference from our network's is printed. If it is too
+and lists the classes. Before writing anything, the command compares the logits of the exported and our
+network on some images (from the run's store, or random) and prints the largest difference. If it is too
 large, nothing is written.
 """
 
@@ -64,11 +64,11 @@ FORMATS = {
 }
 WEIGHTS = ('torch', 'safetensors', 'bundle')  # formats without a program
 SAME = 95  # percent of validation images that get the same class
-CALIBRATION, BATCH = 128, 16  # training images whose activations set the ranges of 8 bits; at once
+CALIBRATION, BATCH = 128, 16  # training images that set the 8-bit ranges; per batch
 
 
 class Source(NamedTuple):
-    """The network to export, in float32, and how it is fed."""
+    """The network to export, in float32, and its kind of input."""
 
     run: inference.Run
     net: network.Network
@@ -88,7 +88,7 @@ class Source(NamedTuple):
         return network.apply(self.net, tree, images)[0]
 
     def fed(self, images: np.ndarray) -> np.ndarray:
-        """Pixels u8[B,crop,crop,3] as the export takes them."""
+        """Pixels u8[B,crop,crop,3] in the form that the export takes."""
         return images if self.pixels else images.astype(np.float32) - self.mean
 
 
@@ -98,7 +98,7 @@ class Export(NamedTuple):
     content: bytes
     run: Callable[[np.ndarray], np.ndarray]
     beside: dict[str, bytes] = {}  # files whose names have more suffixes
-    exact: Callable[[np.ndarray], np.ndarray] | None = None  # `run` before 8 bits
+    exact: Callable[[np.ndarray], np.ndarray] | None = None  # `run` before quantization
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def main() -> None:
         choices=('graph', 'json'),
         help='subtract the mean in the exported program, or leave it to the user (default: graph)',
     )
-    parser.add_argument('--images', type=int, default=100, help='to compare with; default: 100')
+    parser.add_argument('--images', type=int, default=100, help='images to compare (default: 100)')
     parser.add_argument('--store', default='', help='path of the store, if it has moved')
     args = figures.start(parser)
     choose('--format', args.format, FORMATS)
@@ -157,7 +157,7 @@ def _output(args) -> str:
         args.output = os.path.join(args.run, stem + suffix if suffix else args.format)
     elif os.path.splitext(args.output)[1] != suffix and suffix:
         raise UserError(
-            f'--output={args.output}: --format={args.format} is written as {suffix}; end the name in that'
+            f'--output={args.output}: the name must end in {suffix} for --format={args.format}'
         )
     if not suffix:
         bundle.check_new(args.output)
@@ -166,8 +166,8 @@ def _output(args) -> str:
     path = paths.path(args.output)
     if path.name == bundle.WEIGHTS and (path.parent / bundle.CONFIG).is_file():
         raise UserError(
-            f'--output={args.output}: {path.parent} is a run or a bundle, and this is the name of a '
-            "bundle's weights; give another"
+            f'--output={args.output}: {path.parent} is a run or a bundle, where this is the name of '
+            'the weights; choose another'
         )
     return args.output
 
@@ -245,7 +245,7 @@ def _compare(
         f'({difference / scale:.1e}); the same class for {same:.1f} %'
     )
     wrong = ''
-    if not difference <= tolerance * scale:  # also not a number
+    if not difference <= tolerance * scale:  # also true for NaN
         wrong = f'more than {tolerance:g} of the range'
     elif labels is not None and same < SAME:
         wrong = f'less than {SAME} %'

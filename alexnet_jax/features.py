@@ -3,9 +3,9 @@
     python -m alexnet_jax.features RUN photos/ --layer=fc7
     python -m alexnet_jax.features RUN --split=val --layer=conv5 --output=conv5.npz
 
-Activations are those of the center crop at test time. The file has `features` f32[N,F] (of
+Activations are those of the center crop at test time. The file has `features` f32[N,F] (for
 convolutions f32[N,H,W,C], with the channels of all towers in order), `labels` i32[N] (-1: unknown),
-`paths` (of a split: `records`, its numbers), `names`, `layer` and `step`. A picture is labeled if its
+`paths` (for a split, `records`: their numbers), `names`, `layer` and `step`. A picture is labeled if its
 folder, or the folder above, is named after a class. Pictures that cannot be read are reported and left
 out, and the exit code is then 2.
 """
@@ -51,7 +51,9 @@ def main() -> None:
         'features', __doc__, output='NPZ file (default: features-LAYER.npz in RUN)'
     )
     figures.add_pictures(parser, seed=False)
-    parser.add_argument('--split', choices=('val', 'train', 'test'), help='of the store, instead')
+    parser.add_argument(
+        '--split', choices=('val', 'train', 'test'), help='use a split of the store'
+    )
     parser.add_argument(
         '--layer', help="(default: the last before the logits, in the paper's network fc7)"
     )

@@ -6,7 +6,7 @@
     python -m alexnet_jax.hub push runs/mine hf://USER/REPO
 
 Names are those that `list` shows, hf://USER/REPO[@REVISION], and https://...#sha256=... of a file of
-weights. Every command that takes a run directory takes them, too, and so does --config.train.init_from, as in
+weights. Every command that takes a run directory also takes them, as does --config.train.init_from, as
 hub:torchvision/alexnet. Errors are in percent.
 """
 
@@ -24,7 +24,7 @@ ACTIONS = {'list': [], 'info': ['NAME'], 'download': ['NAME'], 'push': ['RUN', '
 def main() -> None:
     parser = command.make_parser('hub', __doc__)
     parser.add_argument('action', choices=ACTIONS, metavar='ACTION', help=', '.join(ACTIONS))
-    parser.add_argument('names', nargs='*', metavar='NAME', help='what it is about')
+    parser.add_argument('names', nargs='*', metavar='NAME', help='the network, as above')
     parser.add_argument(
         '--step', default='latest', help="push: 'best', 'latest' or a step of a run"
     )
@@ -64,7 +64,7 @@ def show() -> None:
 
 
 def about(name: str) -> tuple[dict, int | None, str | None]:
-    """(facts as of a card, size of the download in bytes, folder if it is here) of a registered network."""
+    """(facts as on a card, size of the download in bytes, folder if cached) of a registered network."""
     if name not in ENTRIES:
         folder = hub.locate(f'{hub.PREFIX}{name}')
         size = sum(os.path.getsize(os.path.join(folder, file)) for file in bundle.files(folder))

@@ -64,7 +64,7 @@ def main() -> None:
     from alexnet_jax.devices import distributed
     from alexnet_jax.training import loop
 
-    if distributed.is_first():  # the others would say the same
+    if distributed.is_first():  # the others would log the same
         logging.getLogger('alexnet_jax').setLevel(logging.INFO)
     with distributed.together():
         loop.train(args.config, args.workdir)

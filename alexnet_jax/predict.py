@@ -26,7 +26,7 @@ from alexnet_jax.input import images
 from alexnet_jax.training import inference, steps
 
 COLUMNS, BATCH = 4, 20  # columns of a figure, as in the paper; pictures per batch
-SPLITS = ('val', 'test')  # of which pictures can be drawn
+SPLITS = ('val', 'test')  # splits to draw pictures from
 # Safe for colour-blind readers; in grey, lightness and hatching tell them apart.
 OTHER, CORRECT = '#a6cee3', '#e08214'
 
@@ -61,9 +61,9 @@ def stream(
     labels: Sequence[int | None],
     pictures: figures.Pictures,
 ) -> Iterator[Prediction]:
-    """Classifies pictures a batch at a time; titles and labels are those of all of them."""
+    """Classifies pictures a batch at a time; titles and labels: one for every picture."""
     for numbers, squares in pictures.batches(BATCH):
-        # Batches of one size: another one would be compiled again.
+        # All batches have the same size: another would need another compilation.
         (batch,) = inference.padded(squares, min(BATCH, len(titles)))
         for i, square, row in zip(numbers, squares, classify(batch['image']), strict=False):
             yield Prediction(titles[i], labels[i], square, row)
@@ -159,7 +159,7 @@ def cells(prediction: Prediction, names: Sequence[str]) -> list:
 
 
 def as_json(prediction: Prediction, names: Sequence[str]) -> str:
-    """What `cells` has, as a JSON object."""
+    """The content of `cells`, as a JSON object."""
     title, correct, *best = cells(prediction, names)
     top = [{'class': c, 'probability': float(p)} for c, p in zip(*[iter(best)] * 2, strict=True)]
     return json.dumps({'path': title, 'correct': correct or None, 'top': top})

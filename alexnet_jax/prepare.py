@@ -43,7 +43,7 @@ def main() -> None:
         '--exif',
         choices=('auto', 'on', 'off'),
         default='auto',
-        help='turn images upright as their EXIF orientation says; auto: off for ImageNet and TFDS sets',
+        help='rotate images by their EXIF orientation; auto: off for ImageNet and TFDS sets',
     )
     parser.add_argument(
         '--skip_bad', action='store_true', help='leave out images that cannot be decoded'

@@ -99,7 +99,7 @@ def _cut(name: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 
 def shared(labels: Sequence[int | None], neighbours: np.ndarray) -> str:
-    """Says how many neighbours, by label i32[N,k], share the class of their query."""
+    """Describes how many neighbours (labels i32[N,k]) share the class of their query."""
     known = [i for i, label in enumerate(labels) if label is not None]
     same = sum(int((neighbours[i] == labels[i]).sum()) for i in known)
     total = len(known) * neighbours.shape[1]

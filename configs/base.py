@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
             # of whole images, for config.augment.area)
             'format': 'jpg',
             'size': 256,  # pixels, side of the prepared square images (§2)
-            # Images turned upright as their EXIF orientation says: 'on', 'off', or 'auto', which is off for
-            # ImageNet (as in 2012) and TFDS sets, and whatever a store was prepared with.
+            # Rotate images by their EXIF orientation: 'on', 'off', or 'auto', which is off for ImageNet (as
+            # in 2012) and TFDS sets, and keeps an existing store's setting.
             'exif': 'auto',
             'val_fraction': 0.1,  # of the training images, held out if the source has no validation split
         }

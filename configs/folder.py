@@ -1,4 +1,4 @@
-"""Your own photographs, a few hundred to some ten thousand, with one folder per class.
+"""Your own photographs, a few hundred to about ten thousand, with one folder per class.
 
     python -m alexnet_jax.main --config=configs/folder.py --config.data.source=/data/flowers
 

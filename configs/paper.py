@@ -7,14 +7,14 @@ validation error stops improving. In the paper: 90 epochs, five to six days on t
 top-1/top-5 error 40.7/18.2 % with ten crops. Not yet run in full here.
 
 One number is the source's: the standard deviation of the initial kernels of conv3 to conv5, 0.03. With
-the text's 0.01 the loss stays at chance level, the longer the more classes there are: on the 200 classes
-of Tiny ImageNet, at a quarter of the width, for 2,300 steps instead of 300 (`docs/original.md` §3).
+the text's 0.01 the loss stays at chance level longer, the more so with more classes: on the 200 classes of
+Tiny ImageNet, at a quarter of the width, for 2,300 steps instead of 300 (`docs/original.md` §3).
 
 Variants: `paper.py:text`, the text literally; `paper.py:tanh`, tanh units (§3.1). The paper gives no initial
 values or rate for those. With its biases of 1 they stay at chance level, and at ReLU's rate they learn
 slowly; so the biases are 0 and the rate is 0.06 (`experiments/tanh_sweep.py`). conv1's standard deviation of
-0.001 keeps its units from starting saturated, which made little difference. `paper.py:tanh_literal` replaces
-nothing but the text's activation.
+0.001 keeps its units from starting saturated, which made little difference. `paper.py:tanh_literal` changes
+only the text's activation.
 """
 
 from configs import base

@@ -31,7 +31,7 @@ INDEPENDENT = True
 
 
 class Row(NamedTuple):
-    """The changes to the reference, and how much worse others found it, in points of top-1, top-5 error."""
+    """The changes, and how much worse the paper and the log found them, in points of top-1, top-5 error."""
 
     changes: dict = {}
     config: str = ORIGINAL
@@ -90,7 +90,7 @@ THEIRS = (
     'one run each, some under other conditions: two GPUs on ILSVRC-2010, first norm only (#167) with a later '
     'schedule.'
 )
-CLAIMS = {  # what the paper says of training, and the value that is positive if it is so
+CLAIMS = {  # what the paper says about training, and a value that is positive if that holds
     'no dropout': (
         'dropout (§4.2) roughly doubles the number of iterations to converge',
         'Steps to converge with it, divided by those without',
@@ -228,7 +228,7 @@ def of_training(results) -> list[str]:
     lines += [
         '',
         'Reference: mean ± standard deviation over the seeds; other rows: difference from it. Training: mean '
-        "over the last tenth of the run, with dropout's masks, so that of `no dropout` cannot be compared. "
+        "over the last tenth of the run, with dropout's masks, so `no dropout` cannot be compared. "
         'Validation: centre crop, at the end. Gap: validation minus training. A run has converged at the '
         f'first evaluation within {POINT:g} point of its lowest error. Evaluations are {every:,} '
         'steps apart, and the learning rates drop at the same steps in all runs.',

@@ -155,7 +155,7 @@ def report(results) -> str:
         lines.append(f'| {net} | {epochs} | {known} | {centre} | {ten} | {count} |')
     lines += [
         '',
-        'Epochs: trained, of the full schedule, at whose end each network has its published error '
+        'Epochs: trained, out of the full schedule; published errors are for the full one '
         '(with several views if trained on crops). Shorter schedules drop the learning rate '
         'proportionally earlier. Errors: mean ± standard deviation over seeds.',
         '',

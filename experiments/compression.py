@@ -1,4 +1,4 @@
-"""Deep Compression (Han, Mao, Dally 2015): networks many times smaller, at the same error.
+"""Deep Compression (Han, Mao, Dally 2015): many times smaller networks with the same error.
 
     python -m experiments.compression --scale=small
 
@@ -62,7 +62,7 @@ def run(lab):
 def look(workdir) -> dict:
     """Compresses a run -> the facts in the bundle's card, and which validation images are right."""
     folder = pathlib.Path(f'{workdir}-compressed')
-    shutil.rmtree(folder, ignore_errors=True)  # of a look that was interrupted
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted analysis
     card = compress.compress(workdir, folder, compression.DEFAULTS)
     hits = evaluation.hits(folder, store=directory.recorded_store(workdir))
     return {
@@ -86,7 +86,7 @@ def report(results) -> str:
             f'| {facts["compressed"] / 1e3:,.0f} | {facts["times"]:.1f} '
             f'| {facts["before"]["top1_error"]:.2f} | {r["extra"]["measured"]["top1_error"]:.2f} |'
         )
-    lines += ['', 'Differences of the error, compressed minus original, in points:', '']
+    lines += ['', 'Differences in error, compressed minus original, in points:', '']
     for name in dict.fromkeys(r['name'] for r in sound):
         lines.append(f'- {name}: {difference(labs.named(results, name))}')
     for name in dict.fromkeys(r['name'] for r in sound):

@@ -1,4 +1,4 @@
-"""Do smaller networks reach a similar accuracy with less training? AlexNet beside those that came after.
+"""Do smaller networks reach a similar accuracy with less training? AlexNet and later networks.
 
     python -m experiments.efficient --scale=small -- --config.data.source=FOLDER
 
@@ -6,11 +6,11 @@
 parameters and reduced training time": each network is trained on the same number of images, with its own
 recipe (its preset) and with that of `original` (its `optim`, `augment` and `colour`). Batches have 128
 images, and published learning rates are scaled in proportion; every change of a rate keeps its fraction of
-the training, and the moving average its fraction of the steps. A cosine takes the place of the
-MobileNets' exponential schedules, whose fall by 500 times would leave too few steps at useful rates.
+the training, and the moving average its fraction of the steps. A cosine replaces the MobileNets'
+exponential schedules, whose 500-fold decay would leave too few steps at useful rates.
 
 Times are measured after training: steps and predictions of the network and of `original`, at batch 128 on
-the same device, take turns. They leave out the input.
+the same device, alternate. They exclude the input pipeline.
 
 `modern` is also trained without each of its ingredients, with one seed, too few to rank them.
 """
@@ -33,14 +33,14 @@ from alexnet_jax.training.setup import Setup
 from experiments import ablations, statistics
 from experiments import lab as labs
 
-TITLE = 'The networks that came after, under the same recipe'
+TITLE = 'Later networks, under the same recipe'
 INDEPENDENT = True
 REFERENCE = 'original'
 BATCH = 128
 ROUNDS = 5
 NOTES = {
     'small': 'Trained for 20 epochs on 112-pixel crops of 128-pixel images. The AlexNets have a quarter of '
-    'their width, SqueezeNet half, MobileNet v1 a quarter and v2 0.35. A cosine takes the place of the '
+    'their width, SqueezeNet half, MobileNet v1 a quarter and v2 0.35. A cosine replaces the '
     "MobileNets' exponential schedules."
 }
 
@@ -273,9 +273,8 @@ def report(results) -> str:
             lines.append(f'| {" | ".join(cells)} |')
     lines += [
         '',
-        "Times: those of the network divided by `original`'s, and per image; medians over the runs, without "
-        'the input. MB: in float32. '
-        'Multiply-adds: of one image, in test mode.',
+        "Times: relative to `original`'s, and per image; medians over the runs, without the input pipeline. "
+        'MB: in float32. Multiply-adds: for one image, in test mode.',
     ]
     if tests:
         lines.append(statistics.family(len(tests), 'top-1 error with the centre crop, own recipes'))

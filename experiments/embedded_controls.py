@@ -4,7 +4,7 @@
     python -m experiments.embedded_controls --seeds=0    # without the networks: two minutes
 
 Each control is trained on the 2000 training images and tested on the 1000 others; chance is 90 %. The error
-of a control must be above its bound. The networks are variants of the quickstart, with several seeds. If
+of a control must exceed its bound. The networks are variants of the quickstart, with several seeds. If
 interrupted, repeat the command to resume.
 """
 

@@ -3,12 +3,12 @@
     python -m experiments.on_gpu --seconds=400 --out=runs/gpu --store=RAW,JPEG --cifar=STORE
     python -m experiments.on_gpu --seconds=600 --out=runs/rehearsal --rehearse   # tiny, on any machine
 
-Every step is a command, stopped when its share is over; steps that no longer fit are left out. Repeat the
-command to go on where it ended: finished steps are not repeated, and training resumes. Each step has its log
-and its results in --out; `steps.json` says how each ended and how long it took.
+Every step is a command, stopped when its share is over; steps that no longer fit are skipped. Repeat the
+command to continue: finished steps are not repeated, and training resumes. Each step has its log and its
+results in --out; `steps.json` says how each ended and how long it took.
 
 --store: folders written by `prepare`, of raw and JPEG images; --cifar: one of CIFAR-10. Steps that need
-one are left out without it. PyTorch, if it is installed, is the peer.
+one are skipped without it. PyTorch, if it is installed, is the peer.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ from alexnet_jax.input.store import open_store
 from alexnet_jax.rundir import metrics
 
 BENCHMARK = ('-m', 'experiments.benchmark', '--repeats=4', '--seconds=1', '--patience=2')
-LEAST = 20  # seconds with which a step is worth starting
+LEAST = 20  # seconds; with less, a step is not started
 TINY = {  # of networks, in a rehearsal
     'benchmark': ['--config=configs/quickstart.py', '--batch=8', '--seconds=0.1'],
     'train': [
@@ -44,7 +44,7 @@ TINY = {  # of networks, in a rehearsal
 class Step(NamedTuple):
     """A command, without Python, and the seconds that it may take.
 
-    again: whether a repeated command resumes; else what an interrupted one left is removed.
+    again: whether a repeated command resumes; if not, an interrupted one's output is removed.
     """
 
     name: str

@@ -162,7 +162,7 @@ def family(tests: int, of: str, by: str = "Student's t on pairs with the same se
     """Describes a table's family of tests."""
     return (
         f"Family of tests: {of}, {tests} test{'s' * (tests != 1)}. p: two-sided, {by}, corrected with Holm's "
-        f'method over the family; a verdict only below {LEVEL:g}. In parentheses: 95 % intervals, not '
+        f'method over the family; verdicts require p < {LEVEL:g}. In parentheses: 95 % intervals, not '
         'corrected.'
     )
 

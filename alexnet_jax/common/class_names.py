@@ -42,7 +42,7 @@ def as_utf8(name: str) -> str:
 
 
 def checked(names: Sequence[str], source: str) -> list[str]:
-    """The names of a source's classes, `as_utf8`; UserError for one that no list of names can hold."""
+    """The names of a source's classes, `as_utf8`; UserError for one that a list of names cannot hold."""
     names = [as_utf8(name) for name in names]
     for name in names:
         if not name.strip():

@@ -31,9 +31,9 @@ class Backend(NamedTuple):
     # the gradient of normalization recomputes the squares, which XLA would keep in float32 otherwise,
     # and rounds what it sums over channels to the dtype of the network
     barrier: bool = False
-    # maximum pooling as one operator, and hidden layers as one product per tower, as other programs have
+    # maximum pooling as one operator, and hidden layers as one product per tower, as in other programs
     operators: bool = False
-    # local response normalization and sums over windows as one operator, too, as only ONNX has
+    # local response normalization and sums over windows as one operator, too, which only ONNX has
     sums: bool = False
 
 

@@ -22,7 +22,7 @@ from alexnet_jax.common import errors, paths
 from alexnet_jax.common.errors import UserError, one_line
 from alexnet_jax.devices import mesh as meshes
 
-# What JAX detects a cluster by; of each, it needs all variables.
+# The variables by which JAX detects each cluster; it needs all of them.
 CLUSTERS = {
     'SLURM': (
         'SLURM_JOB_ID',
@@ -40,7 +40,7 @@ CLUSTERS = {
     'a TPU pod': ('TPU_WORKER_HOSTNAMES', 'TPU_WORKER_ID'),
     'Kubernetes': ('KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'),
 }
-OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX errors of one process
+OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # JAX errors of a single process
 HEARTBEAT = 30  # seconds; a process that is silent for longer is lost
 
 
@@ -121,7 +121,7 @@ def start(
                 heartbeat_timeout_seconds=HEARTBEAT,
                 shutdown_timeout_seconds=HEARTBEAT,
             )
-    except Exception as error:  # of any kind, as this also asks the servers of clusters
+    except Exception as error:  # of any kind: this also queries cluster servers
         if distributed and (problem := _cluster(error)):
             raise UserError(f'--distributed: {problem}') from error
         raise UserError(f'{message} ({one_line(error)})') from error
@@ -136,7 +136,7 @@ def start(
 
 
 def _cluster(error: Exception) -> str:
-    """What in the variables of clusters made `initialize` fail; '' if they are all right."""
+    """Describes the cluster variables that made `initialize` fail; '' if none did."""
     advice = 'give --coordinator, --num_processes and --process_id instead'
     missing = {
         name: [variable for variable in variables if not os.environ.get(variable)]

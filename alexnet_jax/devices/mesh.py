@@ -18,8 +18,8 @@ from alexnet_jax.common.errors import UserError, one_line
 from alexnet_jax.devices import cpu
 from alexnet_jax.devices.backend import choices
 
-# What JAX must be set to, whatever the environment or the caller says, by the names in `jax`: other values
-# change the numbers of a run or are errors in it.
+# JAX settings, by name, that override the environment's and the caller's: other values would change a run's
+# numbers or make it fail.
 SETTINGS = {
     'enable_x64': False,
     'default_prng_impl': 'threefry2x32',
@@ -57,7 +57,7 @@ def configure(cpu_devices: int = 0, *, deterministic: bool = False) -> None:
 
 
 def start_devices() -> None:
-    """Starts JAX's devices; UserError if that fails, or if JAX_PLATFORMS names a kind that is not here."""
+    """Starts JAX's devices; UserError if that fails, or if JAX_PLATFORMS names a missing kind."""
     named = jax.config.jax_platforms
     logging.getLogger('jax._src.xla_bridge').addFilter(_in_one_line)
     try:
@@ -80,7 +80,7 @@ def start_devices() -> None:
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """Replaces the traceback of a plugin that fails; JAX goes on without it."""
+    """Replaces the traceback of a plugin that fails; JAX continues without it."""
     if record.exc_info:
         record.msg = f'{record.getMessage()}: {one_line(record.exc_info[1])}'
         record.args, record.exc_info = (), None

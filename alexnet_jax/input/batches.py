@@ -20,7 +20,7 @@ from alexnet_jax.input.store import Jpegs, Store
 from alexnet_jax.input.threads import ordered_map
 
 Batch = dict[str, np.ndarray]
-# One of so many records of a raw store is checked; a prime, so that it suits any batch.
+# One in this many records of a raw store is checked; a prime, to suit any batch size.
 CHECK_EVERY = 127
 
 

@@ -1,8 +1,8 @@
 """Copies a store from a bucket to a disk, once per host: training reads stores from a disk.
 
-A file gets its name when it is whole, and store.json comes last, so it marks a complete copy. Records
-are copied in parts, several at a time, and checked by their CRC-32s as they arrive. After a kill, what
-is whole is not copied again.
+A file gets its name once it is complete; store.json comes last and so marks a complete copy. Records
+are copied in parts, several at a time, and checked by their CRC-32s as they arrive. After a kill,
+complete parts are not copied again.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from alexnet_jax.input.threads import ordered_map
 
 PART = 64 << 20  # bytes of records per request; TensorFlow reads this much ahead in any case
 THREADS = 8
-TRIES = 3  # of a request whose bytes fail their checksum
+TRIES = 3  # attempts at a request whose bytes fail their checksum
 
 
 class Records(NamedTuple):
@@ -83,9 +83,7 @@ def _is_copied(path: str, remote: paths.Path, content: bytes) -> bool:
     except FileNotFoundError:
         return False
     if not same:
-        raise UserError(
-            f'{path} is a copy of what was in {remote} before: remove it, and start again'
-        )
+        raise UserError(f'{path} is a copy of an earlier {remote}: remove it, and start again')
     return True
 
 
@@ -134,7 +132,7 @@ def _copy_file(remote: paths.Path, target: str, info: dict) -> str:
 
 
 def _copy_records(remote: paths.Path, path: str, split: str, info: dict) -> None:
-    """Copies a split's records, those parts of them that are not here yet."""
+    """Copies the parts of a split's records that are not here yet."""
     crc = np.load(os.path.join(path, f'{split}.crc.npy'))
     if info['format'] != 'u8':
         offsets = np.load(os.path.join(path, f'{split}.offsets.npy'))

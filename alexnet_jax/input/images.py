@@ -15,7 +15,7 @@ from alexnet_jax.common.errors import InputError, one_line, reason
 # Mean absolute difference from the INTER_AREA of the 2012 source code on 903 photographs: bilinear
 # 0.96 levels, Hamming 1.04, box 2.96 (Pillow's box filter takes whole pixels, so it aliases).
 FILTER = 'antialiased bilinear down, bicubic up'
-LARGE, LARGEST = 50_000_000, 500_000_000  # pixels: decoded one at a time; refused beyond
+LARGE, LARGEST = 50_000_000, 500_000_000  # pixels, above which: one at a time; rejected
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = dict(  # what undoes each orientation
     enumerate(
@@ -50,8 +50,8 @@ class Undecodable(Exception):
 def decode(data: bytes | np.ndarray | Image.Image, *, exif: bool = False) -> Image.Image:
     """Decodes an image file of any format, u8 or u16[H,W,C], or Pillow's image, to RGB.
 
-    Transparency is dropped. Of 16 bits per channel, the high byte is kept. exif: turns the image upright
-    as its EXIF orientation says. (TIFF and HEIF images are always upright.)
+    Transparency is dropped. With 16 bits per channel, the high byte is kept. exif: rotates the image by its
+    EXIF orientation. (TIFF and HEIF images are always upright.)
 
     Raises:
       Undecodable: why not, and what to do if that is known.
@@ -90,7 +90,7 @@ def _to_rgb(image: Image.Image, exif: bool) -> Image.Image:
             f'{LARGEST // 1_000_000} million pixels'
         )
     with _large if width * height > LARGE else nullcontext():
-        raw = str(getattr(image, 'tile', [])[:1])  # after loading it is gone
+        raw = str(getattr(image, 'tile', [])[:1])  # loading discards it
         image.load()
         orientation = _orientation(image) if exif else 1
         if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
@@ -156,7 +156,7 @@ def _high_byte(values: np.ndarray) -> np.ndarray:
 
 
 def _check_range(high: np.ndarray) -> None:
-    """Refuses what would be black, for example 12-bit values in 16-bit pixels."""
+    """Rejects images that would be black, for example 12-bit values in 16-bit pixels."""
     if high.max() < 16:
         raise Undecodable(
             'a 16-bit image with all values below 4,096 of 65,535: scale it to the full range'
@@ -164,7 +164,7 @@ def _check_range(high: np.ndarray) -> None:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG file without its texts and colour profile; b'' if there are none, or it is no PNG."""
+    """A PNG file without its texts and colour profile; b'' if there are none, or it is not a PNG."""
     if not data.startswith(b'\x89PNG\r\n\x1a\n'):
         return b''
     kept, start = [data[:8]], 8
@@ -222,8 +222,7 @@ def square(data: bytes | np.ndarray | Image.Image, size: int, *, exif: bool = Fa
     """Resizes the shorter side to `size` and crops the central square -> u8[size,size,3].
 
     As in the paper (§2); rounding, the corner at (n - size) // 2 and bicubic upscaling are those
-    of the 2012 source code (`docs/original.md` §5). exif: see `decode`, which also has the
-    errors.
+    of the 2012 source code (`docs/original.md` §5). exif, errors: see `decode`.
     """
     image = decode(data, exif=exif)
     shorter, sides = min(image.size), _sides(image, size)

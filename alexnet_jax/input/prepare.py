@@ -71,11 +71,11 @@ def prepare(
     Waits if another process is making the same store. A complete store given by `store` is opened
     regardless of its source if format and size match, since the images may have moved.
 
-    Otherwise a complete store must be of the same files as its source now has, if that is a path
-    that still exists.
+    Otherwise a complete store must match the current files of its source, if that is a path that
+    still exists.
 
-    Args: those of the command; `limit`: refuse sources of this many images or more, and do not
-      compare stores of so many; `resuming`: compare none.
+    Args: those of the command; `limit`: reject sources with this many images or more, and do not
+      compare such stores; `resuming`: compare none.
 
     Raises:
       UserError: the source is unusable, images cannot be decoded, the disk is too small, or the
@@ -168,7 +168,7 @@ def existing(*, source: str, store: str, format: str, size: int, **options) -> s
     """Opens the store that the config of a run names, if there is one on this machine.
 
     A run directory may be someone else's: this prepares and copies nothing, and reads no source.
-    Arguments: those of `ensure`. Raises UserError, with the command that makes the store, without one.
+    Arguments: those of `ensure`. If there is none, raises UserError with the command that makes it.
     """
     remote = '://' in store
     path = buckets.copy_of(store) if remote else store or default_store(source, size, format)
@@ -181,7 +181,7 @@ def existing(*, source: str, store: str, format: str, size: int, **options) -> s
 
 @contextlib.contextmanager
 def _named(command: str):
-    """Errors inside, which name the flags of `prepare`, name fields of the config instead.
+    """Makes errors raised inside name config fields instead of the flags of `prepare`.
 
     Training has no --skip_bad: `command` is the one to run with it.
     """
@@ -234,7 +234,7 @@ def _finished(path: str, wanted: dict, named: bool) -> stores.Store | None:
         _check_same(path, there, {k: wanted[k] for k in ('format', 'size', 'exif') if k in wanted})
         different = _differences(there, wanted)
         if different:
-            say(f'{path}: using this complete store as it is ({different})')
+            say(f'{path}: using this complete store as is ({different})')
     else:
         _check_same(path, there, wanted)
     if not there['complete']:
@@ -283,7 +283,7 @@ def _make(
         for field in {'content', 'test'} & {*wanted} & {*(begun or {})}:
             if begun[field] != wanted[field]:
                 raise UserError(
-                    f'{path}: {source} has other images, labels or names than when this pass began: '
+                    f'{path}: the images, labels or names of {source} have changed since this pass began: '
                     f'remove {path} and run prepare again'
                 )
         if opened.files:
@@ -312,7 +312,7 @@ def _make(
 
 
 def _check_source(path: str, source: str, dir: str | None, val_fraction: float) -> None:
-    """UserError if a source that is a path has other files than when its complete store was made."""
+    """UserError if the files of a source that is a path have changed since its store was made."""
     there = _description(path)
     if not there or not there.get('files') or not os.path.exists(there['source']):
         return
@@ -323,8 +323,8 @@ def _check_source(path: str, source: str, dir: str | None, val_fraction: float) 
         return
     if opened.test and 'test' not in there:
         say(
-            f'{path}: without the test split of its source, since an earlier version made it or the '
-            'split is new: to have it, remove the store and prepare it again'
+            f'{path}: lacks the test split of its source, since an earlier version made it or the '
+            'split is new; to add it, remove the store and prepare it again'
         )
     test = (opened.test or (0, 0, 0)) if 'test' in there else ()
     now, then = (
@@ -333,7 +333,7 @@ def _check_source(path: str, source: str, dir: str | None, val_fraction: float) 
     )
     more = sum(now[:4:2]) - sum(then[:4:2])  # number and digest of train and val, then of test
     if more:
-        what = f'{abs(more):,} image{"s" * (abs(more) != 1)} {"more" if more > 0 else "fewer"} than'
+        what = f'{abs(more):,} {"more" if more > 0 else "fewer"} image{"s" * (abs(more) != 1)} than'
     elif now[:4] != then[:4]:
         what = 'different images from'
     elif opened.content != there.get('content', opened.content) or now != then:
@@ -343,7 +343,7 @@ def _check_source(path: str, source: str, dir: str | None, val_fraction: float) 
     quoted = shlex.quote(path)
     raise UserError(
         f'{there["source"]} has {what} the store {path}: remove {path} and run the same command again, '
-        f'or pass --store={quoted} to use the store as it is'
+        f'or pass --store={quoted} to use the store as is'
     )
 
 
@@ -382,7 +382,7 @@ def _check_same(path: str, there: dict, wanted: dict) -> None:
         as_it_is = there['complete'] and 'source' in wanted  # else --store was given already
         raise UserError(
             f'{path} is a different store ({different}): give another --store'
-            f'{f" (--store={path} uses this one as it is)" if as_it_is else ""}, or '
+            f'{f" (--store={path} uses this one as is)" if as_it_is else ""}, or '
             f'remove {path} and run prepare again'
         )
 

@@ -135,7 +135,7 @@ class Store:
 class Jpegs:
     """The images of a JPEG store's split, u8[S,S,3] each, read and decoded on access.
 
-    Of a store of whole images, these are the central squares, and `whole` returns all of one.
+    For a store of whole images, these are the central squares; `whole` returns a whole image.
     """
 
     store: Store
@@ -248,7 +248,7 @@ def verify(store: Store) -> None:
     for name in info.get('crc', ()):
         _read(store.path, name, info)
     if 'checksum' in info and (store.path / 'store.json').read_bytes() != encode(info):
-        raise _damaged(store.path / 'store.json', 'it is not as it was written')
+        raise _damaged(store.path / 'store.json', 'it has changed since it was written')
     step = 1024
     jobs = [(s, i) for s, count in store.counts.items() for i in range(0, count, step)]
 

@@ -31,7 +31,7 @@ INDEX = np.dtype([('bytes', '<i8'), ('crc', '<u4'), ('label', '<i4')])  # one ro
 LOCK = 'lock.tmp'  # like every .tmp file, not part of a store
 PROGRESS = 'progress.npz'
 SHOWN = 20  # bad images in a message
-FILES = (  # all that are ever written
+FILES = (  # every file that a pass can write
     'store.json',
     'skipped.txt',
     'names.txt',
@@ -136,7 +136,7 @@ def write_description(path: str, description: dict) -> None:
 
 
 def bad_list(path: str) -> str:
-    """The file beside a store that lists all images which cannot be decoded, if there are many."""
+    """The file beside a store that lists all images that cannot be decoded, if there are many."""
     return f'{path.rstrip(os.sep)}.bad.txt'
 
 

@@ -18,7 +18,7 @@ from alexnet_jax.devices.backend import choices
 from alexnet_jax.nets import layers, network
 
 ACTIVATIONS = {'relu': nn.relu, 'tanh': jnp.tanh}
-BOUNDS = {'tanh': 1.0}  # of the outputs' absolute values, if there is one on both sides
+BOUNDS = {'tanh': 1.0}  # of the outputs' absolute values, for activations bounded on both sides
 
 
 def dtypes() -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def _shifted_backward(stride, padding, residual, g):
 
 
 def _unshifted(g, kernel, shape, stride: int, padding: Padding):
-    """The gradient of x, of this shape: with zeros between its pixels, g meets the kernel turned around."""
+    """The gradient of x, of this shape: g, with zeros between its pixels, times the rotated kernel."""
     size = kernel.shape[0]
     pads = [(0, 0, 0)]
     for n, m, (before, _) in zip(shape[1:3], g.shape[1:3], padding, strict=True):
@@ -349,7 +349,7 @@ def _max_pool_backward(window, stride, padded, residual, g):
 
 
 def _spread(winner, g, sizes, window: int, stride: int):
-    """The gradient of the input: for each place in a window, g where it won, in an array of zeros."""
+    """The gradient of the input: the sum, over the places in a window, of g where that place won."""
     zero, total = jnp.zeros((), g.dtype), 0
     for index in range(window * window):
         pads = [

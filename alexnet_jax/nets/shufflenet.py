@@ -85,7 +85,7 @@ class ShuffleNet(blocks.OneTower):
             24, 3, 2, blocks.same(3, 2, 'torch', x), common=common, name='conv1'
         )
         x = out['conv1'] = conv1(x, train)
-        # After a ReLU, padding with zeros is padding with nothing.
+        # After a ReLU, zero padding does not change the maximum.
         x = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)))
         x = out['pool1'] = layers.max_pool(x, window=3, stride=2)
         for s, (features, repeats) in enumerate(zip(stages, REPEATS, strict=True)):

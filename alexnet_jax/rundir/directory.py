@@ -240,7 +240,7 @@ def locked(workdir: paths.Path):
     """Creates the directory and locks it against other starts; UserError if one is running.
 
     The kernel releases the lock when the process exits, however it exits. File systems without
-    locks and buckets keep nobody out: never start a run there twice.
+    locks and buckets offer no protection: never start a run there twice.
     """
     if paths.is_remote(workdir):
         yield

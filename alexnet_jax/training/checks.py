@@ -68,7 +68,7 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
     if area := config.augment.area:
         if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
             raise UserError(
-                f'config.augment.area={area}: must be the least and the largest part of the area, as in '
+                f'config.augment.area={area}: must be the smallest and largest share of the area, as in '
                 '(0.08, 1.0), or ()'
             )
         if config.data.format != 'whole':
@@ -183,7 +183,7 @@ def schedule(
 
     Returns the changed fields, as in `directory.differences`, and the history without an evaluation
     that was only made because an earlier schedule ended at `step`. Raises UserError if the rates of a
-    step that was made would be others.
+    completed step would differ.
     """
     config, examples = setup.config, setup.store.counts['train']
     different = directory.differences(config, workdir)

@@ -1,8 +1,8 @@
 """Compression of a trained network: pruning with retraining, shared weights, Huffman coding.
 
-Han, Mao, Dally 2015, "Deep Compression" (arXiv:1510.00149); `weights.compressed` writes the result. What is
-compressed are the kernels (`Network.role`); all else stays float32, but for the mean image, which is rounded
-to whole levels.
+Han, Mao, Dally 2015, "Deep Compression" (arXiv:1510.00149); `weights.compressed` writes the result. Only
+kernels (`Network.role`) are compressed; everything else stays float32, except for the mean image, which is
+rounded to whole levels.
 """
 
 import json
@@ -44,14 +44,14 @@ PAPER = {  # Table 4: % kept, bits, bits after Huffman coding, of an index, % of
 
 
 class Settings(NamedTuple):
-    """prune: weights below this many standard deviations of their kernel go; bits: of a weight. By kind."""
+    """By kind of layer: prune, the threshold in standard deviations of the kernel; bits, per weight."""
 
     prune: dict[str, float]
     bits: dict[str, int]
     rounds: int  # of pruning
     epochs: float  # of retraining in each
     tune: float  # epochs of fine-tuning the shared values
-    rate: float  # of retraining, as a part of config.optim.rate
+    rate: float  # of retraining, as a fraction of config.optim.rate
     tune_rate: float  # the same, of fine-tuning
 
 
@@ -223,7 +223,7 @@ def _train(setup: Setup | None, variables: dict, start: int) -> tuple[dict, int]
 
 
 def keep_zeros(net: Network, inner):
-    """Returns an optimizer that leaves the weights of kernels that are 0 at 0, as pruned ones must be."""
+    """Returns an optimizer that keeps kernel weights that are 0, such as pruned ones, at 0."""
 
     def held(tree, params):
         def hold(path, x, w):

@@ -61,7 +61,7 @@ def _finite(layers: dict) -> dict[str, jax.Array]:
 
 
 def first_broken(net: Network, finite: dict[str, dict[str, bool]]) -> str:
-    """Says where it began, given which params, batch_stats, activations and gradients are finite."""
+    """Says what broke first, given which params, batch_stats, activations and gradients are finite."""
     order = {name: i for i, name in enumerate(net.names)}
     bad = {
         kind: sorted((n for n in found if not found[n]), key=lambda n: order.get(n, len(order)))

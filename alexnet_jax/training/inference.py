@@ -44,11 +44,11 @@ class Run(NamedTuple):
     net: Network
     step: int = 0  # 0 for a bundle
     variables: dict | None = None  # {'params', 'batch_stats'}; None until restored
-    bundle: Bundle | None = None  # its origin, if it is one; restoring takes the variables out
+    bundle: Bundle | None = None  # its origin, if any; without the variables once restored
 
     @property
     def title(self) -> str:
-        """What to call it in output."""
+        """The name to show in output."""
         return str(self.path) if self.bundle else f'{self.path} (step {self.step:,})'
 
 
@@ -193,8 +193,8 @@ def make_features(
 ) -> Callable[[Batch], np.ndarray]:
     """Makes features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,...], of pictures with mask 1.
 
-    layer: see `steps.make_features`, which also has the shapes. Raises UserError for a wrong layer; what
-    it returns does so for features that are not finite.
+    layer: see `steps.make_features`, which also has the shapes. Raises UserError for a wrong layer; the
+    returned function raises it for features that are not finite.
     """
     crop = trained.config['augment']['crop']
     extract = steps.make_features(
@@ -230,8 +230,8 @@ class Classifier:
     uint8, or floats from 0 to 1, which are rounded to multiples of 1/255. They can have any sizes, and
     are read like training images: turned by their EXIF orientation if those were, without alpha channel
     (dropped, not composited), the central square resized. Several images are a list, a tuple, or an
-    array [B,H,W,C]. One gives a result without the leading axis, several give one with it, also a list
-    of one. Anything else raises InputError, which is a ValueError.
+    array [B,H,W,C]. The result of one has no leading axis; that of several, or of a list of one, does.
+    Anything else raises InputError, which is a ValueError.
 
     `run` is the opened run, `size` the side in pixels of the square cropped from an image, `words` the names
     for people: words for the WordNet IDs of ImageNet.
@@ -286,7 +286,7 @@ class Classifier:
         try:
             return pictures.square(image, self.size, exif=exif)
         except pictures.Undecodable as error:
-            raise InputError(f'a picture of PIL cannot be used ({error}): {ACCEPTED}') from error
+            raise InputError(f'this PIL picture cannot be used ({error}): {ACCEPTED}') from error
 
 
 def _levels(image) -> np.ndarray:

@@ -45,7 +45,7 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
     if jax.process_count() > 1:
         distributed.check_shared(workdir)
     if distributed.is_first() and workdir.is_dir():
-        with directory.locked(workdir):  # now only whether it is free, before anything takes long
+        with directory.locked(workdir):  # only checks that it is free, before anything slow
             pass
     mesh, net = checks.check(config, workdir, build)
     resuming = (workdir / 'config.json').exists()
@@ -273,7 +273,7 @@ class Loop:
     def recompute(self, stop: Callable[[int], str]) -> None:
         """Replaces the running statistics by those of more training images, at the end.
 
-        Saves the state first. A start that resumes there begins these statistics again.
+        Saves the state first. A start that resumes there recomputes them from scratch.
         """
         if self.save_due(evaluated=True, ending=True):
             self.save(last=True)

@@ -18,7 +18,7 @@ UNUSUAL = (TRAINS[0] / 4, TRAINS[1] * 4)  # beyond these, a warning
 
 
 def data_lines(store: Store, *, batch: int, total: int) -> list[str]:
-    """Describes what a run trains on, a line each; total: its number of steps at most."""
+    """Describes what a run trains on, in several lines; total: its maximum number of steps."""
     counts = np.bincount(store.labels('train'), minlength=store.classes)
     few, many = int(counts.argmin()), int(counts.argmax())
     images, held_out = store.counts['train'], store.counts['val']
@@ -112,7 +112,7 @@ class Clock:
     def interval(self, images: float) -> tuple[dict[str, float], float]:
         """Ends an interval of `images` images.
 
-        Returns images/s and the fraction of time waiting, and the images/s without what happens once.
+        Returns images/s, the fraction of time waiting, and images/s without one-time costs.
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         values = {'images_per_second': images / seconds, 'waiting': self._waited / seconds}

@@ -64,7 +64,7 @@ class Setup:
 
     @classmethod
     def make(cls, config, mesh, store: Store, net: Network, wrap: Callable = _same) -> 'Setup':
-        """wrap: makes the optimizer used of the config's."""
+        """wrap: turns the config's optimizer into the one used."""
         optimizer = wrap(make_optimizer(config, net, mesh))
         examples, crop = store.counts['train'], config.augment.crop
         _check_intervals(config, examples)
@@ -271,7 +271,7 @@ class Start(NamedTuple):
         return cls(path, config['model']['net'], names, shapes, average=average)
 
     def restore(self, kept: dict) -> tuple[str, dict[str, jax.Array]]:
-        """Returns (what to call it, arrays): of the names in `kept`, with the shardings there."""
+        """Returns (a description, arrays): those named in `kept`, with its shardings."""
         if self.bundle:
             title = self.bundle.card.get('title')
             found = inference.placed(self.path, self.bundle.variables, kept)
@@ -284,8 +284,8 @@ class Start(NamedTuple):
 def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
     """Returns another network's params and batch_stats; the last layer is new if the classes differ.
 
-    The same classes in another order have theirs of the last layer, in the order of the store's. Folded
-    batch normalization gets the statistics of training images.
+    If the classes only differ in order, the last layer is reordered to match the store. Folded batch
+    normalization gets the statistics of training images.
     """
     start, net, names = Start.open(init_from), setup.net, setup.store.names
     theirs = start.names

@@ -290,7 +290,7 @@ def make_modes(
 ) -> Callable:
     """Returns modes(variables, step, batch, rates) -> mean loss in training and in test mode, f32[2].
 
-    Both are of the same inputs; far apart, they show that running statistics are not those of the data.
+    Both use the same inputs; a large difference means that the running statistics do not fit the data.
     Works on any mesh; arguments: see `make_train_step`.
     """
     inputs = make_inputs(**inputs_of)

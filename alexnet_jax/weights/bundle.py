@@ -1,4 +1,4 @@
-"""A bundle: a folder with a trained network and what is needed to use it, and nothing of its training.
+"""A bundle: a folder with a trained network and all that is needed to use it, but not to resume training.
 
     config.json         the config, as of a run; `bundle` has the card's facts and SHA-256s of other files
     model.safetensors   the variables by path ('params/conv1/kernel'), and `mean`
@@ -195,7 +195,7 @@ def _config(folder: str | os.PathLike) -> tuple[dict, dict]:
         raise _damaged(folder, f'{CONFIG} is nested too deeply') from None
     if about['format'] != FORMAT:
         raise UserError(
-            f'{folder}: a bundle of format {about["format"]}; update alexnet_jax, which reads {FORMAT}'
+            f'{folder}: has bundle format {about["format"]}; update alexnet_jax, which reads {FORMAT}'
         )
     return config, about
 
@@ -218,17 +218,17 @@ def _is_card(card: dict) -> bool:
 
 @contextlib.contextmanager
 def usable(folder: str | os.PathLike) -> Iterator[None]:
-    """Raises UserError that names the bundle if its network cannot be made of its config."""
+    """Raises UserError that names the bundle if its config does not make a network."""
     try:
         yield
     except UserError as error:
         raise UserError(f'{folder}: {error}') from error
-    except Exception as error:  # of any layer, for values that a config of ours does not have
+    except Exception as error:  # of any kind: a damaged config can hold any value
         raise _damaged(folder, f'{CONFIG}: {one_line(error)[:200]}') from error
 
 
 def _damaged(folder: str | os.PathLike, why: str) -> UserError:
-    return UserError(f'{folder}: a damaged bundle ({why}): get it again')
+    return UserError(f'{folder}: a damaged bundle ({why}): get a fresh copy')
 
 
 def card(bundle: Bundle) -> str:

@@ -53,7 +53,7 @@ def read(data: bytes, options: Options) -> Imported:
 
 
 def imported(graph: Graph, options: Options, presets: Sequence[str], program: str) -> Imported:
-    """The variables of the one of these presets that a graph is."""
+    """The variables of the preset that a graph matches."""
     names = {layer for layer, _ in graph.arrays}
     fires = any('/' in name for name in names)
     if fires and SQUEEZENETS[0] in presets:
@@ -116,7 +116,7 @@ def _arrays(net: Network, graph: Graph, crop: int, title: str) -> dict:
         title,
         {shown(name(path)): variables.their_shape(net, path, x) for path, x in shapes.items()},
         {shown(key): x for key, x in graph.arrays.items()},
-        'choose another with --net or --crop, or get the file again',
+        'choose another with --net or --crop, or get a fresh copy of the file',
     )
     return {path: variables.from_theirs(net, path, graph.arrays[name(path)]) for path in shapes}
 

@@ -1,7 +1,7 @@
 """Arrays with few distinct values in few bits: pruned, with shared weights, Huffman coded (docs/weights.md).
 
-The coding of Han, Mao, Dally 2015, "Deep Compression". It loses nothing: what makes the arrays like this is
-`training.compression`. Nothing in a file is trusted.
+The coding of Han, Mao, Dally 2015, "Deep Compression". It is lossless; `training.compression` prepares the
+arrays. Nothing in a file is trusted.
 """
 
 import heapq
@@ -27,7 +27,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Coded(NamedTuple):
-    """How an array is stored. Fields of other kinds than 'shared' are 0, but for `bits` of 'levels'.
+    """How an array is stored. The numbers of kinds other than 'shared' are 0, except `bits` of 'levels'.
 
     kind: 'raw'; 'shared', values by number and gaps; or 'levels', whole numbers from 0 to 255, as
     differences.
@@ -90,7 +90,7 @@ def decoded(data: bytes, file: str) -> dict[str, np.ndarray]:
                 at += size
             found[coded.name] = _decode(coded, parts)
     except Damaged as error:
-        raise UserError(f'{file}: not a compressed network ({error}): get it again') from None
+        raise UserError(f'{file}: not a compressed network ({error}): get a fresh copy') from None
     return found
 
 
@@ -99,7 +99,7 @@ def described(data: bytes, file: str) -> list[Coded]:
     try:
         return _header(data, file)[0]
     except Damaged as error:
-        raise UserError(f'{file}: not a compressed network ({error}): get it again') from None
+        raise UserError(f'{file}: not a compressed network ({error}): get a fresh copy') from None
 
 
 def _header(data: bytes, file: str) -> tuple[list[Coded], int]:
@@ -222,7 +222,7 @@ def _decode(coded: Coded, parts: list[np.ndarray]) -> np.ndarray:
 def _gaps(places: np.ndarray, bits: int) -> np.ndarray:
     """The zeros before each weight at these places (ascending), i64[G].
 
-    2^bits - 1 stands for as many zeros, and no weight yet.
+    2^bits - 1 stands for that many zeros, with no weight yet.
     """
     most = 2**bits - 1
     gaps = np.diff(places, prepend=-1) - 1
@@ -241,7 +241,7 @@ def _places(gaps: np.ndarray, bits: int) -> np.ndarray:
 def code_lengths(counts: np.ndarray) -> np.ndarray:
     """The bits of each symbol in a Huffman code for symbols that occur this often: u8[N], 0 for never.
 
-    At most `LONGEST_CODE`: for counts of which some are extremely small, the code is not quite optimal.
+    At most `LONGEST_CODE`, so if some counts are extremely small, the code is not quite optimal.
     """
     counts = np.asarray(counts, np.int64)
     while True:
@@ -290,7 +290,7 @@ def _stream(symbols: np.ndarray, count: int, huffman: bool) -> tuple[bytes, np.n
 
 def _symbols(code: np.ndarray, lengths: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Decodes `count` symbols u8[count], which must take these bits."""
-    if count > bits:  # each takes one at least
+    if count > bits:  # each takes at least one bit
         raise Damaged('a code is wrong')
     table = np.zeros((2, 2**LONGEST_CODE), np.uint8)  # symbol and length, by the next bits
     for symbol, first in enumerate(_codes(lengths).tolist()):

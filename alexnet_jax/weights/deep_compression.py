@@ -31,7 +31,7 @@ def squeezenet(net: SqueezeNet, file: str) -> Weights:
         return Weights(variables.nest(arrays), MEAN, CROP)
     except Damaged as error:
         raise UserError(
-            f'{file}: not a compressed SqueezeNet of {net.classes} classes ({error}): get it again'
+            f'{file}: not a compressed SqueezeNet of {net.classes} classes ({error}): get a fresh copy'
         ) from None
 
 

@@ -18,7 +18,7 @@ def unfolded(net: Network, folded: dict, batches: Iterable) -> dict:
     folded: variables whose normalizations only add a bias (`variables.without_norm`) or, more generally,
     are not those of the images; batches: f32[B,H,W,3] each, of equal size, mean subtracted. With mu and
     sigma² of a channel before its normalization, the scale becomes sigma and the bias b + mu, so training
-    mode now computes almost what test mode does, and training can go on from here.
+    mode now computes almost what test mode does, and training can continue from here.
     """
     moments = jax.jit(lambda images: _moments(net, folded, images))
     total, count = None, 0

@@ -101,7 +101,7 @@ def _constants(eqn, args) -> list[np.ndarray]:
 
 
 def folded(function: Callable, image: jax.ShapeDtypeStruct) -> Callable:
-    """The same function, with all that does not depend on the images computed now.
+    """The same function, with everything that does not depend on the images precomputed.
 
     TensorFlow's converter would take minutes and gigabytes for it.
     """

@@ -37,16 +37,16 @@ PREFIX = 'hub:'
 TRIES, PAUSE = 5, 1.0  # attempts without progress, and seconds between them
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20  # bytes
-SMALL = 1 << 20  # bytes: most of a file without a checksum that is not weights
+SMALL = 1 << 20  # bytes: the limit for files other than weights without a checksum
 SHOWN = 8  # hex digits of a SHA-256 in the name of a file
 
 
 def locate(name: str | os.PathLike) -> str:
     """Returns the folder of a network: a run directory or a bundle, which is downloaded if need be.
 
-    name: a folder; a name that `names` lists, 'hub:' may precede it; https://...#sha256=... (a file of
-    weights); or hf://USER/REPO[@REVISION] (a bundle). A folder with a config.json comes before a
-    registered name. Raises UserError for names that do not exist, and for failed downloads.
+    name: a folder; a name that `names` lists, perhaps after 'hub:'; https://...#sha256=... (a weight file);
+    or hf://USER/REPO[@REVISION] (a bundle). A folder with a config.json takes precedence over a registered
+    name. Raises UserError for names that do not exist, and for failed downloads.
     """
     text = os.fspath(name)
     known = text.removeprefix(PREFIX)
@@ -73,7 +73,7 @@ def locate(name: str | os.PathLike) -> str:
 
 
 def is_folder(name: str | os.PathLike) -> bool:
-    """Whether a name stands for a folder, which need not exist, and so for nothing to download."""
+    """Whether a name means a folder, existing or not, so that there is nothing to download."""
     text = os.fspath(name)
     if re.match(f'(hf|https?)://|{PREFIX}', text):
         return False
@@ -86,7 +86,7 @@ def _close(name: str, cutoff: float) -> list[str]:
 
 
 def checked(name: str | os.PathLike) -> str:
-    """`locate`, for a bundle, whose files are read; one in the cache that is damaged is made again."""
+    """Like `locate`, but for a bundle, and checks its files; rebuilds a damaged one in the cache."""
     folder = locate(name)
     if not bundle.is_bundle(folder):
         raise UserError(f'{name}: not a bundle; python -m alexnet_jax.hub list shows all names')
@@ -156,7 +156,7 @@ def _from_url(text: str) -> str:
     match = re.fullmatch(r'sha256=([0-9a-fA-F]{64})', fragment)
     if not match:
         raise UserError(
-            f'{text}: end it in #sha256= and the 64 digits of the SHA-256 of the file, to check it'
+            f'{text}: to check the file, end it in #sha256= and the 64 digits of its SHA-256'
         )
     path = urllib.parse.urlsplit(_quoted(url, url)).path
     stem, ext = os.path.splitext(os.path.basename(path))
@@ -243,7 +243,7 @@ def _from_hugging_face(text: str) -> str:
 
 def _download_bundle(address, folder, config, sums, called, headers) -> None:
     """Downloads the files of a bundle, whose config is there already."""
-    parts = f'{folder}.part'  # kept if the download stops, so that it can go on
+    parts = f'{folder}.part'  # kept if the download stops, so that it can resume
     os.makedirs(parts, exist_ok=True)
     for name in bundle.files(os.path.dirname(config))[1:]:
         target, checksum = os.path.join(parts, name), sums.get(name)
@@ -294,9 +294,9 @@ def download(
 ) -> str:
     """Returns the cached file of a name, which is downloaded first if it is not there.
 
-    checksum: (algorithm, its first hex digits at least); size: in bytes, roughly. A download that was
-    interrupted is resumed if there is a checksum to show that the parts fit. Raises UserError if the
-    file cannot be reached, is truncated or is another one.
+    checksum: (algorithm, at least its first hex digits); size: in bytes, roughly. An interrupted download
+    is resumed if there is a checksum to verify the result. Raises UserError if the file cannot be reached,
+    is truncated or is a different one.
     """
     digits = f'-{checksum[1][:SHOWN]}' if checksum else ''
     part = os.path.join(cache(), f'{_plain(name)}{digits}{ext}.part')
@@ -394,7 +394,7 @@ def _fetch(
 ) -> None:
     """Downloads a file of at most `most` bytes to `part`, from where it ends if there is a checksum.
 
-    What was read stays there if the connection breaks; a file that is whole but wrong does not.
+    If the connection breaks, what was read stays there; a complete but wrong file is removed.
     """
     url = _quoted(url, called)
     left, total, before = tries, None, _size(part)
@@ -446,7 +446,7 @@ class Broken(Exception):
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Turns whatever reading from the web raises, except a status of HTTP, into Broken."""
+    """Turns any error in reading from the web, except an HTTP status, into Broken."""
     try:
         yield
     except urllib.error.HTTPError:

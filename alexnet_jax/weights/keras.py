@@ -92,7 +92,7 @@ def _arrays(net: MobileNet, layers: list[Layer], ours: list[list[network.Path]])
         "the file is not keras.applications' MobileNet",
         wanted,
         given,
-        'get it again, or save it from a network of keras.applications',
+        'get a fresh copy, or save it from a network of keras.applications',
     )
     if sum(x.nbytes for x in given.values()) > variables.LARGEST:
         raise Damaged('its arrays are larger than 2 GiB')
@@ -153,7 +153,7 @@ def _texts(values: Any) -> list[str]:
 
 
 def _inside(h5py, group, path: str) -> Any:
-    """What a path leads to in this very file; links to other files are refused."""
+    """What a path leads to in this file; links to other files are errors."""
     for part in path.split('/'):
         if not isinstance(group.get(part, getlink=True), h5py.HardLink):
             raise Damaged(f'it has no {path[:60]} of its own')

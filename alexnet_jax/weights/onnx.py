@@ -1,8 +1,8 @@
 """The initializers of ONNX files: the ONNX model zoo's bvlcalexnet and caffenet.
 
 The zoo's graphs read 224 pixels and round down in pooling, 54 -> 26 -> 12 -> 6 with pool5 padded. Caffe,
-which trained the weights, reads 227 and has 55 -> 27 -> 13 -> 6. The zoo's graphs lose most of the accuracy
-by that (onnx/models#453, #622). The weights are read here for the network as Caffe has it.
+which trained the weights, reads 227 and has 55 -> 27 -> 13 -> 6. This costs the zoo's graphs most of their
+accuracy (onnx/models#453, #622). Here the weights are read into Caffe's network.
 """
 
 import numpy as np

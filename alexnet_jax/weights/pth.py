@@ -1,4 +1,4 @@
-"""Reads PyTorch's .pth files of tensors, without PyTorch and without running what a pickle says.
+"""Reads PyTorch's .pth files of tensors, without PyTorch and without executing pickles.
 
 torch.save writes a zip archive with a pickle, which describes tensors, and a member for the bytes of each
 storage. Before PyTorch 1.6, it wrote pickles and storages one after another. Nothing is trusted: the only
@@ -58,7 +58,7 @@ class Tensor(NamedTuple):
 
 
 def state_dict(data: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, of the state dict that it is or has; raises Damaged."""
+    """The tensors, by name, of the state dict that a file is or contains; raises Damaged."""
     described, storages = _zipped(data) if data.startswith(ZIP) else _legacy(data)
     # DataParallel adds `module` to every name, in front or within.
     names = ['.'.join(x for x in name.split('.') if x != 'module') for name in described]
@@ -69,7 +69,7 @@ def state_dict(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _described(found: Any) -> dict[str, Tensor]:
-    """The state dict that a file is or has, before its arrays are read."""
+    """The state dict that a file is or contains, before its arrays are read."""
     if isinstance(found, dict):
         inner = (found[name] for name in NESTED if isinstance(found.get(name), dict))
         found = next(inner, found)
@@ -157,7 +157,7 @@ def _unpickled(data: bytes) -> tuple[Any, int, dict[str, Storage]]:
         if not all(type(key) in (str, int) for key in keys):
             raise Damaged('a dict has keys that are not names or numbers')
 
-    class Unpickler(pickle._Unpickler):  # the one in C lets nothing look at keys
+    class Unpickler(pickle._Unpickler):  # the C version cannot check keys
         def find_class(self, module, name):
             if module == 'torch' and name in STORAGES:
                 return name
@@ -201,7 +201,7 @@ def _unpickled(data: bytes) -> tuple[Any, int, dict[str, Storage]]:
         return Unpickler(file).load(), file.tell(), storages
     except Damaged:
         raise
-    except Exception as error:  # a damaged pickle can raise any
+    except Exception as error:  # a damaged pickle can raise anything
         raise Damaged(f'its pickle is damaged: {" ".join(str(error).split())[:100]}') from None
 
 

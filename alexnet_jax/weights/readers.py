@@ -1,4 +1,4 @@
-"""Reads a file of weights of another program, in any format, as a bundle."""
+"""Reads another program's weight file, in any supported format, as a bundle."""
 
 import hashlib
 import json
@@ -38,9 +38,9 @@ TITLES = {
 }
 CROPS = range(32, 1025)  # pixels
 LARGEST = 4096  # pixels, of a mean image
-# What arrays of shapes that nobody foresaw can raise.
+# What arrays of unexpected shapes can raise.
 DAMAGE = (ValueError, IndexError, OverflowError, MemoryError, RecursionError)
-VERSION = 1  # of what is made of a file; bundles in the cache with another are made again
+VERSION = 1  # of the conversion; cached bundles of another version are rebuilt
 
 
 def read(
@@ -52,12 +52,12 @@ def read(
     names: list[str] | None = None,
     made: str = '',
 ) -> Bundle:
-    """Reads a file of weights; what it is, is found from its content.
+    """Reads a weight file, whose format and network are found from its content.
 
     mean: f32[3] or f32[S,S,3], RGB, 0 to 255, of the images trained on; otherwise the format's own. size: of
     the square images that crops are taken from; otherwise 8/7 of the crop, 256 for 224 and 227. names: of
     the classes, otherwise ImageNet's if there are 1,000. made: the command, for the model card. Raises
-    UserError if the file is damaged or no known network, if arrays are missing, extra or of another shape
+    UserError if the file is damaged or its network unknown, if arrays are missing, extra or of another shape
     (it lists them), and if the weights are not finite.
     """
     data = variables.content(file)
@@ -67,7 +67,7 @@ def read(
         imported = _imported(file, data, options)
     except (Damaged, *DAMAGE) as error:
         raise UserError(
-            f'{file}: cannot be converted ({_text(error)}); get it again, or see docs/weights.md'
+            f'{file}: cannot be converted ({_text(error)}); get a fresh copy, or see docs/weights.md'
         ) from None
     except UserError as error:
         raise error if str(error).startswith(file) else UserError(f'{file}: {error}') from None
@@ -82,8 +82,8 @@ def read(
         raise UserError(f'size={side}: must be from {crop} (the crop) to {LARGEST}')
     names = names or (class_names.imagenet() if classes == 1000 else None)
     if names is None or len(names) != classes:
-        there = 'the names of its' if names is None else f'{len(names):,} names for'
-        raise UserError(f'{file}: {there} {classes:,} classes: give them, one a line, --names=FILE')
+        there = 'needs names for its' if names is None else f'{len(names):,} names for'
+        raise UserError(f'{file}: {there} {classes:,} classes: give one per line, --names=FILE')
     config = configfile.load(imported.preset)
     config.data.size, config.augment.crop = side, crop
     config.model.update(imported.model)
@@ -123,7 +123,7 @@ def _imported(file: str, data: bytes, options: Options) -> Imported:
     if suffix == '.onnx':
         return onnx.read(data, options)
     if data[4:8] != tflite.MAGIC and suffix not in ('.tflite', '.net'):
-        raise UserError(f'{file}: not a format of weights that is known, which are {FORMATS}')
+        raise UserError(f'{file}: not a known weight format; the formats are {FORMATS}')
     if options.std or options.crop:
         raise UserError(f'{file}: has its own crop and scale; leave --std and --crop out')
     if suffix == '.net':
@@ -144,7 +144,7 @@ def _checked(file: str, found: dict) -> dict:
             x = np.ascontiguousarray(x, np.float32)
         if not np.isfinite(x).all():
             name = '/'.join(network.names_of(path)[1:])
-            raise UserError(f'{file}: {name} has weights that are not finite; get it again')
+            raise UserError(f'{file}: {name} has weights that are not finite; get a fresh copy')
         return x
 
     return jax.tree.map_with_path(checked, found)
@@ -153,7 +153,7 @@ def _checked(file: str, found: dict) -> dict:
 def mean_of(text: str) -> np.ndarray:
     """The mean that an argument gives: 'R,G,B' -> f32[3], or a Caffe mean image's file -> f32[S,S,3], RGB.
 
-    Raises UserError for other numbers than 0 to 255, and a damaged file.
+    Raises UserError for numbers outside 0 to 255, and for a damaged file.
     """
     if ',' in text and not paths.path(text).exists():
         return np.float32(numbers('--mean', text, 0, 255))
@@ -178,7 +178,7 @@ def numbers(flag: str, text: str, low: float, high: float) -> tuple[float, float
 
 
 def names_of(file: str) -> list[str]:
-    """The class names of a text file, one a line."""
+    """The class names of a text file, one per line."""
     try:
         text = paths.path(file).read_bytes().decode('utf-8').removesuffix('\n')
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Published weights by name: where they are, who says what about them, and how to check a download."""
+"""Published weights by name: where they are, what is known about them, and how to check a download."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ HAN = 'https://github.com/songhan/SqueezeNet-Deep-Compression/raw/fb13faa2cf121c
 class Entry(NamedTuple):
     """A file of weights on the web.
 
-    checksum: (algorithm, hex digits), the publisher's if `theirs`, else ours of the file as we got it; the
-    first digits will do. None: the publisher gives none.
+    checksum: (algorithm, hex digits), the publisher's if `theirs`, else ours, of the file that we downloaded;
+    the first digits suffice. None: the publisher gives none.
     """
 
     title: str

@@ -41,7 +41,7 @@ def decoded(data: bytes, file: str) -> tuple[dict[str, np.ndarray], dict[str, st
     try:
         return _arrays(data)
     except Damaged as error:
-        raise UserError(f'{file}: not a .safetensors file ({error}): get it again') from None
+        raise UserError(f'{file}: not a .safetensors file ({error}): get a fresh copy') from None
 
 
 def write(file: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

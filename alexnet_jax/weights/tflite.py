@@ -49,9 +49,9 @@ class Model(NamedTuple):
 def mobilenet(net: MobileNet, file: str) -> Weights:
     """Reads the weights of a MobileNet from a .tflite file with 8-bit weights.
 
-    In place of normalization, the layers have a bias (`variables.without_norm`): to train on, see
-    `unfolded`. TensorFlow's files have a class 0, background, which a network with one class less
-    does not get. Weights are exact; TensorFlow Lite also rounds every activation to 8 bits. Raises
+    In place of normalization, the layers have a bias (`variables.without_norm`); to train further,
+    see `unfolded`. TensorFlow's files have a class 0, background, which is dropped for a network
+    with one class fewer. Weights are exact; TensorFlow Lite also rounds every activation to 8 bits. Raises
     UserError if the file is damaged, not such a network, or a network with other fields.
     """
     if not isinstance(net, MobileNet) or (net.padding, net.activation) != ('tensorflow', 'relu6'):
@@ -64,7 +64,7 @@ def mobilenet(net: MobileNet, file: str) -> Weights:
     except Damaged as error:
         raise UserError(
             f'{file}: not a .tflite file of this MobileNet ({error}): choose the version and width of '
-            'config.model that it has, or get it again if it is damaged'
+            'config.model that it has, or get a fresh copy if it is damaged'
         ) from None
 
 
@@ -82,7 +82,7 @@ def form(data: bytes) -> tuple[str, dict, int]:
         17: ('mobilenet', {'padding': 'tensorflow'}, lambda net: 6 * net.channels(160)),
     }.get(len(kernels), ('', {}, None))
     if not preset:
-        raise Damaged(f'it has {len(kernels)} depthwise convolutions, and MobileNets 13 or 17')
+        raise Damaged(f'it has {len(kernels)} depthwise convolutions; MobileNets have 13 or 17')
     pooled = [op.output for op in model.ops if op.code == AVERAGE_POOL]
     classes = _classes(model, pooled[0]) if pooled else 0
     for width in WIDTHS:

@@ -100,7 +100,7 @@ def eight_bits(content: bytes, batches: Iterable[np.ndarray] | None) -> bytes:
     """Returns a model with 8-bit weights.
 
     batches: inputs from which the ranges of the activations are taken, which then have 8 bits, too; None:
-    activations are float32 in the file and rounded to 8 bits as they come, in matrix products alone.
+    activations are float32 in the file and rounded to 8 bits at run time, only in matrix products.
     """
     from onnxruntime import quantization
 

@@ -44,7 +44,7 @@ def from_state_dict(
     """
     if isinstance(net, AlexNet) and crop not in CROPS:
         raise UserError(
-            f'crop={crop}: torchvision pools with other borders; its AlexNet is this one at '
+            f'crop={crop}: torchvision pools with other borders; its AlexNet equals this one at '
             f'{" or ".join(map(str, CROPS))} pixels'
         )
     name, shapes = names(net), variables.leaves(net, crop)

@@ -1,4 +1,4 @@
-"""From the arrays of another program's file to the variables of a network."""
+"""Converts the arrays of another program's file to the variables of a network."""
 
 import functools
 import math
@@ -37,7 +37,7 @@ class Weights(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a user says about a file; '', None and 0: what the file or its format says."""
+    """What the user specifies about a file; '', None and 0 leave it to the file or its format."""
 
     net: str = ''  # a preset
     std: tuple[float, float, float] | None = None  # that the file's network divides pixels by

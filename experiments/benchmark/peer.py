@@ -157,7 +157,7 @@ class Torchvision(torch.nn.Module):
 
 
 def _constructor(name: str):
-    """torchvision.models' constructor; its wheels for GPUs lack operators, which no network needs."""
+    """torchvision.models' constructor; its GPU wheels lack operators that no network needs."""
     try:
         from torchvision import models
     except RuntimeError:
@@ -254,7 +254,7 @@ def _check(run, net, arrays, images, labels) -> dict:
     rates = [module.p for module in dropouts]
     for module in dropouts:
         module.p = 0.0
-    net.train('torchvision' in net.net)  # with batch normalization, test mode says too little
+    net.train('torchvision' in net.net)  # with batch normalization, test mode checks too little
     logits = run(images, False)
     F.cross_entropy(logits, labels).backward()
     pairs = []

@@ -11,8 +11,8 @@ a program moves anything that the formula does not predict.
     python -m experiments.scaling --topology=v5e:16x16 --dtype=bfloat16 --images=128
     python -m experiments.scaling --topology=h100:8 --dtype=bfloat16 --images=2048 --what=train
 
-With --topology, XLA's compiler for that chip makes the program of one mesh instead, and the command prints
-what it says of it: memory, collectives, kernels, bytes, costs by layer, and a lower bound of the time.
+With --topology, XLA's compiler for that chip compiles the program for one mesh instead, and the command
+prints what it reports: memory, collectives, kernels, bytes, costs by layer, and a lower bound on the time.
 All of it is the compiler's model, not measured. Chips: v5e, v5p, v6e, h100, h200; needs
 requirements-compilers.txt.
 """

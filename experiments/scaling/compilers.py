@@ -1,4 +1,4 @@
-"""XLA's own compilers for TPUs and NVIDIA GPUs, which need no device: the chips, and meshes of absent ones.
+"""XLA's own compilers for TPUs and NVIDIA GPUs, which need no device: chips, and meshes of absent devices.
 
 They are optional: `pip install -r requirements-compilers.txt`.
 """
@@ -35,7 +35,7 @@ CHIPS = {
     'h200': Chip('cuda', ACCELERATORS['h100'].peak, 4800e9, 151e9),
 }
 MODULES = {'tpu': 'libtpu', 'cuda': 'jax_cuda13_plugin'}
-# What the compiler asks of a GPU: CUDA's limits for compute capability 9.0, of the SXM cards.
+# What the compiler must know about a GPU: CUDA's limits for compute capability 9.0, of the SXM cards.
 HOPPER = """
 gpu_device_info {{
   name: "{name}"  device_vendor: "NVIDIA Corporation"

@@ -76,7 +76,7 @@ def program_lines(
     kernels = hlo.kernels(text)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = held + memory.temp_size_in_bytes
-    per_image = images * shape[1]  # that one device works on, if only on its towers
+    per_image = images * shape[1]  # images that a device works on, even if only in its own towers
     moved = sum(k.bytes * k.times for k in kernels) / per_image
     times = [_seconds(k, chip) for k in kernels]
     total = sum(times)

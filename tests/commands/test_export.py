@@ -185,7 +185,10 @@ def test_names_are_refused_before_a_download(monkeypatch):
     ('arguments', 'words'),
     [
         (['--format=onyx'], "--format='onyx': choose one of onnx"),
-        (['--format=torch', '--output=a.pt'], '--output=a.pt: --format=torch is written as .pth'),
+        (
+            ['--format=torch', '--output=a.pt'],
+            '--output=a.pt: the name must end in .pth for --format=torch',
+        ),
         (['--format=torch', '--preprocess=graph'], 'has no program, only weights'),
         (['--format=torch', '--images=0'], '--images=0: must be at least 1'),
         (['--format=torch', '--output=/nowhere/a.pth'], '--output=/nowhere/a.pth'),

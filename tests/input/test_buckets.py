@@ -242,7 +242,7 @@ def test_libraries_that_are_missing(made, bucket, monkeypatch):
 def test_another_store_under_the_same_url(made, bucket):
     ensure(made)
     change(bucket, 'store.json', lambda data: store.encode(json.loads(data) | {'source': 'other'}))
-    with pytest.raises(UserError, match=f'{COPY} is a copy of what was in {URL} before: remove it'):
+    with pytest.raises(UserError, match=f'{COPY} is a copy of an earlier {URL}: remove it'):
         ensure(made)
 
 

@@ -425,7 +425,7 @@ def test_what_is_wrong_with_shards(tree, tmp_path):
     root = tmp_path / 'set'
     rows = rows_of(tree, 'train')
     write_shard(root / 'x-val.tar', rows)
-    assert 'x-val.tar is not for training by its name' in refused(root)
+    assert 'x-val.tar is not named as a training shard' in refused(root)
     (root / 'x-val.tar').rename(root / 'x-train.tar')
     (root / 'classnames.txt').write_text('a\nb\n')
     assert 'label 2, but' in refused(root) and 'names only 2 classes' in refused(root)

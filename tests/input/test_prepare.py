@@ -279,7 +279,7 @@ def test_a_store_that_is_named_opens_wherever_its_pictures_are(
     capsys.readouterr()
     assert prepare.ensure(source=source, store=str(path), size=24).counts == {'train': 10, 'val': 1}
     origin = f'source {tmp_path}/here/sub/flowers'
-    assert f'{path}: using this complete store as it is ({origin}, not' in capsys.readouterr().out
+    assert f'{path}: using this complete store as is ({origin}, not' in capsys.readouterr().out
     for other in ({'size': 20}, {'size': 24, 'format': 'u8'}):
         with pytest.raises(
             UserError, match='a different store .* give another --config.data.store, or'
@@ -298,7 +298,7 @@ def test_a_store_that_is_not_named_must_be_of_the_source(flowers):
     with pytest.raises(
         UserError,
         match='is a different store .source .*/here/sub/flowers, not /.*/here/'
-        f'flowers.: give another --config.data.store .--config.data.store={path} uses this one as it is.',
+        f'flowers.: give another --config.data.store .--config.data.store={path} uses this one as is.',
     ):
         prepare.ensure(source='./flowers', size=24)
 
@@ -363,8 +363,8 @@ def exchange():
 @pytest.mark.parametrize(
     'change, found',
     [
-        (add, '3 images more than'),
-        (take, '1 image fewer than'),
+        (add, '3 more images than'),
+        (take, '1 fewer image than'),
         (exchange, 'different images from'),
     ],
 )
@@ -381,7 +381,7 @@ def test_a_changed_source_is_noticed(flowers, monkeypatch, change, found):
             start('flowers', size=24)
         assert str(error.value) == (
             f'{folder} has {found} the store {path}: remove {path} and run the same command again, '
-            f'or pass {flag}={path} to use the store as it is'
+            f'or pass {flag}={path} to use the store as is'
         )
     # A run goes on with its store, and one that is named is used as it is.
     assert prepare.ensure(source='flowers', size=24, resuming=True).counts == made.counts
@@ -954,7 +954,9 @@ def test_a_pass_does_not_resume_with_other_images(flowers, monkeypatch, change):
             prepare.prepare('flowers', size=24)
     assert os.path.exists('data/flowers-24-jpg/progress.npz')
     change()
-    with pytest.raises(UserError, match='other images, labels or names than when this pass began'):
+    with pytest.raises(
+        UserError, match='images, labels or names of .* have changed since this pass began'
+    ):
         prepare.prepare('flowers', size=24)
 
 

@@ -424,7 +424,7 @@ def nothing(root):
         ),
         (
             almost_splits,
-            'root: train_images/ and valid_images/ are not classes by their names: rename',
+            'root: train_images/ and valid_images/ do not look like classes: rename',
         ),
         (split_inside, 'give .*/root/flowers, which has 1'),
         (

@@ -130,7 +130,7 @@ def test_a_test_split_that_changed_is_noticed(tree, tmp_path, monkeypatch, capsy
     prepare.prepare('tree', **OPTIONS)
     capsys.readouterr()
     (tree / 'test/ape/001.jpg').rename(tmp_path / 'kept.jpg')
-    with pytest.raises(UserError, match='tree has 1 image fewer than the store data/tree-24-u8'):
+    with pytest.raises(UserError, match='tree has 1 fewer image than the store data/tree-24-u8'):
         prepare.prepare('tree', **OPTIONS)
     (tmp_path / 'kept.jpg').rename(tree / 'test/bee/009.jpg')
     with pytest.raises(UserError, match='tree has different images from the store'):
@@ -145,9 +145,9 @@ def test_a_store_of_an_earlier_version_is_used(tree, tmp_path, monkeypatch, caps
     (tmp_path / 'moved').rename(tree / 'test')
     after = prepare.prepare('tree', **OPTIONS)
     assert before.counts == after.counts == {'train': 12, 'val': 6}
-    assert 'data/tree-24-u8: without the test split of its source, since' in capsys.readouterr().out
+    assert 'data/tree-24-u8: lacks the test split of its source, since' in capsys.readouterr().out
     (tree / 'val/ape/001.jpg').unlink()
-    with pytest.raises(UserError, match='tree has 1 image fewer'):
+    with pytest.raises(UserError, match='tree has 1 fewer image'):
         prepare.prepare('tree', **OPTIONS)
 
 

@@ -129,7 +129,7 @@ def test_more_pictures_than_a_batch(classify, picture, monkeypatch):
         (np.full((64, 64, 3), 200.0), 'floats from 200 to 200'),
         (np.full((64, 64, 3), -0.5), 'floats from -0.5 to -0.5'),
         (np.full((64, 64, 3), np.nan), 'floats from nan to nan'),
-        (Image.new('F', (9, 9)), 'PIL cannot be used .floating-point pixels'),
+        (Image.new('F', (9, 9)), 'PIL picture cannot be used .floating-point pixels'),
     ],
     ids=lambda x: x if isinstance(x, str) else '',
 )

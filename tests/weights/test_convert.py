@@ -588,7 +588,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ((), '3 classes: give them, one a line, --names=FILE'),
+        ((), '3 classes: give one per line, --names=FILE'),
         (('--names=names.txt',), '2 names for 3 classes'),
         (('--names=missing.txt',), '--names=missing.txt: cannot be read'),
         (('--names=names.txt', '--net=caffe'), '--net=caffe: not a network of this format'),
@@ -606,7 +606,7 @@ def test_arguments_that_are_refused(tmp_path, monkeypatch, arguments, message):
 
 
 def test_files_that_are_refused(tmp_path):
-    refused(tmp_path, 'net.xyz', b'abc', 'not a format', '.caffemodel')
+    refused(tmp_path, 'net.xyz', b'abc', 'not a known weight format', '.caffemodel')
     arrays = torch_arrays(SMALL)
     arrays['features.0.bias'][3] = np.nan
     refused(tmp_path, 'net.pth', files.pth_of(arrays), 'conv1/bias has weights that are not finite')

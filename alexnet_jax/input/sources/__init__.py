@@ -31,7 +31,7 @@ def _form(name: str):
 
 
 def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:
-    """Returns whether opening a source would take long, as it has at least `pictures` images.
+    """Returns whether opening a source would take long because it has at least `pictures` images.
 
     Raises:
       UserError: there is no set of this name, or its files are missing.

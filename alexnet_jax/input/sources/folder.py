@@ -133,8 +133,8 @@ def _refuse_almost_splits(path: str, folders: list[str]) -> None:
     others = [name for name, split in meant.items() if split in ('val', 'test')]
     if train and others:
         raise UserError(
-            f'{path}: {train[0]}/ and {others[0]}/ are not classes by their names: rename them to train/ '
-            f'and {meant[others[0]]}/, or otherwise if they are classes'
+            f'{path}: {train[0]}/ and {others[0]}/ do not look like classes: rename them to train/ and '
+            f'{meant[others[0]]}/ or, if they are classes, to something else'
         )
 
 
@@ -167,7 +167,7 @@ def _unused(path: str, folders: list[str], splits: dict[str, str]) -> list[str]:
 
 
 def _hint(tree: str, folders: list[str], loose: list[str]) -> str:
-    """Returns what is in a folder instead of two class folders, and what to do."""
+    """Returns what a folder without two class folders has instead, and what to do."""
     if len(folders) == 1:
         inner = os.path.join(tree, folders[0])
         below, _ = list_folder(inner, collections.Counter())

@@ -1,11 +1,11 @@
-"""ImageNet (ILSVRC-2012) in each form that people have it in.
+"""ImageNet (ILSVRC-2012) in all its common forms.
 
     train                                   val
     ILSVRC2012_img_train.tar                ILSVRC2012_img_val.tar              image-net.org
     train/nXXXXXXXX.tar                     val/ILSVRC2012_val_NUMBER.JPEG      unpacked once
     train/nXXXXXXXX/nXXXXXXXX_N.JPEG        val/nXXXXXXXX/...                   torchvision
 
-Any of the left goes with any of the right; Kaggle has them in ILSVRC/Data/CLS-LOC. Labels follow the
+Each form on the left works with each on the right; Kaggle has them in ILSVRC/Data/CLS-LOC. Labels follow the
 sorted WordNet IDs. Records are sorted by (WordNet ID, file name), so that all forms give the same store.
 """
 
@@ -54,7 +54,7 @@ FORMS = (
 
 
 class Parts(NamedTuple):
-    """Where the images are; of each split, one kind of place or several."""
+    """Where the images are: one or several kinds of places for each split."""
 
     root: str
     train_tar: str | None  # the tar of tars
@@ -181,7 +181,7 @@ def _built(name: str, data_dir: str | None) -> str | None:
 
 
 def _class_folders_alone(name: str, data_dir: str | None) -> str | None:
-    """Returns the folder of `imagenet2012` if it has class folders, in train/ or not, and nothing of val.
+    """Returns the folder of `imagenet2012` if it has class folders, in train/ or not, but nothing of val.
 
     It is read as if given by its path: a part of the training images is held out.
     """
@@ -223,7 +223,7 @@ def _parts(name: str, data_dir: str | None) -> Parts:
 
 
 def _find(root: str) -> Parts:
-    """Finds what there is of ImageNet in a folder, or below it as Kaggle has it."""
+    """Finds the parts of ImageNet in a folder, or below it in Kaggle's layout."""
     kaggle = [os.path.join(root, path) for path in KAGGLE]
     root = next((path for path in kaggle if os.path.isdir(path)), root)
     train, val = _split_folder(root, 'train'), _split_folder(root, 'val')

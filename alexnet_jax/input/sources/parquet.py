@@ -273,7 +273,7 @@ def _is_rare(kind) -> bool:
 
 
 def _check(path: str, schema, image: str, label: str) -> None:
-    """Raises UserError if a file lacks one of the two columns, or a type is not that of images, labels."""
+    """Raises UserError if a file lacks one of the two columns, or one has the wrong type."""
     for name, good, expected in (
         (image, _holds_bytes, 'encoded images: a struct with `bytes`, or binary'),
         (label, _kind, 'one label per row: integers, booleans or strings'),
@@ -319,7 +319,7 @@ def _values(path: str, columns: Columns, first: str) -> list[int | str | None]:
         return values
     if columns.names is None:
         raise UserError(
-            f'{path}: its metadata name the classes, those of {first} do not: write both in one way'
+            f'{path}: its metadata name the classes, those of {first} do not: write both the same way'
         )
     known = range(len(names))
     return [names[v] if isinstance(v, int) and v in known else v for v in values]
@@ -339,7 +339,7 @@ def _class_names(values: dict[str, list[tuple[str, list]]]) -> list[str]:
         if kind not in (None, type(value)):
             raise UserError(
                 f'{path}: its labels are {_KINDS[type(value)]}, those of {first} are {_KINDS[kind]}: '
-                'write both in one way'
+                'write both the same way'
             )
         kind, first = type(value), first or path
     labels = [(value, path) for path, found in values['train'] for value in found]

@@ -33,8 +33,8 @@ class Source:
     class_names: list[str]  # by label
     splits: dict[str, int]  # {'train': N, 'val': M}, in this order; maybe also 'test'
     read: Callable[[str, int], Iterator[Example]]  # (split, start): records start, start + 1, ...
-    exif: bool = True  # what `data.exif` 'auto' means: images are turned as their EXIF data say
-    notes: tuple[str, ...] = ()  # what the user should know, a line each
+    exif: bool = True  # what `data.exif` 'auto' means: images are rotated by their EXIF orientation
+    notes: tuple[str, ...] = ()  # what the user should know, one line each
     validation: str = ''  # where the validation images come from, if not from a split of their own
     # Of train and val; None for TFDS sets.
     files: tuple[int, int] | None = None  # `fingerprint`
@@ -190,7 +190,7 @@ def above(path: str) -> set[tuple[int, int]]:
 def holds_images(root: str) -> bool:
     """Returns whether there are images in a folder of a folder, or up to three levels deeper.
 
-    If so, archives beside them were only left over.
+    If so, archives beside them are only leftovers.
     """
 
     def below(folder: str, depth: int) -> bool:

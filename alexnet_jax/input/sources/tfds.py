@@ -81,7 +81,7 @@ def _builder(name: str, root: str):
 
 
 def _is_known(name: str, root: str) -> bool:
-    """Whether TFDS may have a set of this name, found out without TensorFlow; True for other forms."""
+    """Checks, without TensorFlow, whether TFDS may have a set of this name; True for other forms."""
     import tensorflow_datasets as tfds
 
     base = name.partition('/')[0]
@@ -91,7 +91,7 @@ def _is_known(name: str, root: str) -> bool:
         tfds.builder_cls(base)
     except tfds.core.DatasetNotFoundError:
         return False
-    except Exception:  # of any kind: `tfds.builder` tells
+    except Exception:  # of any kind: `tfds.builder` reports it
         pass
     return True
 

@@ -1,6 +1,6 @@
 """WebDataset shards: tars of KEY.jpg (or another extension of images) and KEY.cls, the label as a number.
 
-A word of a shard's path tells its split (imagenet1k-train-0000.tar, val/0.tar); without any, all shards are
+A word in a shard's path gives its split (imagenet1k-train-0000.tar, val/0.tar); without any, all shards are
 for training. `classnames.txt` may name the classes, one per line. Other members are skipped and counted.
 """
 
@@ -56,8 +56,8 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
         shards['train'] = shards.pop(None)
     if 'train' not in shards:
         raise UserError(
-            f'{path}: {shards[next(iter(shards))][0]} is not for training by its name, and no other '
-            'shard is: call the shards for training ...train...tar'
+            f'{path}: {shards[next(iter(shards))][0]} is not named as a training shard, and no other '
+            'shard is: rename the training shards to ...train...tar'
         )
     if None in shards:
         notes.append(not_used(shards[None]))
@@ -149,7 +149,7 @@ def _entries(path: str, shard: str, skipped: collections.Counter, *, labeled: bo
     missing = [key for key in images if key not in labels]
     if missing and not labels and all(map(os.path.dirname, images)):
         raise UserError(
-            f'{file}: holds folders of pictures without KEY.cls, so it is no WebDataset shard: unpack it, '
+            f'{file}: holds folders of pictures without KEY.cls, so it is not a WebDataset shard: unpack it, '
             'and give the folder'
         )
     if missing:
