@@ -3,6 +3,7 @@
     alexnet-jax --config=quickstart         train; short for `alexnet-jax train --config=quickstart`
     alexnet-jax evaluate runs/quickstart    measure the error of a run
     alexnet-jax COMMAND --help              list the flags of a command
+    alexnet-jax --version
 
 Commands: train, prepare, evaluate, predict, features, retrieve, visualize, summary, hub, convert, export,
 compress.
@@ -12,8 +13,8 @@ compress.
 import importlib
 import sys
 
-from alexnet_jax import command
-from alexnet_jax.common.configfile import PRESETS
+from alexnet_jax import __version__, command
+from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 
 COMMANDS = (
@@ -37,11 +38,14 @@ def main() -> None:
     if arguments in ([], ['--help'], ['-h']):
         print(__doc__)
         return
+    if arguments == ['--version']:
+        print(f'alexnet_jax {__version__}')
+        return
     name = 'train' if arguments[0].startswith('-') else sys.argv.pop(1)
     if name not in COMMANDS:
         hint = (
             f'; to train a preset: alexnet-jax --config={name}'
-            if (PRESETS / f'{name}.py').is_file()
+            if name in configfile.presets()
             else ''
         )
         raise UserError(f'{name}: no such command; the commands are {", ".join(COMMANDS)}{hint}')

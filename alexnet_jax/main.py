@@ -38,6 +38,7 @@ def parse(argv: list[str]) -> Arguments:
         define[type(default)](name, default, text, flag_values=known)
     if {'--help', '-h'} & {*argv}:
         print(__doc__)
+        print(f'Presets: {", ".join(configfile.presets())}; docs/presets.md describes them.\n')
         for name, (default, text) in FLAGS.items():
             print(f'  --{name:16} {text}' + (f' (default: {default})' if default else ''))
         sys.exit()

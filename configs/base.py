@@ -7,8 +7,6 @@ are those of the paper; "the source" is the 2012 source code, and #145 its netwo
 
 from ml_collections import ConfigDict
 
-from alexnet_jax.common.errors import InputError
-
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -166,6 +164,6 @@ def get_config() -> ConfigDict:
 def with_variant(config: ConfigDict, variants: dict[str, dict], name: str) -> ConfigDict:
     """Returns the config with the named variant's fields, {'model.activation': 'tanh', ...}, set."""
     if name and name not in variants:
-        raise InputError(f'no variant {name!r} of this config; choose one of {", ".join(variants)}')
+        raise ValueError(f'no variant {name!r} of this config; choose one of {", ".join(variants)}')
     config.update_from_flattened_dict(variants.get(name, {}))
     return config

@@ -37,12 +37,15 @@ def find(name: str) -> str:
         return name
     if file and file.is_file():
         return str(file)
-    presets = sorted(file.stem for file in PRESETS.glob('*.py') if file.stem != 'base')
-    close = difflib.get_close_matches(Path(name).stem, presets, n=1)
+    close = difflib.get_close_matches(Path(name).stem, presets(), n=1)
     meant = f' (did you mean {close[0]}?)' if close else ''
     raise UserError(
-        f'--config={name}: no such file or preset{meant}; the presets are {", ".join(presets)}'
+        f'--config={name}: no such file or preset{meant}; the presets are {", ".join(presets())}'
     )
+
+
+def presets() -> list[str]:
+    return sorted(file.stem for file in PRESETS.glob('*.py') if file.stem != 'base')
 
 
 def load(argument: str) -> ConfigDict:
@@ -60,8 +63,6 @@ def load(argument: str) -> ConfigDict:
         config = _execute(file, *([variant] if colon else []))
     except KeyboardInterrupt:
         raise
-    except UserError as error:
-        raise UserError(f'--config={argument}: {error}') from error
     except BaseException as error:  # a config file can do anything
         stack = traceback.extract_tb(error.__traceback__)
         lines = [f'line {frame.lineno}: ' for frame in stack if frame.filename == file]
@@ -70,6 +71,8 @@ def load(argument: str) -> ConfigDict:
         if text.startswith('get_config() takes'):
             kind, text = '', f'this config has no variants: --config={name}'
         at = lines[-1] if lines else ''
+        if text.startswith('no variant '):  # of `with_variant` in configs/base.py
+            kind = at = ''
         text = text if len(text) <= LONG else f'{text[:LONG]} ...'
         raise UserError(f'--config={argument}: {at}{kind}{text}') from error
     if isinstance(config, FrozenConfigDict):

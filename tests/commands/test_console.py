@@ -1,5 +1,6 @@
 """The console command `alexnet-jax`."""
 
+import re
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from alexnet_jax import __main__ as console
 from alexnet_jax import main
 from alexnet_jax.common.errors import UserError
+from tests.helpers import ROOT
 
 
 def call(monkeypatch, *arguments):
@@ -19,6 +21,12 @@ def test_help_lists_the_commands(monkeypatch, capsys, arguments):
     call(monkeypatch, *arguments)
     out = capsys.readouterr().out
     assert [name for name in console.COMMANDS if name not in out] == []
+
+
+def test_the_version(monkeypatch, capsys):
+    call(monkeypatch, '--version')
+    declared = re.search(r'^version = "(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.M)[1]
+    assert capsys.readouterr().out == f'alexnet_jax {declared}\n'
 
 
 @pytest.mark.parametrize('name', console.COMMANDS[1:])
