@@ -159,7 +159,7 @@ def test_damaged_bundles(tmp_path, damage, message):
         (lambda c: c['model'].update(net={'a': 1}), 'config.model.net='),
         (lambda c: c['model'].update(width='x'), 'config.model.width='),
         (lambda c: c['model'].update(more=1), 'more'),
-        (lambda c: c['augment'].update(crop=1), 'a damaged bundle'),
+        (lambda c: c['augment'].update(crop=1), 'config.augment.crop=1: nothing is left'),
     ],
 )
 def test_networks_that_cannot_be_made(tmp_path, change, message):
