@@ -13,8 +13,8 @@ RUN is a run directory, a bundle or a name (`python -m alexnet_jax.hub list`). T
     torch                          PyTorch's state dict: torchvision's, or for the class in docs/weights.md
     safetensors, bundle            the parameters by our names; a folder that `load` takes
 
-The first four take the pixels of the crop, u8[B,crop,crop,3], and give logits; with --preprocess=json they
-take f32 minus the mean, in ONNX [B,3,crop,crop]. A JSON file beside the export says how to prepare images,
+Programs take the pixels of the crop, u8[B,crop,crop,3], and give logits; with --preprocess=json they take
+f32 minus the mean, in ONNX [B,3,crop,crop]. A JSON file beside the export says how to prepare images,
 and lists the classes. Before writing anything, the command compares the logits of the exported and our
 network on some images (from the run's store, or random) and prints the largest difference. If it is too
 large, nothing is written.

@@ -1,6 +1,7 @@
 """Loads a trained network, from a run directory or a bundle, as functions from images to probabilities."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -158,7 +159,10 @@ def open_store(runs: Sequence[Run], store: str = '') -> Store:
     if any(r.facts.names != first.facts.names for r in runs):
         raise UserError('these runs were trained on different classes: evaluate them separately')
     if store and '://' not in store and not os.path.isfile(os.path.join(store, 'store.json')):
-        raise UserError(f'--store={store}: there is no store; give the folder that prepare wrote')
+        raise UserError(
+            f'--store={store}: there is no store; give the folder that prepare wrote (python -m '
+            'alexnet_jax.prepare --source=IMAGES --store=FOLDER)'
+        )
     if store:
         opened = stores.open_store(buckets.local_copy(store) if '://' in store else store)
     elif recorded := directory.recorded_store(first.path):
@@ -166,9 +170,12 @@ def open_store(runs: Sequence[Run], store: str = '') -> Store:
     else:
         opened = prepare.existing(**first.config['data'])
     if opened.names != first.facts.names:
+        pairs = itertools.zip_longest(opened.names, first.facts.names)
+        there, wanted = next(pair for pair in pairs if pair[0] != pair[1])
         raise UserError(
-            f'{opened.path} does not have the classes that {first.path} was trained on; '
-            'give a store that does, --store=DIR'
+            f'{opened.path} does not have the classes that {first.path} was trained on '
+            f'({len(opened.names):,} and {len(first.facts.names):,}; the first that differs: {there} and '
+            f'{wanted}); give a store that does, --store=DIR'
         )
     for r in runs:
         if r.facts.mean.shape[0] != opened.size:

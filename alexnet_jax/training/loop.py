@@ -121,7 +121,8 @@ def _describe(setup: Setup, state: TrainState, *, resuming: bool) -> None:
         log.info(line)
     if warning := progress.data_warning(setup.store, batch=batch):
         log.warning('%s', warning)
-    if warning := progress.rate_warning(setup.config.optim, batch=batch):
+    tuned = bool(setup.config.train.init_from)
+    if warning := progress.rate_warning(setup.config.optim, batch=batch, tuned=tuned):
         log.warning('%s', warning)
     log.info(meshes.describe(setup.mesh))
     group = setup.config.run.dispatch

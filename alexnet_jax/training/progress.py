@@ -14,6 +14,7 @@ TIMES = ('images_per_second', 'waiting')  # values of a train row that differ fr
 
 IMBALANCE = 100  # times as many images of the largest class as of the smallest: a warning
 TRAINS = (0.02, 1.0)  # rate / (1 - momentum) per 256 images
+TUNES = (0.005, 0.05)  # the same in fine-tuning
 UNUSUAL = (TRAINS[0] / 4, TRAINS[1] * 4)  # beyond these, a warning
 
 
@@ -57,21 +58,29 @@ def data_warning(store: Store, *, batch: int) -> str:
     return '; '.join(found)
 
 
-def rate_warning(optim, *, batch: int) -> str:
+def rate_warning(optim, *, batch: int, tuned: bool = False) -> str:
     """Returns why the rate of a config's `optim` is unlikely to train a network, '' if it may.
 
     What counts is rate / (1 - momentum) per 256 images: published recipes of these networks have 0.02 to
-    1.25, and in a random search over AlexNet's, 0.05 to 0.3 did best.
+    1.25, and in a random search over AlexNet's, 0.05 to 0.3 did best. tuned: the network starts from
+    another one's weights, for which 0.005 to 0.05 did best (`experiments.few_labels`).
     """
     if optim.name != 'sgd' or not optim.rate:
         return ''
-    effective = optim.rate / (1 - optim.momentum) * 256 / batch
-    if UNUSUAL[0] <= effective <= UNUSUAL[1]:
+    scale = (1 - optim.momentum) * batch / 256
+    effective = optim.rate / scale
+    if tuned and effective > 2 * TUNES[1]:
+        return (
+            f'config.optim.rate={optim.rate}: may destroy what the network of config.train.init_from knows; '
+            f'with batches of {batch:,}, try {sum(TUNES) / 2 * scale:.2g} (rate / (1 - momentum) is '
+            f'{effective:.3g} per 256 images, and {TUNES[0]} to {TUNES[1]} did best in fine-tuning)'
+        )
+    if tuned or UNUSUAL[0] <= effective <= UNUSUAL[1]:
         return ''
     many = effective > UNUSUAL[1]
     return (
         f'config.optim.rate={optim.rate}: {"the loss may diverge" if many else "training may be very slow"};'
-        f' with batches of {batch:,}, try {TRAINS[many] * (1 - optim.momentum) * batch / 256:.2g} '
+        f' with batches of {batch:,}, try {TRAINS[many] * scale:.2g} '
         f'(rate / (1 - momentum) is {effective:.3g} per 256 images, and such networks train with '
         f'{TRAINS[0]} to {TRAINS[1]})'
     )

@@ -228,7 +228,10 @@ def usable(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _damaged(folder: str | os.PathLike, why: str) -> UserError:
-    return UserError(f'{folder}: a damaged bundle ({why}): get a fresh copy')
+    return UserError(
+        f'{folder}: a damaged bundle ({why}): get a fresh copy; python -m alexnet_jax.hub download NAME '
+        'repairs a registered network'
+    )
 
 
 def card(bundle: Bundle) -> str:

@@ -156,7 +156,12 @@ def mean_of(text: str) -> np.ndarray:
     Raises UserError for numbers outside 0 to 255, and for a damaged file.
     """
     if ',' in text and not paths.path(text).exists():
-        return np.float32(numbers('--mean', text, 0, 255))
+        found = np.float32(numbers('--mean', text, 0, 255))
+        if 0 < found.max() <= 1:
+            raise UserError(
+                f'--mean={text}: of pixels from 0 to 255; multiply those of 0 to 1 by 255'
+            )
+        return found
     try:
         return caffe.mean_image(variables.content(text))
     except (Damaged, *DAMAGE) as error:

@@ -634,7 +634,10 @@ def test_starting_from_another_run_with_other_classes(world, second):
     assert 'starting from run, step 2, with a new last layer' in second
     world.refuses(('evaluate', 'run', 'again'), 'different classes')
     world.refuses(
-        ('evaluate', 'run', '--store=four'), 'four does not have the classes', '--store=DIR'
+        ('evaluate', 'run', '--store=four'),
+        'four does not have the classes',
+        'the first that differs: ',
+        '--store=DIR',
     )
     mesh = meshes.make((1, 1), towers=2, batches={})
     runs = [inference.open_run(world.folder / name, mesh) for name in ('run', 'again')]

@@ -95,6 +95,14 @@ def test_unusual_rates(changes, batch, warning):
     assert found == warning == '' or warning and warning in found
 
 
+def test_rates_of_fine_tuning():
+    optim = configfile.load('squeezenet').optim
+    found = progress.rate_warning(optim, batch=512, tuned=True)
+    assert 'may destroy what the network' in found and 'with batches of 512, try 0.0055 (' in found
+    optim.rate = 0.0003
+    assert not progress.rate_warning(optim, batch=50, tuned=True)
+
+
 def test_no_preset_has_an_unusual_rate():
     for file in (pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'):
         config = configfile.load(str(file))

@@ -331,6 +331,8 @@ def test_mean_images(tmp_path):
     for name in ('mean.binaryproto', 'mean.npy'):
         np.testing.assert_array_equal(readers.mean_of(str(tmp_path / name)), expected)
     np.testing.assert_array_equal(readers.mean_of('1,2,3.5'), np.float32([1, 2, 3.5]))
+    with pytest.raises(UserError, match='--mean=.485,.456,.406: of pixels from 0 to 255'):
+        readers.mean_of('.485,.456,.406')
     objects = np.array([Malicious(tmp_path / 'run')], object)
     np.save(tmp_path / 'objects.npy', objects, allow_pickle=True)
     np.save(tmp_path / 'flat.npy', image[0])
