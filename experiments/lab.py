@@ -112,6 +112,11 @@ class Lab:
         """Returns the run directory of a run."""
         return self.folder / f'{name}-{seed}'.replace(' ', '_')
 
+    @property
+    def asked(self) -> bool:
+        """Whether runs are only listed, not made."""
+        return self._only == {''}
+
     def value_given(self, field: str) -> str | None:
         """Returns what the command line sets a field to; None if unset or if it cannot change results."""
         return _decisive(self._given).get(f'--config.{field}')
