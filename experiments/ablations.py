@@ -16,6 +16,8 @@ schedules; that of `one gpu` has 96 epochs.
 """
 
 import math
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -179,17 +181,21 @@ def of_claims(results) -> dict[str, list[float]]:
     For dropout, these are logarithms of ratios.
     """
     reference = courses(results, REFERENCE)
-    found = {}
-    for name in CLAIMS:
-        own = courses(results, name)
-        both = [(own[seed], reference[seed]) for seed in sorted(own) if seed in reference]
-        if name == 'no dropout':
-            found[name] = [math.log(theirs.steps / ours.steps) for ours, theirs in both]
-        elif name == 'pooling without overlap':
-            found[name] = [ours.gap - theirs.gap for ours, theirs in both]
-        else:
-            found[name] = [ours.training - theirs.training for ours, theirs in both]
-    return {name: values for name, values in found.items() if values}
+    values = {
+        'no dropout': lambda course: -math.log(course.steps),
+        'pooling without overlap': lambda course: course.gap,
+        'no weight decay': lambda course: course.training,
+    }
+    found = {name: _compared(courses(results, name), reference, values[name]) for name in CLAIMS}
+    return {name: pairs for name, pairs in found.items() if pairs}
+
+
+def _compared(
+    own: dict[int, Course], reference: dict[int, Course], value: Callable[[Course], float]
+) -> list[float]:
+    """Returns own minus reference of a value, for every seed that both have."""
+    both = ({seed: value(course) for seed, course in runs.items()} for runs in (own, reference))
+    return statistics.by_seed(*both)
 
 
 def of_training(results) -> list[str]:
@@ -214,11 +220,7 @@ def of_training(results) -> list[str]:
         own = courses(results, name)
         cells = []
         for field, digits in (('training', 2), ('loss', 3), ('validation', 2), ('gap', 2)):
-            pairs = [
-                {seed: getattr(course, field) for seed, course in runs.items()}
-                for runs in (own, reference)
-            ]
-            found = statistics.paired(statistics.by_seed(*pairs))
+            found = statistics.paired(_compared(own, reference, operator.attrgetter(field)))
             masked = name == 'no dropout' and field != 'validation'
             cells.append('–' if masked else statistics.interval(found, digits))
         lines.append(f'| {name} | {len(claims[name])} | {" | ".join(cells)} | {_steps(own)} |')

@@ -69,7 +69,7 @@ RECIPE = {
 def run(lab):
     smoke = lab.scale == 'smoke'
     source = lab.value_given('data.source')
-    if not (source or smoke or lab.asked):
+    if not (source or smoke or lab.listing):
         raise UserError('give the images, as in -- --config.data.source=FOLDER')
     common = RECIPE | ({'run.log_every': 1} if smoke else {'data.size': 112, 'augment.crop': 96})
     for seed in range(lab.seeds):

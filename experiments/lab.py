@@ -113,7 +113,7 @@ class Lab:
         return self.folder / f'{name}-{seed}'.replace(' ', '_')
 
     @property
-    def asked(self) -> bool:
+    def listing(self) -> bool:
         """Whether runs are only listed, not made."""
         return self._only == {''}
 

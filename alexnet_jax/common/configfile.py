@@ -45,6 +45,7 @@ def find(name: str) -> str:
 
 
 def presets() -> list[str]:
+    """The names of the presets, in alphabetical order."""
     return sorted(file.stem for file in PRESETS.glob('*.py') if file.stem != 'base')
 
 

@@ -220,6 +220,7 @@ class Loop:
         )
 
     def stopped(self, asked: str) -> Stopped:
+        """Returns the exception that ends the command early; asked: the reason."""
         saved = ', saved' if self.step > self.first else ''
         return Stopped(
             f'{self.workdir}: stopped at step {self.step:,} ({asked}){saved}; run the same '
