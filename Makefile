@@ -3,7 +3,7 @@
 # make test-fast    without the slow tests
 # make test-all     with the end-to-end checks to run before a release (15 minutes)
 # make test-deploy  compares the networks with those of PyTorch, Keras, OpenCV, ... (installs them)
-# make test-compilers  compiles for TPUs and GPUs that are not there (installs their compilers, 1 GB)
+# make test-compilers  cross-compiles for TPUs and GPUs (installs their compilers, 1 GB)
 # make notebook     executes notebooks/alexnet.ipynb in runs/notebook (less than 5 minutes)
 # make lint         ruff: rules and format
 # To use another Python: `make test PYTHON=python3.12`. To pass arguments to pytest: `make test ARGS='-k layers'`.
@@ -59,7 +59,7 @@ lint: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) $(DEPLOY) $(COMPILERS)
 
-# The stamps are newer than the requirements installed from, so nothing is installed twice.
+# A stamp is newer than the requirements files that it covers, so nothing is installed twice.
 $(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/bin/python
 	@echo "Installing requirements.txt into $(VENV) (a minute or two, about 2 GB) ..."
 	$(PIP_INSTALL) -r requirements.txt -c constraints.txt
@@ -75,7 +75,7 @@ $(VENV)/.installed-notebook: $(VENV)/.installed
 
 $(DEPLOY)/.installed: requirements-deploy.txt requirements-dev.txt requirements.txt constraints.txt | $(DEPLOY)/bin/python
 	@echo "Installing requirements-deploy.txt into $(DEPLOY) (about 3 GB) ..."
-	@grep -v opencv constraints.txt > $(DEPLOY)/constraints.txt  # another version than the program's tests
+	@grep -v opencv constraints.txt > $(DEPLOY)/constraints.txt  # the tests need another version
 	$(DEPLOY)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-deploy.txt -c $(DEPLOY)/constraints.txt
 	@touch $@
 

@@ -141,7 +141,7 @@ def start(cpu_devices: int = 0, *, deterministic: bool = False, **processes) -> 
     """Configures JAX and joins the other processes of the run, if any. Call this before using JAX.
 
     processes: values of the flags in `DISTRIBUTED`; without them the command runs as a single
-    process. Raises UserError for invalid values, and for devices that are not there.
+    process. Raises UserError for invalid values and for missing devices.
     """
     if cpu_devices < 0:
         raise UserError(f'--cpu_devices={cpu_devices}: must be at least 0')

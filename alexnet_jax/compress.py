@@ -50,8 +50,8 @@ def main() -> None:
         ('rounds', 'pruning rounds, each with a higher threshold'),
         ('epochs', 'epochs of retraining in each round'),
         ('tune', 'epochs of fine-tuning the shared weights'),
-        ('rate', 'learning rate of retraining, times config.optim.rate'),
-        ('tune_rate', 'learning rate of fine-tuning, times config.optim.rate'),
+        ('rate', 'learning rate of retraining, as a fraction of config.optim.rate'),
+        ('tune_rate', 'learning rate of fine-tuning, as a fraction of config.optim.rate'),
     ):
         value = getattr(default, name)
         parser.add_argument(

@@ -5,7 +5,7 @@
 Prints a table with the top-1 and top-5 errors of each run and of the ensemble of all runs. Every
 picture counts exactly once. --confusion writes confusion.csv (a row per true class, a column per
 predicted class), confusion.png and per_class.csv to the run directory or to --output; for splits other
-than val their names begin with the split. The matrix belongs to the table's last row.
+than val their names begin with the split. The matrix is that of the table's last row.
 """
 
 import csv
@@ -23,7 +23,8 @@ from alexnet_jax.input import threads
 from alexnet_jax.training import evaluation, inference, metrics, steps
 
 DPI = 100
-NUMBERED, NAMED = 20, 60  # most classes for numbers in cells, and for names of rows and columns
+# The most classes for which cells have numbers, and rows and columns have names.
+NUMBERED, NAMED = 20, 60
 
 
 def main() -> None:

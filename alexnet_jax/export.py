@@ -15,9 +15,9 @@ RUN is a run directory, a bundle or a name (`python -m alexnet_jax.hub list`). T
 
 Programs take the pixels of the crop, u8[B,crop,crop,3], and give logits; with --preprocess=json they take
 f32 minus the mean, in ONNX [B,3,crop,crop]. A JSON file beside the export says how to prepare images,
-and lists the classes. Before writing anything, the command compares the logits of the exported and our
-network on some images (from the run's store, or random) and prints the largest difference. If it is too
-large, nothing is written.
+and lists the classes. Before writing anything, the command compares the logits of the exported network with
+ours on some images (from the run's store, or random) and prints the largest difference. If it is too large,
+nothing is written.
 """
 
 import io
@@ -360,7 +360,7 @@ def _tflite(source: Source, args) -> Export:
 def _stablehlo(source: Source, args) -> Export:
     with backend.portable(), jax.default_matmul_precision('highest'):  # as it is compared
         content = to_stablehlo.program(source.forward, source.arrays, source.crop, source.dtype)
-    weights = safetensors.encoded(source.arrays, {'format': 'alexnet_jax'})
+    weights = safetensors.encoded(source.arrays, bundle.OURS)
     read, _ = safetensors.decoded(weights, '.safetensors')
     run = to_stablehlo.runner(content, read)
     beside = {'.safetensors': weights}
@@ -376,7 +376,7 @@ def _torch(source: Source, args) -> Export:
 
 
 def _safetensors(source: Source, args) -> Export:
-    content = safetensors.encoded(source.arrays, {'format': 'alexnet_jax'})
+    content = safetensors.encoded(source.arrays, bundle.OURS)
     read, _ = safetensors.decoded(content, '.safetensors')
     return Export(content, lambda images: _logits(source, images, read))
 

@@ -55,7 +55,7 @@ def main() -> None:
         '--split', choices=('val', 'train', 'test'), help='use a split of the store'
     )
     parser.add_argument(
-        '--layer', help="(default: the last before the logits, in the paper's network fc7)"
+        '--layer', help="(default: the last one before the logits, fc7 in the paper's network)"
     )
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')

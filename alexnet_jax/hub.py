@@ -6,8 +6,8 @@
     python -m alexnet_jax.hub push runs/mine hf://USER/REPO
 
 Names are those that `list` shows, hf://USER/REPO[@REVISION], and https://...#sha256=... of a file of
-weights. Every command that takes a run directory also takes them, as does --config.train.init_from, as
-hub:torchvision/alexnet. Errors are in percent.
+weights. Every command that takes a run directory also takes them, as does --config.train.init_from, in the
+form hub:torchvision/alexnet. Errors are in percent.
 """
 
 import os
@@ -64,13 +64,13 @@ def show() -> None:
 
 
 def about(name: str) -> tuple[dict, int | None, str | None]:
-    """(facts as on a card, size of the download in bytes, folder if cached) of a registered network."""
+    """(facts as on a card, size of the download in bytes, path if cached) of a registered network."""
     if name not in ENTRIES:
         folder = hub.locate(f'{hub.PREFIX}{name}')
         size = sum(os.path.getsize(os.path.join(folder, file)) for file in bundle.files(folder))
         return bundle.read_config(folder)[1], size, folder
     entry = ENTRIES[name]
-    return hub.facts(entry), entry.size, hub.cached(name, entry.checksum)
+    return hub.facts(entry), entry.size, hub.here(name, entry)
 
 
 def megabytes(size: int | None) -> str:

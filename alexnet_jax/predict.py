@@ -63,7 +63,7 @@ def stream(
 ) -> Iterator[Prediction]:
     """Classifies pictures a batch at a time; titles and labels: one for every picture."""
     for numbers, squares in pictures.batches(BATCH):
-        # All batches have the same size: another would need another compilation.
+        # All batches have the same size: a different one would need another compilation.
         (batch,) = inference.padded(squares, min(BATCH, len(titles)))
         for i, square, row in zip(numbers, squares, classify(batch['image']), strict=False):
             yield Prediction(titles[i], labels[i], square, row)
@@ -226,7 +226,7 @@ def main() -> None:
             print(describe(prediction, names))
         if output:
             drawn.append(prediction)
-    # On standard output, a table is alone.
+    # If a table goes to standard output, nothing else does.
     with contextlib.redirect_stdout(sys.stderr if '-' in (args.csv, args.json) else sys.stdout):
         if not pictures.all_failed():
             for table, _ in tables:

@@ -26,7 +26,9 @@ def first_kernels(trained: inference.Run) -> np.ndarray:
 
 def main() -> None:
     parser = figures.parser('visualize', __doc__, output='PNG file (default: kernels.png in RUN)')
-    parser.add_argument('--per_kernel', action='store_true', help='normalize every kernel alone')
+    parser.add_argument(
+        '--per_kernel', action='store_true', help='normalize each kernel separately'
+    )
     parser.add_argument('--scale', type=int, default=6, help='side of a weight in pixels')
     args = figures.start(parser)
     output = figures.output(args, 'kernels.png')

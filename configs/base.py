@@ -30,8 +30,8 @@ def get_config() -> ConfigDict:
     config.augment = ConfigDict(
         {
             'crop': 224,  # pixels, side of the crops the network sees (§4.1)
-            # Random resized crops: the least and the largest part of an image's area, as in (0.08, 1.0), for
-            # stores of whole images; (): crops at random offsets.
+            # Random resized crops: the smallest and largest fraction of an image's area, such as (0.08, 1.0),
+            # for stores of whole images; (): crops at random offsets.
             'area': (),
             'jitter': 0.0,  # brightness, contrast and saturation vary by this factor, such as 0.4
             'random': True,  # random crops and flips; False: always the centre crop
@@ -118,8 +118,8 @@ def get_config() -> ConfigDict:
         {
             'batch': 128,  # images per step, over all devices
             'init_from': '',  # a run directory, bundle or hub:NAME to start from (docs/weights.md)
-            # Moving average of parameters and statistics: the part a step keeps, such as 0.9999; 0: none.
-            # The log shows its error beside that of the last parameters.
+            # Moving average of parameters and statistics: the fraction kept per step, such as 0.9999;
+            # 0: none. The log shows its error beside that of the last parameters.
             'ema': 0.0,
             'ema_used': False,  # the average decides the best checkpoint, and is what `load` returns
             'smoothing': 0.0,  # label smoothing: part of the target spread evenly over all classes

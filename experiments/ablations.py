@@ -301,7 +301,7 @@ def report(results) -> str:
         'standard deviation). Other rows: difference from the reference in percentage points (positive: '
         'worse), mean and 95 % interval over the pairs.',
         '',
-        '| row | pairs | top-1, ten crops | p | verdict | the paper | log of 2012 | same sign '
+        '| row | pairs | top-1, ten crops | p | verdict | the paper | 2012 log | same sign '
         '| top-5, ten crops | top-1, centre crop | the same over images |',
         '|---|---|---|---|---|---|---|---|---|---|---|',
     ]

@@ -5,10 +5,10 @@
 "It depends on labeled data": MobileNet v2 and SqueezeNet are fine-tuned from their ImageNet weights
 (`python -m alexnet_jax.hub`), and trained from scratch, for twice as many epochs; the AlexNet of
 `folder.py:small` is trained from scratch. FOLDER has train/CLASS/ and val/CLASS/. Each seed draws its own
-training images, and those of fewer labels are among those of more.
+training images, and the smaller sets are subsets of the larger ones.
 
 All see random crops and flips, in batches of 50. The learning rate follows a cosine from the best of two to
-four rates, on seed 10 with 50 images per class.
+four rates, chosen on seed 10 with 50 images per class.
 """
 
 import pathlib
@@ -54,7 +54,7 @@ NETS = {
 }
 SMOKE = {'quickstart': Net('Quickstart', 'configs/quickstart.py', {}, 'hub:quickstart', 0.01, 0.01)}
 COUNTS = {10: 50.0, 50: 20.0, 500: 3.0}  # images per class: epochs
-LONGER = 2  # from scratch, times as many
+LONGER = 2  # times as many epochs from scratch
 RECIPE = {
     'data.format': 'u8',
     'augment.area': (),

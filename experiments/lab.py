@@ -282,7 +282,7 @@ class Lab:
     def ask(self, run: Callable[['Lab'], Any], *, checks: bool = True) -> list[str]:
         """Returns the keys, NAME-SEED, of the runs that run(lab) requests; they must be independent.
 
-        checks: raise UserError for stored rows that are those of other commands.
+        checks: raise UserError for stored rows that come from other commands.
         """
         self._only, self._asked, self._checks = {''}, [], checks  # matches no run, so none is made
         run(self)
@@ -473,7 +473,7 @@ def _left(workdir: pathlib.Path, row: dict[str, Any]) -> float:
 
 
 def training_time(result: dict[str, Any]) -> float:
-    """Returns the seconds that a run trained, from its rows; 0 if they do not tell."""
+    """Returns the seconds that a run trained, from its rows; 0 if they do not say."""
     rows, images = result['train'], result.get('data', {}).get('counts', {}).get('train', 0)
     if not all('images_per_second' in row for row in rows):
         return 0.0

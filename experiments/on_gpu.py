@@ -42,7 +42,7 @@ TINY = {  # of networks, in a rehearsal
 
 
 class Step(NamedTuple):
-    """A command, without Python, and the seconds that it may take.
+    """A command (the arguments after `python`), and the seconds that it may take.
 
     again: whether a repeated command resumes; if not, an interrupted one's output is removed.
     """

@@ -100,7 +100,8 @@ def bootstrap(own: np.ndarray, reference: np.ndarray, seed: int = 0) -> tuple[fl
 
     own, reference: bool[seeds, images], which images were classified correctly, for the same seeds. The
     images are drawn DRAWS times with replacement, the same ones for both. Each image contributes its
-    difference summed over the seeds. This takes few values, so the draws are of how often each occurs.
+    difference summed over the seeds. That sum takes few distinct values, so each draw only counts how often
+    each value occurs.
     """
     misses = np.asarray(reference, np.int64).sum(0) - np.asarray(own, np.int64).sum(0)
     values, counts = np.unique(misses, return_counts=True)

@@ -1,4 +1,4 @@
-"""docs/paper.md names what exists, with numbers that were measured; and its sentences without other tests."""
+"""docs/paper.md names only what exists and what was measured; tests of sentences that have no other test."""
 
 import ast
 import functools
@@ -134,7 +134,7 @@ def test_numbers_belong_to_one_row(monkeypatch):
         assert len(wrong_numbers(f'| 1 | x | y | {said} [b] | z |{LINKS}')) == count
 
 
-# --- sentences that no other test holds
+# --- sentences that no other test covers
 
 
 def test_the_numbers_of_the_text():

@@ -1,4 +1,4 @@
-"""The programs of README.md and docs/runs.md run as they stand; the README's results are kept ones."""
+"""The programs of README.md and docs/runs.md run as they stand; the README's results are stored ones."""
 
 import re
 

@@ -29,7 +29,7 @@ def imagenet() -> list[str]:
 
 
 def shown(names: Sequence[str]) -> list[str]:
-    """Class names for display: WordNet IDs become words; other names stay.
+    """Class names for display: WordNet IDs become words; other names are unchanged.
 
     ILSVRC-2012 has two classes named crane and two named maillot; these keep their IDs as a suffix.
     """
@@ -37,7 +37,7 @@ def shown(names: Sequence[str]) -> list[str]:
 
 
 def as_utf8(name: str) -> str:
-    """A file's name as in a UTF-8 locale, whatever the locale is; bytes that are not UTF-8 stay."""
+    """A file's name as in a UTF-8 locale, whatever the locale is; bytes that are not UTF-8 are kept."""
     return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
 
 

@@ -23,7 +23,7 @@ _PACKAGE = Path(__file__).parents[1]
 # A wheel has the presets inside the package, a checkout beside it.
 PRESETS = _PACKAGE / 'configs' if (_PACKAGE / 'configs').is_dir() else _PACKAGE.parent / 'configs'
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which devices compute
-LONG = 300  # characters of an error from a config file that are shown
+LONG = 300  # how much of a config file's error is shown, in characters
 
 
 def find(name: str) -> str:
@@ -179,7 +179,7 @@ def check_name(name: str, known: dict[str, Any]) -> None:
 
 
 def check_value(name: str, value: Any, default: Any) -> None:
-    """Raises UserError for invalid numbers, and for tuples with elements of a wrong type.
+    """Raises UserError for invalid numbers, and for tuples with elements of the wrong type.
 
     Numbers must fit in float32 or 32 bits, at any depth, and not be negative; floats in a tuple may be.
     ConfigDict checks the types of fields, but not of the elements of a tuple: they must have the type

@@ -10,6 +10,7 @@
 """
 
 import errno
+import importlib.metadata
 import traceback
 
 DONE, BUG, MISTAKE, STOPPED, LOST, INTERRUPTED, UNREAD = 0, 1, 2, 75, 76, 130, 141
@@ -35,6 +36,15 @@ def one_each(name: str, values, layers: int) -> None:
     """Raises UserError unless a field has one value for each layer."""
     if len(values) != layers:
         raise UserError(f'{name}: must have {layers} values, one per layer, not {len(values)}')
+
+
+def install(extra: str) -> str:
+    """The command that installs the packages of an extra, such as 'onnx'."""
+    try:
+        importlib.metadata.version('alexnet_jax')
+    except importlib.metadata.PackageNotFoundError:  # run from a clone
+        return f"pip install '.[{extra}]'"
+    return f"pip install 'alexnet_jax[{extra}]'"
 
 
 def printable(text: str) -> str:

@@ -51,7 +51,7 @@ def absolute(path: Path) -> Path:
 
 
 def plain(folder: Path) -> Path:
-    """The path by which libraries reach an absolute folder: its own or, if that is unusual, a link to it.
+    """A path of an absolute folder that every library accepts: its own or, if that is unusual, a link to it.
 
     etils takes brackets for a pattern and tensorstore a backslash for a slash; others want UTF-8.
     Raises UserError if the temporary folder, where the link is, has such a path too.
@@ -81,7 +81,7 @@ def existing(path: Path) -> Path:
 
 
 def check_links(name: str, path: Path) -> None:
-    """Raises UserError for a path on disk that leads through a link to nothing; name: its flag."""
+    """Raises UserError for a path on disk that leads through a dangling link; name: its flag."""
     if is_remote(path):
         return
     for there in (path, *path.absolute().parents):

@@ -77,7 +77,7 @@ def portable(*, sums: bool = False) -> contextlib.AbstractContextManager:
 
 
 def on(mesh: Mesh, function: Callable) -> Callable:
-    """Returns the function, traced with the choices for a mesh, whose devices need not be here."""
+    """Returns the function, traced with the choices for a mesh, whose devices need not be present."""
 
     @functools.wraps(function)
     def traced(*args):

@@ -147,7 +147,7 @@ def _cluster(error: Exception) -> str:
         return f"Kubernetes needs the package kubernetes: pip install 'jax[k8s]', or {advice}"
     if whole:
         wrong = isinstance(error, ValueError)
-        return f'wrong variables of {whole[0]} ({one_line(error)}); or {advice}' if wrong else ''
+        return f'invalid {whole[0]} variables ({one_line(error)}); or {advice}' if wrong else ''
     for name, variables in CLUSTERS.items():
         if there := [variable for variable in variables if variable not in missing[name]]:
             return (
@@ -155,7 +155,7 @@ def _cluster(error: Exception) -> str:
                 f'{"is" if len(missing[name]) == 1 else "are"} not set; start the command as a task of '
                 f'the cluster, as with srun or mpirun, or {advice}'
             )
-    return f'no variables of {", ".join(CLUSTERS)} are set here; {advice}'
+    return f'found no environment variables of {", ".join(CLUSTERS)}; {advice}'
 
 
 def is_first() -> bool:

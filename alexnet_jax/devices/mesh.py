@@ -159,7 +159,7 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
 
 
 def memory(mesh: Mesh) -> int:
-    """The memory of a mesh's devices in bytes; that of the machines for CPUs."""
+    """The memory of a mesh's devices in bytes; for CPUs, that of the machines."""
     device = mesh.local_devices[0]
     stats = device.memory_stats() if device.platform != 'cpu' else None
     if stats and 'bytes_limit' in stats:

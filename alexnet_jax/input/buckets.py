@@ -76,7 +76,7 @@ def local_copy(url: str) -> str:
 
 
 def _is_copied(path: str, remote: paths.Path, content: bytes) -> bool:
-    """Returns whether a copy is complete; UserError if it is of a store with another store.json."""
+    """Returns whether a copy is complete; UserError if it is of a store with a different store.json."""
     try:
         with open(os.path.join(path, 'store.json'), 'rb') as file:
             same = file.read() == content

@@ -15,7 +15,8 @@ from alexnet_jax.common.errors import InputError, one_line, reason
 # Mean absolute difference from the INTER_AREA of the 2012 source code on 903 photographs: bilinear
 # 0.96 levels, Hamming 1.04, box 2.96 (Pillow's box filter takes whole pixels, so it aliases).
 FILTER = 'antialiased bilinear down, bicubic up'
-LARGE, LARGEST = 50_000_000, 500_000_000  # pixels, above which: one at a time; rejected
+# In pixels: larger images are decoded one at a time, or rejected.
+LARGE, LARGEST = 50_000_000, 500_000_000
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = dict(  # what undoes each orientation
     enumerate(

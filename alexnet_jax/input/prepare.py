@@ -48,7 +48,7 @@ def default_store(source: str, size: int, format: str) -> str:
     for path in (first, second):
         if _source(path) == origin:
             return path
-    # A folder that is gone has no new store: the error about the other one says what to do.
+    # If the folder is gone, no new store can be made: keep this path, whose error says what to do.
     taken = _source(first) and (origin == source or os.path.exists(whole))
     return second if taken else first
 
@@ -94,7 +94,7 @@ def prepare(
     wanted = {'format': format, 'size': size, 'source': origin, 'val_fraction': val_fraction}
     if exif != 'auto':
         wanted['exif'] = exif == 'on'
-    if dir and not is_path:  # two folders can have different images of one name
+    if dir and not is_path:  # two TFDS folders can have different images under the same name
         wanted['dir'] = _whole(dir)
     finished = _finished(path, wanted, named)
     if finished:
@@ -181,7 +181,7 @@ def existing(*, source: str, store: str, format: str, size: int, **options) -> s
 
 @contextlib.contextmanager
 def _named(command: str):
-    """Makes errors raised inside name config fields instead of the flags of `prepare`.
+    """Makes errors raised in its block name config fields instead of `prepare`'s flags.
 
     Training has no --skip_bad: `command` is the one to run with it.
     """

@@ -72,8 +72,9 @@ def box(
 ) -> tuple[int, int, int, int]:
     """Returns the box (left, top, right, bottom) of a random resized crop.
 
-    As in torchvision, but if no try u f64[TRIES,4] fits, the central square. The box's part of the image's
-    area is uniform over `area`, the logarithm of its aspect ratio from that of 3/4 to that of 4/3.
+    As in torchvision, but if no try u f64[TRIES,4] fits, the central square. The box's fraction of the
+    image's area is uniform over `area`, and the logarithm of its aspect ratio is uniform from log(3/4) to
+    log(4/3).
     """
     for u in uniform:
         part = width * height * (area[0] + (area[1] - area[0]) * u[0])

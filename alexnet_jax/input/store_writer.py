@@ -159,7 +159,7 @@ def write_records(
     Raises:
       UserError: a label is out of range or, after the pass, images cannot be decoded (with
         `skip_bad`: all those of a split, or of a class in the training split). The message has the
-        first of them, and `bad_list` has all if they are more.
+        first of them, and `bad_list` has all if there are more.
     """
     began, bad = time.monotonic(), []
     with contextlib.suppress(FileNotFoundError):
@@ -190,7 +190,7 @@ def write_records(
 
 
 def _list(path: str, bad: list[Bad], count: int) -> str:
-    """Says which images cannot be decoded; writes a file if they are too many for a message."""
+    """Says which images cannot be decoded; writes a file if there are too many for a message."""
     shown = ', '.join(f'{one.name} ({one.reason})' for one in bad[:SHOWN])
     text = f'{len(bad):,} of {count:,} images cannot be decoded: {shown}'
     if len(bad) > SHOWN:

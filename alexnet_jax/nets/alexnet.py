@@ -191,7 +191,8 @@ class AlexNet(network.Network):
     def _common(self, i: int, name: str) -> dict:
         """The arguments that all layers share; i: the layer's index in `std` and `bias`."""
         std, bias = self.std[i], self.bias[i]
-        if name != 'conv1':  # narrow networks must compensate for a smaller fan-in, or are dead
+        # Narrow networks must compensate for a smaller fan-in, or they start out dead.
+        if name != 'conv1':
             std *= self.width**-0.5
         if self.initial == 'torch':
             inits = {'kernel_init': blocks.uniform, 'bias_init': blocks.uniform}

@@ -1,4 +1,4 @@
-"""ShuffleNet v2 (Ma et al., 2018) in torchvision's form: each half of the channels, then a shuffle.
+"""ShuffleNet v2 (Ma et al., 2018) in torchvision's form: halves of the channels, shuffled by each unit.
 
 The authors' own code (Megvii) keeps the projection's input width in blocks with stride 2, and its last
 layer has no bias: 2,278,760 parameters at x1.0 instead of 2,278,604.
@@ -22,7 +22,7 @@ def shuffle(x):
 
 
 class Unit(nn.Module):
-    """Half of the channels pass (stride 1) or are downsampled (stride 2) beside the convolutions."""
+    """Half of the channels bypass the convolutions (stride 1) or are downsampled too (stride 2)."""
 
     features: int
     stride: int

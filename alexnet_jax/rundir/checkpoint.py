@@ -150,7 +150,8 @@ class Checkpoints:
 
     def _failed(self, what: str, error: Exception) -> SaveError:
         self._manager, failed = None, self._manager
-        if jax.process_count() == 1:  # several exit now: a manager would wait for all of them
+        # One of several processes exits now: a manager would wait for all of them.
+        if jax.process_count() == 1:
             with contextlib.suppress(Exception):  # it reports the same failure again
                 failed.close()
             with contextlib.suppress(Exception):  # a new one removes half-written files
@@ -173,7 +174,7 @@ class Checkpoints:
             if getattr(sys.unraisablehook, 'func', None) is not _without_leftovers:
                 sys.unraisablehook = functools.partial(_without_leftovers, sys.unraisablehook)
             self._policy.errors = {step: self._error(step) for step in self.steps()}
-            if not paths.is_remote(self.directory):  # where `plain` links to must be there
+            if not paths.is_remote(self.directory):  # the folder that `plain` links to must exist
                 self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = _Manager(paths.plain(self.directory), self._policy)
         return self._manager

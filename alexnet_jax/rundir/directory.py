@@ -84,7 +84,7 @@ def read_config(path: str | os.PathLike) -> dict:
 
 
 def completed(config: dict) -> dict:
-    """A config that was stored, with the fields that are newer; ValueError, ... if it is not one."""
+    """A stored config, with the fields added since; ValueError, ... if it is not a config."""
     for name, kind in DATA.items():
         if type(config['data'].get(name, kind())) is not kind:
             raise ValueError(f'data.{name} is {config["data"][name]!r}')
@@ -163,7 +163,7 @@ def check(config, workdir: paths.Path, *, free: Collection[str] = ()) -> None:
 def another(workdir: paths.Path, fields: Collection[str], why: str = '') -> UserError:
     """The error for a work directory whose run has another config; fields: texts of `differences`."""
     return UserError(
-        f'{workdir} holds a run of another config ({"; ".join(fields)}){why}; '
+        f'{workdir} holds a run with a different config ({"; ".join(fields)}){why}; '
         'give another --workdir or remove this one'
     )
 
@@ -270,7 +270,7 @@ def _json(value) -> bytes:
 
 
 def check_store(workdir: paths.Path, store: Store) -> None:
-    """Raises UserError if the run in `workdir` started with other pictures than those of `store`."""
+    """Raises UserError if the run in `workdir` started with different images from those of `store`."""
     if not (workdir / 'stats.npz').exists():
         return
     facts, counts = read_facts(workdir), _read_store(workdir).get('counts')

@@ -39,6 +39,7 @@ ACCEPTED = (
 class Run(NamedTuple):
     """A trained network, loaded from its run directory or bundle."""
 
+    name: str  # by which it was opened: its path, or a name of the hub
     path: paths.Path
     config: dict
     facts: directory.Facts
@@ -50,7 +51,7 @@ class Run(NamedTuple):
     @property
     def title(self) -> str:
         """The name to show in output."""
-        return str(self.path) if self.bundle else f'{self.path} (step {self.step:,})'
+        return self.name if self.bundle else f'{self.path} (step {self.step:,})'
 
 
 def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
@@ -60,7 +61,7 @@ def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
     build: makes the network from the fields of `config.model`, for networks defined elsewhere. Raises
     UserError if there is no such network.
     """
-    path = paths.path(hub.locate(path))
+    name, path = os.fspath(path), paths.path(hub.locate(path))
     if bundles.is_bundle(path):
         stored = bundles.read(path)
         exif = stored.config['data']['exif'] != 'off'
@@ -69,7 +70,7 @@ def describe_run(path: str | os.PathLike, build: Callable = build) -> Run:
         config, facts, stored = directory.read_config(path), directory.read_facts(path), None
     with bundles.usable(path) if stored else contextlib.nullcontext():
         net = build(classes=len(facts.names), **config['model'])
-    return Run(path, config, facts, net, bundle=stored)
+    return Run(name, path, config, facts, net, bundle=stored)
 
 
 def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
@@ -137,7 +138,7 @@ def as_bundle(run: Run, **card) -> Bundle:
 
 
 def _without_folder(name: str) -> str:
-    """The last part of a path; names that are not paths stay."""
+    """The last part of a path; names that are not paths are unchanged."""
     local = '://' not in name and not name.startswith(hub.PREFIX)
     return os.path.basename(os.path.normpath(name)) if name and local else name
 
@@ -233,15 +234,15 @@ def padded(images: np.ndarray, batch: int) -> Iterator[Batch]:
 class Classifier:
     """What `alexnet_jax.load` returns: images -> probabilities, with `names`, one per class.
 
-    An image is a path, a picture of PIL, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4]:
-    uint8, or floats from 0 to 1, which are rounded to multiples of 1/255. They can have any sizes, and
-    are read like training images: turned by their EXIF orientation if those were, without alpha channel
-    (dropped, not composited), the central square resized. Several images are a list, a tuple, or an
-    array [B,H,W,C]. The result of one has no leading axis; that of several, or of a list of one, does.
-    Anything else raises InputError, which is a ValueError.
+    An image is a path, a PIL picture, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4]:
+    uint8, or floats from 0 to 1, which are rounded to multiples of 1/255. They can have any size, and are
+    read like training images: rotated by their EXIF orientation if those were, without alpha channel
+    (dropped, not composited), the central square resized. Several images are a list, a tuple, or an array
+    [B,H,W,C]. The result of one has no leading axis; that of several, or of a list of one, does. Anything
+    else raises InputError, which is a ValueError.
 
     `run` is the opened run, `size` the side in pixels of the square cropped from an image, `words` the names
-    for people: words for the WordNet IDs of ImageNet.
+    to show: words in place of ImageNet's WordNet IDs.
     """
 
     @meshes.settings()
@@ -262,7 +263,7 @@ class Classifier:
 
     @meshes.settings()
     def features(self, images, layer: str | None = None) -> np.ndarray:
-        """Returns the activations of a layer, of the centre crop: f32[H,W,C] or f32[F], [B,...] of several.
+        """Returns the activations of a layer for the centre crop: f32[H,W,C] or f32[F], [B,...] of several.
 
         layer: one of `run.net.names`, by default the last before the logits (fc7 in the paper's
         network); channels of all towers are in order. Raises UserError for other names.

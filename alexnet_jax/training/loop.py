@@ -28,7 +28,7 @@ from alexnet_jax.training.setup import Setup
 from alexnet_jax.training.steps import TrainState
 
 log = logging.getLogger(__name__)
-ROWS = 30  # of the table of parameters: longer ones are left out
+ROWS = 30  # of the table of parameters, at most: longer tables are not logged
 NOT_FINITE = 'is not finite'  # part of every message about a run that diverged
 
 
@@ -68,7 +68,7 @@ def train(config, workdir: str | os.PathLike, build: Callable = build) -> None:
 
     _describe(setup, state, resuming=bool(there))
     for text in changed:
-        log.info('continuing with another schedule: %s', text)
+        log.info('continuing with a different schedule: %s', text)
     if changed and setup.config.run.dispatch > 1:
         log.warning(
             'config.run.dispatch=%s: a run that had this schedule from the start could have grouped its '
@@ -273,7 +273,7 @@ class Loop:
             log.info(words, *modes.values())
 
     def recompute(self, stop: Callable[[int], str]) -> None:
-        """Replaces the running statistics by those of more training images, at the end.
+        """Replaces the running statistics with those of more training images, at the end.
 
         Saves the state first. A start that resumes there recomputes them from scratch.
         """
@@ -336,12 +336,12 @@ class Loop:
         log.warning('%s; training continues without this checkpoint', error)
 
     def diverged(self, what: str) -> None:
-        """Raises a UserError that says what is not finite, and which checkpoint is still good."""
+        """Raises a UserError that says what is not finite, and which checkpoint is the latest."""
         with contextlib.suppress(checkpoint.SaveError):
             self.checkpoints.wait()
         raise UserError(
-            f'{self.workdir}: {what}; the last good checkpoint is from step '
-            f'{max(self.checkpoints.steps(), default=0):,}; {diagnosis.CAUSES}'
+            f'{self.workdir}: {what}; the latest checkpoint, which is finite but may already diverge, is '
+            f'from step {max(self.checkpoints.steps(), default=0):,}; {diagnosis.CAUSES}'
         )
 
     def dispatch(self, batch) -> Dispatch:

@@ -16,7 +16,7 @@ TEXT = {  # name of a value: (text in the log, column heading in the table of `e
     'top5_error': ('top-5 error {:.2f} %', 'Top-5'),
     'class_error': ('mean per-class error {:.2f} %', 'Per-class'),
 }
-# Of evaluations beside the network that counts: the moving average, or the last parameters.
+# Of the errors shown beside the main ones: those of the moving average, or of the last parameters.
 PREFIXES = ('ema_', 'last_')
 
 

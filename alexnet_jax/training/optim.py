@@ -190,7 +190,7 @@ def _like(x: Any, params) -> bool:
 
 
 def velocity(opt_state) -> dict:
-    """Returns the velocity in the state of an optimizer of `make`, in a tree like the parameters."""
+    """Returns the velocity from the state of an optimizer made by `make`, in a tree like the parameters."""
     return next(s.trace for s in opt_state if isinstance(s, optax.TraceState))
 
 
@@ -200,7 +200,7 @@ def steps_per(epochs: float, examples: int, batch: int) -> int:
 
 
 def scalars(rates: Mapping[str, float]) -> dict[str, np.float32]:
-    """Returns the rates of one step, of `make_rates`, as a train step takes them."""
+    """Returns one step's rates from `make_rates` in the form that a train step takes."""
     return {name: np.float32(value) for name, value in rates.items() if name != 'stop'}
 
 

@@ -12,7 +12,7 @@ from alexnet_jax.training import metrics
 TIMES = ('images_per_second', 'waiting')  # values of a train row that differ from run to run
 
 
-IMBALANCE = 100  # times as many images of the largest class as of the smallest: a warning
+IMBALANCE = 100  # warn if the largest class has this many times the images of the smallest
 TRAINS = (0.02, 1.0)  # rate / (1 - momentum) per 256 images
 TUNES = (0.005, 0.05)  # the same in fine-tuning
 UNUSUAL = (TRAINS[0] / 4, TRAINS[1] * 4)  # beyond these, a warning
@@ -59,7 +59,7 @@ def data_warning(store: Store, *, batch: int) -> str:
 
 
 def rate_warning(optim, *, batch: int, tuned: bool = False) -> str:
-    """Returns why the rate of a config's `optim` is unlikely to train a network, '' if it may.
+    """Returns why the rate of a config's `optim` is unlikely to train a network, '' if it looks right.
 
     What counts is rate / (1 - momentum) per 256 images: published recipes of these networks have 0.02 to
     1.25, and in a random search over AlexNet's, 0.05 to 0.3 did best. tuned: the network starts from
@@ -71,7 +71,8 @@ def rate_warning(optim, *, batch: int, tuned: bool = False) -> str:
     effective = optim.rate / scale
     if tuned and effective > 2 * TUNES[1]:
         return (
-            f'config.optim.rate={optim.rate}: may destroy what the network of config.train.init_from knows; '
+            f'config.optim.rate={optim.rate}: may destroy what the network of config.train.init_from '
+            'has learned; '
             f'with batches of {batch:,}, try {sum(TUNES) / 2 * scale:.2g} (rate / (1 - momentum) is '
             f'{effective:.3g} per 256 images, and {TUNES[0]} to {TUNES[1]} did best in fine-tuning)'
         )

@@ -300,7 +300,7 @@ def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
     )
     kept = {n: leaf for n, leaf in wanted.items() if same or n not in head}
     title, found = start.restore(kept)
-    new = '' if order is None else ', with its classes in another order'
+    new = '' if order is None else ', with its classes in a different order'
     if not same:
         new = ', with a new last layer, since the classes are not the same'
     log.info('starting from %s%s', title, new)

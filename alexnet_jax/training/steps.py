@@ -423,8 +423,8 @@ def make_features(
     """Returns features(variables, images u8[B,S,S,3]) -> f32[B,...], of the centre crop in test mode.
 
     layer: the activation by its name in `net.names`, f32[B,H,W,C] or f32[B,F] with the channels of all
-    towers in order; the last name means the logits. None: the last one before the logits, in the
-    paper's network fc7 (§6.1), before dropout halves it. Raises UserError for other names.
+    towers in order; the last name means the logits. None: the last one before the logits (fc7 in the paper's
+    network, §6.1), before dropout halves it. Raises UserError for other names.
     """
     there = activations(net, crop)
     layer = layer or [*there][-1]

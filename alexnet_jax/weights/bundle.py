@@ -33,6 +33,7 @@ CONFIG, WEIGHTS, NAMES, CARD = (
 )
 COMPRESSED = 'model.compressed'
 FORMAT = 1
+OURS = {'format': 'alexnet_jax'}  # metadata of our .safetensors
 LARGEST = 4096  # pixels, side of images
 TEXTS = ('title', 'source', 'url', 'sha256', 'licence', 'data', 'made')  # facts of the card
 METRICS = {'top1_error': 'top-1 error', 'top5_error': 'top-5 error'}  # in percent
@@ -121,7 +122,7 @@ def encoded(bundle: Bundle, *, compress: bool = False) -> dict[str, bytes]:
     if compress:
         weights = {COMPRESSED: compressed.encoded(arrays)}
     else:
-        weights = {WEIGHTS: safetensors.encoded(arrays, {'format': 'alexnet_jax'})}
+        weights = {WEIGHTS: safetensors.encoded(arrays, OURS)}
     files = {**weights, NAMES: ''.join(f'{name}\n' for name in names).encode()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     about = {'format': FORMAT, 'sha256': sums, 'card': bundle.card}
@@ -188,7 +189,7 @@ def _config(folder: str | os.PathLike) -> tuple[dict, dict]:
             type(crop) is int and 0 < crop <= size <= LARGEST,
         ]
         if not all(valid):
-            raise ValueError('a field has another type')
+            raise ValueError('a field has the wrong type')
     except (paths.failures(file), ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, f'{CONFIG}: {reason(error)}') from error
     except RecursionError:
@@ -279,7 +280,7 @@ def card(bundle: Bundle) -> str:
     ]
     lines += ['| | |', '|---|---|', *(f'| {name} | {text} |' for name, text in rows if text)]
     lines += ['', '```python', 'import alexnet_jax', '']
-    lines += ["classify = alexnet_jax.load('PATH OF THIS FOLDER')"]
+    lines += ["classify = alexnet_jax.load('PATH TO THIS FOLDER')"]
     lines += ["print(classify.names[classify('picture.jpg').argmax()])", '```', '']
     return '\n'.join(lines)
 

@@ -67,7 +67,7 @@ def imported(graph: Graph, options: Options, presets: Sequence[str], program: st
     changes = {} if fires else _norm(graph)
     bias = graph.arrays.get(('conv10' if fires else 'fc8', 1))
     if bias is None or bias.ndim != 1:
-        raise Damaged(f'it has no biases of {"conv10" if fires else "fc8"}')
+        raise Damaged(f'it has no biases for {"conv10" if fires else "fc8"}')
     net, crop = variables.preset(preset, len(bias), changes), options.crop or CROP
     if not fires and crop != CROP:
         raise UserError(f"crop={crop}: the weights of Caffe's AlexNets need {CROP}")

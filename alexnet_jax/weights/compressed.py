@@ -27,7 +27,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Coded(NamedTuple):
-    """How an array is stored. The numbers of kinds other than 'shared' are 0, except `bits` of 'levels'.
+    """How an array is stored. For kinds other than 'shared', the numbers are 0, except `bits` for 'levels'.
 
     kind: 'raw'; 'shared', values by number and gaps; or 'levels', whole numbers from 0 to 255, as
     differences.

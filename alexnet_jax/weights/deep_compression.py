@@ -19,8 +19,8 @@ MEAN, CROP = (123.0, 117.0, 104.0), 227
 def squeezenet(net: SqueezeNet, file: str) -> Weights:
     """Reads the weights of SqueezeNet v1.0 from this format.
 
-    The authors' network pads conv10 (`variables.unpad_head`). Raises UserError if the file is damaged or
-    the network is another.
+    The authors' network pads conv10 (`variables.unpad_head`). Raises UserError if the file is damaged or for
+    a different network.
     """
     if not isinstance(net, SqueezeNet) or (net.version, net.width) != ('1.0', 1.0):
         raise UserError(f'{file}: needs config.model.net=squeezenet, version=1.0 and width=1')

@@ -697,7 +697,7 @@ def _towers(editor: _Editor, split: Node, first: Node) -> list[Node] | None:
 
 
 def _part(editor: _Editor, split: Node, name, i: int):
-    """Part i of the tensor whose part 0 has this name, if a like Split makes it."""
+    """Part i of the tensor whose part 0 has this name, if a similar Split makes it."""
     maker = editor.maker.get(name) if isinstance(name, str) else None
     if maker is None or maker.op != 'Split' or maker.output != name:
         return name

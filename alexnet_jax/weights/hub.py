@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError, one_line, reason, say
+from alexnet_jax.common.errors import UserError, install, one_line, reason, say
 from alexnet_jax.weights import bundle, keras, readers, variables
 from alexnet_jax.weights.registry import ENTRIES, Entry
 from alexnet_jax.weights.variables import Options
@@ -122,6 +122,15 @@ def cached(name: str, checksum: tuple[str, str] | None = None, ext: str = '') ->
     return max(found, key=os.path.getmtime, default=None)
 
 
+def here(name: str, entry: Entry) -> str | None:
+    """The bundle of a registered network or, before its first use, its file in the cache; None if absent."""
+    return cached(name, entry.checksum) or cached(name, entry.checksum, _ext(entry))
+
+
+def _ext(entry: Entry) -> str:
+    return os.path.splitext(urllib.parse.urlsplit(entry.url).path)[1]
+
+
 def _plain(name: str) -> str:
     """A name as part of a file's name."""
     return re.sub(r'[^\w.@-]+', '-', name)
@@ -131,7 +140,7 @@ def _registered(name: str, entry: Entry) -> str:
     found = cached(name, entry.checksum)
     if found and _is_current(found):
         return found
-    ext = os.path.splitext(urllib.parse.urlsplit(entry.url).path)[1]
+    ext = _ext(entry)
     if ext == '.h5':
         keras.check_installed()
     file = download(name, entry.url, ext, entry.checksum, entry.size)
@@ -188,7 +197,7 @@ def _converted(file: str, checksum, facts: dict, preset: str = '') -> str:
 
 
 def _is_current(folder: str, sha256: str = '') -> bool:
-    """Whether a folder is a bundle that this version of the program made, of the file with this hash."""
+    """Whether a folder is a bundle that this version of the program made from the file with this hash."""
     try:
         card = bundle.read_config(folder)[1]
     except UserError:
@@ -270,14 +279,12 @@ class Unreachable(UserError):
 
 def _not_here(error: Unreachable) -> UserError:
     """The error for a download without a network: says what is in the cache."""
-    known = [
-        name for name in names() if name not in ENTRIES or cached(name, ENTRIES[name].checksum)
-    ]
+    known = [name for name in names() if name not in ENTRIES or here(name, ENTRIES[name])]
     folders = [path for path in glob.glob(os.path.join(cache(), '*')) if bundle.is_bundle(path)]
     others = [os.path.basename(path) for path in folders]
     there = [*known, *(name for name in others if name.startswith(('hf-', 'url-')))]
     return UserError(
-        f'{error}; here without a network: {", ".join(there) or "nothing"} (cache: {cache()})'
+        f'{error}; available offline: {", ".join(there) or "nothing"} (cache: {cache()})'
     )
 
 
@@ -518,7 +525,7 @@ def check_target(target: str) -> str:
     try:
         import huggingface_hub  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{target}: needs a package: pip install 'alexnet_jax[hub]'") from error
+        raise UserError(f'{target}: needs the package huggingface_hub: {install("hub")}') from error
     return match[1]
 
 

@@ -7,7 +7,7 @@ import collections
 import io
 from typing import Any
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, install
 from alexnet_jax.nets import network
 from alexnet_jax.nets.mobilenet import MobileNet
 from alexnet_jax.weights import variables
@@ -31,7 +31,7 @@ def check_installed() -> None:
     try:
         import h5py  # noqa: F401
     except ImportError:
-        raise UserError("Keras's .h5 files need h5py: pip install 'alexnet_jax[keras]'") from None
+        raise UserError(f"Keras's .h5 files need h5py: {install('keras')}") from None
 
 
 def read(data: bytes, options: Options) -> Imported:
@@ -65,7 +65,7 @@ def _imported(h5py, opened, options: Options) -> Imported:
     nets = [variables.preset(preset, classes, {**changes, 'width': width}) for width in WIDTHS]
     net = next((net for net in nets if net.channels(last) == channels), None)
     if net is None:
-        raise Damaged(f'its last layers have {channels} channels, which no known width has')
+        raise Damaged(f'its last layers have {channels} channels, which matches no known width')
     if net.version == 1 and options.crop and options.crop % 32:
         raise UserError(
             f"crop={options.crop}: Keras's MobileNet v1 pads odd sizes in its own way; give a multiple of 32"

@@ -48,7 +48,7 @@ class Message:
                 while packed._at < len(value):
                     found.append(packed._varint())
             else:
-                raise Damaged(f'field {field} has another type')
+                raise Damaged(f'field {field} has the wrong type')
         return found
 
     def text(self, field: int) -> str:
@@ -73,7 +73,7 @@ class Message:
     def _values(self, field: int, wanted: int) -> list:
         found = self.fields.get(field, [])
         if any(kind != wanted for kind, _ in found):
-            raise Damaged(f'field {field} has another type')
+            raise Damaged(f'field {field} has the wrong type')
         return [value for _, value in found]
 
     def _value(self, kind: int) -> int | memoryview:

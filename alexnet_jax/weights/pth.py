@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from alexnet_jax.common.errors import one_line
 from alexnet_jax.weights.variables import Damaged
 
-ZIP = b'PK\x03\x04'
+ZIP, PICKLE = b'PK\x03\x04', b'\x80'
 # The pickle of the number that older files begin with.
 LEGACY = bytes.fromhex('80028a0a6cfc9c46f9206aa850192e')
 LONGEST = 2**24  # bytes of a pickle
@@ -59,6 +60,8 @@ class Tensor(NamedTuple):
 
 def state_dict(data: bytes) -> dict[str, np.ndarray]:
     """The tensors, by name, of the state dict that a file is or contains; raises Damaged."""
+    if not data.startswith((ZIP, PICKLE)):
+        raise Damaged('it does not begin as files of torch.save do')
     described, storages = _zipped(data) if data.startswith(ZIP) else _legacy(data)
     # DataParallel adds `module` to every name, in front or within.
     names = ['.'.join(x for x in name.split('.') if x != 'module') for name in described]
@@ -102,7 +105,7 @@ def _zipped(data: bytes) -> tuple[dict[str, Tensor], dict[str, bytes]]:
     except (zipfile.BadZipFile, KeyError, IndexError, EOFError, OSError, ValueError) as error:
         raise Damaged(' '.join(str(error).split())[:100]) from None
     except (NotImplementedError, RuntimeError):
-        raise Damaged('its archive is encrypted or in another version') from None
+        raise Damaged('its archive is encrypted or has an unsupported version') from None
     return found, storages
 
 
@@ -122,7 +125,7 @@ def _legacy(data: bytes) -> tuple[dict[str, Tensor], dict[str, bytes]]:
     for key in keys:
         count, at = int.from_bytes(data[at : at + 8], 'little'), at + 8
         if key not in described:
-            raise Damaged(f'it has a storage {key[:60]} that no tensor has')
+            raise Damaged(f'it has a storage {key[:60]} that no tensor uses')
         size = count * described[key].dtype.itemsize
         if size > len(data) - at:
             raise Damaged(f'it ends after {len(data):,} bytes')
@@ -202,7 +205,7 @@ def _unpickled(data: bytes) -> tuple[Any, int, dict[str, Storage]]:
     except Damaged:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise Damaged(f'its pickle is damaged: {" ".join(str(error).split())[:100]}') from None
+        raise Damaged(f'its pickle is damaged: {one_line(error)[:100]}') from None
 
 
 def _array(tensor: Tensor, storages: dict[str, bytes]) -> np.ndarray:

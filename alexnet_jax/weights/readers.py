@@ -11,6 +11,7 @@ from alexnet_jax.common import class_names, configfile, paths
 from alexnet_jax.common.errors import UserError, one_line, reason
 from alexnet_jax.nets import network
 from alexnet_jax.weights import (
+    bundle,
     caffe,
     deep_compression,
     keras,
@@ -115,7 +116,13 @@ def _imported(file: str, data: bytes, options: Options) -> Imported:
     if data.startswith((pth.ZIP, pth.LEGACY)) or suffix in ('.pth', '.pt'):
         return torch.read(pth.state_dict(data), options)
     if suffix == '.safetensors':
-        return torch.read(safetensors.decoded(data, file)[0], options)
+        arrays, facts = safetensors.decoded(data, file)
+        if facts == bundle.OURS:
+            raise UserError(
+                f"{file}: holds this program's own weights, which need no conversion: use the run or the "
+                'bundle that they come from'
+            )
+        return torch.read(arrays, options)
     if data.startswith(keras.MAGIC) or suffix == '.h5':
         return keras.read(data, options)
     if suffix == '.caffemodel':
@@ -159,7 +166,8 @@ def mean_of(text: str) -> np.ndarray:
         found = np.float32(numbers('--mean', text, 0, 255))
         if 0 < found.max() <= 1:
             raise UserError(
-                f'--mean={text}: of pixels from 0 to 255; multiply those of 0 to 1 by 255'
+                f'--mean={text}: must be on the scale of 0 to 255; multiply a mean on the scale of '
+                '0 to 1 by 255'
             )
         return found
     try:

@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 ALL = 'ImageNet validation split, center crop, by the publisher'
-SAMPLES = '1,000 sample photographs, one per class and probably of the training split; center crop'
+SAMPLES = (
+    '1,000 sample photographs, one per class and probably from the training split; center crop'
+)
 CORAL = 'https://github.com/google-coral/test_data/raw/104342d2d3480b3e66203073dac24f4e2dbb4c41/'
 TORCH = 'https://download.pytorch.org/models/'
 CAFFE = 'http://dl.caffe.berkeleyvision.org/'
@@ -31,7 +33,7 @@ class Entry(NamedTuple):
 
 
 def errors(top1: float, top5: float | None = None, on: str = ALL) -> dict:
-    """Top-1 and top-5 accuracies in percent, as publishers give them, as errors."""
+    """Converts the top-1 and top-5 accuracies that publishers give to errors, in percent."""
     found = {'top1_error': round(100 - top1, 3)}
     return found | ({} if top5 is None else {'top5_error': round(100 - top5, 3)}) | {'on': on}
 

@@ -62,7 +62,9 @@ def encoded(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
         x = np.asarray(arrays[name])
         dtype = x.dtype.newbyteorder('<')
         if dtype not in codes or name == METADATA:
-            raise UserError(f'{name}: .safetensors cannot hold an array of {x.dtype} by this name')
+            raise UserError(
+                f'{name}: .safetensors cannot hold an array of {x.dtype} under this name'
+            )
         parts.append(x.astype(dtype, copy=False).tobytes())
         place = [at, at + len(parts[-1])]
         header[name] = {'dtype': codes[dtype], 'shape': [*x.shape], 'data_offsets': place}

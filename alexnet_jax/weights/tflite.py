@@ -112,7 +112,7 @@ def _tensor(table: Table) -> Tensor:
     scale, zero = 0.0, 0
     if quantization:
         scales, zeros = quantization.array(2, np.float32), quantization.array(3, np.int64)
-        if len(scales) == 1:  # several: one for each channel, which no tensor that is read has
+        if len(scales) == 1:  # no tensor that we read has one for each channel
             scale, zero = float(scales[0]), int(zeros[0]) if len(zeros) else 0
     shape = tuple(table.array(0, np.int32).tolist())
     return Tensor(shape, DTYPES.get(table.number(1, 'b')), table.number(2, 'I'), scale, zero)

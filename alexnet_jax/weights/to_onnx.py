@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.errors import UserError, install, one_line
 from alexnet_jax.weights.graph import Graph
 
 OPSET, IR = 17, 8  # of ONNX 1.12 (2022), which today's runtimes all read
-EXTRA = "needs the packages onnx and onnxruntime: pip install 'alexnet_jax[onnx]'"
 # Layers whose factors are rounded to 8 bits.
 QUANTIZED = ('Conv', 'Gemm', 'MatMul', 'Relu', 'Clip', 'MaxPool')
 
@@ -23,7 +22,9 @@ def check_installed() -> None:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise UserError(f'--format=onnx: {EXTRA}') from error
+        raise UserError(
+            f'--format=onnx: needs the packages onnx and onnxruntime: {install("onnx")}'
+        ) from error
 
 
 def model(graph: Graph, *, shape: tuple[int, ...], dtype, facts: dict[str, str]) -> bytes:

@@ -1,7 +1,9 @@
 """Writes a network as a TensorFlow Lite (LiteRT) model for one image, and runs one."""
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -9,12 +11,13 @@ import jax
 import numpy as np
 
 from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.input.sources import import_tensorflow
 from alexnet_jax.weights import graph
 
 
 def check_installed() -> None:
     """Raises UserError if TensorFlow is missing."""
-    _tensorflow()
+    import_tensorflow()
 
 
 def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
@@ -23,18 +26,20 @@ def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
     eight_bits: round weights to 8 bits; activations are rounded at run time ("dynamic range"). The
     function must have been traced for other programs, see `backend.portable`.
     """
-    tf = _tensorflow()
+    tf = import_tensorflow()
     from jax.experimental import jax2tf
 
     image = tf.TensorSpec((1, crop, crop, 3), np.dtype(dtype).name, 'images')
     function = graph.folded(function, jax.ShapeDtypeStruct(image.shape.as_list(), dtype))
     converted = jax2tf.convert(function, native_serialization_platforms=('cpu',))
     traced = tf.function(converted, autograph=False, input_signature=[image])
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([traced.get_concrete_function()])
-    if eight_bits:
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
     try:
-        return converter.convert()
+        with _quiet():
+            concrete = traced.get_concrete_function()
+            converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete])
+            if eight_bits:
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            return converter.convert()
     except Exception as error:  # ConverterError, which is not public
         raise UserError(
             f"TensorFlow's converter cannot write this network: {one_line(error)}"
@@ -43,11 +48,11 @@ def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
 
 def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """A model on the CPU, as a function from images, one by one, to logits f32[B,K]."""
-    tf = _tensorflow()
-    with warnings.catch_warnings():
+    tf = import_tensorflow()
+    with _quiet(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # it has moved to the package ai-edge-litert
         interpreter = tf.lite.Interpreter(model_content=content, num_threads=threads)
-    interpreter.allocate_tensors()
+        interpreter.allocate_tensors()
     (start,), (end,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def one(image):
@@ -58,18 +63,17 @@ def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray],
     return lambda images: np.stack([*map(one, images)])
 
 
-def _tensorflow():
-    """TensorFlow, quiet and without accelerators."""
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+@contextlib.contextmanager
+def _quiet():
+    """Drops what TensorFlow writes to stderr from C++, which no log level affects, and its warnings."""
+    logger, level, kept = logging.getLogger('absl'), logging.getLogger('absl').level, os.dup(2)
+    sys.stderr.flush()
+    with open(os.devnull, 'wb') as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    logger.setLevel(logging.ERROR)
     try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise UserError(
-            f'--format=tflite: needs TensorFlow, which cannot be imported ({one_line(error)}): '
-            'pip install tensorflow'
-        ) from error
-    for logger in (tf.get_logger(), logging.getLogger('absl')):
-        logger.setLevel(logging.ERROR)
-    for kind in ('GPU', 'TPU'):
-        tf.config.set_visible_devices([], kind)
-    return tf
+        yield
+    finally:
+        logger.setLevel(level)
+        os.dup2(kept, 2)
+        os.close(kept)

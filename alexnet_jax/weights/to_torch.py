@@ -69,7 +69,7 @@ def variables_of(net: Network, state: dict[str, np.ndarray], crop: int) -> dict:
 
 
 def _shift(net: Network, path: network.Path) -> np.float32:
-    """What to add to a variable, since torchvision's normalization has another epsilon."""
+    """What to add to a variable, since torchvision's normalization uses a different epsilon."""
     return np.float32(net.norm_epsilon - EPSILON if path[-1] == 'var' else 0)
 
 
@@ -112,7 +112,7 @@ def _of_towers(net: AlexNet, arrays: dict, crop: int) -> dict:
     if separate:
         raise UserError(
             f'--format=torch: {separate[0]} reads only its own tower (config.model.exchange), which a '
-            'Linear of PyTorch cannot; export another format'
+            'torch.nn.Linear cannot do; export another format'
         )
     for name, value in {'remove': 'none', 'pooling': 'overlapping'}.items():
         if getattr(net, name) != value:

@@ -75,9 +75,7 @@ def read(state: dict[str, np.ndarray], options: Options) -> Imported:
     net = variables.preset(preset, 2, {})
     head = names(net)(('params', *net.head, 'bias'))
     if not common(preset) or head not in state or state[head].ndim != 1:
-        raise Damaged(
-            f"it has no {head}, as torchvision's {preset} has, or none of its other tensors"
-        )
+        raise Damaged(f"it lacks {head} or other tensors of torchvision's {preset}")
     net, crop = variables.preset(preset, len(state[head]), {}), options.crop or CROPS[0]
     found = from_state_dict(net, state, options.std or STD, crop)
     return Imported(preset, {}, net.classes, Weights(found, MEAN, crop), 'torchvision')

@@ -21,7 +21,7 @@ LARGEST = 2**31  # bytes of a file
 
 
 class Damaged(Exception):
-    """A file is not what its format says, in a few words."""
+    """A file does not follow its format; the message says why in a few words."""
 
 
 class Weights(NamedTuple):
@@ -177,7 +177,7 @@ def without_norm(layer: network.Path, bias: np.ndarray, epsilon: float) -> dict:
 
 
 def for_pixels(net: Network, kernel: np.ndarray, std: float | Sequence[float]) -> np.ndarray:
-    """The first kernel [...,3,O] of a network that gets pixels (0 to 255), from another that divides them.
+    """Converts the first kernel [...,3,O] of a network that divides pixels (0 to 255) for one that does not.
 
     std: what the other divides pixels by, for each channel or all; ours divides by `net.input_std`, if any.
     """

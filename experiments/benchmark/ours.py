@@ -305,7 +305,7 @@ def _reference(spec, config, net):
 
 
 def _torchvision(spec, config, net):
-    """The same for a network of torchvision's, by its names; in training mode, but without dropout."""
+    """The same for a torchvision network, with its names; in training mode, but without dropout."""
     dropout = {'dropout': 0.0} if hasattr(net, 'dropout') else {}
     net = net.clone(
         dtype='float32', input_std=1.0, **dropout

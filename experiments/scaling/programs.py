@@ -34,7 +34,7 @@ def make_net(config, classes: int) -> alexnet.AlexNet:
 
 
 def train_step(config, classes: int, mesh: jax.sharding.Mesh, images: int) -> jax.stages.Lowered:
-    """Lowers the step of `steps.make_train_step`, with `images` per device, which need not be here."""
+    """Lowers the step of `steps.make_train_step`, with `images` per device; no device is needed."""
     net, crop = make_net(config, classes), config.augment.crop
     optimizer = make_optimizer(config, net, mesh)
     step = steps.make_train_step(

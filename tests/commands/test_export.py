@@ -108,7 +108,7 @@ def test_a_wrong_export_is_not_written(made, monkeypatch, tmp_path):
 
 
 def made_up(difference, exact=None):
-    """EXPORTS whose logits are off by a part of their range, and by another before 8 bits."""
+    """EXPORTS whose logits are off by a fraction of their range, and by another before quantization."""
 
     def make(source, args):
         def off(by):

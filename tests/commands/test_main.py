@@ -272,7 +272,7 @@ def test_a_config_file_executes_once(tmp_path):
     ],
 )
 def test_the_last_value_of_a_tuple_counts(arguments):
-    """As of every other flag; an experiment's own arguments precede those after its `--`."""
+    """As with every other flag; an experiment's own arguments precede those after its `--`."""
     more = ['--config.train.freeze=conv1', '--config.optim.drops=()']
     config = main.parse(['main', PAPER, *arguments, *more]).config
     assert (config.run.mesh, config.train.freeze, config.optim.drops) == ((1, 1), ('conv1',), ())
@@ -503,7 +503,7 @@ def test_another_configs_work_directory(world):
     command = ('main', *small('tiny', model__activation='tanh', seed=1), '--workdir=run')
     world.refuses(
         command,
-        'run holds a run of another config',
+        'run holds a run with a different config',
         "config.model.activation: 'relu' there",
         'config.seed: 0 there, 1 here',
         '--workdir',

@@ -184,7 +184,7 @@ def photos(folder, run, *names):
 
 
 def test_folders_and_lists(run, tmp_path, monkeypatch, capsys):
-    """Recursively, in order; files that are no images are not tried."""
+    """Recursively, in order; files that are not images are skipped."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inference, 'load', load)
     photos(tmp_path, run, 'in/a/x.png', 'in/b.jpg', 'other.png')

@@ -44,7 +44,7 @@ def test_one_tower_enlarged():
 
 
 def test_per_kernel():
-    """Only with this option does a kernel with another mean and contrast look the same."""
+    """Only with this option does a kernel with a different mean and contrast look the same."""
     one = np.random.default_rng(0).normal(size=(5, 5, 3))
     kernels = np.stack([one, 0.1 * one + 7], axis=-1)[None].astype(np.float32)
     for per_kernel in (True, False):

@@ -82,3 +82,14 @@ def test_results_of_an_experiment_in_a_folder_that_cannot_be_written(
     said = capsys.readouterr().err
     assert ended.value.code == errors.MISTAKE and said.count('\n') == 1
     assert said.startswith(f'error: {tmp_path / folder}/trial-small.json: ')
+
+
+def test_how_to_install_an_extra(monkeypatch):
+    monkeypatch.setattr(errors.importlib.metadata, 'version', lambda name: '1.0')
+    assert errors.install('onnx') == "pip install 'alexnet_jax[onnx]'"
+
+    def missing(name):
+        raise errors.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(errors.importlib.metadata, 'version', missing)
+    assert errors.install('onnx') == "pip install '.[onnx]'"

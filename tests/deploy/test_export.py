@@ -54,7 +54,7 @@ NETWORKS = {
 
 
 def random(path, leaf):
-    """Values of a fresh-from-training size, and normalizations that do something."""
+    """Values as large as those of a trained network, and normalizations that are not the identity."""
     rng = np.random.default_rng(sum(map(ord, '/'.join(network.names_of(path)))))
     name = network.names_of(path)[-1]
     if name in ('scale', 'var'):

@@ -142,7 +142,7 @@ def test_torchvision(name):
 
 
 def import_torchvision():
-    """Wheels for CUDA lack their operators beside a torch for CPUs; the networks do not need them."""
+    """CUDA wheels lack their operators next to a CPU build of torch; the networks do not need them."""
     try:
         return pytest.importorskip('torchvision', reason='needs torchvision: make test-deploy')
     except RuntimeError:  # operator torchvision::nms does not exist

@@ -281,7 +281,7 @@ WHOLE_SLURM = {name: '1' for name in distributed.CLUSTERS['SLURM']}
 @pytest.mark.parametrize(
     ('variables', 'message'),
     [
-        ({}, 'no variables of SLURM, Open MPI, a TPU pod, Kubernetes are set here'),
+        ({}, 'no environment variables of SLURM, Open MPI, a TPU pod, Kubernetes;'),
         (
             {'SLURM_JOB_ID': '3'},
             r'SLURM \(SLURM_JOB_ID is set\), but SLURM_STEP_NODELIST, .* not set',
@@ -290,7 +290,7 @@ WHOLE_SLURM = {name: '1' for name in distributed.CLUSTERS['SLURM']}
             {**WHOLE_SLURM, 'SLURM_PROCID': ''},
             r'SLURM \(SLURM_JOB_ID is set\), but SLURM_PROCID is not set; .* srun',
         ),
-        ({**WHOLE_SLURM, 'SLURM_NTASKS': 'x'}, "wrong variables of SLURM .*: 'x'"),
+        ({**WHOLE_SLURM, 'SLURM_NTASKS': 'x'}, "invalid SLURM .*variables.*: 'x'"),
         ({'OMPI_COMM_WORLD_RANK': '0'}, 'Open MPI .*, but OMPI_MCA_orte_hnp_uri, .* are not set'),
         (
             {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:3'},

@@ -1,4 +1,4 @@
-"""JAX's devices: settings that name what is not there."""
+"""JAX's devices: settings that name missing devices."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Programs for TPUs and GPUs that are not here, by XLA's compilers; skipped where those are not installed."""
+"""Programs for absent TPUs and GPUs, by XLA's compilers; skipped where those are not installed."""
 
 import functools
 import importlib.util
@@ -66,7 +66,7 @@ TRAINING = [
 
 @pytest.mark.parametrize(('topology', 'shape', 'size'), TRAINING)
 def test_training(topology, shape, size):
-    """The collectives are the formula's, nothing is scattered, and the memory is what it was."""
+    """The collectives are the formula's, nothing is scattered, and the memory is unchanged."""
     found = program(topology, shape)
     assert found['same'] and found['bytes'] == pytest.approx(size, rel=0.05)
     assert not re.search(r' (select-and-)?scatter\(', found['compiled'])

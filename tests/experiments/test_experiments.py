@@ -654,7 +654,7 @@ def test_the_table_of_efficient():
 
 
 def test_few_labels(tmp_path):
-    """A draw has so many images of each class, others for each seed, and is one of the larger draw's."""
+    """Draws have the given number of images per class, differ between seeds, and are subsets of larger ones."""
     for split, count in (('train', 20), ('val', 2)):
         for kind in 'ab':
             folder = tmp_path / 'all' / split / kind / 'images'

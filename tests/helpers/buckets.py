@@ -189,7 +189,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def mounted(bucket: Bucket) -> Iterator[pytest.MonkeyPatch]:
-    """gs:// is `bucket` for epath, until the end; gives the patch."""
+    """Makes gs:// stand for `bucket` in epath until the block ends; yields the patch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpath, '_is_tf_installed', lambda: False)
         patch.setitem(gpath._PREFIX_TO_BACKEND, 'gs', FileSystem(bucket))

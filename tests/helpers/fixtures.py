@@ -76,7 +76,7 @@ def write_imagenet_tars(
 
 
 def unpack_imagenet(tars: Path, root: Path, form: str) -> Path:
-    """Unpacks the tars of `write_imagenet_tars` as a distribution has it -> the folder to point at.
+    """Unpacks the tars of `write_imagenet_tars` in the layout of a distribution -> the folder to point at.
 
     Form: listing that it follows
 

@@ -1,4 +1,4 @@
-"""A server on this machine that stands for the web, with the faults that servers have."""
+"""A server on this machine that stands in for the web, with the faults that servers have."""
 
 import contextlib
 import http.server
@@ -9,8 +9,8 @@ import threading
 class Web:
     """Serves `files` by path; `log` has (path, headers) of every request.
 
-    cut: bytes after which the connection is closed; ranges: whether parts can be had; shift: how far a part
-    is off; moved: {path: URL} of redirects; fails: HTTP statuses of the next answers; sized: whether the
+    cut: bytes after which the connection is closed; ranges: whether parts can be requested; shift: how far a
+    part is off; moved: {path: URL} of redirects; fails: HTTP statuses of the next answers; sized: whether the
     length is sent.
     """
 

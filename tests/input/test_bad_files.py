@@ -118,7 +118,7 @@ def test_skip_bad_equals_a_source_without_them(tree, tmp_path, format, capsys):
 
 
 class Killing:
-    """`sources.open_source` whose source is killed after so many examples of a split."""
+    """`sources.open_source` whose source is killed after a given number of examples of a split."""
 
     def __init__(self, budgets):
         self.real, self.budgets, self.starts = sources.open_source, iter(budgets), []
@@ -263,7 +263,7 @@ def test_messages_name_the_flags_of_the_caller(tree, tmp_path):
 
 @pytest.fixture
 def phone(tmp_path):
-    """Wide photographs that are to be seen turned."""
+    """Wide photographs that should appear rotated."""
     tree = fixtures.write_tree(tmp_path / 'phone' / 'train', {'ape': 2, 'bee': 2})
     fixtures.write_tree(tmp_path / 'phone' / 'val', {'ape': 1, 'bee': 1})
     for name in tree.parent.glob('*/*/*.jpg'):
@@ -357,7 +357,7 @@ UMLAUTS = ('Käfer', 'Möwe 🐦')
 
 @pytest.mark.full
 def test_names_are_utf_8_in_every_locale(tmp_path):
-    """Prepared, trained a step and evaluated where Python takes every text for ASCII."""
+    """Prepared, trained a step and evaluated where Python treats all text as ASCII."""
     tree = tmp_path / 'Bilder für uns'
     fixtures.write_tree(tree, dict.fromkeys(UMLAUTS, 10))
     environment = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONPATH': str(ROOT)}
@@ -399,7 +399,7 @@ def test_names_are_utf_8_in_every_locale(tmp_path):
     assert (tmp_path / 'run' / 'names.txt').read_bytes() == (path / 'names.txt').read_bytes()
 
 
-# A folder as people have it
+# A realistic folder
 
 
 def as_16_bit(image):

@@ -305,7 +305,7 @@ print(opened.path, opened.identity())
 @pytest.mark.slow
 @pytest.mark.parametrize('kill', [False, True])
 def test_two_processes_on_a_host(made, tmp_path, kill):
-    """One copies, the other waits; if the first is killed, the other one goes on."""
+    """One copies, the other waits; if the first is killed, the other one takes over."""
     command = [sys.executable, '-c', PROGRAM, str(made.path), made.format]
     pipes = {name: subprocess.PIPE for name in ('stdin', 'stdout', 'stderr')}
     environment = os.environ | {'PYTHONPATH': str(ROOT)}

@@ -225,7 +225,7 @@ def test_what_is_wrong_with_parquet(tree, tmp_path):
     rows = rows_of(tree, 'train')
     path = tmp_path / 'set/train.parquet'
     write_parquet(path, [*rows, (rows[0][0], 3), (rows[0][0], -1)], features=FEATURES)
-    assert f'{path}: 2 rows have labels that are none of the 3 classes, the first is row 15' in (
+    assert f'{path}: 2 rows have labels outside the 3 classes; the first is row 15' in (
         refused(path.parent)
     )
     write_parquet(path, rows, label='a')
@@ -306,11 +306,11 @@ def test_labels_that_make_no_sense_in_parquet(tree, tmp_path):
     path, second = tmp_path / 'set/train-0.parquet', tmp_path / 'set/train-1.parquet'
     texts = [(data, NAMES[label]) for data, label in rows]
     write_parquet(path, [(rows[0][0], None), *texts])
-    assert f'{path}: 1 rows have labels that are none' in refused(path.parent)
+    assert f'{path}: 1 rows have labels outside' in refused(path.parent)
     assert 'the first is row 0 (None)' in refused(path.parent)
     write_parquet(path, rows)
     write_parquet(second, texts)
-    assert f'{second}: its labels are text, those of {path} are numbers' in refused(path.parent)
+    assert f'{second}: its labels are text, but those of {path} are numbers' in refused(path.parent)
     write_parquet(second, rows, image='picture')
     assert f"{second}: has no column 'image', only id, picture, label" in refused(path.parent)
     second.unlink()
@@ -432,7 +432,7 @@ def test_what_is_wrong_with_shards(tree, tmp_path):
     write_shard(root / 'x-train.tar', [(rows[0][0], 'dog')])
     assert "000000.cls is b'dog', not the number of a class" in refused(root)
     write_shard(root / 'x-train.tar', rows, kinds=('jpg',))
-    assert '15 images have no label, the first is 000000.jpg' in refused(root)
+    assert '15 images have no label; the first is 000000.jpg' in refused(root)
     write_shard(root / 'x-train.tar', rows, kinds=('cls',))
     assert 'the train shards have no images' in refused(root)
     write_shard(root / 'x-train.tar', rows)

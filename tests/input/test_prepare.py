@@ -312,7 +312,7 @@ def test_sources_of_one_name_have_a_store_each(flowers, monkeypatch):
         'data/flowers-24-jpg',
         f'data/flowers-{digest}-24-jpg',
     )
-    shutil.rmtree(first.path)  # the second one keeps its place, with its pictures or without
+    shutil.rmtree(first.path)  # the second one keeps its place, with or without its pictures
     assert prepare.ensure(source='./flowers', size=24).path == second.path
     shutil.rmtree('flowers')
     assert prepare.ensure(source='flowers', size=24).path == second.path
@@ -383,7 +383,7 @@ def test_a_changed_source_is_noticed(flowers, monkeypatch, change, found):
             f'{folder} has {found} the store {path}: remove {path} and run the same command again, '
             f'or pass {flag}={path} to use the store as is'
         )
-    # A run goes on with its store, and one that is named is used as it is.
+    # A run resumes with its store, and a store named explicitly is used as is.
     assert prepare.ensure(source='flowers', size=24, resuming=True).counts == made.counts
     assert prepare.ensure(source='flowers', size=24, store=path).counts == made.counts
     assert prepare.prepare('flowers', size=24, store=path).counts == made.counts

@@ -55,7 +55,7 @@ def test_the_test_split_changes_nothing_else(tree, tmp_path):
     assert plain.counts == {'train': 12, 'val': 6}
     assert without_test(tmp_path / 'a') == files(tmp_path / 'b')
     assert 'test' not in json.loads((tmp_path / 'b/store.json').read_text())
-    assert made.identity() == plain.identity()  # runs on one go on with the other
+    assert made.identity() == plain.identity()  # runs on one resume with the other
     plain.check_split('val')
     with pytest.raises(
         UserError, match=r"b has no split 'test', only train, val; a store has one if"

@@ -158,7 +158,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
 
     # Another config is refused, as on disk.
     with pytest.raises(
-        UserError, match='gs://bucket/run holds a run of another config .*optim.momentum'
+        UserError, match='gs://bucket/run holds a run with a different config .*optim.momentum'
     ):
         loop.train(make_config(store, **{'optim.momentum': 0.5}), run)
 

@@ -44,6 +44,7 @@ def test_a_bundle_classifies_like_its_run(tiny):
     sums = evaluation.compare([run.path, folder], store=str(run.store), views=('centre',))
     first, second, _ = sums.values()
     assert first['top1'] == second['top1'] and first['count'] == 12
+    assert inference.describe_run('hub:quickstart').title == 'hub:quickstart'
     with pytest.raises(UserError, match='a bundle has no steps'):
         inference.load(folder, step=3)
 

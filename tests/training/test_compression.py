@@ -71,7 +71,7 @@ def test_shared():
 
 
 def test_pruned():
-    """The threshold is relative to the trained kernel; what an earlier round removed stays away."""
+    """The threshold is relative to the trained kernel; what an earlier round removed stays removed."""
     dense = {'a': np.float32([3, -1, 1, -3])}
     now = {'a': np.float32([0, -1.2, 1.2, 4])}
     assert dense['a'].std() == pytest.approx(5**0.5)
@@ -86,7 +86,7 @@ class Roles:
 
 
 def decayed():
-    """Momentum and decay, which both could move a weight of 0."""
+    """Momentum and decay, both of which could move a weight of 0."""
     return optax.with_extra_args_support(
         optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
     )

@@ -389,7 +389,7 @@ def test_classes_in_another_order_keep_theirs_of_the_head(runs, folder, caplog, 
     frozen['train.freeze'] = tuple({n.split('/')[1] for n in old})
     with caplog.at_level(logging.INFO, 'alexnet_jax'):
         new = variables(train(folder, f'{net}-mixed', net, shape, store='mixed', **frozen))
-    assert 'with its classes in another order' in caplog.text
+    assert 'with its classes in a different order' in caplog.text
     for name, value in old.items():
         if name.split('/')[1] == HEAD[net]:
             value = value[..., [2, 0, 1]]

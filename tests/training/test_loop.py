@@ -222,7 +222,7 @@ def test_parameters_that_are_not_finite_are_never_saved(store, tmp_path, monkeyp
         return dataclasses.replace(setup, train_step=train_step)
 
     monkeypatch.setattr(loop.Setup, 'make', poisoned)
-    message = 'step 3 is not finite: .*; the last good checkpoint is from step 2;'
+    message = 'step 3 is not finite: .*; the latest checkpoint, .*, is from step 2;'
     with pytest.raises(UserError, match=message):
         loop.train(make_config(store, **{'run.checkpoint_every': 1}), tmp_path / 'run')
     assert Checkpoints(tmp_path / 'run/checkpoints').steps() == [1, 2]

@@ -24,7 +24,7 @@ from tests.helpers.commands import (
 ENDS = {'never': 0, 'TensorFlow': 0, 'SIGTERM': 75, 'SIGINT': 75, 'stop_after': 75}
 
 
-# Other settings than those of the machine where the run began; Python must read ASCII as such.
+# Settings that differ from those of the machine where the run began; ASCII must still be read as ASCII.
 OTHERS = {
     'JAX_ENABLE_X64': '1',
     'JAX_DEFAULT_PRNG_IMPL': 'rbg',

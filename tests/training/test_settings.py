@@ -1,4 +1,4 @@
-"""Settings of JAX that a user's environment or program has neither change a run nor end it."""
+"""JAX settings in a user's environment or program neither change a run nor make it fail."""
 
 import jax
 import numpy as np

@@ -126,12 +126,12 @@ def _replace(folder, name, content):
         (lambda f: (f / 'config.json').write_text('{}'), 'bundle'),
         (lambda f: (f / 'model.safetensors').write_bytes(b'\0' * 9), 'SHA-256'),
         (lambda f: _edit_config(f, lambda c: c['data'].update(size=9)), 'no mean image'),
-        (lambda f: _edit_config(f, lambda c: c['data'].update(size=10**9)), 'another type'),
+        (lambda f: _edit_config(f, lambda c: c['data'].update(size=10**9)), 'wrong type'),
         (lambda f: _edit_config(f, lambda c: c['bundle'].update(format=2)), 'update alexnet_jax'),
         *(
             (
                 lambda f, x=card: _edit_config(f, lambda c: c['bundle'].update(card=x)),
-                'another type',
+                'wrong type',
             )
             for card in (
                 {'measured': 5},

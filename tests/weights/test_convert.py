@@ -13,9 +13,9 @@ import pytest
 import alexnet_jax
 from alexnet_jax import convert
 from alexnet_jax.common import class_names
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, install
 from alexnet_jax.nets import network
-from alexnet_jax.weights import bundle, caffe, pth, readers, torch, variables
+from alexnet_jax.weights import bundle, caffe, hub, pth, readers, torch, variables
 from alexnet_jax.weights.variables import Options
 from tests.helpers import run_dirs
 from tests.helpers import weight_files as files
@@ -156,7 +156,7 @@ def test_names_are_matched_in_full(tmp_path):
         'extra: features.99.bias;',
         'shapes: features.0.bias is [5] and should be [64]',
     )
-    refused(tmp_path, 'net.pth', files.pth_of({'a': np.zeros(3, np.float32)}), 'it has no ')
+    refused(tmp_path, 'net.pth', files.pth_of({'a': np.zeros(3, np.float32)}), 'it lacks ')
 
 
 class Malicious:
@@ -240,7 +240,11 @@ def malicious(tmp_path):
             + struct.pack('<q', 2**62),
             'ends after',
         ),
-        'empty': (b'', ''),
+        'an error without a text': (one(b'\x80\x02i\n\n.'), 'is damaged: KeyError: 105'),
+        **{
+            name: (content, 'does not begin as files of torch.save do')
+            for name, content in (('empty', b''), ('JPEG', b'\xff\xd8\xff'), ('text', b'<html>'))
+        },
     }.items()
 
 
@@ -331,7 +335,7 @@ def test_mean_images(tmp_path):
     for name in ('mean.binaryproto', 'mean.npy'):
         np.testing.assert_array_equal(readers.mean_of(str(tmp_path / name)), expected)
     np.testing.assert_array_equal(readers.mean_of('1,2,3.5'), np.float32([1, 2, 3.5]))
-    with pytest.raises(UserError, match='--mean=.485,.456,.406: of pixels from 0 to 255'):
+    with pytest.raises(UserError, match='--mean=.485,.456,.406: must be on the scale of 0 to 255'):
         readers.mean_of('.485,.456,.406')
     objects = np.array([Malicious(tmp_path / 'run')], object)
     np.save(tmp_path / 'objects.npy', objects, allow_pickle=True)
@@ -387,21 +391,21 @@ def test_malicious_protobufs(tmp_path):
         (b'\xff' * 15 + b'\x01', 'a number of more than 10 bytes'),
         (b'\x08\x80', 'ends within a number'),
         (b'\x0b', 'a field of type 3'),
-        (files.field(100, 7), 'field 100 has another type'),
-        (layer(files.field(5, 7) + shape), 'field 5 has another type'),
+        (files.field(100, 7), 'field 100 has the wrong type'),
+        (layer(files.field(5, 7) + shape), 'field 5 has the wrong type'),
         (layer(files.field(5, bytes(23)) + shape), 'ends within a number'),
         (layer(files.field(5, bytes(20)) + shape), 'has 5 numbers for [2, 3]'),
         (layer(floats + enormous), 'impossible shape'),
         (layer(shape), 'has 0 numbers'),
         (layer(floats + shape) * 2, 'has two layers conv1'),
         (files.field(100, files.field(1, 1) * 200_000), 'more than 100,000 fields'),
-        (layer(floats + long), 'field 1 has another type'),
+        (layer(floats + long), 'field 1 has the wrong type'),
         (layer(files.field(7, files.field(1, b'\0' + files.varint(2**63)))), 'impossible shape'),
         (
             layer(files.field(5, bytes(4)) + files.field(7, files.field(1, b'\1' * 70))),
             'impossible',
         ),
-        (layer(files.field(5, bytes(4)) + files.field(7, b'')) + fire, 'no biases of conv10'),
+        (layer(files.field(5, bytes(4)) + files.field(7, b'')) + fire, 'no biases for conv10'),
     ):
         assert len(refused(tmp_path, 'net.caffemodel', content, words)) < 500
     outside = files.field(1, 2) + files.field(2, 1) + files.field(8, 'conv1_w_0')
@@ -557,7 +561,12 @@ def test_keras_files_that_are_refused(tmp_path, monkeypatch):
     for end in (8, 100, 2000, len(content) // 2):
         refused(tmp_path, 'net.h5', content[:end])
     monkeypatch.setitem(sys.modules, 'h5py', None)
-    refused(tmp_path, 'net.h5', content, "pip install 'alexnet_jax[keras]'")
+    refused(tmp_path, 'net.h5', content, install('keras'))
+
+
+def test_our_own_weights_need_no_conversion(tmp_path):
+    content = (hub.OWN / 'quickstart' / bundle.WEIGHTS).read_bytes()
+    refused(tmp_path, 'net.safetensors', content, 'use the run or the bundle')
 
 
 # The command

@@ -20,7 +20,7 @@ import pytest
 import alexnet_jax
 from alexnet_jax import hub as hub_command
 from alexnet_jax.common import configfile
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, install
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.weights import bundle, hub, registry, safetensors, torch, variables
@@ -132,7 +132,7 @@ def test_a_part_that_is_whole_already(web, cache):
 
 @pytest.mark.parametrize('part', [b'x' * 40_000, DATA + b'x'])
 def test_a_part_of_another_file(web, cache, part):
-    """It is found out at the end, and the next try starts anew."""
+    """The mismatch is detected at the end, and the next try starts over."""
     cache.mkdir()
     (cache / f'someone-net-{SHA[:8]}.bin.part').write_bytes(part)
     refused(lambda: get(web), 'SHA-256')
@@ -361,8 +361,19 @@ def test_a_file_that_cannot_be_converted(web, registered, cache, monkeypatch):
     monkeypatch.setitem(registry.ENTRIES, 'host/net', entry)
     monkeypatch.setitem(sys.modules, 'h5py', None)
     web.log = []
-    refused(lambda: hub.locate('host/net'), "pip install 'alexnet_jax[keras]'")
+    refused(lambda: hub.locate('host/net'), install('keras'))
     assert not web.log
+
+
+def test_a_file_that_is_in_the_cache_but_unused(registered, cache, monkeypatch):
+    entry = registry.ENTRIES['host/net']
+    args = (entry.url, '.safetensors', entry.checksum)
+    file = hub.download('host/net', *args)
+    assert hub.here('host/net', entry) == file
+    monkeypatch.delenv('ALEXNET_JAX_MIRROR')
+    refused(lambda: hub.download('b', 'http://127.0.0.1:9/b', '.bin', CHECK), ', host/net (cache:')
+    folder = hub.locate('host/net')
+    assert hub.here('host/net', entry) == folder != file
 
 
 @pytest.mark.parametrize('damage', ['lost', 'changed', 'older', 'no config'])
@@ -379,7 +390,7 @@ def test_a_damaged_bundle_in_the_cache(web, registered, cache, monkeypatch, caps
         config.write_text('{}')
     else:
         config.write_text(config.read_text().replace('"converter": 1', '"converter": 0'))
-    if damage == 'changed':  # only reading finds it out
+    if damage == 'changed':  # detected only on reading
         call(monkeypatch, hub_command, 'download', 'host/net')
         assert capsys.readouterr().out == f'{folder}\n'
     assert hub.locate('host/net') == str(folder)
@@ -398,7 +409,7 @@ def test_a_file_on_the_web(web, published, cache, monkeypatch):
     assert hub.locate(f'{url}#sha256={digest}') == folder
     web.files['/b/weights'] = pth_of({'a': np.zeros(3, np.float32)})  # by its content, a .pth
     digest = hashlib.sha256(web.files['/b/weights']).hexdigest()
-    refused(lambda: hub.locate(f'{web.url}/b/weights#sha256={digest}'), 'weights', 'it has no ')
+    refused(lambda: hub.locate(f'{web.url}/b/weights#sha256={digest}'), 'weights', 'it lacks ')
     refused(lambda: hub.locate(f'{web.url}/b/weights#sha256={digest}'), f'{digest[:8]}.bin')
     assert web.paths().count('/b/weights') == 1
     for fragment in ('', '#', '#sha256=', '#sha256=1234', '#md5=' + '0' * 64):
@@ -407,7 +418,7 @@ def test_a_file_on_the_web(web, published, cache, monkeypatch):
 
 def test_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert hub.locate('nowhere') == 'nowhere'  # a path, whose user says what is wrong with it
+    assert hub.locate('nowhere') == 'nowhere'  # a path: whatever opens it says what is wrong
     refused(lambda: hub.locate('hub:torchvision/alexnt'), 'did you mean torchvision/alexnet')
     refused(lambda: hub.locate('hub:'), 'no network of this name')
     (tmp_path / 'squeezenet').mkdir()
@@ -585,7 +596,7 @@ def test_push(tmp_path, monkeypatch, capsys, compress):
     bundle.write(tmp_path / 'a', small_bundle(), compress=compress)
     push = ('push', tmp_path / 'a', 'hf://me/net', '--title=Mine', '--private')
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    refused(lambda: call(monkeypatch, hub_command, *push), "pip install 'alexnet_jax[hub]'")
+    refused(lambda: call(monkeypatch, hub_command, *push), install('hub'))
     monkeypatch.setitem(sys.modules, 'huggingface_hub', types.SimpleNamespace(HfApi=HfApi))
     refused(lambda: call(monkeypatch, hub_command, 'push', 'x', 'me/net'), 'hf://USER/REPO')
     refused(lambda: call(monkeypatch, hub_command, 'push', 'x'), 'push RUN hf://USER/REPO')

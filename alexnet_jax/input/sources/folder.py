@@ -120,7 +120,7 @@ def split_folders(path: str, folders: list[str]) -> dict[str, str]:
         beside = f' beside {others[0]}/{"..." if len(others) > 1 else ""}' if others else ''
         itself = 'it is itself a class' if found.count('/') == 1 else 'they are classes themselves'
         raise UserError(
-            f'{path}: has {found}{beside} but no train/: move the classes to train into train/CLASS, '
+            f'{path}: has {found}{beside} but no train/: move the classes to train on into train/CLASS, '
             f'or rename {found} if {itself}'
         )
     return {split: os.path.join(path, same[0]) for split, same in names.items()}
@@ -188,7 +188,7 @@ def _hint(tree: str, folders: list[str], loose: list[str]) -> str:
         up = f', or give {parent}' if 1 < len(beside) <= 2000 and _all_hold(parent, beside) else ''
         return (
             f', but {count} directly in it: sort them into CLASS/ folders{up}, or give a list FILE.csv '
-            'of lines path,label'
+            'with lines path,label'
         )
     return f': {LAYOUT}'
 

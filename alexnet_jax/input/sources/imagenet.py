@@ -37,7 +37,7 @@ from alexnet_jax.input.sources.source import (
 NAME = 'imagenet2012'
 TRAIN_TAR, VAL_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 SIZES = {TRAIN_TAR: '138 GB', VAL_TAR: '6.3 GB'}
-# Names of the folders of the splits, beside those in `source.ALIASES`.
+# Names of the split folders, in addition to those in `source.ALIASES`.
 TRAIN, VAL = 'ILSVRC2012_img_train', 'ILSVRC2012_img_val'
 SOLUTION = 'LOC_val_solution.csv'  # Kaggle's labels of val
 KAGGLE = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')  # below the folder that is given
@@ -114,7 +114,8 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     Validation images of classes without training images are left out, so that a subset works.
 
     Raises:
-      UserError: it is not there, incomplete, or of no known form; what was found and what is expected.
+      UserError: it is not there, incomplete, or of no known form; the message says what was found and what is
+      expected.
     """
     built = _built(name, data_dir)
     if built:
@@ -136,7 +137,8 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     if len(class_names) < 2 or not there:
         raise UserError(
             f'{parts.root}: found {len(class_names)} classes with training images, '
-            f'{len(there)} of them with validation images; needs at least two classes and one of val'
+            f'{len(there)} of them with validation images; needs at least two '
+            'with training images and one with validation images'
         )
     notes = _strangers(parts)
     notes += skipped_note(skipped)
@@ -263,7 +265,7 @@ def _class_folders(tree: str | None, names: list[str]) -> dict[str, str]:
 
 
 def _unnamed(parts: Parts) -> bool:
-    """Returns whether val/ beside class folders is flat, with names that say nothing of the labels."""
+    """Returns whether val/ beside class folders is flat, with names that say nothing about the labels."""
     if not parts.class_folders or parts.has_val():
         return False
     val = _split_folder(parts.root, 'val')
@@ -323,7 +325,7 @@ def _train(parts: Parts, skipped: collections.Counter) -> dict[str, list[tuple]]
             for wnid, member in inner.items()
         }
     else:
-        # A tar beside the folder of its class is complete, the folder may not be.
+        # A tar beside the folder of its class is complete; the folder may not be.
         found = {
             wnid: _in_folder(path, skipped)
             for wnid, path in parts.class_folders.items()
@@ -338,7 +340,7 @@ def _train(parts: Parts, skipped: collections.Counter) -> dict[str, list[tuple]]
 
 
 def _strangers(parts: Parts) -> tuple[str, ...]:
-    """Returns a note about folders in train/ that are not called by a WordNet ID, if any."""
+    """Returns a note about folders in train/ that are not named after a WordNet ID, if any."""
     if parts.train_tar:
         return ()
     tree = os.path.dirname(next(iter({**parts.class_folders, **parts.class_tars}.values())))

@@ -3,7 +3,7 @@
     train-00000-of-00294.parquet, validation-..., test-...      in the folder, in data/ or another one
     train/0000.parquet, ...                                     or in a folder per split
 
-A column has encoded images (a struct with `bytes`, or binary), another one has labels (integers, booleans,
+One column has encoded images (a struct with `bytes`, or binary); another has labels (integers, booleans,
 or strings, whose sorted values are the classes). The schema's metadata, if any, say which and name the
 classes.
 """
@@ -59,7 +59,7 @@ def recognizes(name: str) -> bool:
 
 
 def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
-    """Returns whether a set on the Hub would be a download of at least `pictures` images, by its size.
+    """Returns whether a set on the Hub has at least `pictures` images, judging by its download size.
 
     False for a folder: its rows are counted in a moment.
     """
@@ -302,7 +302,7 @@ def _choose(path: str, what: str, found: list[str], preferred: tuple, there: lis
 def _values(path: str, columns: Columns, first: str) -> list[int | str | None]:
     """Reads the labels of a file: integers or strings, None for null.
 
-    Integers become strings if the file's metadata name the classes in another way than `first` does.
+    Integers become strings if the file's metadata name the classes differently from those of `first`.
     """
     import pyarrow as pa
 
@@ -319,7 +319,7 @@ def _values(path: str, columns: Columns, first: str) -> list[int | str | None]:
         return values
     if columns.names is None:
         raise UserError(
-            f'{path}: its metadata name the classes, those of {first} do not: write both the same way'
+            f'{path}: its metadata name the classes, but those of {first} do not: write both the same way'
         )
     known = range(len(names))
     return [names[v] if isinstance(v, int) and v in known else v for v in values]
@@ -338,7 +338,7 @@ def _class_names(values: dict[str, list[tuple[str, list]]]) -> list[str]:
             continue
         if kind not in (None, type(value)):
             raise UserError(
-                f'{path}: its labels are {_KINDS[type(value)]}, those of {first} are {_KINDS[kind]}: '
+                f'{path}: its labels are {_KINDS[type(value)]}, but those of {first} are {_KINDS[kind]}: '
                 'write both the same way'
             )
         kind, first = type(value), first or path
@@ -364,7 +364,7 @@ def _labels(parts: list[tuple[str, list]], names: list[str]) -> np.ndarray:
         bad = [i for i, v in enumerate(labels) if v is None or not 0 <= v < len(names)]
         if bad:
             raise UserError(
-                f'{path}: {len(bad)} rows have labels that are none of the {len(names)} classes, '
+                f'{path}: {len(bad)} rows have labels outside the {len(names)} classes; '
                 f'the first is row {bad[0]} ({values[bad[0]]!r}): remove these rows'
             )
         found += labels

@@ -74,7 +74,7 @@ def split_of(name: str) -> str | None:
 def split_in(path: str) -> str | None:
     """Returns the split that a word of a path means ('set-train-0001.tar' -> 'train'), or None.
 
-    Words of the file's name come before those of its folders, the first one decides.
+    Words of the file's name come before those of its folders; the first one decides.
     """
     words = [word for part in reversed(path.split(os.sep)) for word in re.split(r'[\W_]+', part)]
     return next((split for split in map(split_of, words) if split), None)
@@ -188,7 +188,7 @@ def above(path: str) -> set[tuple[int, int]]:
 
 
 def holds_images(root: str) -> bool:
-    """Returns whether there are images in a folder of a folder, or up to three levels deeper.
+    """Returns whether there are images in a subfolder, or up to three levels deeper.
 
     If so, archives beside them are only leftovers.
     """

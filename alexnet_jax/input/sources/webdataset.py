@@ -154,7 +154,7 @@ def _entries(path: str, shard: str, skipped: collections.Counter, *, labeled: bo
         )
     if missing:
         raise UserError(
-            f'{file}: {len(missing)} images have no label, the first is {images[missing[0]].name}: '
+            f'{file}: {len(missing)} images have no label; the first is {images[missing[0]].name}: '
             f'add {missing[0]}.cls, a number as text'
         )
     entries = []
