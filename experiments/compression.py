@@ -50,6 +50,11 @@ NOTES = {
     'small': 'On the embedded set of rendered images: the quickstart, and `alexnet_bn` at an eighth of the '
     'width with its schedule.'
 }
+COLUMNS = (
+    'Layers: weights kept; bits per weight, with fixed codes and with Huffman codes; bits of the gap to the '
+    "next weight, Huffman-coded; size in percent of float32's, pruned and quantized (P+Q), then "
+    "Huffman-coded, too (P+Q+H). Right: the paper's AlexNet."
+)
 plot = None
 
 
@@ -86,9 +91,14 @@ def report(results) -> str:
             f'| {facts["compressed"] / 1e3:,.0f} | {facts["times"]:.1f} '
             f'| {facts["before"]["top1_error"]:.2f} | {r["extra"]["measured"]["top1_error"]:.2f} |'
         )
-    lines += ['', 'Differences in error, compressed minus original, in points:', '']
+    lines += [
+        '',
+        'Errors: validation images, centre crop. Compressed minus original, in points:',
+        '',
+    ]
     for name in dict.fromkeys(r['name'] for r in sound):
         lines.append(f'- {name}: {difference(labs.named(results, name))}')
+    lines += ['', COLUMNS]
     for name in dict.fromkeys(r['name'] for r in sound):
         first = labs.named(results, name)[0]
         lines += [
@@ -103,7 +113,7 @@ def report(results) -> str:
 
 
 def difference(results: list[dict]) -> str:
-    """Describes how much larger the error of compressed networks is, over images and over seeds."""
+    """Describes how the errors of compressed networks differ, over seeds and over images."""
     pairs = [(r, r['extra']) for r in results if not r['diverged']]
     count = pairs[0][0]['data']['counts']['val']
     own, reference = (
@@ -111,9 +121,11 @@ def difference(results: list[dict]) -> str:
     )
     over = statistics.between(*statistics.bootstrap(own, reference), 2)
     errors = [x['measured']['top1_error'] - x['facts']['before']['top1_error'] for _, x in pairs]
+    changed = ', '.join(map(str, (own != reference).sum(1)))
     return (
-        f'{statistics.interval(statistics.paired(errors))} over {labs.count(len(pairs), "seed")}; '
-        f'over the {count:,} validation images: {over}'
+        f'{statistics.interval(statistics.paired(errors))} over {labs.count(len(pairs), "seed")}; 95 % '
+        f'interval over the {count:,} images (bootstrap): {over}; images changed between right and wrong, '
+        f'by seed: {changed}'
     )
 
 

@@ -247,9 +247,10 @@ def centre(results, name: str) -> dict[int, float]:
 
 def report(results) -> str:
     lines = [
-        '| network | recipe | parameters | MB | multiply-adds | top-1, centre | top-1, ten crops '
-        '| minus `original`, centre (95 % interval) | p | verdict | training time | prediction time |',
-        '|---|---|---|---|---|---|---|---|---|---|---|---|',
+        '| network | recipe | seeds | parameters | MB | multiply-adds | top-1, centre '
+        '| top-1, ten crops | minus `original`, centre (95 % interval) | p | verdict '
+        '| training time | prediction time |',
+        '|---|---|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     reference, tests = centre(results, REFERENCE), {}
     for name in NETS:
@@ -262,13 +263,12 @@ def report(results) -> str:
             runs = labs.named(results, key)
             if not runs:
                 continue
-            cells = [net.title, recipe, *_size(runs), *_errors(results, key)]
-            if recipe == 'own' and name in tests:
-                found, p = tests[name], corrected[name]
-                verdict = statistics.verdict(found.mean, p)
-                cells += [statistics.interval(found), f'{p:.2g}', verdict]
-            else:
-                cells += ['', '', '']
+            errors = centre(results, key)
+            pairs = [] if key == REFERENCE else statistics.by_seed(errors, reference)
+            cells = [net.title, recipe, str(len(errors)), *_size(runs), *_errors(results, key)]
+            cells.append(statistics.interval(statistics.paired(pairs)) if pairs else '')
+            p = corrected.get(key)
+            cells += [f'{p:.2g}', statistics.verdict(tests[key].mean, p)] if p else ['', '']
             cells += [_times(runs, kind) for kind in ('train', 'predict')]
             lines.append(f'| {" | ".join(cells)} |')
     lines += [
@@ -352,7 +352,9 @@ def plot(results, file):
             errors, x = [*centre(results, name).values()], value(runs)
             style = {'color': colour, 'capsize': 3, 'ms': 7}
             title = net.title.replace('`', '')
-            axes.errorbar(x, np.mean(errors), np.std(errors), fmt='o', label=title, **style)
+            axes.errorbar(
+                x, np.mean(errors), statistics.spread(errors), fmt='o', label=title, **style
+            )
             for error in centre(results, f'{name} as original').values():
                 axes.plot(x, error, 'o', mfc='none', color=colour)
         axes.set(xlim=(0, None), xlabel=label.replace('`', ''))
@@ -360,7 +362,9 @@ def plot(results, file):
     figure.axes[0].set_ylabel('top-1 error, centre crop, %')
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
-        title = "filled: own recipe, ± standard deviation; open: original's recipe"
+        title = (
+            "filled: own recipe, ± standard deviation over seeds; open: original's recipe, seed 0"
+        )
         figure.legend(
             handles, labels, loc='outside upper center', ncols=4, frameon=False, title=title
         )

@@ -12,6 +12,7 @@ four rates, chosen on seed 10 with 50 images per class.
 """
 
 import pathlib
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,7 @@ NETS = {
 }
 SMOKE = {'quickstart': Net('Quickstart', 'configs/quickstart.py', {}, 'hub:quickstart', 0.01, 0.01)}
 COUNTS = {10: 50.0, 50: 20.0, 500: 3.0}  # images per class: epochs
+STARTS = ('fine-tuned', 'from scratch')
 LONGER = 2  # times as many epochs from scratch
 RECIPE = {
     'data.format': 'u8',
@@ -132,32 +134,42 @@ def report(results) -> str:
         f'| network | {" | ".join(f"{count} images per class" for count in COUNTS)} |',
         f'|---|{"---|" * len(COUNTS)}',
     ]
+    most = max(Counter(result['name'] for result in results.values()).values())
     tests = {}
     for name, net in (NETS | SMOKE).items():
-        for start in ('fine-tuned', 'from scratch'):
+        for start in STARTS:
             errors = [[*centre(results, name, start, count).values()] for count in COUNTS]
             if any(errors):
-                cells = [statistics.mean_std(values) if values else '' for values in errors]
+                cells = [_cell(values, most) for values in errors]
                 lines.append(f'| {net.title}, {start} | {" | ".join(cells)} |')
         for count in COUNTS:
-            both = (centre(results, name, start, count) for start in ('fine-tuned', 'from scratch'))
-            pairs = statistics.by_seed(*both)
+            pairs = statistics.by_seed(*(centre(results, name, start, count) for start in STARTS))
             if len(pairs) > 1:
-                tests[f'{net.title}, {count} per class'] = statistics.paired(pairs)
-    lines += ['', 'Top-1 error with the centre crop, in percent.']
+                tests[f'{net.title}, {count} per class'] = pairs
+    seeds = labs.count(most, 'seed')
+    lines += ['', f'Top-1 error with the centre crop, in percent; {seeds} unless noted.']
     if tests:
-        corrected = statistics.holm({name: found.p for name, found in tests.items()})
+        found = {name: statistics.paired(pairs) for name, pairs in tests.items()}
+        corrected = statistics.holm({name: d.p for name, d in found.items()})
         lines += [
             '',
-            '| fine-tuned minus from scratch | points (95 % interval) | p | verdict |',
-            '|---|---|---|---|',
+            '| fine-tuned minus from scratch | pairs | points (95 % interval) | p | verdict |',
+            '|---|---|---|---|---|',
         ]
-        for name, found in tests.items():
+        for name, pairs in tests.items():
             p = corrected[name]
-            verdict = statistics.verdict(found.mean, p)
-            lines.append(f'| {name} | {statistics.interval(found)} | {p:.2g} | {verdict} |')
+            verdict = statistics.verdict(found[name].mean, p)
+            shown = statistics.interval(found[name])
+            lines.append(f'| {name} | {len(pairs)} | {shown} | {p:.2g} | {verdict} |')
         lines += ['', statistics.family(len(tests), 'top-1 error with the centre crop')]
     return '\n'.join(lines)
+
+
+def _cell(errors: list[float], most: int) -> str:
+    if not errors:
+        return ''
+    seeds = f' ({labs.count(len(errors), "seed")})' if len(errors) < most else ''
+    return statistics.mean_std(errors) + seeds
 
 
 def plot(results, file):
@@ -169,11 +181,13 @@ def plot(results, file):
         (NETS | SMOKE).items(), '#0072b2 #d55e00 black #009e73'.split(), strict=True
     ):
         name, net = net
-        for start, style in (('fine-tuned', 'o-'), ('from scratch', 's--')):
+        for start, style in zip(STARTS, ('o-', 's--'), strict=True):
             found = {count: [*centre(results, name, start, count).values()] for count in COUNTS}
             found = {count: errors for count, errors in found.items() if errors}
             if found:
-                means, spreads = ([f(e) for e in found.values()] for f in (np.mean, np.std))
+                means, spreads = (
+                    [f(e) for e in found.values()] for f in (np.mean, statistics.spread)
+                )
                 axes.errorbar(
                     [*found],
                     means,
@@ -185,7 +199,10 @@ def plot(results, file):
                 )
     axes.set(xscale='log', xticks=[*COUNTS], xticklabels=[*COUNTS], ylim=(0, 100))
     axes.minorticks_off()
-    axes.set(xlabel='labeled training images per class', ylabel='top-1 error, centre crop, %')
+    axes.set(
+        xlabel='labeled training images per class',
+        ylabel='top-1 error, centre crop, % (± std over seeds)',
+    )
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False, fontsize='small')
     figure.savefig(file, dpi=150)

@@ -166,8 +166,11 @@ def report(results) -> str:
         sentences.append(f'- {called(result)}, tower 1 minus tower 0: {"; ".join(words)}.')
     lines += [
         '',
-        'Before training all kernels are noise, with a colour of 0.67; any difference between the towers '
-        'is due to chance.',
+        "Colour: the share of a kernel's sum of squares that remains after subtracting the mean of R, G and "
+        'B at every position (grey: 0); weighted by energy: by the sum of squares. Orientation: 1 minus the '
+        'circular variance of the gradients (1: edges in one direction; near 0: a spot or noise). Before '
+        'training all kernels are noise, with a colour of 0.67; any difference between the towers is due to '
+        'chance.',
         '',
     ]
     lines += sentences

@@ -137,8 +137,9 @@ def report(results) -> str:
         lines += [
             '',
             f'Of the six nearest training images, {shares} % have the class of their query '
-            f'(runs: {len(sound)}; every validation image is a query). Errors use one crop, the '
-            'predictions in the figure ten; the bar of the true class is hatched.',
+            f'(runs: {len(sound)}; every validation image is a query). By pixels: whole '
+            'images, downscaled to 32 x 32. Errors use one crop, the predictions in the figure ten; the bar '
+            'of the true class is hatched.',
         ]
     first = drawn(results)
     if first:

@@ -170,8 +170,13 @@ def family(tests: int, of: str, by: str = "Student's t on pairs with the same se
 
 def mean_std(values: Sequence[float], digits: int = 1) -> str:
     """Formats mean ± sample standard deviation, with `digits` decimals."""
-    spread = f' ± {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
-    return f'{np.mean(values):.{digits}f}{spread}'
+    deviation = f' ± {spread(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{np.mean(values):.{digits}f}{deviation}'
+
+
+def spread(values: Sequence[float]) -> float:
+    """Returns the sample standard deviation; NaN for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def _equal(values: np.ndarray) -> bool:

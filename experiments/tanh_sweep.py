@@ -56,6 +56,10 @@ SETTINGS = [
     Setting('paper', 'tanh', 1.0, 0.01, 0.01),
     *(Setting('paper', 'tanh', 0.0, 0.001, rate) for rate in (0.03, 0.06)),
 ]
+COLUMNS = (
+    'Biases: those that are 1 in the paper. Final training loss, by seed: mean over the last logged block of '
+    'steps (ten at the small scale). Errors: centre crop, at the end.'
+)
 SHORT = {'optim.epochs': 6.0, 'optim.drops': (4.0, 5.0)}
 SCALES = {
     'smoke': {**ablations.TINY, 'optim.epochs': 0.008},
@@ -93,9 +97,7 @@ def report(results) -> str:
         losses += ', at chance' * any(map(labs.at_chance, sound))
         error = statistics.mean_std(errors) if errors else 'diverged' if runs else 'not run'
         lines.append(f'| {" | ".join(map(str, setting))} | {losses} | {error} |')
-    return '\n'.join(
-        [*lines, '', 'Biases: those that are 1 in the paper. Errors: centre crop, at the end.']
-    )
+    return '\n'.join([*lines, '', COLUMNS])
 
 
 def plot(results, file):

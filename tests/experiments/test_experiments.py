@@ -609,7 +609,9 @@ def test_the_table_of_compression():
     }
     table = compression.report(results)
     assert '| a net | 1 | 10.0 | 7,000 | 200 | 35.0 | 6.00 | 5.00 |' in table
-    assert 'a net: -1.00 (no spread) over 2 seeds; over the 1,000 validation images: -2.' in table
+    over = '95 % interval over the 1,000 images (bootstrap): -2.'
+    assert f'a net: -1.00 (no spread) over 2 seeds; {over}' in table
+    assert 'images changed between right and wrong, by seed: 30, 30\n' in table
     assert 'fc6' in table and '2.39' in table  # the paper's
 
 
@@ -632,7 +634,13 @@ def test_recipes_of_the_efficient_networks():
             assert (config.train.batch, config.optim.epochs) == (128, 20.0)
 
 
-def test_the_table_of_efficient():
+def bars(figure):
+    """Half the length of each error bar of a figure's first axes."""
+    found = [each.lines[2][0].get_segments() for each in figure.axes[0].containers]
+    return [(high - low) / 2 for segments in found for (_, low), (_, high) in segments]
+
+
+def test_the_table_and_figure_of_efficient(drawn, tmp_path):
     def row(name, seed, error):
         times = {'train_ratio': 2.0, 'predict_ratio': 0.5, 'train': [0.004, 0.002]}
         extra = {view: {'top1_error': error} for view in ('centre', 'ten')}
@@ -648,13 +656,16 @@ def test_the_table_of_efficient():
         for seed, error in enumerate(values)
     }
     table = efficient.report(results)
-    assert '| 250,000 | 1.0 | 7,000,000 | 51.3 ± 1.5 | 51.3 ± 1.5 | -9.67 (-11.1' in table
-    assert "| MobileNet v1 | `original`'s | 250,000" in table and '2.00 (4 ms)' in table
+    assert '| own | 3 | 250,000 | 1.0 | 7,000,000 | 51.3 ± 1.5 | 51.3 ± 1.5 | -9.67 (-11.1' in table
+    assert "| MobileNet v1 | `original`'s | 1 | 250,000" in table and '2.00 (4 ms)' in table
+    assert '| 70.0 | 70.0 | +10.00 |  |  |' in table
     assert '| mixup | 48.0 | -2.0 |' in table
+    efficient.plot(results, tmp_path / 'figure.png')
+    assert bars(drawn[0]) == pytest.approx([1, (7 / 3) ** 0.5])  # sample standard deviations
 
 
 def test_few_labels(tmp_path):
-    """Draws have the given number of images per class, differ between seeds, and are subsets of larger ones."""
+    """Draws have the given number of images per class, differ by seed, and are subsets of larger ones."""
     for split, count in (('train', 20), ('val', 2)):
         for kind in 'ab':
             folder = tmp_path / 'all' / split / kind / 'images'
@@ -677,7 +688,7 @@ def test_few_labels(tmp_path):
         few_labels.draw(str(tmp_path), tmp_path / 'other', 1, 0)
 
 
-def test_the_table_of_few_labels():
+def test_the_table_and_figure_of_few_labels(drawn, tmp_path):
     results = {
         f'squeezenet {start} 10-{seed}': {
             'name': f'squeezenet {start} 10',
@@ -689,4 +700,10 @@ def test_the_table_of_few_labels():
     }
     table = few_labels.report(results)
     assert '| SqueezeNet v1.0, fine-tuned | 40.5 ± 0.7 |  |  |' in table
-    assert '| SqueezeNet v1.0, 10 per class | -45.00' in table
+    assert '| SqueezeNet v1.0, 10 per class | 2 | -45.00' in table
+    assert 'in percent; 2 seeds unless noted.' in table
+    few_labels.plot(results, tmp_path / 'figure.png')
+    assert bars(drawn[0]) == pytest.approx([0.5**0.5, 0.5**0.5])
+    del results['squeezenet fine-tuned 10-1']
+    assert '| SqueezeNet v1.0, fine-tuned | 40.0 (1 seed) |  |  |' in few_labels.report(results)
+    few_labels.plot(results, tmp_path / 'figure.png')  # a point without a bar
