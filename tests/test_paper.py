@@ -106,6 +106,20 @@ def test_the_page():
     assert wrong_numbers(text) == []
 
 
+def test_what_the_log_says_about_the_claims():
+    """Numbers in the text of a link are together in a paragraph of the section that it names."""
+    log = (ROOT / 'experiments/LOG.md').read_text().replace('−', '-')
+    targets, wrong = defined(log), []
+    found = re.findall(r'\[([^][]+)\]\[([^][]+)\]', log)
+    for said, label in found:
+        target = targets[label]
+        target = f'../experiments/{"LOG.md" * target.startswith("#")}{target}'
+        numbers = {number.lstrip('+-') for number in NUMBER.findall(said)}
+        if not any(numbers <= {n.lstrip('+-') for n in part} for part in paragraphs(target)):
+            wrong.append((said, label))
+    assert len(found) > 20 and {label for _, label in found} == {*targets} and wrong == []
+
+
 LINKS = '\n[b]: measurements.md#agreement-with-other-implementations\n'
 
 
