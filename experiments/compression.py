@@ -83,8 +83,8 @@ def report(results) -> str:
         '| top-1 error, % | compressed, % |',
         '|---|---|---|---|---|---|---|---|',
     ]
-    sound = [r for r in results.values() if not r['diverged']]
-    for r in sound:
+    names = dict.fromkeys(r['name'] for r in results.values() if not r['diverged'])
+    for r in (r for name in names for r in labs.named(results, name) if not r['diverged']):
         facts = r['extra']['facts']
         lines.append(
             f'| {r["name"]} | {r["seed"]} | {facts["kept"]:.1f} | {facts["dense"] / 1e3:,.0f} '
@@ -96,10 +96,10 @@ def report(results) -> str:
         'Errors: validation images, centre crop. Compressed minus original, in points:',
         '',
     ]
-    for name in dict.fromkeys(r['name'] for r in sound):
+    for name in names:
         lines.append(f'- {name}: {difference(labs.named(results, name))}')
     lines += ['', COLUMNS]
-    for name in dict.fromkeys(r['name'] for r in sound):
+    for name in names:
         first = labs.named(results, name)[0]
         lines += [
             '',
