@@ -5,8 +5,9 @@
 The paper's text has standard deviation 0.01 in every layer, bias 1 in conv2, conv4, conv5 and the hidden
 layers, "to accelerate the early stages of learning", and alpha = 1e-4 in the normalization. The 2012 source
 code of the network behind its tables has 0.03 in conv3 to conv5, and alpha divided by the five channels of
-the window. Caffe found that bias 1 "gave flat loss" and used 0.1. Each run changes one of these, starting
-from the text; `original` differs in more (`configs/original.py`).
+the window. Caffe found that bias 1 "gave flat loss" and used 0.1; biases of 0 test whether those of 1
+accelerate anything. Each run changes one of these, starting from the text; `original` differs in more
+(`configs/original.py`).
 
 A run has learned something once its training loss leaves ln(classes), the loss of pure chance: at the end of
 the interval in which it falls below 0.95 ln(classes) for good. Learning rates are the presets' initial ones,
@@ -44,6 +45,7 @@ RUNS = {  # name: std in conv3 to conv5, bias, alpha, config, its changes
     'original': ('0.03', '1', '1e-4 / 5', 'original.py', {}),
     'paper std': ('0.03', '1', '1e-4', 'paper.py:text', {'model.std': SOURCE_STD}),
     'paper bias': ('0.01', '0.1', '1e-4', 'paper.py:text', {'model.bias': SMALL_BIAS}),
+    'paper no bias': ('0.01', '0', '1e-4', 'paper.py:text', {'model.bias': (0.0,) * 8}),
     'paper alpha': ('0.01', '1', '1e-4 / 5', 'paper.py:text', {'model.norm_alpha_per': 'window'}),
     'paper std alpha': (
         '0.03',
@@ -63,6 +65,7 @@ STYLES = {  # colour-blind safe (Okabe and Ito); the dashes differ too
     'original': ('#cc79a7', (0, (9, 2))),
     'paper std': ('#d55e00', '--'),
     'paper bias': ('#0072b2', '-.'),
+    'paper no bias': ('#56b4e9', (0, (3, 3))),
     'paper alpha': ('#e69f00', ':'),
     'paper std alpha': ('#009e73', (0, (6, 1, 1, 1, 1, 1))),
 }
@@ -229,9 +232,13 @@ def plot(results, file):
     """Draws loss, spread of the logits and initial mean squares; then a panel of mean squares per row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 10), layout='constrained')
-    (losses, spreads, start), *rest = figure.subplots(3, 3)
-    over_time = dict(zip(STYLES, (axes for row in rest for axes in row), strict=True))
+    shown = [name for name in STYLES if labs.named(results, name)]
+    rows = 1 + math.ceil(len(shown) / 3)
+    figure = Figure(figsize=(11, 10 * rows / 3), layout='constrained')
+    losses, spreads, start, *rest = figure.subplots(rows, 3).flat
+    over_time = dict(zip(shown, rest, strict=False))
+    for axes in rest[len(shown) :]:
+        axes.remove()
     for axes in over_time.values():
         axes.sharey(start)
     widths = np.linspace(4, 1, len(STYLES))  # keeps coinciding curves visible

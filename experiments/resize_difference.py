@@ -1,11 +1,12 @@
-"""Measures how prepared images differ from those of the 2012 source code, resized by OpenCV's INTER_AREA.
+"""Measures how prepared images differ from those of cuda-convnet2, resized by OpenCV's INTER_AREA.
 
     pip install opencv-python-headless
     python -m experiments.resize_difference FOLDER [--size=256]
 
-FOLDER is searched recursively. Both resize the shorter side to `size` pixels and crop the central square; the
-2012 code enlarged images with INTER_CUBIC (`docs/original.md` §5). Prints the mean absolute difference in
-levels (0-255), separately for images that shrink and for those that grow.
+The 2012 source code reads images that are already resized; cuda-convnet2, its successor, has code for that
+(`docs/original.md` §5). FOLDER is searched recursively. Both resize the shorter side to `size` pixels and
+crop the central square; cuda-convnet2 enlarges images with INTER_CUBIC. Prints the mean absolute difference
+in levels (0-255), separately for images that shrink and for those that grow.
 """
 
 import pathlib
@@ -18,7 +19,7 @@ from alexnet_jax.input.images import decode, square
 
 
 def opencv_square(image: np.ndarray, size: int) -> np.ndarray:
-    """u8[H,W,3] -> u8[size,size,3], resized and cropped as in the 2012 source code."""
+    """u8[H,W,3] -> u8[size,size,3], resized and cropped as in cuda-convnet2."""
     import cv2
 
     height, width = image.shape[:2]

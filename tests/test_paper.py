@@ -11,7 +11,7 @@ import pytest
 
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.nets import blocks, layers, network
+from alexnet_jax.nets import alexnet, blocks, layers, network
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import metrics
 from tests.helpers import ROOT
@@ -162,6 +162,8 @@ def test_the_numbers_of_the_text():
             'towers': 2,
             'kernels': (96, 256, 384, 384, 256),
             'hidden': (4096, 4096),
+            'conv1_padding': (0, 3),
+            'after': ('act norm pool', 'act norm pool', 'act', 'act', 'act pool'),
             'exchange': ('conv3', 'fc6', 'fc7'),
             'activation': 'relu',
             'norm_k': 2.0,
@@ -188,6 +190,8 @@ def test_the_numbers_of_the_text():
         'train': {'batch': 128},
     }.items():
         assert {name: text[part][name] for name in fields} == fields
+    assert alexnet.POOLING[text['model']['pooling']] == (3, 2)
+    assert alexnet.SIZES[:5] == (11, 5, 3, 3, 3)
     for variant in ('fig1', 'fig1_tanh'):
         config = configfile.load(f'configs/cifar10.py:{variant}')
         assert (config.optim.decay, config.optim.decays, config.augment.random) == (0.0, (), False)

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from alexnet_jax.common import paths
 from alexnet_jax.common.errors import InputError, one_line, reason
 
-# Mean absolute difference from the INTER_AREA of the 2012 source code on 903 photographs: bilinear
+# Mean absolute difference from cuda-convnet2's INTER_AREA on 903 photographs that shrink: bilinear
 # 0.96 levels, Hamming 1.04, box 2.96 (Pillow's box filter takes whole pixels, so it aliases).
 FILTER = 'antialiased bilinear down, bicubic up'
 # In pixels: larger images are decoded one at a time, or rejected.
@@ -223,7 +223,7 @@ def square(data: bytes | np.ndarray | Image.Image, size: int, *, exif: bool = Fa
     """Resizes the shorter side to `size` and crops the central square -> u8[size,size,3].
 
     As in the paper (§2); rounding, the corner at (n - size) // 2 and bicubic upscaling are those
-    of the 2012 source code (`docs/original.md` §5). exif, errors: see `decode`.
+    of cuda-convnet2 (`docs/original.md` §5). exif, errors: see `decode`.
     """
     image = decode(data, exif=exif)
     shorter, sides = min(image.size), _sides(image, size)

@@ -298,6 +298,12 @@ def test_figure_4(drawn, tmp_path, monkeypatch):
     assert extra['same'][0] == 100.0 and len(extra['same']) == 6 and extra['same'][5] < 50
     assert extra['chance'] == pytest.approx(10.0)
     assert extra['same_by_pixels'][0] == 100.0 and extra['same_by_pixels'][5] < 50
+    compared = extra['pixel_distances']
+    assert (
+        compared['retrieved'][0] == compared['closer'][0] == 0.0 and compared['smallest'][0] < 1e-6
+    )
+    for own, smallest, closer in [*zip(*compared.values(), strict=True)][1:]:
+        assert 0 < smallest <= own < 1.5 and 0 < closer <= 100 * 63 / 64
     assert len(extra['queries']) == 5
     for query in extra['queries']:
         assert query['names'][0] == query['name'] and query['distances'][0] < 1e-4
@@ -311,7 +317,15 @@ def test_figure_4(drawn, tmp_path, monkeypatch):
     ]
     table = fig4_retrieval.report(drawn.fourth.results)
     own, by_pixels = (np.mean(extra[kind]) for kind in ('same', 'same_by_pixels'))
-    assert f'| {own:.1f} | 100.0 | {by_pixels:.1f} | 10.00 |' in table and '(runs: 1;' in table
+    assert (
+        f'| {own:.1f} | 100.0 | {by_pixels:.1f} | 10.00 | {np.mean(compared["retrieved"]):.2f} ('
+        in table
+    )
+    assert 'Pixel distance: ' in table and '(runs: 1;' in table
+    older = copy.deepcopy(drawn.fourth.results)
+    del older['original-0']['extra']['pixel_distances']
+    table = fig4_retrieval.report(older)
+    assert '| 10.00 | – | – |' in table and 'Pixel distance: ' not in table
 
     # The figure: eight images with their bars; below, images and classes of five queries.
     results = copy.deepcopy(drawn.fourth.results)

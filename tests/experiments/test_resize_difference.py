@@ -1,4 +1,4 @@
-"""Tests the comparison with OpenCV, and that our squares are close to those of the 2012 source code."""
+"""Tests the comparison with OpenCV, and that our squares are close to those of cuda-convnet2."""
 
 import sys
 

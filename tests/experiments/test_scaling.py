@@ -205,6 +205,16 @@ def test_the_paper_s_arithmetic():
     assert formula.flops(net, 224) == 2 * (3 * 724_406_816 - 105_415_200)
 
 
+def test_two_gpus_have_less_to_compute_than_one():
+    """§3.2: the two-GPU network "takes slightly less time to train than the one-GPU net"."""
+    two, one = (
+        formula.flops(programs.make_net(preset.get_config(), 1000), 224)
+        for preset in (original, one_gpu)
+    )
+    assert (two, one) == (2 * 2_067_805_248, 2 * 1_121_835_552)
+    assert 0.9 < two / 2 / one < 1
+
+
 # --- reading HLO
 
 
