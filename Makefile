@@ -3,7 +3,7 @@
 # make test-fast    without the slow tests
 # make test-all     with the end-to-end checks to run before a release (15 minutes)
 # make test-deploy  compares the networks with those of PyTorch, Keras, OpenCV, ... (installs them)
-# make test-compilers  cross-compiles for TPUs and GPUs (installs their compilers, 1 GB)
+# make test-compilers  cross-compiles for TPUs and GPUs (installs their compilers; about 3 GB in all)
 # make notebook     executes notebooks/alexnet.ipynb in runs/notebook (less than 5 minutes)
 # make lint         ruff: rules and format
 # To use another Python: `make test PYTHON=python3.12`. To pass arguments to pytest: `make test ARGS='-k layers'`.
@@ -80,7 +80,7 @@ $(DEPLOY)/.installed: requirements-deploy.txt requirements-dev.txt requirements.
 	@touch $@
 
 $(COMPILERS)/.installed: requirements-compilers.txt requirements-dev.txt requirements.txt constraints.txt | $(COMPILERS)/bin/python
-	@echo "Installing requirements-compilers.txt into $(COMPILERS) (about 3 GB) ..."
+	@echo "Installing requirements-compilers.txt into $(COMPILERS) (about 3 GB in all) ..."
 	$(COMPILERS)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-compilers.txt -c constraints.txt
 	@touch $@
 

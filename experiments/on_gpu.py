@@ -1,16 +1,18 @@
 """A few minutes on a GPU: an ordered list of measurements, each with its share of the time.
 
-    python -m experiments.on_gpu --seconds=400 --out=runs/gpu --store=RAW,JPEG --cifar=STORE
+    python -m experiments.on_gpu --seconds=400 --out=runs/gpu --store=RAW,JPEG --cifar=STORE --reference=RUN
     python -m experiments.on_gpu --seconds=600 --out=runs/rehearsal --rehearse   # tiny, on any machine
 
-Every step is a command, stopped when its share is over; steps that no longer fit are skipped. Repeat the
+Every step is a command, stopped when its time is up; steps that no longer fit are skipped. Repeat the
 command to continue: finished steps are not repeated, and training resumes. Each step has its log and its
-results in --out; `steps.json` says how each ended and how long it took.
+results in --out; `steps.json` says what ran, how it ended and how long it took.
 
 --store: folders written by `prepare`, of raw and JPEG images; --cifar: one of CIFAR-10. Steps that need
-one are skipped without it. PyTorch, if it is installed, is the peer.
+one are skipped without it. --reference: a run of the command of `steps` on CPUs (JAX_PLATFORMS=cpu and
+another --workdir), whose losses are shown beside it. PyTorch, if it is installed, is the peer.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -24,7 +26,7 @@ import time
 from typing import NamedTuple
 
 from alexnet_jax.command import ArgumentParser, Help, run
-from alexnet_jax.common.errors import DONE, STOPPED, UserError
+from alexnet_jax.common.errors import DONE, STOPPED, UserError, one_line
 from alexnet_jax.input.store import open_store
 from alexnet_jax.rundir import metrics
 
@@ -51,25 +53,31 @@ class Step(NamedTuple):
     seconds: int
     command: list[str]
     again: bool = False
-    environment: dict[str, str] = {}
 
 
 def steps(args) -> list[Step]:
-    """Returns the steps in their order, without those that lack a store."""
+    """Returns the steps in their order, without those that lack a store; UserError for an invalid store.
+
+    Those before CIFAR-10 take at most 650 seconds, and the first five 400, the two parts that a start of
+    the machine leaves of 15 minutes.
+    """
     torch = importlib.util.find_spec('torch') is not None
     peer = ['--peer=torch', '--peer_form=compile,channels_last'] if torch else []
     stores = [store for store in args.store.split(',') if store]
+    opened = [open_store(store) for store in stores]
+    if args.cifar and (open_store(args.cifar).classes, open_store(args.cifar).size) != (10, 32):
+        raise UserError(f'--cifar={args.cifar}: must be a store of CIFAR-10')
 
     def benchmark(name, seconds, *more):
         tiny = TINY['benchmark'] if args.rehearse else []
         command = [*BENCHMARK, *more, *tiny, f'--out={args.out / name}']
         return Step(name, seconds, command)
 
-    def train(name, seconds, config, store, *more, tiny='train', **environment):
+    def train(name, seconds, config, store, *more, tiny='train'):
         small = TINY[tiny] if args.rehearse else []
         command = ['-m', 'alexnet_jax.main', f'--config={config}', f'--workdir={args.out / name}']
         command += [f'--config.data.store={store}', '--config.data.source=', *more, *small]
-        return Step(name, seconds, command, again=True, environment=environment)
+        return Step(name, seconds, command, again=True)
 
     bf16 = '--dtype=bfloat16'
     found = [
@@ -85,15 +93,11 @@ def steps(args) -> list[Step]:
         benchmark('deterministic-512', 60, bf16, '--batch=512', '--tasks=train', '--deterministic')
     )
     if stores:
-        store = open_store(stores[0])
+        store = opened[0]
         shape = {'data.size': store.size, 'data.format': store.format}
         shape |= {'augment.crop': store.size * 7 // 8, 'run.stop_after': 200, 'run.log_every': 20}
         more = [f'--config.{field}={value}' for field, value in shape.items()]
-        config = 'configs/paper.py'
-        found += [
-            train('steps', 60, config, stores[0], *more),
-            train('steps-cpu', 120, config, stores[0], *more, JAX_PLATFORMS='cpu'),
-        ]
+        found.append(train('steps', 60, 'configs/paper.py', stores[0], *more))
     found.append(
         benchmark('mobilenet-256', 80, bf16, '--config=configs/mobilenet.py', '--batch=256', *peer)
     )
@@ -125,15 +129,33 @@ def main() -> None:
         '--store', default='', help='stores of images for end-to-end speed and training'
     )
     parser.add_argument('--cifar', default='', help='a store of CIFAR-10')
+    parser.add_argument(
+        '--reference',
+        default='',
+        metavar='RUN',
+        help='a finished run of the training steps on CPUs',
+    )
     parser.add_argument('--rehearse', action='store_true', help='tiny networks and few steps')
     args = parser.parse_args()
     if not args.seconds > 0:
         raise UserError(f'--seconds={args.seconds}: must be above 0')
     end = time.monotonic() + args.seconds
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / 'steps.json'
-    record = json.loads(file.read_text()) if file.exists() else {}
+    if args.reference and not metrics.read(args.reference):
+        raise UserError(f'--reference={args.reference}: not a run with metrics')
     planned = steps(args)
+    file = args.out / 'steps.json'
+    record = _read(file)
+    for step in planned:
+        there = record.get(step.name, {})
+        if there.get('ended') in ('finished', 'stopped') and there['command'] != step.command:
+            raise UserError(
+                f'{file}: {step.name} ran with other arguments; give another folder as --out, or the same '
+                'arguments'
+            )
+    args.out.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup
+            signal.signal(number, _exit)
     for step in planned:
         there = record.get(step.name, {})
         if there.get('ended') == 'finished':
@@ -145,7 +167,11 @@ def main() -> None:
         seconds = min(step.seconds, left)
         print(f'{step.name}, {seconds:.0f} s: python {shlex.join(step.command)}', flush=True)
         ended, took = _do(step, seconds, args.out)
-        record[step.name] = {'ended': ended, 'seconds': round(there.get('seconds', 0) + took, 1)}
+        record[step.name] = {
+            'ended': ended,
+            'seconds': round(there.get('seconds', 0) + took, 1),
+            'command': step.command,
+        }
         file.write_text(json.dumps(record, indent=1) + '\n')
         log = (args.out / f'{step.name}.log').read_text(errors='replace').strip()
         print(
@@ -154,10 +180,25 @@ def main() -> None:
             sep='\n  ',
             flush=True,
         )
-    if line := compared(args.out / 'steps', args.out / 'steps-cpu'):
+    if args.reference and (line := compared(args.out / 'steps', args.reference)):
         print(line)
     missing = [s.name for s in planned if record.get(s.name, {}).get('ended') != 'finished']
     print(f'not finished: {", ".join(missing)}; repeat the command' if missing else 'all finished')
+
+
+def _read(file: pathlib.Path) -> dict[str, dict]:
+    """What is known of the steps so far; UserError if the file is damaged."""
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+        return {name: {**one, 'command': [*one['command']]} for name, one in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f'{file}: cannot be read ({one_line(error)}); remove it to start over, or give another --out'
+        ) from error
+
+
+def _exit(number, frame) -> None:
+    sys.exit(128 + number)
 
 
 def _do(step: Step, seconds: float, out: pathlib.Path) -> tuple[str, float]:
@@ -170,7 +211,6 @@ def _do(step: Step, seconds: float, out: pathlib.Path) -> tuple[str, float]:
             [sys.executable, *step.command],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **step.environment},
             start_new_session=True,  # so that its own workers stop with it
         )
         try:
@@ -179,17 +219,26 @@ def _do(step: Step, seconds: float, out: pathlib.Path) -> tuple[str, float]:
             good = code == DONE or code == STOPPED and asked
             ended = 'finished' if good else f'failed ({code})'
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)  # training saves a checkpoint
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
             ended = 'stopped'
+        finally:  # also when this process is interrupted
+            _stop(process)
     return ended, time.monotonic() - began
 
 
-def compared(run: pathlib.Path, other: pathlib.Path) -> str:
+def _stop(process: subprocess.Popen) -> None:
+    """Ends a process and its workers, if any are left; training has 10 seconds to save a checkpoint."""
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def compared(run: str | os.PathLike, other: str | os.PathLike) -> str:
     """Describes how the training losses of two runs differ; '' if either has none."""
     rows = [
         {r['step']: r['loss'] for r in metrics.read(one) if r['kind'] == 'train'}

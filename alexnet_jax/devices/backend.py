@@ -1,7 +1,8 @@
 """How CPUs, GPUs and TPUs compute differently, for speed: all such choices in one place.
 
 All compute the same function, up to the rounding stated here. Choices that depend on anything but the kind
-of device are made where they are used, such as XLA flags in `mesh.py`. docs/scaling.md has what each gains.
+of device are made where they are used, such as XLA flags in `mesh.py`. docs/scaling.md gives the gain
+of each.
 """
 
 import contextlib

@@ -1,9 +1,5 @@
 """Writes a network as a TensorFlow Lite (LiteRT) model for one image, and runs one."""
 
-import contextlib
-import logging
-import os
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -11,6 +7,7 @@ import jax
 import numpy as np
 
 from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.quiet import quiet
 from alexnet_jax.input.sources import import_tensorflow
 from alexnet_jax.weights import graph
 
@@ -34,7 +31,7 @@ def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
     converted = jax2tf.convert(function, native_serialization_platforms=('cpu',))
     traced = tf.function(converted, autograph=False, input_signature=[image])
     try:
-        with _quiet():
+        with quiet():
             concrete = traced.get_concrete_function()
             converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete])
             if eight_bits:
@@ -49,7 +46,7 @@ def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
 def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """A model on the CPU, as a function from images, one by one, to logits f32[B,K]."""
     tf = import_tensorflow()
-    with _quiet(), warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # it has moved to the package ai-edge-litert
         interpreter = tf.lite.Interpreter(model_content=content, num_threads=threads)
         interpreter.allocate_tensors()
@@ -61,19 +58,3 @@ def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray],
         return interpreter.get_tensor(end['index'])[0].copy()
 
     return lambda images: np.stack([*map(one, images)])
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Drops what TensorFlow writes to stderr from C++, which no log level affects, and its warnings."""
-    logger, level, kept = logging.getLogger('absl'), logging.getLogger('absl').level, os.dup(2)
-    sys.stderr.flush()
-    with open(os.devnull, 'wb') as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        os.dup2(kept, 2)
-        os.close(kept)

@@ -9,27 +9,32 @@ FLOPs and memory of one device. Then it prints and plots the predictions of `acc
 a program moves anything that the formula does not predict.
 
     python -m experiments.scaling --topology=v5e:16x16 --dtype=bfloat16 --images=128
-    python -m experiments.scaling --topology=h100:8 --dtype=bfloat16 --images=2048 --what=train
+    python -m experiments.scaling --topology=v5e:2x2 --mesh=1,1 --dtype=bfloat16 --images=128 --forms=plain
+    python -m experiments.scaling --topology=h100:8 --mesh=4,2 --dtype=bfloat16 --images=2048
 
 With --topology, XLA's compiler for that chip compiles the program for one mesh instead, and the command
-prints what it reports: memory, collectives, kernels, bytes, costs by layer, and a lower bound on the time.
-All of it is the compiler's model, not measured. Chips: v5e, v5p, v6e, h100, h200; needs
+prints what it reports: memory, collectives, kernels, bytes, costs by layer, and a bound (GPU) or an estimate
+(TPU) of the time. All of it is the compiler's model, not measured. Chips: v5e, v5p, v6e, h100, h200; needs
 requirements-compilers.txt.
 """
 
 import collections
 import pathlib
+import re
 import sys
 import time
 
+from alexnet_jax import figures
 from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
 from experiments.scaling import compilers, formula, hlo, programs, report
 from experiments.scaling.accelerators import ACCELERATORS
 
 MAX_DEVICES = 64
+MAX_IMAGES = 100_000  # per device; the rows of a batch are numbered in 32 bits
 OPTIONS = {'xla_backend_optimization_level': 0}  # halves compile time; the code never runs
 
 
@@ -75,26 +80,39 @@ def main() -> None:
 def _compile(config, args) -> None:
     """Compiles one program for a topology of absent devices and prints what its compiler says."""
     _, chip, count = compilers.parse(args.topology)
-    shape = (count // args.towers, args.towers)
+    shape = args.mesh or (count, 1)
+    net, crop = programs.make_net(config, args.classes), config.augment.crop
+    if shape[1] not in (1, net.towers):
+        raise UserError(
+            f'--mesh={shape[0]},{shape[1]}: the second number must be 1 or {net.towers}'
+        )
+    if args.hlo:
+        figures.check_file('--hlo', args.hlo)
     compilers.configure()
     mesh = compilers.make_mesh(args.topology, shape)
-    net, crop = programs.make_net(config, args.classes), config.augment.crop
-    began = time.perf_counter()
-    if args.what == 'train':
-        lowered = programs.train_step(config, args.classes, mesh, args.images)
-    else:
-        lowered = programs.predict_step(config, args.classes, mesh, args.images, args.what)
-    compiled = lowered.compile()
-    title = (
+    forms = backend.choices(mesh)
+    if args.forms == 'plain':
+        forms = forms._replace(padded=False, band=False, barrier=False)
+    print(
         f'{args.config}, {config.model.dtype}, {args.what}, {args.topology}, mesh {shape}, '
-        f'{args.images} images per device; compiled in {time.perf_counter() - began:.0f} s'
+        f'{args.images} images per device, {args.forms} forms; compiling can take minutes',
+        flush=True,
     )
+    began = time.perf_counter()
+    with backend.using(forms):
+        if args.what == 'train':
+            lowered = programs.train_step(config, args.classes, mesh, args.images)
+        elif args.what == 'score':
+            lowered = programs.score_step(args.classes, mesh, args.images)
+        else:
+            lowered = programs.predict_step(config, args.classes, mesh, args.images, args.what)
+    compiled = compilers.compile(lowered, args.topology)
     text = compiled.as_text()
     if args.hlo:
         pathlib.Path(args.hlo).write_text(text)
     formula_flops = formula.flops(net, crop) if args.what == 'train' else 0
     print(
-        title,
+        f'compiled in {time.perf_counter() - began:.0f} s',
         *report.program_lines(compiled, text, chip, shape, net, args.images, formula_flops),
         sep='\n',
     )
@@ -153,13 +171,23 @@ def _arguments():
         help="absent devices; '': virtual CPU devices",
     )
     parser.add_argument(
-        '--towers', type=int, default=1, help='with --topology: devices that share an image'
+        '--mesh',
+        default='',
+        metavar='DATA,MODEL',
+        help="with --topology: devices that share the batch, and an image; '': all the batch",
+    )
+    parser.add_argument(
+        '--forms',
+        default='chosen',
+        choices=('chosen', 'plain'),
+        help="with --topology: norm and pooling as chosen for the chip, or XLA's own way",
     )
     parser.add_argument(
         '--what',
         default='train',
-        choices=('train', 'centre', 'ten'),
-        help='with --topology: a training step, or prediction from the centre or ten crops',
+        choices=('train', 'centre', 'ten', 'score'),
+        help='with --topology: a training step, prediction from the centre or ten crops, or the sums '
+        'of errors in `evaluate`',
     )
     parser.add_argument(
         '--hlo', default='', metavar='FILE', help='with --topology: keep the program'
@@ -174,13 +202,18 @@ def _arguments():
         args.predict = [int(n) for n in args.predict.split(',')]
     except ValueError:
         raise UserError(f'--predict={args.predict}: must be numbers, as in 16,64') from None
+    if args.mesh:
+        if not re.fullmatch(r'[1-9]\d{0,4},[1-9]\d{0,4}', args.mesh):
+            raise UserError(f'--mesh={args.mesh}: must be two numbers, DATA,MODEL, as in 4,2')
+        args.mesh = tuple(map(int, args.mesh.split(',')))
     if min(args.predict) < 1:
         raise UserError(f'--predict={args.predict}: must be at least 1')
-    for name in ('classes', 'images', 'max_devices', 'towers'):
+    for name in ('classes', 'images', 'max_devices'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name}={getattr(args, name)}: must be at least 1')
-    if args.max_devices > MAX_DEVICES:
-        raise UserError(f'--max_devices={args.max_devices}: must be at most {MAX_DEVICES}')
+    for name, most in (('max_devices', MAX_DEVICES), ('images', MAX_IMAGES)):
+        if getattr(args, name) > most:
+            raise UserError(f'--{name}={getattr(args, name)}: must be at most {most}')
     if not 0 < args.share <= 1:
         raise UserError(f'--share={args.share}: must be above 0 and at most 1')
     return args

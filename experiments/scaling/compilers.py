@@ -4,6 +4,7 @@ They are optional: `pip install -r requirements-compilers.txt`.
 """
 
 import importlib.util
+import math
 import os
 import re
 from typing import NamedTuple
@@ -14,26 +15,45 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from alexnet_jax.common.errors import UserError, one_line
+from alexnet_jax.common.quiet import quiet
 from experiments.scaling.accelerators import ACCELERATORS
 
 
 class Chip(NamedTuple):
-    """The vendor's public figures of one accelerator."""
+    """The vendor's public figures of one accelerator; memory: of GPUs, as CUDA reports it."""
 
     platform: str  # JAX's name
     flops: float  # FLOP/s of dense bfloat16 products
     bandwidth: float  # bytes/s of its memory
     memory: float  # bytes
-    clock: float = 0.0  # Hz, of the compiler's cycles: FLOP/s / (2 x multipliers); 0: it gives none
+    float32: float = 0.0  # FLOP/s of dense float32 products, in TF32; 0: unknown
+    clock: float = (
+        0.0  # Hz, of the compiler's cycles, inferred: FLOP/s / (2 x multipliers); 0: it gives none
+    )
+    multipliers: str = ''  # in words
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of dense products in a dtype of the config, 0 if unknown."""
+        return self.flops if dtype == 'bfloat16' else self.float32
 
 
 CHIPS = {
-    'v5e': Chip('tpu', ACCELERATORS['v5e'].peak, 819e9, 16e9, 1.5e9),  # 4 units of 128 x 128
-    'v5p': Chip('tpu', 459e12, 2765e9, 95e9, 1.75e9),  # 8
-    'v6e': Chip('tpu', 918e12, 1640e9, 32e9, 1.75e9),  # 4 of 256 x 256
-    'h100': Chip('cuda', ACCELERATORS['h100'].peak, 3352e9, 85e9),
-    'h200': Chip('cuda', ACCELERATORS['h100'].peak, 4800e9, 151e9),
+    'v5e': Chip(
+        'tpu', ACCELERATORS['v5e'].peak, 819e9, 16e9, clock=1.5e9, multipliers='4 of 128 x 128'
+    ),
+    'v5p': Chip('tpu', 459e12, 2765e9, 95e9, clock=1.75e9, multipliers='8 of 128 x 128'),
+    'v6e': Chip(
+        'tpu',
+        918e12,
+        1640e9,
+        32e9,
+        clock=1.75e9,
+        multipliers='4 of 256 x 256; unsure, since Google names 2',
+    ),
+    'h100': Chip('cuda', ACCELERATORS['h100'].peak, 3352e9, 85e9, ACCELERATORS['h100'].peak / 2),
+    'h200': Chip('cuda', ACCELERATORS['h100'].peak, 4800e9, 151e9, ACCELERATORS['h100'].peak / 2),
 }
+MOST = 10_000  # devices; a pod of v5p has 8,960
 MODULES = {'tpu': 'libtpu', 'cuda': 'jax_cuda13_plugin'}
 # What the compiler must know about a GPU: CUDA's limits for compute capability 9.0, of the SXM cards.
 HOPPER = """
@@ -60,7 +80,7 @@ def configure() -> None:
     os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
     os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    # Kernels cannot be timed here, so the compiler takes the first form of each.
+    # Autotuning is off, since kernels cannot be timed here.
     flags = os.environ.get('XLA_FLAGS', '')
     os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_autotune_level=0'.strip()
     jax.config.update('jax_platforms', 'cpu')
@@ -68,23 +88,28 @@ def configure() -> None:
 
 def parse(topology: str) -> tuple[str, Chip, int]:
     """Reads CHIP:SHAPE, as in v5e:16x16 or h100:8 -> (name, chip, devices); UserError if it is not one."""
-    match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', topology)
+    match = re.fullmatch(r'(\w+):([1-9]\d*(?:x[1-9]\d*)*)', topology)
     if not match or match[1] not in CHIPS:
         raise UserError(
             f'--topology={topology}: not CHIP:SHAPE, as in v5e:2x2, v5p:2x2x1 or h100:8; the chips are '
             f'{", ".join(CHIPS)}'
         )
-    return match[1], CHIPS[match[1]], int(np.prod([int(n) for n in match[2].split('x')]))
+    count = math.prod(int(n) for n in match[2].split('x'))
+    if count > MOST:
+        raise UserError(f'--topology={topology}: must have at most {MOST:,} devices')
+    return match[1], CHIPS[match[1]], count
 
 
 def make_mesh(topology: str, shape: tuple[int, int]) -> Mesh:
-    """Returns a (data, model) mesh of the first devices of a topology, none of which need be here.
+    """Returns a (data, model) mesh of the first devices of a topology, none of which need be present.
 
-    Raises UserError if the compiler is not installed, or does not know the topology.
+    Raises UserError if it has fewer, or if the compiler is not installed or does not know the topology.
     """
     name, chip, count = parse(topology)
     if np.prod(shape) > count:
-        raise UserError(f'--topology={topology}: has {count} devices, fewer than a mesh of {shape}')
+        raise UserError(
+            f'--topology={topology}: has {count} devices, fewer than --mesh={shape[0]},{shape[1]}'
+        )
     if not importlib.util.find_spec(MODULES[chip.platform]):
         raise UserError(
             f'--topology={topology}: needs {MODULES[chip.platform]}; install '
@@ -96,8 +121,20 @@ def make_mesh(topology: str, shape: tuple[int, int]) -> Mesh:
         target = HOPPER.format(name=title, bandwidth=chip.bandwidth, memory=chip.memory)
         options = {'topology_name': '', 'topology': f'1x1x{count}', 'target_config': target}
     try:
-        found = topologies.get_topology_desc(platform=chip.platform, **options)
+        with quiet():  # libtpu looks for the machine of a TPU
+            found = topologies.get_topology_desc(platform=chip.platform, **options)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f'--topology={topology}: {one_line(error)}') from error
+        hint = '; for one TPU: v5e:2x2, v6e:2x2 or v5p:2x2x1, with --mesh=1,1'
+        raise UserError(
+            f'--topology={topology}: {one_line(error)}{hint if chip.platform == "tpu" else ""}'
+        ) from error
     devices = np.array(found.devices[: np.prod(shape)]).reshape(shape)
     return Mesh(devices, ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
+
+
+def compile(lowered: jax.stages.Lowered, topology: str) -> jax.stages.Compiled:
+    """Compiles a program for absent devices; UserError if the compiler cannot, for lack of memory for one."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f'--topology={topology}: {one_line(error)}') from error

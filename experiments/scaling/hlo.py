@@ -39,6 +39,7 @@ INSTRUCTION = re.compile(
 SHAPE = re.compile(r'([a-z]+[0-9]*)\[([0-9,]*)\]')
 LISTED = re.compile(r'replica_groups=\{((?:\{[0-9,]*\},?)+)\}')
 IOTA = re.compile(r'replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?')
+MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
 PAIRS = re.compile(r'source_target_pairs=\{((?:\{[0-9,]*\},?)+)\}')
 
 
@@ -102,6 +103,15 @@ def _groups(attributes: str) -> frozenset[frozenset[int]]:
         numbers = np.arange(math.prod(counted)).reshape(counted)
         rows = (numbers.transpose(order) if order else numbers).reshape(shape)
         return frozenset(frozenset(map(int, row)) for row in rows)
+    match = MESH.search(attributes)  # mesh['a'=2,'b'=4] {'b'}: groups over the axis b
+    if match:
+        axes = re.findall(r"'(\w+)'=(\d+)", match[1])
+        names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
+        moved = [names.index(name) for name in re.findall(r"'(\w+)'", match[2])]
+        if moved and match[2] == ','.join(f"'{names[i]}'" for i in moved):  # whole axes
+            rows = np.moveaxis(np.arange(math.prod(sizes)).reshape(sizes), moved, range(len(moved)))
+            rows = rows.reshape(math.prod(sizes[i] for i in moved), -1).T
+            return frozenset(frozenset(map(int, row)) for row in rows)
     raise ValueError(f'cannot read the groups of a collective: {attributes[:200]}')
 
 
@@ -136,8 +146,9 @@ ON_CHIP = re.compile(r'S\([1-9]\d*\)')  # in a layout: not in the device's main 
 class Kernel(NamedTuple):
     """An instruction of a compiled program that runs by itself.
 
-    bytes: what it reads and writes in the device's memory, if it reads all of its operands once; flops:
-    of convolutions and matrix products; cycles: the compiler's estimate, 0 if it gives none.
+    bytes: what it reads and writes in the device's memory, if it reads all of its operands once, 0 for
+    the end of a collective; flops: of convolutions and matrix products; cycles: the compiler's estimate, 0
+    if it gives none.
     """
 
     name: str
@@ -186,7 +197,9 @@ def _kernels(bodies: dict, name: str, times: int) -> list[Kernel]:
                 name=match['name'],
                 op=op,
                 source=source[1] if source else '',
-                bytes=sum(map(_bytes, [*(x for _, x in operands), result])),
+                bytes=0
+                if op.endswith('-done')
+                else sum(map(_bytes, [*dict(operands).values(), result])),
                 flops=_flops(bodies, match, operands),
                 cycles=int(cycles[1]) if cycles else 0,
                 times=times,

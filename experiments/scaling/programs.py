@@ -1,4 +1,4 @@
-"""Lowers training steps for a mesh from shapes alone, without running or allocating anything."""
+"""Lowers training and evaluation for a mesh from shapes alone, without running or allocating anything."""
 
 import collections
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.nets import alexnet
 from alexnet_jax.nets.build import build
@@ -30,7 +31,13 @@ def make_mesh(shape: tuple[int, int]) -> jax.sharding.Mesh:
 
 
 def make_net(config, classes: int) -> alexnet.AlexNet:
-    return build(classes=classes, **config.model)
+    """Builds a config's network; UserError if it is not AlexNet, the only one that `formula` knows."""
+    net = build(classes=classes, **config.model)
+    if not isinstance(net, alexnet.AlexNet):
+        raise UserError(
+            f'config.model.net={config.model.net!r}: the formula only knows alexnet; give another --config'
+        )
+    return net
 
 
 def train_step(config, classes: int, mesh: jax.sharding.Mesh, images: int) -> jax.stages.Lowered:
@@ -67,6 +74,14 @@ def predict_step(
     predict = steps.make_predict(net, mesh, mean=mean, views=views, crop=crop)
     pixels = _array((images * mesh.size, size, size, 3), jnp.uint8, mesh, P('data'))
     return _lower(predict, mesh, steps.abstract_variables(net, mesh, crop), pixels)
+
+
+def score_step(classes: int, mesh: jax.sharding.Mesh, images: int) -> jax.stages.Lowered:
+    """Lowers `steps.make_score`, what `evaluate` adds to prediction, with `images` per device."""
+    count = images * mesh.size
+    probabilities = _array((count, classes), jnp.float32, mesh, P('data'))
+    labels, mask = (_array((count,), dtype, mesh, P('data')) for dtype in (jnp.int32, jnp.float32))
+    return _lower(steps.make_score(mesh), mesh, probabilities, labels, mask)
 
 
 def _lower(function, mesh: jax.sharding.Mesh, *args) -> jax.stages.Lowered:

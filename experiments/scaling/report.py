@@ -12,8 +12,8 @@ from experiments.scaling import compilers, formula, hlo, programs
 from experiments.scaling.accelerators import ACCELERATORS, Accelerator, efficiency
 from experiments.scaling.formula import Move
 
-# Colours of Okabe and Ito that also differ in grey, with distinct lines and markers.
 ROWS = 24  # of the costs of layers
+# Colours of Okabe and Ito that also differ in grey, with distinct lines and markers.
 STYLES = {
     'data parallel': ('#000000', '-', 'o'),
     "the paper's split": ('#d55e00', '--', 's'),
@@ -71,28 +71,37 @@ def count_lines(moved: list[Move], wanted: list[Move]) -> list[str]:
 def program_lines(
     compiled, text: str, chip: compilers.Chip, shape, net, images: int, flops: int
 ) -> list[str]:
-    """Describes a program for absent devices; flops: of training on one image, 0 if unknown."""
+    """Describes a program for absent devices; flops: of training on one image, 0 if unknown.
+
+    compiled: for its memory only; images: per device, of whose towers each computes 1 / shape[1].
+    """
     memory = compiled.memory_analysis()
     kernels = hlo.kernels(text)
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = held + memory.temp_size_in_bytes
+    held, peak = peak_memory(memory)
     per_image = images * shape[1]  # images that a device works on, even if only in its own towers
     moved = sum(k.bytes * k.times for k in kernels) / per_image
-    times = [_seconds(k, chip) for k in kernels]
+    products = chip.peak(net.dtype)  # FLOP/s
+    count = sum(k.times for k in kernels if not k.op.endswith('-done'))
+    times = [_seconds(k, chip, products) for k in kernels]
     total = sum(times)
+    speed, share = f'{images / total:,.0f} images/s per device', ''
+    if flops and products:
+        share = f', {flops * images / total / products:.0%} of {products / 1e12:,.0f} TFLOP/s'
+    bound = f'at least {1e3 * total:.4g} ms without collectives: at most {speed}{share}'
+    if chip.clock:
+        known = sum(t for t, k in zip(times, kernels, strict=True) if k.cycles)
+        bound = (
+            f'{1e3 * total:.4g} ms estimated without collectives, {1e3 * known:.4g} by the compiler: '
+            f'{speed}{share}'
+        )
+    towers = f' (of one device, which computes 1/{shape[1]} of the towers)' if shape[1] > 1 else ''
     out = [
         "the compiler's model, not measured:",
         f'  memory      {peak / 1e6:,.0f} MB of {chip.memory / 1e6:,.0f}: {held / 1e6:,.0f} of arguments and '
         f'results, {memory.temp_size_in_bytes / 1e6:,.0f} of temporaries',
-        f'  kernels     {sum(k.times for k in kernels)}, {moved / 1e6:.2f} MB read and written per image',
-        f'  time        at least {1e3 * total:.2f} ms without collectives: at most '
-        f'{images / total:,.0f} images/s per device'
-        + (
-            f', {flops * images / total / chip.flops:.0%} of {chip.flops / 1e12:,.0f} TFLOP/s'
-            if flops
-            else ''
-        ),
-        f'  assumes     {_assumption(chip)}',
+        f'  kernels     {count}, {moved / 1e6:.2f} MB read and written per image{towers}',
+        f'  time        {bound}',
+        f'  assumes     {_assumption(chip, products)}',
     ]
     groups: dict[tuple[str, str], list[float]] = {}
     layers = {*net.names}
@@ -110,26 +119,37 @@ def program_lines(
     return out
 
 
-def _seconds(kernel: hlo.Kernel, chip: compilers.Chip) -> float:
-    """The compiler's estimate or, if it gives none, the time that memory or arithmetic takes at least."""
+def peak_memory(memory) -> tuple[int, int]:
+    """Bytes of arguments and results, and with temporaries, by `compiled.memory_analysis()`."""
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held, held + memory.temp_size_in_bytes
+
+
+def _seconds(kernel: hlo.Kernel, chip: compilers.Chip, products: float) -> float:
+    """The compiler's estimate or, if it gives none, the minimum time for memory traffic or arithmetic.
+
+    products: FLOP/s, 0 if unknown.
+    """
     if kernel.op.startswith((*hlo.KINDS, 'async')):
         return 0.0
     if kernel.cycles:
         return kernel.times * kernel.cycles / chip.clock
     if chip.clock and kernel.op.endswith('-start'):  # beside the others
         return 0.0
-    return kernel.times * max(kernel.bytes / chip.bandwidth, kernel.flops / chip.flops)
+    arithmetic = kernel.flops / products if products else 0.0
+    return kernel.times * max(kernel.bytes / chip.bandwidth, arithmetic)
 
 
-def _assumption(chip: compilers.Chip) -> str:
+def _assumption(chip: compilers.Chip, products: float) -> str:
     if chip.clock:
         return (
-            f'the cycles that the compiler estimates, at {chip.clock / 1e9:.2f} GHz; copies that it starts '
-            'early cost nothing'
+            f'the cycles that the compiler estimates, at {chip.clock / 1e9:.2f} GHz (inferred from the peak '
+            f'and its multipliers, {chip.multipliers}), else the minimum time for memory traffic or '
+            'arithmetic; copies that it starts early cost nothing'
         )
     return (
         f'every kernel reads and writes its arrays once at {chip.bandwidth / 1e12:.2f} TB/s, or multiplies '
-        f'at {chip.flops / 1e12:,.0f} TFLOP/s, whichever takes longer'
+        f'at {products / 1e12:,.0f} TFLOP/s, whichever takes longer'
     )
 
 
@@ -143,7 +163,7 @@ def _place(kernel: hlo.Kernel, layers: set[str]) -> tuple[str, str]:
 
 def _positions(text: str, kernels: list[hlo.Kernel], times: list[float], shape) -> list[str]:
     """Lists the collectives: what they move, and how much of the work is done when they start and end."""
-    done = np.cumsum([0.0, *times]) / sum(times)
+    done = np.cumsum([0.0, *times]) / (sum(times) or 1.0)
     moved: dict[str, list] = {}
     for move in hlo.collectives(text):
         moved.setdefault(move.name, []).append(move)

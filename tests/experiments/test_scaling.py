@@ -1,6 +1,8 @@
 """Tests that the training step moves what the formula says between devices, and nothing else."""
 
+import re
 import sys
+import types
 from functools import partial
 
 import jax
@@ -14,7 +16,7 @@ from alexnet_jax.nets import alexnet, layers, network
 from alexnet_jax.training import metrics, optim
 from configs import caffe, cnn_star, no_talk, one_gpu, original, owt, paper
 from experiments.scaling import __main__ as command
-from experiments.scaling import accelerators, formula, hlo, programs, report
+from experiments.scaling import accelerators, compilers, formula, hlo, programs, report
 from experiments.scaling.accelerators import ACCELERATORS
 from experiments.scaling.formula import Move
 
@@ -229,6 +231,8 @@ def test_collectives_are_read():
   %g = f32[9]{0} get-tuple-element(%all-reduce.5), index=0
   %h = (f32[2], f32[4]) all-gather-start(%x), replica_groups={{0,1},{2,3}}
   %i = f32[4] all-gather-done(%h)
+  %j = f32[4] all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, to_apply=%sum
+  %k = f32[4] all-reduce(%x), replica_groups=mesh['a'=2,'b'=2] {'a','b'}, to_apply=%sum
 """
     found = [(*c[1:4], hlo.axis(c.groups, (2, 2))) for c in hlo.collectives(text)]
     assert found == [
@@ -239,6 +243,8 @@ def test_collectives_are_read():
         ('reduce-scatter', 'u8', 8, 'both'),
         ('collective-permute', 'f32', 2, 'other'),
         ('all-gather', 'f32', 4, 'model'),
+        ('all-reduce', 'f32', 4, 'data'),
+        ('all-reduce', 'f32', 4, 'both'),
     ]
 
 
@@ -275,10 +281,90 @@ metadata={op_name="jit(step)/jvp(Net)/conv1/conv"}, backend_config={"estimated_c
     assert start.name in done.operands
 
 
+def test_an_operand_that_is_passed_twice_is_read_once():
+    text = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %square = f32[8]{0} multiply(%x, %x)
+}
+"""
+    (square,) = hlo.kernels(text)
+    assert square.bytes == 2 * 4 * 8 and square.operands == ('x', 'x')
+
+
+# --- what the report says of a program, here for two towers on two of four devices
+
+PROGRAM = """
+ENTRY %main (x: bf16[1024,1024], k: bf16[1024,1024]) -> bf16[1024,1024] {
+  %x = bf16[1024,1024]{1,0} parameter(0)
+  %k = bf16[1024,1024]{1,0} parameter(1)
+  %ahead = (bf16[1024,1024]{1,0:S(1)}, bf16[1024,1024]{1,0}, u32[]) copy-start(%k)
+  %forward = bf16[1024,1024]{1,0} dot(%x, %k), lhs_contracting_dims={1}, \
+metadata={op_name="jit(step)/jvp(AlexNet)/fc6/dot"}, backend_config={"estimated_cycles":"3000"}
+  %backward = bf16[1024,1024]{1,0} dot(%forward, %k), lhs_contracting_dims={1}, \
+metadata={op_name="jit(step)/transpose(jvp(AlexNet))/fc6/dot"}, backend_config={"estimated_cycles":"6000"}
+  %sum-start = bf16[1024,1024]{1,0} all-reduce-start(%backward), replica_groups={{0,2},{1,3}}
+  %mask = bf16[1024,1024]{1,0} multiply(%x, %x), metadata={op_name="jit(step)/dropout/mul"}
+  %sum = bf16[1024,1024]{1,0} all-reduce-done(%sum-start)
+  ROOT %update = bf16[1024,1024]{1,0} add(%sum, %x), metadata={op_name="jit(step)/add"}
+}
+"""
+SIZE, PRODUCT = 2 * 1024**2, 2 * 1024**3  # bytes of an array, FLOPs of a product
+
+
+def described(name, dtype='bfloat16'):
+    memory = types.SimpleNamespace(
+        argument_size_in_bytes=30_000_000,
+        output_size_in_bytes=20_000_000,
+        alias_size_in_bytes=10_000_000,
+        temp_size_in_bytes=5_000_000,
+    )
+    compiled = types.SimpleNamespace(memory_analysis=lambda: memory)
+    net, chip = programs.make_net(narrow(dtype=dtype), CLASSES), compilers.CHIPS[name]
+    text = PROGRAM if chip.clock else re.sub('estimated_cycles', 'none', PROGRAM)
+    return report.program_lines(compiled, text, chip, (2, 2), net, images=2, flops=10**9)
+
+
+def test_a_bound_from_bytes_and_products():
+    """On a GPU: the copy reads an array, dropout moves two, and the update three."""
+    chip, lines = compilers.CHIPS['h100'], described('h100')
+    moved, product = SIZE / chip.bandwidth, PRODUCT / chip.flops
+    assert product > 3 * moved  # so that arithmetic bounds it
+    total = 6 * moved + 2 * product
+    assert '45 MB of 85,000: 40 of arguments and results, 5 of temporaries' in lines[1]
+    assert '(of one device, which computes 1/2 of the towers)' in lines[2]
+    assert f'at least {1e3 * total:.4g} ms' in lines[3] and f'at most {2 / total:,.0f}' in lines[3]
+    assert f', {2e9 / total / chip.flops:.0%} of 989 TFLOP/s' in lines[3]
+    assert '% of 495 TFLOP/s' in described('h100', 'float32')[3]  # TF32
+    starts, ends = (moved + 2 * product) / total, (3 * moved + 2 * product) / total
+    assert lines[-1].split()[:6] == ['all-reduce', 'data', '1', 'arrays', f'{SIZE:,}', 'bytes']
+    assert lines[-1].endswith(f' from {starts:.0%} to {ends:.0%} of the work')
+
+
+def test_an_estimate_from_cycles():
+    """On a TPU: cycles, else bytes; what starts early is free. Then the layers, and the sum's place."""
+    chip, lines = compilers.CHIPS['v5e'], described('v5e')
+    moved, known = SIZE / chip.bandwidth, 9000 / chip.clock
+    total = known + 5 * moved
+    assert f'  {1e3 * total:.4g} ms estimated without collectives, {1e3 * known:.4g} by' in lines[3]
+    assert '1.50 GHz (inferred' in lines[4] and 'unsure' in described('v6e')[4]
+    assert 'TFLOP/s' in lines[3] and 'TFLOP/s' not in described('v5e', 'float32')[3]
+    rows = [(line[2:24].split(), line.split()[-2:]) for line in lines[6:-1]]
+    assert rows == [  # share of the time; MB for each of four images
+        (['update,', '...'], [f'{3 * moved / total:.1%}', '3.15']),
+        (['dropout'], [f'{2 * moved / total:.1%}', '1.05']),
+        (['fc6', 'backward'], [f'{6000 / chip.clock / total:.1%}', '1.57']),
+        (['fc6', 'forward'], [f'{3000 / chip.clock / total:.1%}', '1.57']),
+    ]
+    starts, ends = known / total, (known + 2 * moved) / total
+    assert lines[-1].endswith(f' from {starts:.0%} to {ends:.0%} of the work')
+
+
 @pytest.mark.parametrize(
     'line',
     [
         '%a = f32[2] all-reduce(%x), replica_groups=@mesh',
+        "%a = f32[2] all-reduce(%x), replica_groups=mesh['a'=4] {'a':(1)2}",
         '%a = token[] something all-reduce(%x), replica_groups={{0,1}}',
     ],
 )
@@ -382,7 +468,24 @@ def test_what_differs_is_marked():
     ]
 
 
-@pytest.mark.parametrize('argument', ['--max_devices=65', '--images=0', '--share=0', '--predict=a'])
-def test_arguments_that_cannot_be(arguments, argument):
-    with pytest.raises(UserError, match=argument.split('=')[0]):
-        arguments(argument)
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        '--max_devices=65',
+        '--images=0',
+        '--images=100001',
+        '--share=0',
+        '--predict=a',
+        '--mesh=0,1',
+        '--mesh=2,4 --topology=h100:8',
+        '--hlo=/none/x --topology=h100:2',
+    ],
+)
+def test_arguments_that_cannot_be(arguments, wrong):
+    with pytest.raises(UserError, match=wrong.split('=')[0]):
+        arguments(*wrong.split())
+
+
+def test_a_network_that_the_formula_does_not_know(arguments):
+    with pytest.raises(UserError, match="config.model.net='mobilenet': the formula only knows"):
+        arguments('--config=configs/mobilenet.py')
