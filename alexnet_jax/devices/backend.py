@@ -25,8 +25,9 @@ class Backend(NamedTuple):
     shifts: bool  # depthwise convolutions as shifted products, for which XLA is slow on CPUs
     products: bool  # 1 x 1 convolutions as matrix products, whose gradients are faster on CPUs
     keep_programs: bool  # cache compiled programs on disk; compiling for CPUs takes seconds
-    # the gradient of maximum pooling as a sum of arrays with zeros between their pixels, not interleaved
-    padded: bool
+    # the gradient of maximum pooling: 'interleaved' arrays, one per kind of pixel; the same arrays 'spread',
+    # with zeros between their pixels, and summed; or a sum of such arrays, one per place in the 'window'
+    pooling: str
     # sums over channels in bfloat16 networks as products with a band matrix, of terms rounded to bfloat16
     band: bool = False
     # the gradient of normalization recomputes the squares, which XLA would keep in float32 otherwise,
@@ -45,7 +46,7 @@ CPU = Backend(
     shifts=True,
     products=True,
     keep_programs=False,
-    padded=False,
+    pooling='interleaved',
 )
 GPU = Backend(
     donate=True,
@@ -54,10 +55,10 @@ GPU = Backend(
     shifts=False,
     products=False,
     keep_programs=True,
-    padded=True,
+    pooling='window',
     barrier=True,
 )
-TPU = GPU._replace(barrier=False, band=True)
+TPU = GPU._replace(barrier=False, band=True, pooling='spread')
 PORTABLE = CPU._replace(shifts=False, products=False, operators=True)
 _forced = contextvars.ContextVar('_forced', default=None)
 

@@ -235,7 +235,7 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x, window: int, stride: int, padded: bool):
+def _max_pool(x, window: int, stride: int, form: str):
     slices = _pool_slices(x, window, stride, -jnp.inf)
     return functools.reduce(jnp.maximum, slices)
 
@@ -249,7 +249,7 @@ def max_pool(x, *, window: int, stride: int) -> jax.Array:
     """
     if choices().operators:
         return _reduce(x, window, stride, lax.max, -jnp.inf, _ends(x, window, stride))
-    return _max_pool(x, window, stride, choices().padded)
+    return _max_pool(x, window, stride, choices().pooling)
 
 
 def _reduce(x, window: int, stride: int, function: Callable, start: float, padding: Padding):
@@ -303,7 +303,7 @@ def _pool_slices(x, window, stride, fill):
 
 # The custom gradient stores the index of the winner, one byte per output: many times faster on CPUs than
 # the compiler's select-and-scatter, and deterministic on GPUs.
-def _max_pool_forward(x, window, stride, padded):
+def _max_pool_forward(x, window, stride, form):
     best, winner = None, None
     for index, view in enumerate(_pool_slices(x, window, stride, -jnp.inf)):
         if best is None:
@@ -314,13 +314,15 @@ def _max_pool_forward(x, window, stride, padded):
     return best, (winner, x)  # only the shape of x is used: the compiler drops the rest
 
 
-def _max_pool_backward(window, stride, padded, residual, g):
+def _max_pool_backward(window, stride, form, residual, g):
     winner, x = residual
-    if padded:
-        return (_spread(winner, g, x.shape[1:3], window, stride),)
+    if form == 'window':
+        parts = [jnp.where(winner == i, g, jnp.zeros((), g.dtype)) for i in range(window * window)]
+        places = [divmod(i, window) for i in range(window * window)]
+        return (_spread(parts, places, x.shape, stride),)
     batch, height, width, channels = x.shape
     # Pixel stride * a + p is at offset p + stride * d of window a - d. So the pixels with the same p are
-    # a sum of whole arrays, and the gradient interleaves those arrays.
+    # a sum of whole arrays.
     before = -(-window // stride) - 1
     cells = [-(-n // stride) for n in (height, width)]
     pads = [(before, max(n - m, 0)) for n, m in zip(cells, g.shape[1:3], strict=True)]
@@ -343,20 +345,23 @@ def _max_pool_backward(window, stride, padded, residual, g):
         ]
         return sum(parts) if parts else jnp.zeros_like(window_of(g, 0, 0))
 
+    places = [(p, q) for p in range(stride) for q in range(stride)]
+    if form == 'spread':
+        return (_spread([pixels(*place) for place in places], places, x.shape, stride),)
     rows = [jnp.stack([pixels(p, q) for q in range(stride)], axis=3) for p in range(stride)]
     whole = jnp.stack(rows, axis=2).reshape(batch, cells[0] * stride, cells[1] * stride, channels)
     return (whole[:, :height, :width],)
 
 
-def _spread(winner, g, sizes, window: int, stride: int):
-    """The gradient of the input: the sum, over the places in a window, of g where that place won."""
-    zero, total = jnp.zeros((), g.dtype), 0
-    for index in range(window * window):
+def _spread(parts, places, shape, stride: int):
+    """The sum of arrays [B,H',W',C] with zeros between their pixels, each from its place (row, column) on."""
+    total = 0
+    for part, place in zip(parts, places, strict=True):
         pads = [
             (before, size - before - (count - 1) * stride - 1, stride - 1)
-            for before, size, count in zip(divmod(index, window), sizes, g.shape[1:3], strict=True)
+            for before, size, count in zip(place, shape[1:3], part.shape[1:3], strict=True)
         ]
-        part = jnp.where(winner == index, g, zero)
+        zero = jnp.zeros((), part.dtype)
         total = total + lax.pad(part, zero, ((0, 0, 0), *pads, (0, 0, 0)))
     return total
 

@@ -112,9 +112,7 @@ def main() -> None:
             print(f'\n{task}', *report.lines(rows, args.classes), sep='\n', flush=True)
             if layers:
                 record['layers'] = layers
-                ceiling = next(
-                    row['flops_rate'] for row in rows if row['name'] == 'ceiling: products'
-                )
+                ceiling = report.ceiling(rows, 'flops')
                 own = next(row for row in rows if row['ratio'] is None)['seconds']['median']
                 print(
                     '', *report.layer_lines(layers, args.batch, ceiling, own), sep='\n', flush=True
@@ -400,17 +398,25 @@ def _peers(args, spec: dict) -> dict[str, tuple[str, str, dict]]:
 def _measure(contestants, args) -> tuple[list[dict], list[dict]]:
     """Returns the rows of results, ceilings last, and those of the operations with --layers."""
     spec = next(iter(contestants.values()))[2]
-    ceilings = {'ceiling: products': 'matmul', 'ceiling: copies': 'copy'}
-    entries = dict(contestants)
+    ours, peer = (
+        next((entry for entry in contestants.values() if entry[0] == module), None)
+        for module in (OURS, PEER)
+    )
+    ceilings = {}
     if spec['task'] != 'input':
-        entries |= {
-            name: (OURS, sys.executable, {**spec, 'task': task}) for name, task in ceilings.items()
-        }
+        ceilings = {report.PRODUCTS: (ours, 'matmul'), report.COPIES: (ours, 'copy')}
+        if peer:
+            ceilings[f'{report.PRODUCTS}, PyTorch'] = (peer, 'matmul')
+    entries = contestants | {
+        name: (module, python, {**one, 'task': task})
+        for name, ((module, python, one), task) in ceilings.items()
+    }
     workers, answers, counts = {}, {name: [] for name in entries}, {}
     try:
         for name, (module, python, one) in entries.items():
             workers[name] = _start(name, module, python, one)
-            if module == PEER and not _agrees(name, workers[name].facts, one['limits']):
+            checked = module == PEER and name in contestants
+            if checked and not _agrees(name, workers[name].facts, one['limits']):
                 workers.pop(name).close()
                 continue
             workers[name].ask(1)

@@ -3,6 +3,9 @@
 import pathlib
 import statistics
 
+CEILING = 'ceiling: '
+PRODUCTS, COPIES = f'{CEILING}products', f'{CEILING}copies'
+
 
 def spread(values: list[float]) -> dict[str, float]:
     return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
@@ -37,12 +40,18 @@ def rows(facts: dict, answers: dict, counts: dict, contestants, batch: int) -> l
             if row.get(kind):
                 row[f'{kind}_rate'] = row[kind] / row['seconds']['median']
         rows.append(row)
-    for kind, ceiling in (('flops', 'ceiling: products'), ('bytes', 'ceiling: copies')):
-        top = next((row[f'{kind}_rate'] for row in rows if row['name'] == ceiling), None)
+    for kind in ('flops', 'bytes'):
+        top = ceiling(rows, kind)
         for row in rows:
             if row['unit'] and row.get(f'{kind}_rate') and top:
                 row[f'{kind}_share'] = row[f'{kind}_rate'] / top
     return rows
+
+
+def ceiling(rows: list[dict], kind: str) -> float | None:
+    """The highest rate that a measured ceiling reached in 'flops' or 'bytes' per second, None without one."""
+    rates = [row.get(f'{kind}_rate') for row in rows if row['name'].startswith(CEILING)]
+    return max(filter(None, rates), default=None)
 
 
 def lines(results: list[dict], classes: int) -> list[str]:

@@ -92,7 +92,7 @@ def _compile(config, args) -> None:
     mesh = compilers.make_mesh(args.topology, shape)
     forms = backend.choices(mesh)
     if args.forms == 'plain':
-        forms = forms._replace(padded=False, band=False, barrier=False)
+        forms = forms._replace(pooling='interleaved', band=False, barrier=False)
     print(
         f'{args.config}, {config.model.dtype}, {args.what}, {args.topology}, mesh {shape}, '
         f'{args.images} images per device, {args.forms} forms; compiling can take minutes',

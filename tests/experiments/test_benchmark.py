@@ -206,6 +206,14 @@ def test_the_settings_are_the_documented_ones(file):
     assert re.findall(r'glibc\.malloc[\w.=:]+', (ROOT / file).read_text()) == [benchmark.MALLOC]
 
 
+def test_the_ceiling_is_that_of_the_faster_library():
+    facts = {'alexnet_jax': {'flops': 8}, report.PRODUCTS: {'flops': 1}}
+    facts[f'{report.PRODUCTS}, PyTorch'] = {'flops': 2}
+    answers = {name: [{'seconds': 1.0}] for name in facts}
+    rows = report.rows(facts, answers, dict.fromkeys(facts, 1), ['alexnet_jax'], 1)
+    assert rows[0]['flops_share'] == 4 and report.ceiling(rows, 'bytes') is None
+
+
 def test_spread():
     assert report.spread([3.0, 1.0, 2.0]) == {'median': 2.0, 'min': 1.0, 'max': 3.0}
 
