@@ -153,7 +153,7 @@ def left(result) -> int | None:
     """Returns the step at which a run's training loss falls below that of chance for good; None if never."""
     step = None
     for row in result['train']:
-        below = row['loss'] < labs.chance(result)
+        below = row['loss'] < labs.chance(result['data']['classes'])
         step = (step or row['step'] + 1) if below else None
     return step
 

@@ -103,25 +103,35 @@ def draw(source: str, folder: pathlib.Path, count: int, seed: int) -> str:
 
     Raises UserError if `source` has no train/ and val/, or fewer images in a class.
     """
-    root = pathlib.Path(source).resolve()
-    if not ((root / 'train').is_dir() and (root / 'val').is_dir()):
-        raise UserError(f'--config.data.source={source}: not a folder with train/ and val/')
     rng = np.random.default_rng(seed)
-    for kind in sorted((root / 'train').iterdir()):
-        files = sorted(path for path in kind.resolve().rglob('*') if sources.is_image(path.name))
+    for kind in kinds(source):
+        files = images(kind)
         if len(files) < count:
             raise UserError(f'{kind}: {len(files)} images, fewer than {count}')
         target = folder / 'train' / kind.name
         target.mkdir(parents=True, exist_ok=True)
         for i in rng.permutation(len(files))[:count]:
-            _link(target / files[i].name, files[i])
-    _link(folder / 'val', root / 'val')
+            link(target / files[i].name, files[i])
+    link(folder / 'val', pathlib.Path(source).resolve() / 'val')
     return str(folder)
 
 
-def _link(link: pathlib.Path, target: pathlib.Path) -> None:
-    if not link.is_symlink():
-        link.symlink_to(target)
+def kinds(source: str) -> list[pathlib.Path]:
+    """Returns the folders train/CLASS/ of a source, sorted; UserError if it has no train/ and val/."""
+    root = pathlib.Path(source).resolve()
+    if not ((root / 'train').is_dir() and (root / 'val').is_dir()):
+        raise UserError(f'--config.data.source={source}: not a folder with train/ and val/')
+    return sorted(path for path in (root / 'train').iterdir() if path.is_dir())
+
+
+def images(kind: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the images in the folder of a class, sorted."""
+    return sorted(path for path in kind.resolve().rglob('*') if sources.is_image(path.name))
+
+
+def link(place: pathlib.Path, target: pathlib.Path) -> None:
+    if not place.is_symlink():
+        place.symlink_to(target)
 
 
 def centre(results, net: str, start: str, count: int) -> dict[int, float]:

@@ -584,14 +584,16 @@ def count(number: int, word: str) -> str:
     return f'{number} {word}{"s" * (number != 1)}'
 
 
-def chance(result: dict[str, Any]) -> float:
+def chance(classes: int) -> float:
     """Returns the training loss, in nats, below which a run has learned something: 0.95 of chance."""
-    return 0.95 * math.log(result['data']['classes'])
+    return 0.95 * math.log(classes)
 
 
 def at_chance(result: dict[str, Any]) -> bool:
     """Returns whether a run that did not diverge still has the training loss of chance at its end."""
-    return not result['diverged'] and result['train'][-1]['loss'] > chance(result)
+    return not result['diverged'] and result['train'][-1]['loss'] > chance(
+        result['data']['classes']
+    )
 
 
 def table(module: ModuleType, results: dict[str, Any], scale: str = '') -> str:

@@ -24,6 +24,7 @@ EXPERIMENTS = (
     'fig1_relu_tanh',
     'cifar_lrn',
     'does_it_train',
+    'text_init',
     'tanh_sweep',
     'ablations',
     'efficient',
@@ -93,6 +94,8 @@ ls $T/train | awk 'NR % 10 == 1' | while read c; do
         while read f; do ln -s $T/val/images/$f tiny-imagenet-20/val/$c/; done
 done
 ```
+
+**tiny-imagenet-200**: all its classes, by the same commands without `| awk 'NR % 10 == 1'`.
 """
 
 

@@ -81,6 +81,22 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[f
     return math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high)
 
 
+def power_law(
+    x: Sequence[float], y: Sequence[float], at: float
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Fits y = c x^k, least squares of the logarithms -> k and the law's y at x = `at`.
+
+    Each is (value, low, high), with the 95 % interval of Student's t on the residuals, which holds only if
+    the law does. Needs three points and two distinct x.
+    """
+    logs = np.log(np.asarray(x, float) / at), np.log(np.asarray(y, float))
+    values, covariance = np.polyfit(*logs, 1, cov=True)
+    t = scipy('stats').t.ppf((1 + CONFIDENCE) / 2, len(x) - 2)
+    halves = t * np.sqrt(np.diag(covariance))
+    k, value = np.stack([values, values - halves, values + halves], axis=1)
+    return tuple(map(float, k)), tuple(map(float, np.exp(value)))
+
+
 def holm(p: dict[str, float]) -> dict[str, float]:
     """Returns the p values of a family, corrected by Holm (1979); tests below LEVEL survive."""
     corrected, largest = {}, 0.0

@@ -1,8 +1,10 @@
 """Tests the experiments on training, ablations and tables: their arithmetic, and tiny runs of each."""
 
+import functools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +27,7 @@ from experiments import (
     statistics,
     table1,
     table2,
+    text_init,
 )
 from tests.helpers import ROOT
 from tests.helpers.experiments import in_process, leave, leave_checkpoint, make
@@ -742,3 +745,135 @@ def test_the_table_and_figure_of_few_labels(drawn, tmp_path):
     del results['squeezenet fine-tuned 10-1']
     assert '| SqueezeNet v1.0, fine-tuned | 40.0 (1 seed) |  |  |' in few_labels.report(results)
     few_labels.plot(results, tmp_path / 'figure.png')  # a point without a bar
+
+
+def test_when_a_run_of_text_init_ends():
+    """It ends once the loss has stayed below 0.95 ln(10) for 100 steps; rows come every ten steps."""
+    ends = {}
+
+    class Lab:
+        scale, seeds, listing = 'small', 2, True
+
+        def value_given(self, field):
+            return None
+
+        def run(self, name, seed, config, changes, *, last, until):
+            ends[f'{name}-{seed}'] = (config, until)
+
+    text_init.run(Lab())
+    assert (
+        len(ends) == 16
+    )  # 2 networks of 3 sizes with 2 seeds; of 200 classes, and full width, with 1
+    assert 'text 200-1' not in ends and 'source 20 full width-0' in ends
+    assert [ends[f'{init} 20-1'][0] for init in text_init.INITS] == [*text_init.INITS.values()]
+    until = functools.partial(ends['text 50-0'][1], classes=10)
+    assert until(losses(1, 0.9, 1, *[0.9] * 11)) == 40  # not the dip at 20
+    assert not until(losses(1, 0.9, 1, *[0.9] * 10))
+    assert not until(losses(*[0.9] * 10, 1.0, *[0.9] * 10)) and not until([])
+    assert until(losses(*[0.9] * 11, 1.0)) == 10  # what follows does not matter
+    rows = [
+        {'step': 10 * i + 9, 'loss': 3.0} for i in range(20)
+    ]  # below 0.95 ln(50), above 0.95 ln(20)
+    assert ends['text 50-0'][1](rows) and not ends['text 20-0'][1](rows)
+
+
+def test_the_classes_of_text_init(tmp_path):
+    """Every tenth class, in order, in both splits; another set does not get the same links."""
+    for name, letter in (('all', 'c'), ('other', 'd')):
+        for split, count in (('train', 3), ('val', 1)):
+            for kind in range(20):
+                folder = tmp_path / name / split / f'{letter}{kind:02}' / 'images'
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    (folder / f'{i}.jpg').write_bytes(b'')
+    source, links = str(tmp_path / 'all'), tmp_path / 'links'
+    for _ in range(2):  # again, as when a run resumes
+        assert text_init.subset(source, links, 2) == 6
+    assert sorted(p.relative_to(links).as_posix() for p in links.glob('*/*')) == [
+        f'{split}/{kind}' for split in ('train', 'val') for kind in ('c00', 'c10')
+    ]
+    assert len([*links.glob('*/*/images/*.jpg')]) == 8
+    assert text_init.subset(source, tmp_path / 'three', 3) == 9
+    assert sorted(p.name for p in tmp_path.glob('three/val/*')) == ['c00', 'c06', 'c12']
+    with pytest.raises(UserError, match='20 classes, fewer than 21'):
+        text_init.subset(source, tmp_path / 'more', 21)
+    with pytest.raises(UserError, match='links to other classes'):
+        text_init.subset(str(tmp_path / 'other'), links, 2)
+    shutil.rmtree(tmp_path / 'all/val/c00')
+    with pytest.raises(UserError, match='all/val/c00: missing'):
+        text_init.subset(source, tmp_path / 'missing', 2)
+
+
+def left_at(name, seed, step, last=6100):
+    """A result of text_init that leaves chance at a step, or never."""
+    rows = [{'step': s - 1, 'loss': 9.0 if s < step else 0.1} for s in range(10, last + 1, 10)]
+    return {
+        'name': name,
+        'seed': seed,
+        'diverged': False,
+        'data': {'classes': 20},
+        'train': rows[: step // 10 + 10] if step < math.inf else rows,
+    }
+
+
+def test_the_table_and_figure_of_text_init(drawn, tmp_path):
+    """By hand: the text's steps are 100, 200 and 400 at 20, 40 and 80 classes, 5,000 at 1,000."""
+    steps = {
+        'text 20': (100, 100),
+        'source 20': (50, 40),
+        'text 40': (200,),
+        'source 40': (math.inf,),
+        'text 80': (400,),
+        'source 80': (80,),
+        'text 20 full width': (900,),
+        'source 20 full width': (300,),
+    }
+    results = {
+        f'{name}-{seed}': left_at(name, seed, step)
+        for name, values in steps.items()
+        for seed, step in enumerate(values)
+    }
+    results['source 20-2'] = {'name': 'source 20', 'seed': 2, 'diverged': True, 'train': []}
+    table = text_init.report(results)
+    rows = [
+        '| 20 | 100, 100 | 50, 40, diverged | 2.0, 2.5 |',
+        '| 40 | 200 | > 6,000 | – |',
+        '| 80 | 400 | 80 | 5.0 |',
+        '| 20, full width | 900 | 300 | 3.0 |',
+    ]
+    assert '\n'.join(rows) in table
+    assert (
+        'as classes^1.00 (1.00 to 1.00; ' in table
+        and '4 runs, without full width). **Extra' in table
+    )
+    assert (
+        'at 1,000 classes, 12.5 times the most in the fit, this law gives 5,000 steps (5,0' in table
+    )
+    assert '0.5 epochs of ImageNet' in table and 'too low' not in table
+    text_init.plot(results, tmp_path / 'figure.png')
+    (axes,) = drawn[0].axes
+    points = {(line.get_xdata()[0], line.get_ydata()[0]): line for line in axes.lines}
+    assert points[40, 6000].get_marker() == '^' and points[20, 900].get_markerfacecolor() == 'none'
+    assert [text.get_text() for text in axes.texts] == ['> 6,000']
+    assert [*axes.lines[-1].get_xdata()] == [80, 1000]
+    assert [*axes.lines[-1].get_ydata()] == pytest.approx([400, 5000])
+    results['text 160-0'] = left_at('text 160', 0, math.inf)
+    table = text_init.report(results)
+    assert '| 160 | > 6,000 | not run |  |' in table
+    assert 'Runs that never left chance are not in the fit, so it is too low: 1.' in table
+    results['text 1000-0'] = left_at('text 1000', 0, 5000)
+    assert '. At 1,000 classes this law gives' in text_init.report(results)
+    few = {key: result for key, result in results.items() if key.startswith('text 20')}
+    assert 'Too few runs' in text_init.report(few)
+    text_init.plot(few, tmp_path / 'figure.png')  # no line
+
+
+@pytest.mark.full
+def test_a_smoke_run_of_text_init(smoke):
+    results, out = smoke('text_init', *SIZES[:3], only=['text 5', 'source 5'])
+    assert [*results] == ['text 5-0', 'source 5-0']
+    for result in results.values():
+        counts = {'train': 20, 'val': 10}
+        assert result['data'] == {'source': '5-of-shapes', 'counts': counts, 'classes': 5}
+        assert [row['step'] for row in result['train']] == [0, 1, 2, 3]
+    assert '| 5 | > 1 | > 1 | – |' in out

@@ -173,3 +173,15 @@ def test_without_scipy_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'scipy.stats', None)
     with pytest.raises(UserError, match='need scipy.*: pip install -r requirements-dev.txt'):
         statistics.paired([1.0, 2.0])
+
+
+def test_a_power_law():
+    """By hand: the logarithms of y, in units of ln 2, are 0, 2, 1 at 0, 1, 2: slope 1/2, error 3^.5 / 2."""
+    (k, low, high), (at, least, most) = statistics.power_law([1, 2, 4], [1, 4, 2], 2)
+    t = 12.7062  # one degree of freedom
+    assert (k, at) == pytest.approx((0.5, 2.0))
+    assert (low, high) == pytest.approx((0.5 - t * 0.75**0.5, 0.5 + t * 0.75**0.5), rel=1e-4)
+    # At the mean the error is (1.5 / 3)^.5
+    assert (math.log2(least), math.log2(most)) == pytest.approx(
+        (1 - t * 0.5**0.5, 1 + t * 0.5**0.5), rel=1e-4
+    )
