@@ -95,7 +95,8 @@ ls $T/train | awk 'NR % 10 == 1' | while read c; do
 done
 ```
 
-**tiny-imagenet-200**: all its classes, by the same commands without `| awk 'NR % 10 == 1'`.
+**tiny-imagenet-200**: all 200 classes, by the same commands without `| awk 'NR % 10 == 1'`, in a folder of
+this name.
 """
 
 

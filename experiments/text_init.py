@@ -144,20 +144,26 @@ def rows_of(results) -> list[str]:
     return sorted(found, key=lambda row: (WIDE in row, int(row.removesuffix(WIDE))))
 
 
-def law(results) -> tuple | None:
-    """Fits a power law of the classes to the text's steps -> their numbers of classes, its exponent, and
-    the steps at ImageNet's classes (`statistics.power_law`); None with fewer than three runs or two numbers.
-    """
-    points = [
-        (int(row), step)
+def texts(results) -> list[tuple[int, str, int]]:
+    """Returns the text's runs, without those at full width: classes, and the two values of `leaving`."""
+    return [
+        (int(row), *found)
         for row in rows_of(results)
         if WIDE not in row
-        for sign, step in leaving(results, f'text {row}').values()
-        if not sign
+        for found in leaving(results, f'text {row}').values()
     ]
-    classes, steps = zip(*points, strict=True) if points else ((), ())
-    if len(points) < 3 or len({*classes}) < 2:
+
+
+def law(results) -> tuple | None:
+    """Fits a power law of the classes to the text's steps.
+
+    Returns the classes of the runs in the fit, the exponent, and the steps at ImageNet's classes
+    (`statistics.power_law`); None for fewer than three runs or two numbers of classes.
+    """
+    points = [(classes, step) for classes, sign, step in texts(results) if not sign]
+    if len(points) < 3 or len({classes for classes, _ in points}) < 2:
         return None
+    classes, steps = zip(*points, strict=True)
     return classes, *statistics.power_law(classes, steps, IMAGENET[0])
 
 
@@ -198,13 +204,8 @@ def _implied(results) -> str:
     if not (found := law(results)):
         return "Too few runs with the text's values have left chance for a power law."
     classes, exponent, steps = found
-    signs = [
-        sign
-        for row in rows_of(results)
-        if WIDE not in row
-        for sign, _ in leaving(results, f'text {row}').values()
-    ]
-    never = sum(map(bool, signs))
+    never = sum(bool(sign) for _, sign, _ in texts(results))
+    about = [f'{float(f"{value:.2g}"):,.0f}' for value in steps]
     number, images = IMAGENET
     far = number / max(classes)
     start = (
@@ -216,7 +217,7 @@ def _implied(results) -> str:
         f"With the text's values, the steps grow as classes^{exponent[0]:.2f} ({exponent[1]:.2f} to "
         f'{exponent[2]:.2f}; least squares of the logarithms, {labs.count(len(classes), "run")}'
         f'{", without full width" * any(WIDE in row for row in rows_of(results))}). {start} this law '
-        f'gives {steps[0]:,.0f} steps ({steps[1]:,.0f} to {steps[2]:,.0f}), '
+        f'gives about {about[0]} steps ({about[1]} to {about[2]}), '
         f'{steps[0] * BATCH / images:.2g} epochs of ImageNet. The 95 % intervals assume that the law holds.'
         + f' Runs that never left chance are not in the fit, so it is too low: {never}.'
         * bool(never)
