@@ -39,6 +39,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
@@ -58,6 +59,7 @@ from experiments import provenance, statistics
 
 SCALES = ('smoke', 'small', 'full')
 HERE = pathlib.Path(__file__).parent
+STOPPING = threading.Event()  # by SIGTERM, whose exception a library's callback can swallow
 RESULTS, FIGURES = HERE / 'results', HERE / 'figures'
 EARLIER = 'earlier'  # subfolder for results and figures from earlier versions of the code
 Rows = list[dict[str, Any]]
@@ -197,6 +199,8 @@ class Lab:
                 f'remove {workdir} and start again'
             )
 
+        if STOPPING.is_set():
+            raise Stopped(f'stopped before {key}; repeat the command to resume')
         print(f'{self._position(key)}: python -m alexnet_jax.main {" ".join(command)}', flush=True)
         began = time.monotonic()
         workdir = self.workdir(name, seed)
@@ -355,7 +359,8 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
         asked = told = False
         try:
             while process.poll() is None:
-                time.sleep(0.5)
+                if STOPPING.wait(0.5):
+                    raise KeyboardInterrupt
                 wanted = until and not asked or not told
                 rows = _rows(workdir, 'train') if wanted else before
                 if (
@@ -661,7 +666,8 @@ def _main(module: ModuleType) -> None:
             action='append',
             default=[],
             metavar='NAME',
-            help='make only these runs, NAME or NAME-SEED; can be repeated (default: all)',
+            help='make only these runs, NAME or NAME-SEED; can be repeated (default: all); an unknown name '
+            'lists them',
         )
     split = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:split])
@@ -671,6 +677,7 @@ def _main(module: ModuleType) -> None:
         raise UserError(f'--results={options.results}: not a folder; choose another')
 
     def stop(number, frame):
+        STOPPING.set()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)

@@ -172,7 +172,9 @@ def describe(mesh: Mesh) -> str:
     data, model = mesh.shape['data'], mesh.shape['model']
     kind = mesh.devices.flat[0].device_kind
     towers = 'each tower on its own device' if model > 1 else 'the whole network on each device'
-    return f'mesh: data={data} x model={model} on {data * model} x {kind}, {towers}'
+    idle = jax.device_count() - mesh.size
+    rest = f'; {idle} of {mesh.size + idle} devices idle' if idle > 0 else ''
+    return f'mesh: data={data} x model={model} on {data * model} x {kind}, {towers}{rest}'
 
 
 def rows(mesh: Mesh, batch: int) -> np.ndarray:

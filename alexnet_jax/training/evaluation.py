@@ -192,6 +192,8 @@ def class_table(results: dict[tuple[str, str], dict], names: Sequence[str]) -> s
     lines = [f'({i}) {printable(name)}, {view}' for i, (name, view) in enumerate(results, start=1)]
     lines += ['Top-1 errors:', f'{"Class":{width}}  {heads}  Pictures']
     for k, name in enumerate(names):
-        row = '  '.join(f'{error[k]:5.1f} %' for error in errors)
+        row = '  '.join(
+            f'{"–":>7}' if np.isnan(error[k]) else f'{error[k]:5.1f} %' for error in errors
+        )
         lines.append(f'{name:{width}}  {row}  {sums[0]["class_count"][k]:8,.0f}')
     return '\n'.join(lines)

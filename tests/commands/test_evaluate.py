@@ -9,10 +9,16 @@ import pytest
 from PIL import Image
 
 from alexnet_jax import evaluate
-from alexnet_jax.training import inference, metrics
+from alexnet_jax.training import evaluation, inference, metrics
 from tests.helpers.run_dirs import CLASSES, TEST, call, refuses, write_run
 
 NAMES = [f'class {k}' for k in range(CLASSES)]
+
+
+def test_a_class_without_images_has_no_error():
+    sums = {'class_count': np.array([2.0, 0.0]), 'class_top1': np.array([1.0, 0.0])}
+    *_, bee, cat = evaluation.class_table({('net', 'ten'): sums}, ['bee', 'cat']).splitlines()
+    assert bee.split()[1:] == ['50.0', '%', '2'] and cat.split()[1:] == ['–', '0']
 
 
 @pytest.fixture(scope='module')

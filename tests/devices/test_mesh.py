@@ -62,3 +62,11 @@ def test_a_plugin_that_fails_takes_one_line(caplog):
         logging.getLogger('jax._src.xla_bridge').exception('plugin %s', 'cuda')
     assert caplog.messages == ['plugin cuda: OSError: libcudart.so: cannot open shared object file']
     assert not caplog.records[0].exc_info
+
+
+def test_idle_devices_are_named():
+    count = jax.device_count()
+    made = mesh.make((0, 0), towers=1, batches={'--batch': 1})
+    assert mesh.describe(made).endswith(f'each device; {count - 1} of {count} devices idle')
+    whole = mesh.make((0, 0), towers=1, batches={'--batch': count})
+    assert 'idle' not in mesh.describe(whole)

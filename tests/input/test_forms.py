@@ -321,7 +321,7 @@ def test_labels_that_make_no_sense_in_parquet(tree, tmp_path):
     write_parquet(path, [*rows, (rows[0][0], 5)])
     (empty, single) = sources.open_source(str(path.parent)).notes
     assert empty == '2 of the 6 classes have no images: 3, 4'
-    assert single == '1 class has a single image, which is in train'
+    assert single == '1 class has a single image, which is in train: 5'
     write_parquet(path, [], features=FEATURES)
     refused(path.parent)
 

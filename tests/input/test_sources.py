@@ -269,7 +269,7 @@ def test_every_class_keeps_a_training_image(tmp_path):
         found = {s: [e.label for e in source.read(s, 0)] for s in source.splits}
         assert 1 in found['train'] and sum(source.splits.values()) == 23
         where = 'train' if 2 in found['train'] else 'val'
-        assert source.notes == (f'1 class has a single image, which is in {where}',)
+        assert source.notes == (f'1 class has a single image, which is in {where}: c',)
         plain = split_off(23, 0.5, seed, '')
         if found['train'].count(1) > 1 or 1 in np.array(labels)[plain['train']]:
             for split, rows in split_off(23, 0.5, seed, '', labels).items():

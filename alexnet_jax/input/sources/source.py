@@ -212,8 +212,13 @@ def is_image(name: str) -> bool:
 
 def not_used(names: Sequence[str], why: str = '') -> str:
     """Returns a note about files or folders that are not used, the first three by name."""
+    return f'not used{why}: {_first(names)}'
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
     more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    return f'not used{why}: {", ".join(names[:3])}{more}'
+    return f'{", ".join(names[:3])}{more}'
 
 
 def unlabeled(test: str) -> str:
@@ -272,13 +277,14 @@ def class_notes(class_names: Sequence[str], labels: dict[str, np.ndarray]) -> tu
     notes, total = [], sum(counts.values())
     empty = np.flatnonzero(total == 0)
     if empty.size:
-        names = not_used([class_names[label] for label in empty]).partition(': ')[2]
+        names = _first([class_names[label] for label in empty])
         notes.append(f'{empty.size} of the {len(class_names)} classes have no images: {names}')
     for split, count in counts.items():
         single = np.flatnonzero((total == 1) & (count == 1))
         if single.size:
             subject = '1 class has' if single.size == 1 else f'{single.size} classes have'
-            notes.append(f'{subject} a single image, which is in {split}')
+            names = _first([class_names[label] for label in single])
+            notes.append(f'{subject} a single image, which is in {split}: {names}')
     return tuple(notes)
 
 
