@@ -237,6 +237,14 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
     assert list(trial.results) == ['stops-0', 'diverges-0']
 
 
+def test_a_stop_whose_exception_was_lost_still_stops(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(lab, 'STOPPING', threading.Event())
+    lab.STOPPING.set()
+    trial = make(tmp_path, store, start=None)
+    with pytest.raises(Stopped, match='stopped before one-0; repeat'):
+        trial.run('one', 0, 'configs/cifar10.py:fig1', {})
+
+
 def test_what_results_were_measured_on():
     first = {
         'devices': ['cpu:0'],
