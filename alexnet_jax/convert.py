@@ -42,6 +42,7 @@ def main() -> None:
         help="file of class names, one per line; default for 1,000 classes: ImageNet's",
     )
     args = parser.parse_args()
+    bundle.check_new(args.out)
     std = readers.numbers('--std', args.std, 1e-3, 1e3) if args.std else None
     found = readers.read(
         args.file,

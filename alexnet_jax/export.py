@@ -56,12 +56,13 @@ FORMATS = {
     'onnx-int8': ('.onnx', 0.2),
     'onnx-int8-dynamic': ('.onnx', 0.05),
     'tflite': ('.tflite', 1e-4),
-    'tflite-int8': ('.tflite', 0.15),
+    'tflite-int8': ('.tflite', 0.05),
     'stablehlo': ('.stablehlo', 1e-4),
     'torch': ('.pth', 1e-4),
     'safetensors': ('.safetensors', 1e-4),
     'bundle': ('', 1e-4),
 }
+OPTIONAL = {'onnx': to_onnx, 'tflite': to_tflite}  # formats that need more packages
 WEIGHTS = ('torch', 'safetensors', 'bundle')  # formats without a program
 SAME = 95  # percent of validation images that get the same class
 CALIBRATION, BATCH = 128, 16  # training images that set the 8-bit ranges; per batch
@@ -121,14 +122,13 @@ def main() -> None:
         raise UserError(
             f'--preprocess=graph: --format={args.format} has no program, only weights; leave it out'
         )
-    for module in (to_onnx, to_tflite):
-        if module.__name__.endswith(args.format.partition('-')[0]):
-            module.check_installed()
+    plain = args.format.split('-')[0]
+    if plain in OPTIONAL:
+        OPTIONAL[plain].check_installed()
     output = _output(args)
     source = _source(args)
     images, labels = _images(source, args)
     ours = _logits(source, images)
-    plain = args.format.split('-')[0]
     made = EXPORTS[plain](source, args)
     for computed, name in ((made.exact, plain), (made.run, args.format)):
         if computed:

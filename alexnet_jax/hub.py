@@ -91,10 +91,15 @@ def describe(name: str) -> None:
     else:
         folder = hub.checked(name)
         facts = {**bundle.read_config(folder)[1], 'here': folder}
+    texts = {
+        'published': bundle.errors,
+        'measured': bundle.errors,
+        'compression': bundle.compression,
+    }
     for key, value in facts.items():
-        text = bundle.errors(value) if key in ('published', 'measured') else value
+        text = texts[key](value) if key in texts else value
         if text:
-            say(f'{key:10} {text}')
+            say(f'{key:11} {text}')
 
 
 def upload(name: str, target: str, args) -> None:

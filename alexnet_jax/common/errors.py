@@ -19,7 +19,10 @@ NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)  # to a path
 
 
 class UserError(Exception):
-    """One line: what is wrong, where, and what to do."""
+    """One line: what is wrong, where, and what to do; names in files can hold anything, so `printable`."""
+
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class InputError(UserError, ValueError):

@@ -5,6 +5,7 @@ kernels (`Network.role`) are compressed; everything else stays float32, except f
 rounded to whole levels.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from alexnet_jax.nets.network import Network, names_of
 from alexnet_jax.rundir import fingerprint
 from alexnet_jax.training import inference, metrics, optim, steps
 from alexnet_jax.training.inference import Run
-from alexnet_jax.training.setup import Setup
+from alexnet_jax.training.setup import Setup, unfolded
 from alexnet_jax.weights import compressed
 from alexnet_jax.weights import variables as trees
 
@@ -69,10 +70,15 @@ DEFAULTS = Settings(
 def compress(run: Run, store: Store, mesh: jax.sharding.Mesh, settings: Settings) -> dict:
     """Returns {'params', 'batch_stats'}, in NumPy, with few distinct values in each kernel.
 
-    run: restored; mesh: with model=1. Retrains with the run's config at a constant rate; the result depends
-    on nothing but its arguments. Raises UserError if training diverges.
+    run: restored; mesh: with model=1. Retrains with the run's config and mean at a constant rate; the result
+    depends on nothing but its arguments. Folded batch normalization first gets the statistics of training
+    images. Raises UserError if training diverges.
     """
     net, variables = run.net, jax.device_get(run.variables)
+    store = dataclasses.replace(store, mean=run.facts.mean)
+    if run.bundle and run.bundle.card.get('folded'):
+        config = _config(run.config, settings.epochs, settings.rate)
+        variables = unfolded(config, store, net, variables)
     dense, step = kernels(net, variables['params']), 0
 
     def setup(epochs, rate, wrap):

@@ -309,27 +309,30 @@ def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
             sharding = found[name].sharding  # classes are the last axis of every leaf
             found[name] = jax.jit(lambda x: x[..., order], out_shardings=sharding)(found[name])
     if start.bundle and start.bundle.card.get('folded'):
-        found |= _unfolded(setup, {n: leaf for n, leaf in wanted.items() if n in found}, found)
+        arrays = {
+            tuple(name.split('/')): np.asarray(found[name])
+            if name in found
+            else np.zeros(x.shape, x.dtype)
+            for name, x in fingerprint.named_leaves(
+                network.shapes(net, setup.config.augment.crop)
+            ).items()
+        }
+        new = unfolded(setup.config, setup.store, net, variables.nest(arrays))
+        found |= inference.placed(
+            'init_from', new, {n: leaf for n, leaf in wanted.items() if n in found}
+        )
     leaves = [found.get(name, fresh[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(state.variables), leaves)
 
 
-def _unfolded(setup: Setup, kept: dict, found: dict) -> dict:
-    """Returns `found`, by name, with `folded.unfolded`: the same in all processes."""
-    config, store = setup.config, setup.store
+def unfolded(config, store: Store, net: Network, tree: dict) -> dict:
+    """Returns `folded.unfolded` of variables, by training images: the same in all processes."""
     crop, examples = config.augment.crop, store.counts['train']
     batch = min(64, examples)
     count = min(CALIBRATION, examples) // batch
     log.info(
         'its batch normalization gets the statistics of %s training images', f'{count * batch:,}'
     )
-    shapes = fingerprint.named_leaves(network.shapes(setup.net, crop))
-    arrays = {
-        tuple(name.split('/')): np.asarray(found[name])
-        if name in found
-        else np.zeros(x.shape, x.dtype)
-        for name, x in shapes.items()
-    }
     mean = steps.window_mean(store.mean, crop)
     images = batches.train_batches(
         store,
@@ -339,9 +342,4 @@ def _unfolded(setup: Setup, kept: dict, found: dict) -> dict:
         threads=config.run.threads,
         **config.augment,
     )
-    new = folded.unfolded(
-        setup.net,
-        variables.nest(arrays),
-        (steps.normalize(one['image'], mean) for one in images),
-    )
-    return inference.placed('init_from', new, kept)
+    return folded.unfolded(net, tree, (steps.normalize(one['image'], mean) for one in images))

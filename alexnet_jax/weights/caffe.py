@@ -27,23 +27,38 @@ ALIASES = {
     'conv_final': 'conv10',
 }
 # Numbers of fields, from caffe.proto: of LayerParameter, and of the older V1LayerParameter.
-V2 = {'name': 1, 'type': 2, 'blobs': 7, 'conv': 106, 'lrn': 118}
-V1 = {'name': 4, 'type': 5, 'blobs': 6, 'conv': 10, 'lrn': 18}
+V2 = {'name': 1, 'type': 2, 'blobs': 7, 'conv': 106, 'lrn': 118, 'pool': 121}
+V1 = {'name': 4, 'type': 5, 'blobs': 6, 'conv': 10, 'lrn': 18, 'pool': 19}
 TYPES = {15: 'LRN', 17: 'Pooling'}  # V1's numbers
+# What a layer's parameters say: the numbers of the fields (of both sides, and of each), and the default.
+CONV = {
+    'stride': ((6, 13, 14), 1),
+    'pad': ((3, 9, 10), 0),
+    'group': ((5,), 1),
+    'dilation': ((18,), 1),
+}
+POOL = {'kernel': ((2, 5, 6), 0), 'stride': ((3, 7, 8), 1), 'pad': ((4, 9, 10), 0)}
+MAX = 0  # the method of pooling
+IN_GROUPS = ('conv2', 'conv4', 'conv5')  # of AlexNet
 
 
 class Graph(NamedTuple):
     """A network of a file.
 
     arrays: by layer and number, 0 for the kernel and 1 for the bias: ('conv1', 0); ops: 'LRN' and
-    'Pooling' in their order; norms: the fields of config.model that each normalization has.
+    'Pooling' in their order; norms: the fields of config.model that each normalization has; forms: by layer,
+    what the file says of `CONV` or, for max-pooling, of `POOL`.
     """
 
     name: str
     arrays: dict[tuple[str, int], np.ndarray]
     ops: list[str]
     norms: list[dict]
-    padded_head: bool = False
+    forms: dict[str, dict[str, set[int]]]
+
+    @property
+    def padded_head(self) -> bool:
+        return self.forms.get('conv10', {}).get('pad') == {1}
 
 
 def read(data: bytes, options: Options) -> Imported:
@@ -72,6 +87,7 @@ def imported(graph: Graph, options: Options, presets: Sequence[str], program: st
     if not fires and crop != CROP:
         raise UserError(f"crop={crop}: the weights of Caffe's AlexNets need {CROP}")
     arrays = _arrays(net, graph, crop, f"the file is not {program}'s {preset}")
+    _check_forms(graph, fires)
     first = ('params', 'conv1', 'kernel')
     arrays[first] = variables.for_pixels(net, arrays[first][..., ::-1, :], options.std or 1.0)
     if fires and graph.padded_head:
@@ -93,6 +109,26 @@ def _norm(graph: Graph) -> dict:
     if any(norm != graph.norms[0] for norm in graph.norms):
         raise Damaged('its normalizations differ from each other')
     return graph.norms[0] if graph.norms else {}
+
+
+def _check_forms(graph: Graph, fires: bool) -> None:
+    """Raises Damaged for a layer whose stride, padding, ... are not those of the preset."""
+    for name, found in graph.forms.items():
+        if 'kernel' in found:
+            wanted = {'kernel': 3, 'stride': 2, 'pad': 0}
+        elif (name, 0) in graph.arrays:
+            side, first = graph.arrays[name, 0].shape[-1], name == 'conv1'
+            wanted = {
+                'stride': (2 if fires else 4) if first else 1,
+                'pad': 0 if first else side // 2,
+            }
+            wanted |= {'group': 2 if name in IN_GROUPS and not fires else 1, 'dilation': 1}
+        else:
+            continue
+        for key, values in found.items():
+            if values != {wanted[key]} and (name, key, values) != ('conv10', 'pad', {1}):
+                text = ', '.join(map(str, sorted(values)))
+                raise Damaged(f'{name[:60]} has {key} {text}, and should have {wanted[key]}')
 
 
 def norm(alpha: float, beta: float, k: float, n: int) -> dict:
@@ -122,7 +158,7 @@ def _arrays(net: Network, graph: Graph, crop: int, title: str) -> dict:
 
 
 def _graph(model: Message) -> Graph:
-    arrays, ops, norms, padded = {}, [], [], False
+    arrays, ops, norms, forms = {}, [], [], {}
     layers = [(V2, x) for x in model.messages(100)] + [(V1, x) for x in model.messages(2)]
     for fields, layer in layers:
         name = layer.text(fields['name'])
@@ -135,15 +171,26 @@ def _graph(model: Message) -> Graph:
                 raise Damaged(f'{name} normalizes within channels')
             alpha, beta, k = (param.float(i, x) for i, x in ((2, 1.0), (3, 0.75), (5, 1.0)))
             norms.append(norm(alpha, beta, k, param.number(1, 5)))
-        for param in layer.messages(fields['conv']) if name == 'conv10' else []:
-            padded = param.numbers(3) == [1]
+        for param in layer.messages(fields['conv']):
+            if 1 in param.fields:  # num_output: not only some of the parameters
+                forms[name] = _form(param, CONV)
+        for param in layer.messages(fields['pool']):
+            if param.number(1) == MAX and 2 in param.fields:
+                forms[name] = _form(param, POOL)
         for i, blob in enumerate(layer.messages(fields['blobs'])):
             if (name, i) in arrays:
                 raise Damaged(f'it has two layers {name[:60]}')
             arrays[name, i] = _blob(blob, name)
     if not arrays:
         raise Damaged('it has no layers with weights')
-    return Graph(model.text(1), arrays, ops, norms, padded)
+    return Graph(model.text(1), arrays, ops, norms, forms)
+
+
+def _form(param: Message, fields: dict) -> dict[str, set[int]]:
+    return {
+        key: {n for number in numbers for n in param.numbers(number)} or {default}
+        for key, (numbers, default) in fields.items()
+    }
 
 
 def _blob(blob: Message, name: str) -> np.ndarray:

@@ -32,14 +32,15 @@ class Table:
 
     def tables(self, field: int) -> list['Table']:
         """A vector of tables; [] if there is none."""
-        offsets = self.array(field, np.uint32)
-        if len(offsets) > MOST:
-            raise Damaged(f'a vector of {len(offsets):,} tables')
+        offsets = self.array(field, np.uint32, MOST)
         start = 0 if not len(offsets) else self._target(self._place(field)) + 4
         return [Table(self.data, start + 4 * i + int(offset)) for i, offset in enumerate(offsets)]
 
-    def array(self, field: int, dtype) -> np.ndarray:
-        """A vector of numbers, of any length; empty if there is none."""
+    def array(self, field: int, dtype, most: int | None = None) -> np.ndarray:
+        """A vector of at most `most` numbers (None: any number), a view; empty if there is none.
+
+        Many tables can share one vector, so give `most` for what is copied.
+        """
         at, dtype = self._place(field), np.dtype(dtype).newbyteorder('<')
         if at is None:
             return np.zeros(0, dtype)
@@ -47,6 +48,8 @@ class Table:
         count = self._number('I', start)
         if count > (len(self.data) - start - 4) // dtype.itemsize:
             raise Damaged(f'it ends before the {count:,} numbers at byte {start:,}')
+        if most is not None and count > most:
+            raise Damaged(f'a vector of {count:,} numbers')
         return np.frombuffer(self.data, dtype, count, start + 4)
 
     def _place(self, field: int) -> int | None:

@@ -21,14 +21,12 @@ from alexnet_jax.nets.layers import LRN
 
 FLOAT = 1  # ONNX's number of float32
 UNARY = {
-    **{
-        'tanh': 'Tanh',
-        'logistic': 'Sigmoid',
-        'exp': 'Exp',
-        'log': 'Log',
-        'neg': 'Neg',
-        'abs': 'Abs',
-    },
+    'tanh': 'Tanh',
+    'logistic': 'Sigmoid',
+    'exp': 'Exp',
+    'log': 'Log',
+    'neg': 'Neg',
+    'abs': 'Abs',
     'sqrt': 'Sqrt',
 }
 BINARY = {'add': 'Add', 'mul': 'Mul', 'pow': 'Pow'}

@@ -5,7 +5,8 @@ SHA-256, and the bundle made of it as NAME-XXXXXXXX. Environment variables:
 
     ALEXNET_JAX_CACHE     the cache; default: alexnet_jax in $XDG_CACHE_HOME or ~/.cache
     ALEXNET_JAX_MIRROR    a server that has https://HOST/PATH as MIRROR/HOST/PATH
-    HF_ENDPOINT, HF_TOKEN the Hugging Face Hub and an access token; HF_HUB_OFFLINE=1: only the cache
+    HF_ENDPOINT, HF_TOKEN the Hugging Face Hub and an access token (else in $HF_TOKEN_PATH or $HF_HOME/token)
+    HF_HUB_OFFLINE=1      only the cache
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import http.client
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import urllib.error
@@ -214,11 +216,8 @@ def _from_hugging_face(text: str) -> str:
     endpoint = _server('HF_ENDPOINT') or 'https://huggingface.co'
     address = f'{endpoint}/{repository}/resolve/{urllib.parse.quote(revision, safe="")}'
     name = f'hf-{repository.replace("/", "--")}@{revision}'
-    headers = {}
-    if token := os.environ.get('HF_TOKEN', '').strip():
-        if not re.fullmatch('[!-~]+', token):
-            raise UserError('HF_TOKEN: has characters that no token has; copy it again')
-        headers['Authorization'] = f'Bearer {token}'
+    token = _token()
+    headers = {'Authorization': f'Bearer {token}'} if token else {}
     offline = os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1', 'true', 'yes', 'on')
     found = cached(name)
     if found and (offline or re.fullmatch('[0-9a-f]{40}', revision)):  # a commit stays the same
@@ -248,6 +247,21 @@ def _from_hugging_face(text: str) -> str:
             if not bundle.is_bundle(folder):
                 _download_bundle(address, folder, file, sums, text, headers)
     return folder
+
+
+def _token() -> str:
+    """The access token for the Hugging Face Hub, found as huggingface_hub does; '' if there is none."""
+    source, token = 'HF_TOKEN', os.environ.get('HF_TOKEN', '').strip()
+    if not token:
+        cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+        home = os.environ.get('HF_HOME') or os.path.join(cache, 'huggingface')
+        file = os.environ.get('HF_TOKEN_PATH') or os.path.join(home, 'token')
+        source = os.path.expanduser(file)
+        with contextlib.suppress(OSError), open(source, encoding='latin-1') as opened:
+            token = opened.read().strip()
+    if token and not re.fullmatch('[!-~]+', token):
+        raise UserError(f'{source}: has characters that no token has; copy it again')
+    return token
 
 
 def _download_bundle(address, folder, config, sums, called, headers) -> None:
@@ -481,7 +495,14 @@ def _rest(url: str, part: str, called: str, start: int, headers: dict, most: int
         with (
             open(part, 'ab' if resumed else 'wb') as file,
             tqdm(
-                desc=called, initial=start, total=total, unit='B', unit_scale=True, disable=None
+                desc=called,
+                initial=start,
+                total=total,
+                unit='B',
+                unit_scale=True,
+                disable=False
+                if 'ipykernel' in sys.modules
+                else None,  # shown in terminals and notebooks
             ) as bar,
         ):
             while True:

@@ -12,6 +12,7 @@ from alexnet_jax.weights.protobuf import Message
 from alexnet_jax.weights.variables import Damaged, Imported, Options
 
 DTYPES = {1: '<f4', 10: '<f2', 11: '<f8'}  # TensorProto.DataType; the others are not weights
+UP = [0, 0, 1, 1]  # padding that makes pooling round up, as Caffe does; the zoo's pool5 has it
 OPS = {'LRN': 'LRN', 'MaxPool': 'Pooling'}  # the names in Caffe
 
 
@@ -20,7 +21,7 @@ def read(data: bytes, options: Options) -> Imported:
     graphs = Message(data).messages(7)
     if len(graphs) != 1:
         raise Damaged(f'it has {len(graphs)} graphs')
-    arrays, ops, norms = {}, [], []
+    arrays, ops, norms, forms = {}, [], [], {}
     for tensor in graphs[0].messages(5):
         if tensor.number(2) in DTYPES:
             layer, kind, _ = (*tensor.text(8).rsplit('_', 2), '', '')[:3]
@@ -30,8 +31,11 @@ def read(data: bytes, options: Options) -> Imported:
     for node in graphs[0].messages(1):
         op = node.text(4)
         ops.append(OPS.get(op, op))
+        found = {x.text(1): x for x in node.messages(5)}
+        if found and op in ('Conv', 'MaxPool'):
+            layer, form = _form(node, found, op)
+            forms[layer] = form
         if op == 'LRN':
-            found = {x.text(1): x for x in node.messages(5)}
             alpha, beta, k = (
                 found[name].float(2, value) if name in found else value
                 for name, value in (('alpha', 1e-4), ('beta', 0.75), ('bias', 1.0))
@@ -39,8 +43,24 @@ def read(data: bytes, options: Options) -> Imported:
             norms.append(
                 caffe.norm(alpha, beta, k, found['size'].number(3) if 'size' in found else 0)
             )
-    graph = caffe.Graph(graphs[0].text(2), arrays, ops, norms)
+    graph = caffe.Graph(graphs[0].text(2), arrays, ops, norms, forms)
     return caffe.imported(graph, options, caffe.ALEXNETS, 'the ONNX model zoo')
+
+
+def _form(node: Message, found: dict[str, Message], op: str) -> tuple[str, dict[str, set[int]]]:
+    """(the layer's name, its `caffe.Graph.forms`)"""
+    names = {'stride': ('strides', 1), 'pad': ('pads', 0)}
+    names |= {'dilation': ('dilations', 1)} if op == 'Conv' else {'kernel': ('kernel_shape', 0)}
+    form = {
+        key: {*found[name].numbers(8)} if name in found else {default}
+        for key, (name, default) in names.items()
+    }
+    if op == 'MaxPool':
+        up = 'pads' in found and found['pads'].numbers(8) == UP
+        return node.text(2), (form | {'pad': {0}} if up else form)
+    weights = str(node.bytes(1)[1], 'utf-8', 'replace') if len(node.bytes(1)) > 1 else ''
+    group = found['group'].number(3) if 'group' in found else 1
+    return weights.rsplit('_', 2)[0], form | {'group': {group}}
 
 
 def _array(tensor: Message) -> np.ndarray:

@@ -99,6 +99,8 @@ def _zipped(data: bytes) -> tuple[dict[str, Tensor], dict[str, bytes]]:
         names = {x.filename for x in members}
         if f'{root}/byteorder' in names and archive.read(f'{root}/byteorder') != b'little':
             raise Damaged('its numbers are not little-endian')
+        if archive.getinfo(f'{root}/data.pkl').file_size > LONGEST:
+            raise Damaged(f'its pickle has more than {LONGEST:,} bytes')
         found = _described(_unpickled(archive.read(f'{root}/data.pkl'))[0])
         keys = {tensor.storage.key for tensor in found.values()}
         storages = {key: archive.read(f'{root}/data/{key}') for key in keys}

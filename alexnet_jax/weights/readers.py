@@ -25,6 +25,7 @@ from alexnet_jax.weights import (
 from alexnet_jax.weights.bundle import Bundle
 from alexnet_jax.weights.variables import Damaged, Imported, Options
 
+BY_SUFFIX = ('.caffemodel', '.onnx', '.net')  # formats that begin like any other file
 FORMATS = '.pth, .safetensors, .caffemodel, .onnx, .h5, .tflite, .net'
 TITLES = {
     'owt': 'AlexNet ("One weird trick")',
@@ -53,7 +54,7 @@ def read(
     names: list[str] | None = None,
     made: str = '',
 ) -> Bundle:
-    """Reads a weight file, whose format and network are found from its content.
+    """Reads a weight file; its content says which format and network it is (`BY_SUFFIX`: which network).
 
     mean: f32[3] or f32[S,S,3], RGB, 0 to 255, of the images trained on; otherwise the format's own. size: of
     the square images that crops are taken from; otherwise 8/7 of the crop, 256 for 224 and 227. names: of
@@ -115,7 +116,7 @@ def _imported(file: str, data: bytes, options: Options) -> Imported:
     suffix = os.path.splitext(file)[1].lower()
     if data.startswith((pth.ZIP, pth.LEGACY)) or suffix in ('.pth', '.pt'):
         return torch.read(pth.state_dict(data), options)
-    if suffix == '.safetensors':
+    if suffix == '.safetensors' or suffix not in BY_SUFFIX and data[8:9] == b'{':
         arrays, facts = safetensors.decoded(data, file)
         if facts == bundle.OURS:
             raise UserError(

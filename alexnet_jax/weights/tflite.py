@@ -20,6 +20,7 @@ SAME, LINEAR, RELU6 = 0, 0, 3
 MAGIC = b'TFL3'  # at byte 4
 WIDTHS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # that were published
 SIDES = range(32, 1025)  # of images, in pixels
+MOST = 16  # inputs, outputs or dimensions
 
 
 class Tensor(NamedTuple):
@@ -101,9 +102,9 @@ def _model(data: bytes) -> Model:
     tensors = [*map(_tensor, graphs[0].tables(0))]
     ops = []
     for op in graphs[0].tables(3):
-        inputs, outputs = (tuple(op.array(i, np.int32).tolist()) for i in (1, 2))
+        inputs, outputs = (tuple(op.array(i, np.int32, MOST).tolist()) for i in (1, 2))
         ops.append(Op(_item(codes, op.number(0, 'I')), inputs, _item(outputs, 0), op.table(4)))
-    start = _item(graphs[0].array(1, np.int32).tolist(), 0)
+    start = _item(graphs[0].array(1, np.int32, MOST).tolist(), 0)
     return Model(tensors, ops, start, model.tables(4))
 
 
@@ -114,7 +115,7 @@ def _tensor(table: Table) -> Tensor:
         scales, zeros = quantization.array(2, np.float32), quantization.array(3, np.int64)
         if len(scales) == 1:  # no tensor that we read has one for each channel
             scale, zero = float(scales[0]), int(zeros[0]) if len(zeros) else 0
-    shape = tuple(table.array(0, np.int32).tolist())
+    shape = tuple(table.array(0, np.int32, MOST).tolist())
     return Tensor(shape, DTYPES.get(table.number(1, 'b')), table.number(2, 'I'), scale, zero)
 
 

@@ -1,14 +1,18 @@
 """A compressed network is one that all commands take; the command says what it did."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from alexnet_jax import compress, evaluate
 from alexnet_jax.devices import mesh as meshes
-from alexnet_jax.training import compression, inference
+from alexnet_jax.input.store import open_store
+from alexnet_jax.nets import network
+from alexnet_jax.training import compression, inference, setup
 from alexnet_jax.weights import bundle
-from tests.helpers.run_dirs import call, refuses, write_run
+from tests.helpers.run_dirs import call, refuses, write_folded, write_run
 
 QUICK = ('--rounds=2', '--epochs=4', '--tune=4', '--batch=4')
 
@@ -59,6 +63,25 @@ def test_a_run(run, tmp_path, monkeypatch, capsys):
     options = ('--output=again', '--rounds=1', '--epochs=0', '--tune=0', '--batch=4')
     call(monkeypatch, compress, 'small', f'--store={run.store}', *options)
     assert bundle.is_bundle('again')
+
+
+@pytest.mark.slow
+def test_folded_normalizations_get_the_statistics_of_training_images(run, tmp_path):
+    """With the mean of the bundle, not of the store; the card drops what only the original has."""
+    config, net, folded = write_folded(run, tmp_path / 'folded', published={'top1_error': 5.0})
+    conv, fc = {'conv': 0.0, 'fc': 0.0}, {'conv': 8, 'fc': 8}
+    settings = compression.Settings(conv, fc, 1, epochs=0, tune=0, rate=0.1, tune_rate=0.1)
+    options = {'store': str(run.store), 'batch': 4}
+    card = compress.compress(tmp_path / 'folded', tmp_path / 'small', settings, **options)
+    assert not {'folded', 'published', 'sha256'} & {*card} and card['title'] == 'A network'
+    found = bundle.read(tmp_path / 'small').variables
+    mean = bundle.read(tmp_path / 'folded').mean
+    store = dataclasses.replace(open_store(run.store), mean=mean)
+    expected = setup.unfolded(config, store, net, folded)
+    jax.tree.map(np.testing.assert_array_equal, found['batch_stats'], expected['batch_stats'])
+    images = run.pictures['val'][:, 4:-4, 4:-4].astype(np.float32) - mean[0, 0]
+    old, new = (np.asarray(network.apply(net, tree, images)[0]) for tree in (folded, found))
+    np.testing.assert_allclose(new, old, atol=0.1 * np.abs(old).max())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tests python -m alexnet_jax.export, with formats that need no other program."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from alexnet_jax import export
 from alexnet_jax.common import configfile
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, install
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.weights import bundle, safetensors
@@ -209,5 +210,5 @@ def test_mistakes(arguments, words, made, monkeypatch):
 
 def test_without_the_packages_for_onnx(made, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnx', None)
-    with pytest.raises(UserError, match=r"pip install 'alexnet_jax\[onnx\]'"):
+    with pytest.raises(UserError, match=re.escape(install('onnx'))):
         run(monkeypatch, made[0], '--format=onnx')

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import steps
@@ -126,6 +127,8 @@ def test_the_crops_of_torchvisions_alexnet(crop, folder):
     with torch.no_grad():
         expected = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
     assert difference(logits(found, pictures()), expected) < TOLERANCE['torchvision']
+    with pytest.raises(UserError, match='equals this one at 224 or 225 pixels'):
+        convert(folder, None, 'net.pth', options=Options('', None, crop + 2))
 
 
 def caffe_arrays(preset, classes=CLASSES):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -724,6 +725,33 @@ def test_few_labels(tmp_path):
         few_labels.draw(str(tmp_path / 'all'), tmp_path / 'more', 21, 0)
     with pytest.raises(UserError, match='not a folder with train/ and val/'):
         few_labels.draw(str(tmp_path), tmp_path / 'other', 1, 0)
+
+
+def test_the_scales_of_few_labels():
+    """The same runs, on crops of 96 or 224 pixels, and AlexNet at a quarter of the width or the whole."""
+    found = {}
+    for scale in ('small', 'full'):
+        runs = found[scale] = {}
+        few_labels.run(
+            types.SimpleNamespace(
+                scale=scale,
+                seeds=2,
+                listing=True,
+                value_given=lambda field: None,
+                run=lambda name, seed, preset, changes, runs=runs, **_: runs.update(
+                    {f'{name}-{seed}': (preset, changes)}
+                ),
+            )
+        )
+    assert len(found['small']) == len(found['full']) == 2 * 3 * 5
+    for scale, crop, width in (('small', 96, 0.25), ('full', 224, 1.0)):
+        for name, (preset, changes) in found[scale].items():
+            with configfile.load(preset).unlocked() as config:
+                config.update_from_flattened_dict(changes)
+            assert config.augment.crop == crop < config.data.size
+            net = build(classes=20, **config.model)
+            assert 'alexnet' not in name or net.width == width
+            network.shapes(net, crop)
 
 
 def test_the_table_and_figure_of_few_labels(drawn, tmp_path):

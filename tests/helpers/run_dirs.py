@@ -1,5 +1,6 @@
 """A run directory without training: `from tests.helpers.run_dirs import call, write_run`."""
 
+import json
 import math
 import os
 import sys
@@ -11,12 +12,14 @@ import jax
 import numpy as np
 import pytest
 
+from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import batches
 from alexnet_jax.input.store import open_store
 from alexnet_jax.nets import alexnet, network
 from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint, directory
+from alexnet_jax.weights import bundle, variables
 from configs import quickstart
 from tests.helpers.stores import write_store
 
@@ -59,6 +62,28 @@ def write_run(folder: Path) -> TinyRun:
     directory.write(config, folder / 'run', store)
     save_params(folder / 'run', STEP, params)
     return TinyRun(folder / 'run', folder / 'store', pictures, net, params, store.mean)
+
+
+def write_folded(run: TinyRun, folder: Path, **facts):
+    """A bundle of a MobileNet v1 with folded batch normalization -> (its config, network, variables)."""
+    config = configfile.load('mobilenet:v1')
+    config.data.update({'store': str(run.store), 'source': 'made_up', 'size': SIZE, 'format': 'u8'})
+    config.augment.update({'crop': CROP, 'area': ()})
+    config.model.width = 0.25
+    net = build(classes=CLASSES, **config.model)
+    folded, rng = {}, np.random.default_rng(0)
+    for (kind, *path), shape in variables.leaves(net).items():
+        if path[-1] == 'scale':
+            bias = rng.normal(1, 0.1, shape).astype(np.float32)
+            folded |= variables.without_norm(tuple(path[:-2]), bias, net.norm_epsilon)
+        elif path[-2] != 'norm':
+            std = np.prod(shape[:-1]) ** -0.5 if path[-1] == 'kernel' else 0.3
+            folded[kind, *path] = rng.normal(0, std, shape).astype(np.float32)
+    folded, plain = variables.nest(folded), json.loads(json.dumps(config.to_dict()))
+    mean, names = np.full((SIZE, SIZE, 3), 120, np.float32), open_store(run.store).names
+    card = {'title': 'A network', 'sha256': '0' * 64, 'folded': True, **facts}
+    bundle.write(folder, bundle.Bundle(plain, folded, names, mean, card))
+    return config, net, folded
 
 
 def random_params(net, crop: int, seed: int) -> dict:

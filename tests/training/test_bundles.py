@@ -1,7 +1,5 @@
 """Bundles in place of run directories: the same results, also as the start of training."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -16,10 +14,9 @@ from alexnet_jax.nets.build import build
 from alexnet_jax.rundir import checkpoint
 from alexnet_jax.training import evaluation, inference, loop, steps
 from alexnet_jax.training.setup import Setup
-from alexnet_jax.weights import bundle, variables
-from alexnet_jax.weights.bundle import Bundle
+from alexnet_jax.weights import bundle
 from configs import quickstart
-from tests.helpers.run_dirs import CLASSES, CROP, SIZE, TRAIN, call, write_run
+from tests.helpers.run_dirs import CLASSES, CROP, SIZE, TRAIN, call, write_folded, write_run
 
 
 @pytest.fixture(scope='module')
@@ -130,27 +127,9 @@ def test_the_start_must_fit(tiny, tmp_path):
 def test_folded_normalizations_get_the_statistics_of_training_images(tiny, tmp_path, caplog):
     """The function stays the same; what training mode computes is close to it from the first step on."""
     run, _ = tiny
-    config = configfile.load('mobilenet:v1')
-    config.data.update({'store': str(run.store), 'source': 'made_up', 'size': SIZE, 'format': 'u8'})
-    config.augment.update({'crop': CROP, 'area': ()})
-    config.model.width = 0.25
+    config, net, folded = write_folded(run, tmp_path / 'folded')
     config.train.update({'batch': 8, 'init_from': str(tmp_path / 'folded')})
-    net = build(classes=CLASSES, **config.model)
-    folded, rng = {}, np.random.default_rng(0)
-    for (kind, *path), shape in variables.leaves(net).items():
-        if path[-1] == 'scale':
-            bias = rng.normal(1, 0.1, shape).astype(np.float32)
-            folded |= variables.without_norm(tuple(path[:-2]), bias, net.norm_epsilon)
-        elif path[-2] != 'norm':
-            std = np.prod(shape[:-1]) ** -0.5 if path[-1] == 'kernel' else 0.3
-            folded[kind, *path] = rng.normal(0, std, shape).astype(np.float32)
-    folded = variables.nest(folded)
-    plain = json.loads(json.dumps(config.to_dict()))
     store = open_store(run.store)
-    made = Bundle(
-        plain, folded, store.names, np.full((SIZE, SIZE, 3), 120, np.float32), {'folded': True}
-    )
-    bundle.write(tmp_path / 'folded', made)
     with caplog.at_level('INFO', 'alexnet_jax'):
         mesh = meshes.make((2, 1), towers=1, batches={})
         setup = Setup.make(config, mesh, store, net)

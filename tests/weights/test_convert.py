@@ -4,6 +4,8 @@ import os
 import pickle
 import struct
 import sys
+import time
+import tracemalloc
 import zipfile
 
 import jax
@@ -15,7 +17,7 @@ from alexnet_jax import convert
 from alexnet_jax.common import class_names
 from alexnet_jax.common.errors import UserError, install
 from alexnet_jax.nets import network
-from alexnet_jax.weights import bundle, caffe, hub, pth, readers, torch, variables
+from alexnet_jax.weights import bundle, caffe, hub, pth, readers, tflite, torch, variables
 from alexnet_jax.weights.variables import Options
 from tests.helpers import run_dirs
 from tests.helpers import weight_files as files
@@ -51,7 +53,7 @@ def refused(tmp_path, name, content, *words, **others):
     with pytest.raises(UserError) as error:
         read(tmp_path, name, content, **others)
     text = str(error.value)
-    assert '\n' not in text and name in text, text
+    assert text.isprintable() and name in text, text
     for word in words:
         assert word in text, text
     return text
@@ -84,6 +86,7 @@ def test_forms_of_state_dicts(tmp_path, form):
         from alexnet_jax.weights import safetensors
 
         name, content = 'net.safetensors', safetensors.encoded(arrays, {})
+        read(tmp_path, 'net.bin', content)  # recognized without its suffix
     if form == 'parallel':
         renamed = {
             f'module.{key}'.replace('features.', 'features.module.'): x for key, x in arrays.items()
@@ -201,6 +204,7 @@ def malicious(tmp_path):
             files.zipped({'data.pkl': bytes(10**7)}, zipfile.ZIP_DEFLATED),
             'archive is compressed',
         ),
+        'a long pickle': (one(bytes(pth.LONGEST + 1)), 'its pickle has more than 16,777,216 bytes'),
         'not an archive': (pth.ZIP + bytes(100), ''),
         'big-endian': (one(files.described({}), byteorder=b'big'), 'little-endian'),
         'truncated': (whole[: len(whole) // 2], ''),
@@ -226,6 +230,29 @@ def malicious(tmp_path):
         ),
         'another count': (shaped((2, 3), count=7), 'does not have 7 numbers'),
         'an enormous count': (shaped((2, 3), count=2**60), 'does not have'),
+        'a name for a terminal': (
+            one(files.described({files.EVIL: files._op('x')})),
+            f'{files.SHOWN} is not a tensor',
+        ),
+        'a function for a terminal': (
+            one(b'\x80\x02ca\x1b[31m\nb\x1b\n.'),
+            r'a\x1b[31m.b\x1b, which',
+        ),
+        'a member for a terminal': (
+            files.zipped({'data.pkl': b'', f'../{files.EVIL}': b''}),
+            files.SHOWN,
+        ),
+        'a storage for a terminal': (
+            one(
+                files.described({'a': files.tensor(files.EVIL, np.float32, (2, 3))}),
+                **{f'data/{files.EVIL}': bytes(8)},
+            ),
+            f'storage {files.SHOWN} does not have 6',
+        ),
+        'an extra name for a terminal': (
+            files.pth_of({**state, files.EVIL: state['features.0.bias']}),
+            f'extra: {files.SHOWN}',
+        ),
         'a missing storage': (entry(files.tensor('7', np.float32, (2, 3))), ''),
         'text': (entry(files._op('x')), 'is not a tensor'),
         'a tensor without a storage': (
@@ -299,7 +326,7 @@ def test_which_alexnet(tmp_path):
         ([], 'AlexNet', '', 'caffe'),
         ([], 'mine', 'caffenet', 'caffenet'),
     ):
-        assert caffe._alexnet_form(caffe.Graph(name, {}, order, []), net) == expected
+        assert caffe._alexnet_form(caffe.Graph(name, {}, order, [], {}), net) == expected
     arrays = {
         (name, i): np.zeros((3,) * (2 - i), np.float32) for name in ('conv1', 'fc8') for i in (0, 1)
     }
@@ -313,6 +340,39 @@ def test_which_alexnet(tmp_path):
     wrong(('need 227',), crop=224)
     wrong(('normalizes within channels',), lrn=files.field(4, 1))
     wrong(("not Caffe's caffenet", 'missing: ', 'shapes: conv1.0 is [3, 3]'), 'caffenet')
+
+
+@pytest.mark.parametrize(
+    ('layer', 'fields', 'words'),
+    [
+        ('conv1', {6: 2}, 'conv1 has stride 2, and should have 4'),
+        ('conv1', {6: 1}, 'conv1 has stride 1, and should have 4'),
+        ('conv2', {3: 0}, 'conv2 has pad 0, and should have 2'),
+        ('conv3', {9: 1, 10: 2, 3: 1}, 'conv3 has pad 1, 2, and should have 1'),
+        ('conv4', {5: 1}, 'conv4 has group 1, and should have 2'),
+        ('conv5', {18: 2}, 'conv5 has dilation 2, and should have 1'),
+        ('pooling1', {3: 1}, 'pooling1 has stride 1, and should have 2'),
+        ('pooling2', {2: 2}, 'pooling2 has kernel 2, and should have 3'),
+        ('pooling2', {4: 1}, 'pooling2 has pad 1, and should have 0'),
+    ],
+)
+def test_variants_of_caffes_alexnet(tmp_path, alexnet, layer, fields, words):
+    """Whose shapes are the same."""
+    for old in (False, True):
+        content = files.caffemodel(alexnet, old=old, changes={layer: fields})
+        refused(tmp_path, 'net.caffemodel', content, words)
+
+
+def test_variants_of_caffes_squeezenet(tmp_path):
+    arrays = caffe_arrays(SMALL)
+    read(tmp_path, 'net.caffemodel', files.caffemodel(arrays))
+    for layer, fields, words in (
+        ('conv1', {6: 4}, 'conv1 has stride 4, and should have 2'),
+        ('fire2/expand3x3', {3: 0}, 'fire2/expand3x3 has pad 0, and should have 1'),
+        ('fire3/squeeze1x1', {6: 2}, 'fire3/squeeze1x1 has stride 2'),
+    ):
+        content = files.caffemodel(arrays, changes={layer: fields})
+        refused(tmp_path, 'net.caffemodel', content, words)
 
 
 @pytest.mark.parametrize('padded', [False, True])
@@ -361,6 +421,27 @@ def test_onnx(tmp_path, alexnet):
     assert params['conv1']['kernel'][0, 3, 4, 2, 7] == 1
     assert found.config['model']['after'][0] == 'act norm pool'
     assert found.config['augment']['crop'] == 227
+    pool = {'kernel_shape': (3, 3), 'strides': (2, 2)}
+    conv2 = {'group': 2, 'pads': (2,) * 4}
+    read(
+        tmp_path,
+        'net.onnx',
+        files.onnx_of(
+            arrays,
+            nodes=[
+                ('Conv', 'conv2_w_0', 'r4', conv2),
+                ('MaxPool', '', 'r14', {**pool, 'pads': (0, 0, 1, 1)}),
+            ],
+        ),
+    )
+    for node, words in (
+        (('Conv', 'conv1_w_0', 'r0', {'strides': (4, 2)}), 'conv1 has stride 2, 4, and should'),
+        (('Conv', 'conv2_w_0', 'r4', {**conv2, 'pads': (2, 2, 2, 1)}), 'conv2 has pad 1, 2'),
+        (('Conv', 'conv2_w_0', 'r4', {**conv2, 'group': 1}), 'conv2 has group 1'),
+        (('MaxPool', '', 'r3', {**pool, 'strides': (1, 1)}), 'r3 has stride 1, and should have 2'),
+        (('MaxPool', '', 'r3', {**pool, 'pads': (1,) * 4}), 'r3 has pad 1, and should have 0'),
+    ):
+        refused(tmp_path, 'net.onnx', files.onnx_of(arrays, nodes=[node]), words)
     arrays = {name.replace('fc7_w_0', 'fc7_w_0_quantized'): x[:9] for name, x in arrays.items()}
     refused(
         tmp_path,
@@ -376,8 +457,8 @@ def test_onnx(tmp_path, alexnet):
 
 
 def test_malicious_protobufs(tmp_path):
-    def layer(*blobs):
-        named = files.field(1, 'conv1') + files.field(2, 'Convolution')
+    def layer(*blobs, name='conv1'):
+        named = files.field(1, name) + files.field(2, 'Convolution')
         return files.field(100, named + b''.join(files.field(7, x) for x in blobs))
 
     fire = files.field(100, files.field(1, 'fire2/x') + files.field(7, files.blob(np.zeros(1))))
@@ -398,6 +479,8 @@ def test_malicious_protobufs(tmp_path):
         (layer(floats + enormous), 'impossible shape'),
         (layer(shape), 'has 0 numbers'),
         (layer(floats + shape) * 2, 'has two layers conv1'),
+        (layer(floats + shape, name=files.EVIL) * 2, f'has two layers {files.SHOWN}'),
+        (layer(floats, name=files.EVIL), f'{files.SHOWN} has 6 numbers'),
         (files.field(100, files.field(1, 1) * 200_000), 'more than 100,000 fields'),
         (layer(floats + long), 'field 1 has the wrong type'),
         (layer(files.field(7, files.field(1, b'\0' + files.varint(2**63)))), 'impossible shape'),
@@ -412,8 +495,112 @@ def test_malicious_protobufs(tmp_path):
     outside = files.field(7, files.field(5, outside + files.field(14, 1)))
     refused(tmp_path, 'net.onnx', outside, 'is stored in another file')
     refused(tmp_path, 'net.onnx', b'', '0 graphs')
+    evil = files.field(5, files.field(2, 1) + files.field(8, f'{files.EVIL}_w_0'))
+    refused(tmp_path, 'net.onnx', files.field(7, evil), f'{files.SHOWN}_w_0 has 0 numbers')
+    evil = files.field(
+        5, files.field(2, 1) + files.field(8, f'{files.EVIL}_w_0') + files.field(9, bytes(4))
+    )
+    refused(tmp_path, 'net.onnx', files.field(7, evil * 2), f'two initializers {files.SHOWN}_w_0')
     many = files.field(1, b'\1' * 70) + files.field(2, 1) + files.field(9, bytes(4))
     refused(tmp_path, 'net.onnx', files.field(7, files.field(5, many)), 'impossible shape')
+
+
+# FlatBuffers
+
+
+def tflite_net(classes=CLASSES):
+    return variables.preset('mobilenet:v1', classes, {'width': 0.25})
+
+
+def test_tflite(tmp_path):
+    tables, stored = files.tflite_tables(tflite_net(), 32)
+    found = read(tmp_path, 'net.tflite', files.flatbuffer(tables), names=['background', *NAMES])
+    params, model = found.variables['params'], found.config['model']
+    assert (model['version'], model['width'], found.config['augment']['crop']) == (1, 0.25, 32)
+    assert found.card['folded'] and (found.mean == 128).all()
+    (kernel,) = (x for path, x in stored.items() if path[1] == 'fc')
+    np.testing.assert_array_equal(
+        params['fc']['kernel'], (kernel[:, 0, 0].T - np.float32(100)) / 64
+    )
+    path = next(path for path in stored if path[-1] == 'depthwise')
+    np.testing.assert_array_equal(
+        params[path[1]][path[2]]['depthwise'], (stored[path][0] - np.float32(100)) / 64
+    )
+
+
+def malicious_flatbuffers():
+    """[(tables or content, words of the error)]"""
+
+    def changed(change):
+        tables = files.tflite_tables(tflite_net(), 32)[0]
+        graph = tables[2][0]
+        change(tables, graph, graph[0], graph[3])
+        return tables
+
+    def op(field, value, number=0):
+        return changed(lambda tables, graph, tensors, ops: ops[number].update({field: value}))
+
+    def tensor(field, value, number=2):  # the bias of conv1
+        return changed(lambda tables, graph, tensors, ops: tensors[number].update({field: value}))
+
+    def shared(part, field, count=2000):
+        """Tables that share a vector of four megabytes."""
+        vector = np.zeros(10**6, np.int32)
+        return changed(
+            lambda tables, graph, *_: graph.update({part: [{field: vector} for _ in range(count)]})
+        )
+
+    whole = files.flatbuffer(files.tflite_tables(tflite_net(), 32)[0])
+    enormous, outside, here = struct.pack('<I', 2**32 - 1), ('I', 2**31), 'which it does not have'
+    vast = np.zeros(10**6, np.int32)
+    return [
+        (tflite.MAGIC, 'lacks the letters'),
+        (whole[: len(whole) // 2], ''),
+        (struct.pack('<I', 2**32 - 1) + whole[4:], here),
+        (whole[:8] + struct.pack('<i', -(2**31)) + whole[12:], here),
+        (whole[:8] + struct.pack('<i', 2**31 - 1) + whole[12:], here),
+        ({1: outside}, here),
+        ({2: outside}, here),
+        ({1: enormous}, 'ends before the 4,294,967,295 numbers'),
+        ({1: struct.pack('<2I', 1, 2**32 - 1)}, here),
+        ({1: [{}] * 10_001}, 'a vector of 10,001 numbers'),
+        ({1: [], 2: []}, '0 graphs'),
+        ({1: [], 2: [{}]}, 'number 0 of 0'),
+        (shared(3, 1), 'a vector of 1,000,000 numbers'),
+        (shared(3, 2), 'a vector of 1,000,000 numbers'),
+        (shared(0, 0), 'a vector of 1,000,000 numbers'),
+        (changed(lambda t, graph, *_: graph.update({1: vast})), 'a vector of 1,000,000 numbers'),
+        (changed(lambda t, graph, *_: graph.update({1: np.int32([-1])})), 'number -1 of'),
+        (changed(lambda t, graph, *_: graph.update({1: np.int32([999])})), 'number 999 of'),
+        (tensor(4, {2: np.zeros(10**6, np.float32)}), 'a scale of 0.0'),
+        (tensor(4, {2: np.float32([np.nan])}), 'a scale of nan'),
+        (tensor(4, {2: np.float32([1]), 3: np.int64([2**62])}), 'with one zero point'),
+        (tensor(0, np.int32([-(2**31)] * 4)), 'and should be'),
+        (tensor(0, np.int32([2**31 - 1] * 4)), 'and should be'),
+        (tensor(1, ('b', 127)), 'a tensor should be int32'),
+        (tensor(2, ('I', 2**32 - 1)), 'number 4294967295 of'),
+        (tensor(2, ('I', 0)), '0 bytes for a tensor'),
+        (op(0, ('I', 2**32 - 1)), 'number 4294967295 of 3'),
+        (op(1, np.int32([0, 2**31 - 1, 2])), 'number 2147483647 of'),
+        (op(1, np.int32([0, 1, -1])), 'number -1 of'),
+        (op(1, np.int32([0])), 'number 1 of 1'),
+        (op(1, outside), here),
+        (op(2, np.int32([])), 'number 0 of 0'),
+        (op(2, np.int32([2**31 - 1])), 'number 2147483647 of'),
+        (op(4, outside), here),
+        (op(1, np.int32([0, -5, 0]), number=1), 'number -5 of'),  # a depthwise convolution
+    ]
+
+
+def test_malicious_flatbuffers(tmp_path):
+    for content, words in malicious_flatbuffers():
+        content = content if isinstance(content, bytes) else files.flatbuffer(content)
+        tracemalloc.start()
+        start = time.monotonic()
+        text = refused(tmp_path, 'net.tflite', content, words)
+        taken, (_, most) = time.monotonic() - start, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(text) < 300 and taken < 10 and most < 4 * len(content) + 2**25, text
 
 
 @pytest.mark.parametrize(
@@ -541,6 +728,8 @@ def test_keras_files_that_are_refused(tmp_path, monkeypatch):
     changed(lambda f: replaced(f, external=[(str(secret), 0, 864)]), 'not an array of this file')
     changed(linked, 'of its own')
     changed(lambda f: f['layer3'].attrs.create('weight_names', np.array(['x'], 'S')), 'of its own')
+    evil = np.array([files.EVIL], 'S')
+    changed(lambda f: f['layer3'].attrs.create('weight_names', evil), f'has no {files.SHOWN} of')
     changed(lambda f: f.attrs.create('layer_names', np.array(['layer0'], 'S')), 'has 1 layers')
     changed(lambda f: f.attrs.__delitem__('layer_names'), 'cannot be converted')
 
@@ -614,6 +803,16 @@ def test_arguments_that_are_refused(tmp_path, monkeypatch, arguments, message):
     (tmp_path / 'net.pth').write_bytes(files.pth_of(torch_arrays(SMALL)))
     (tmp_path / 'names.txt').write_text('ant\nbee\n')
     run_dirs.refuses(monkeypatch, tmp_path, convert, '', ('net.pth', 'out', *arguments), message)
+
+
+def test_the_folder_is_checked_first(tmp_path, monkeypatch):
+    """Before a file that takes long to read, if it exists at all."""
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'x').touch()
+    arguments = ('missing.pth', 'full')
+    run_dirs.refuses(
+        monkeypatch, tmp_path, convert, '', arguments, 'full: exists and is not an empty'
+    )
 
 
 def test_files_that_are_refused(tmp_path):

@@ -7,11 +7,14 @@ import hashlib
 import http.client
 import json
 import os
+import shutil
 import ssl
+import subprocess
 import sys
 import types
 import urllib.error
 import urllib.request
+import zipfile
 
 import jax
 import numpy as np
@@ -26,9 +29,10 @@ from alexnet_jax.nets.build import build
 from alexnet_jax.weights import bundle, hub, registry, safetensors, torch, variables
 from alexnet_jax.weights.bundle import Bundle
 from alexnet_jax.weights.registry import Entry
+from tests.helpers import ROOT
 from tests.helpers import web as webs
 from tests.helpers.run_dirs import call
-from tests.helpers.weight_files import pth_of
+from tests.helpers.weight_files import pth_of, random_arrays, their_shapes
 
 DATA = np.random.default_rng(0).bytes(100_000)
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -47,6 +51,7 @@ def web():
 def cache(tmp_path, monkeypatch):
     for name in ('ALEXNET_JAX_MIRROR', 'HF_ENDPOINT', 'HF_TOKEN', 'HF_HUB_OFFLINE'):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('HF_TOKEN_PATH', str(tmp_path / 'token'))
     monkeypatch.setenv('ALEXNET_JAX_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setattr(hub, 'PAUSE', 0)
     monkeypatch.setattr(hub, 'CHUNK', 1000)
@@ -580,6 +585,57 @@ def test_the_token_is_for_one_server(hugging_face, monkeypatch):
     assert sent == ['Bearer secret'] * len(sent)
 
 
+def test_where_the_token_is(hugging_face, tmp_path, monkeypatch):
+    """In HF_TOKEN or, as huggingface_hub has it, in a file."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for variable in ('HF_TOKEN_PATH', 'HF_HOME', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(variable, raising=False)
+
+    def sent():
+        hugging_face.log.clear()
+        hub.locate('hf://me/net')
+        return hugging_face.log[0][1].get('Authorization')
+
+    assert sent() is None
+    for name, variable, value in (
+        ('.cache/huggingface/token', '', ''),
+        ('xdg/huggingface/token', 'XDG_CACHE_HOME', f'{tmp_path}/xdg'),
+        ('home/token', 'HF_HOME', '~/home'),
+        ('mine', 'HF_TOKEN_PATH', f'{tmp_path}/mine'),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'{name}\n')
+        if variable:
+            monkeypatch.setenv(variable, value)
+        assert sent() == f'Bearer {name}'
+    monkeypatch.setenv('HF_TOKEN', 'first')
+    assert sent() == 'Bearer first'
+    monkeypatch.delenv('HF_TOKEN')
+    (tmp_path / 'mine').write_bytes(b'sec\xffret')
+    refused(lambda: hub.locate('hf://me/net'), f'{tmp_path}/mine: has characters')
+
+
+def test_progress_is_shown_in_notebooks(web, cache, monkeypatch, capsys):
+    for kernel in (False, True):
+        if kernel:
+            monkeypatch.setitem(sys.modules, 'ipykernel', types.ModuleType('ipykernel'))
+        get(web)
+        assert (NAME in capsys.readouterr().err) == kernel
+        for file in cache.glob('*.bin'):
+            file.unlink()
+
+
+def test_info_on_a_compressed_network(tmp_path, monkeypatch, capsys):
+    facts = {'times': 28.94, 'kept': 11.06, 'settings': {'rounds': 3}}
+    found = small_bundle()
+    found = found._replace(card={**found.card, 'compression': facts})
+    bundle.write(tmp_path / 'a', found, compress=True)
+    call(monkeypatch, hub_command, 'info', tmp_path / 'a')
+    text = '28.9 times smaller; 11.1 % of the weights are left'
+    assert f'compression {text}\n' in capsys.readouterr().out
+    assert text in (tmp_path / 'a' / bundle.CARD).read_text()
+
+
 @pytest.mark.parametrize('compress', [False, True])
 def test_push(tmp_path, monkeypatch, capsys, compress):
     done = []
@@ -610,3 +666,52 @@ def test_push(tmp_path, monkeypatch, capsys, compress):
     jax.tree.map(np.testing.assert_array_equal, uploaded[1].variables, expected)
     monkeypatch.setattr(HfApi, 'create_repo', lambda *_, **__: 1 / 0)
     refused(lambda: call(monkeypatch, hub_command, *push), 'cannot be written', 'hf auth login')
+
+
+# The wheel
+
+LOADS = """
+import sys
+import numpy as np
+import alexnet_jax
+
+print(alexnet_jax.__file__)
+for name in sys.argv[1:]:
+    classify = alexnet_jax.load(name, views='centre')
+    probabilities = classify(np.zeros((99, 80, 3), np.uint8))
+    print(len(classify.words), classify.words[0], f'{probabilities.sum():.3f}')
+"""
+
+
+@pytest.mark.full
+def test_the_wheel(web, tmp_path):
+    """Installed away from the repository, it loads a network of our own and one from the web."""
+    source, site = tmp_path / 'source', tmp_path / 'site'
+    for name in ('alexnet_jax', 'configs'):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('pyproject.toml', 'README.md', 'LICENSE', 'requirements.txt'):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', f'--wheel-dir={tmp_path}', source]
+    made = subprocess.run(pip, capture_output=True, text=True, timeout=200)
+    if 'Could not find a version' in made.stderr:
+        pytest.skip('needs the build system of pyproject.toml, or a network to get it')
+    assert made.returncode == 0, made.stderr
+    (wheel,) = tmp_path.glob('alexnet_jax-*.whl')
+    shutil.rmtree(source)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    net = variables.preset('squeezenet:1.1', 1000, {})
+    shapes = their_shapes(net, torch.names(net), 224)
+    web.files['/net.pth'] = pth_of(random_arrays(shapes))
+    digest = hashlib.sha256(web.files['/net.pth']).hexdigest()
+    done = subprocess.run(
+        [sys.executable, '-c', LOADS, 'quickstart', f'{web.url}/net.pth#sha256={digest}'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(site), 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = [f'{site}/alexnet_jax/__init__.py', '10 arrow 1.000', '1000 tench 1.000']
+    assert done.stdout.splitlines() == expected
