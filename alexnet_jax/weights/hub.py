@@ -492,6 +492,8 @@ def _rest(url: str, part: str, called: str, start: int, headers: dict, most: int
         start = start if resumed else 0
         length = response.headers.get('Content-Length')
         total = start + int(length) if length and length.isdigit() else None
+        # Shown in terminals (None) and in notebooks.
+        hidden = False if 'ipykernel' in sys.modules else None
         with (
             open(part, 'ab' if resumed else 'wb') as file,
             tqdm(
@@ -500,9 +502,7 @@ def _rest(url: str, part: str, called: str, start: int, headers: dict, most: int
                 total=total,
                 unit='B',
                 unit_scale=True,
-                disable=False
-                if 'ipykernel' in sys.modules
-                else None,  # shown in terminals and notebooks
+                disable=hidden,
             ) as bar,
         ):
             while True:

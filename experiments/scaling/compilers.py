@@ -27,9 +27,8 @@ class Chip(NamedTuple):
     bandwidth: float  # bytes/s of its memory
     memory: float  # bytes
     float32: float = 0.0  # FLOP/s of dense float32 products, in TF32; 0: unknown
-    clock: float = (
-        0.0  # Hz, of the compiler's cycles, inferred: FLOP/s / (2 x multipliers); 0: it gives none
-    )
+    # Hz, of the compiler's cycles, inferred: FLOP/s / (2 x multipliers); 0: it gives none
+    clock: float = 0.0
     multipliers: str = ''  # in words
 
     def peak(self, dtype: str) -> float:

@@ -76,9 +76,8 @@ def test_training(topology, shape, size):
     """The collectives are the formula's, nothing is scattered, and the memory is unchanged."""
     found = program(topology, shape)
     wanted = [Move(*move) for move in found['wanted']]
-    if topology.startswith(
-        'v5e'
-    ):  # whose compiler keeps only the largest reduce-scatter (docs/scaling.md)
+    # The TPU compiler keeps only the largest reduce-scatter (docs/scaling.md).
+    if topology.startswith('v5e'):
         sizes = [move.elements for move in wanted if move.kind == 'reduce-scatter']
         wanted = [
             move._replace(kind='all-reduce')
