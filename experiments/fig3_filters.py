@@ -14,7 +14,7 @@ random weight initialization (modulo a renumbering of the GPUs)." We measure two
     orientation   1 minus the circular variance of its gradient directions, weighted by their squares: 1 for
                   edges in a single direction, near 0 for a spot and for noise
 
-The small scale is almost that of the reference in `ablations` (30 epochs, a JPEG store). The two scales were
+The small scale is almost that of the reference in earlier ablations (30 epochs, a JPEG store). The two scales were
 chosen independently, and the stored results do not allow either to change. `fig4_retrieval` analyzes the same
 runs.
 """

@@ -23,7 +23,7 @@ PAPER = {  # top-1 and top-5 error, %, ILSVRC-2010 test
 VIEWS = {'CNN, one crop': 'centre', 'CNN, ten crops': 'ten'}
 SCALES = {  # changes, and the fraction of the original run's 93 epochs
     'smoke': (ablations.TINY, 0.008 / 93),
-    'small': (ablations.SMALL, 30 / 93),
+    'small': (ablations.SMALL, 1),
     'full': ({}, 1),
 }
 NOTES = ablations.NOTES
