@@ -15,7 +15,7 @@ def load(run_dir, views: str = 'ten', step: str | int = 'latest', **build):
     Args:
       run_dir: a run directory, a bundle, a name such as 'squeezenet' or 'torchvision/alexnet' (python -m
         alexnet_jax.hub list), hf://USER/REPO[@REVISION], or https://...#sha256=...
-      views: 'ten' crops or only the 'centre' one.
+      views: 'ten' crops or only the 'center' one.
       step: 'best', 'latest' or a number.
       build: makes the network from the fields of `config.model`, for networks defined elsewhere.
     Raises:

@@ -140,7 +140,7 @@ def compress(
     run = inference.restore_run(run, mesh, step)
 
     def errors(of):
-        predict = [inference.predictor(of, mesh, 'centre')]
+        predict = [inference.predictor(of, mesh, 'center')]
         sums = evaluation.evaluate(predict, mesh, opened, split='val', batch=batch, threads=0)
         return {name: metrics.values(sums)[name] for name in bundle.METRICS}
 

@@ -134,8 +134,8 @@ def figure(matrix: np.ndarray, names: Sequence[str]):
     made = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     axes = made.add_axes((margin / width, margin / height, side / width, side / height))
     # Rare confusions are visible, too, even in a single pixel.
-    colours, power = ('Blues', 0.5) if classes <= 200 else ('inferno_r', 0.3)
-    drawn = axes.imshow(share, cmap=colours, norm=PowerNorm(power, vmin=0, vmax=100))
+    colors, power = ('Blues', 0.5) if classes <= 200 else ('inferno_r', 0.3)
+    drawn = axes.imshow(share, cmap=colors, norm=PowerNorm(power, vmin=0, vmax=100))
     axes.set(xlabel='predicted class', ylabel='true class')
     if named:
         axes.set_xticks(range(classes), names, rotation=90, **style)

@@ -205,7 +205,7 @@ def _crops(source: Source, store, split: str, count: int) -> tuple[np.ndarray, n
     labels = store.labels(split)
     records = np.sort(figures.choose(labels, count, seed=0))
     squares = figures.squares(store, split, records)
-    return np.asarray(steps.centre(squares, source.crop)), labels[records]
+    return np.asarray(steps.center(squares, source.crop)), labels[records]
 
 
 def _images(source: Source, args) -> tuple[np.ndarray, np.ndarray | None]:

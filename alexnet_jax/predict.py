@@ -27,7 +27,7 @@ from alexnet_jax.training import inference, steps
 
 COLUMNS, BATCH = 4, 20  # columns of a figure, as in the paper; pictures per batch
 SPLITS = ('val', 'test')  # splits to draw pictures from
-# Safe for colour-blind readers; in grey, lightness and hatching tell them apart.
+# Safe for color-blind readers; in gray, lightness and hatching tell them apart.
 OTHER, CORRECT = '#a6cee3', '#e08214'
 
 

@@ -64,7 +64,7 @@ def main() -> None:
         f'{made.classes} classes, {time.monotonic() - began:.1f} s'
     )
     print(
-        f'mean colour (R G B) {made.mean.mean((0, 1)).round(2)}, standard deviations along the principal '
+        f'mean color (R G B) {made.mean.mean((0, 1)).round(2)}, standard deviations along the principal '
         f'axes {made.sigma.round(2)}'
     )
 

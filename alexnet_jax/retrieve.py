@@ -63,15 +63,15 @@ def nearest(
     return rows, np.sqrt(distances.clip(0))  # rounding can make equal rows negative
 
 
-def draw(queries: np.ndarray, neighbours: np.ndarray, names: Sequence[Sequence[str]]) -> np.ndarray:
-    """Draws queries u8[N,S,S,3], each with its neighbours u8[N,k,S,S,3] to the right -> u8[H,W,3].
+def draw(queries: np.ndarray, neighbors: np.ndarray, names: Sequence[Sequence[str]]) -> np.ndarray:
+    """Draws queries u8[N,S,S,3], each with its neighbors u8[N,k,S,S,3] to the right -> u8[H,W,3].
 
-    names: of each query and its neighbours, 1 + k; each is written below its picture and cut to its
+    names: of each query and its neighbors, 1 + k; each is written below its picture and cut to its
     width. Small pictures are enlarged. White lines separate them, with a wider gap after the queries.
     """
     import matplotlib  # its font covers most alphabets
 
-    n, k, size = neighbours.shape[:3]
+    n, k, size = neighbors.shape[:3]
     scale = -(-128 // size)
     side, line, gap = scale * size, 4, 16
     text = side // 6  # the height of a name
@@ -82,7 +82,7 @@ def draw(queries: np.ndarray, neighbours: np.ndarray, names: Sequence[Sequence[s
     pen = ImageDraw.Draw(picture)
     for i in range(n):
         y = line + i * (side + text + line)
-        for j, image in enumerate([queries[i], *neighbours[i]]):
+        for j, image in enumerate([queries[i], *neighbors[i]]):
             x = line + j * (side + line) + gap * (j > 0)
             picture.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (x, y))
             name = _cut(names[i][j], side, font)
@@ -98,14 +98,14 @@ def _cut(name: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     return name
 
 
-def shared(labels: Sequence[int | None], neighbours: np.ndarray) -> str:
-    """Describes how many neighbours (labels i32[N,k]) share the class of their query."""
+def shared(labels: Sequence[int | None], neighbors: np.ndarray) -> str:
+    """Describes how many neighbors (labels i32[N,k]) share the class of their query."""
     known = [i for i, label in enumerate(labels) if label is not None]
-    same = sum(int((neighbours[i] == labels[i]).sum()) for i in known)
-    total = len(known) * neighbours.shape[1]
+    same = sum(int((neighbors[i] == labels[i]).sum()) for i in known)
+    total = len(known) * neighbors.shape[1]
     if not total:
         return 'no query has a known class'
-    return f'{same:,} of {total:,} neighbours share the class of their query: {100 * same / total:.1f} %'
+    return f'{same:,} of {total:,} neighbors share the class of their query: {100 * same / total:.1f} %'
 
 
 def _queries(args, store: Store, exif: bool) -> tuple[list[str], list[int | None], np.ndarray]:
@@ -123,25 +123,25 @@ def _queries(args, store: Store, exif: bool) -> tuple[list[str], list[int | None
 
 
 def main() -> None:
-    parser = figures.parser('retrieve', __doc__, output='PNG file (default: neighbours.png in RUN)')
+    parser = figures.parser('retrieve', __doc__, output='PNG file (default: neighbors.png in RUN)')
     figures.add_pictures(parser)
     parser.add_argument('--queries', type=int, help='validation pictures as queries (default: 5)')
-    parser.add_argument('--neighbours', type=int, default=6, help='training pictures per query')
+    parser.add_argument('--neighbors', type=int, default=6, help='training pictures per query')
     parser.add_argument('--score', action='store_true', help='also query the whole split')
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     args = figures.start(parser)
-    output, args.files = figures.output(args, 'neighbours.png'), figures.files(args)
+    output, args.files = figures.output(args, 'neighbors.png'), figures.files(args)
     if args.files and args.queries is not None:
         raise UserError('--queries picks validation pictures: give --queries or files, not both')
     trained = inference.describe_run(args.run)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': args.batch})
     store = inference.open_store([trained], args.store)
     trained = inference.restore_run(trained, mesh, args.step)
-    k, there = args.neighbours, store.counts['train']
+    k, there = args.neighbors, store.counts['train']
     if not 1 <= k <= there:
         raise UserError(
-            f'--neighbours={k}: the training split of {store.path} has {there:,} '
+            f'--neighbors={k}: the training split of {store.path} has {there:,} '
             f'pictures; give a number from 1 to {there}'
         )
     figures.check_drawn(k)
@@ -166,7 +166,7 @@ def main() -> None:
     print(shared(labels, classes[:n]))
     if args.score:
         print(f'the whole validation split: {shared(store.labels("val").tolist(), classes[n:])}')
-    neighbours = figures.squares(store, 'train', found[:n].ravel()).reshape(n, k, *images.shape[1:])
+    neighbors = figures.squares(store, 'train', found[:n].ravel()).reshape(n, k, *images.shape[1:])
     captions = [
         [
             printable(title.rpartition('/')[2]) if label is None else names[label],
@@ -174,7 +174,7 @@ def main() -> None:
         ]
         for title, label, row in zip(titles, labels, classes[:n], strict=True)
     ]
-    figures.write(output, figures.png(draw(images, neighbours, captions)))
+    figures.write(output, figures.png(draw(images, neighbors, captions)))
 
 
 if __name__ == '__main__':

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
             # for stores of whole images; (): crops at random offsets.
             'area': (),
             'jitter': 0.0,  # brightness, contrast and saturation vary by this factor, such as 0.4
-            'random': True,  # random crops and flips; False: always the centre crop
+            'random': True,  # random crops and flips; False: always the center crop
             # Mixup: each image is mixed with its neighbor in the batch, in shares drawn from
             # Beta(mixup, mixup); 0: none. The training error counts the image's own label.
             'mixup': 0.0,
@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
             'max_drops': 3,  # 'plateau': after this many drops, the next stall ends the run
             'warmup': 0.0,  # epochs of linear growth from 0, fewer than `epochs`
             'conv1': (),  # ((epoch, rate), ...): conv1's own rate from that epoch on; 0 freezes it
-            'colour_off': 0.0,  # epoch at which the colour noise is turned off; 0: never
+            'colour_off': 0.0,  # epoch at which the color noise is turned off; 0: never
         }
     )
     config.train = ConfigDict(

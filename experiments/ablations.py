@@ -5,7 +5,7 @@
 Runs with the same seed see the same images in the same order, with the same crops and noise. Each row shows
 its final error minus that of the reference with the same seed, in percentage points: mean and 95 % interval
 over the seeds; positive means worse than the reference. Verdicts are based on the top-1 error with ten crops;
-their tests, one per row, form one family. For the centre crop there is also an interval over images.
+their tests, one per row, form one family. For the center crop there is also an interval over images.
 
 The table also has the difference in the paper and in the 2012 log, if any (`docs/original.md` §0, §7), or
 'worse' if the paper gives no number. A second table is about training, for the parts whose effect on it the
@@ -134,7 +134,7 @@ def run(lab):
 
 
 def errors(workdir) -> dict:
-    """Returns the errors of a finished run, {'centre': {'top1_error', ...}, 'ten': ...}, in percent."""
+    """Returns the errors of a finished run, {'center': {'top1_error', ...}, 'ten': ...}, in percent."""
     sums = evaluation.compare([workdir])
     return {view: metrics.values(value) for (_, view), value in sums.items()}
 
@@ -142,7 +142,7 @@ def errors(workdir) -> dict:
 def of_seeds(results, name: str, error: str, view: str) -> dict[int, float]:
     """Returns one kind of error by seed for a row, without runs that diverged."""
     if name == ONE_CROP:
-        name, view = REFERENCE, 'centre'
+        name, view = REFERENCE, 'center'
     return {r['seed']: r['extra'][view][error] for r in labs.named(results, name) if r['extra']}
 
 
@@ -164,7 +164,7 @@ class Course(NamedTuple):
 
     training: float  # error in the last tenth of training
     loss: float  # the same, loss
-    validation: float  # error at the end, centre crop
+    validation: float  # error at the end, center crop
     gap: float  # validation minus training
     steps: int  # until the first validation error within POINT of the lowest
     epochs: float  # until a training error of SPEED, infinite if the rate drops before
@@ -265,7 +265,7 @@ def of_training(results) -> list[str]:
         '',
         'Reference: mean ± standard deviation over the seeds; other rows: difference from it. Training: mean '
         "over the last tenth of the run, with dropout's masks, so `no dropout` cannot be compared. "
-        'Validation: centre crop, at the end. Gap: validation minus training. A run has converged at the '
+        'Validation: center crop, at the end. Gap: validation minus training. A run has converged at the '
         f'first evaluation within {POINT:g} point of its lowest error. Evaluations are {every:,} '
         'steps apart, and the learning rates drop at the same steps in all runs.',
         '',
@@ -354,7 +354,7 @@ def report(results) -> str:
         'worse), mean and 95 % interval over the pairs.',
         '',
         '| row | pairs | top-1, ten crops | p | verdict | the paper | 2012 log | same sign '
-        '| top-5, ten crops | top-1, centre crop | the same over images |',
+        '| top-5, ten crops | top-1, center crop | the same over images |',
         '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     tests, absent = tested(results), []
@@ -377,14 +377,14 @@ def report(results) -> str:
             difference, corrected = tests[name]
             p, verdict = f'{corrected:.2g}', statistics.verdict(difference.mean, corrected)
         sign = agrees(verdict, row) if first else ''
-        centre = pictures = ''
+        center = pictures = ''
         if name != ONE_CROP:
-            centre = measured(differences(results, name, ERRORS[0], 'centre'))
+            center = measured(differences(results, name, ERRORS[0], 'center'))
             pictures = statistics.over_pictures(runs, labs.named(results, REFERENCE))
         lines.append(
             f'| {name} | {", ".join(pairs)} | {measured(first)} | {p} | {verdict} '
             f'| {row.words or theirs(row.paper, 1)} | {theirs(row.log, 2)} | {sign} '
-            f'| {measured(fifth)} | {centre} | {pictures} |'
+            f'| {measured(fifth)} | {center} | {pictures} |'
         )
     if absent:
         lines += ['', f'Not run: {", ".join(absent)}.']
@@ -432,14 +432,14 @@ def plot(results, file):
                 if several
                 else f'measured, {found.note or "one pair"}',
             )
-        for source, marker, colour in (('paper', 'D', '#d55e00'), ('log', '+', '#0072b2')):
+        for source, marker, color in (('paper', 'D', '#d55e00'), ('log', '+', '#0072b2')):
             there = {y: getattr(ROWS[name], source)[i:] for y, name in enumerate(shown)}
             points = {y: value[0] for y, value in there.items() if value and value[0] is not None}
             axes.plot(
                 [*points.values()],
                 [*points],
                 marker,
-                color=colour,
+                color=color,
                 mfc='none',
                 ms=8,
                 label={'paper': 'the paper', 'log': 'log of 2012'}[source],

@@ -10,7 +10,7 @@ is also trained without its norms, and the two are compared seed by seed, with t
 and batches.
 
 How the 2012 files handled parts of the training set is simplified (see `configs/cifar10.py`). Test errors use
-the centre crop and, for networks trained on crops, also cuda-convnet's ten views (four corners and centre,
+the center crop and, for networks trained on crops, also cuda-convnet's ten views (four corners and center,
 and their mirror images).
 """
 
@@ -25,14 +25,14 @@ from experiments import statistics
 TITLE = 'Local response normalization on CIFAR-10 (§3.3)'
 CLAIMED = {'80sec': 26, '19pct': 19, '18pct': 18, '13pct': 13, '11pct': 11, '11pct_plain': None}
 PAIR = ('11pct_plain', '11pct')  # without norms, with them
-VIEWS = {'centre': 'centre crop', 'ten': 'ten views'}
+VIEWS = {'center': 'center crop', 'ten': 'ten views'}
 INDEPENDENT = True
 NOTES = {
     'small': 'The networks are trained for 12 epochs (the 26 % network for its usual 10), with every '
     'learning rate drop at the same fraction of training as in its file.'
 }
 EVALUATIONS = 20  # per run, at full scale
-LOOKS = {  # colour, dashes (some colours print as the same grey), label
+LOOKS = {  # color, dashes (some colors print as the same gray), label
     '80sec': ('#cc79a7', (0, (9, 2)), '26 % network'),
     '19pct': ('#009e73', '-.', '19 % network'),
     '18pct': ('#e69f00', (0, (5, 1, 1, 1, 1, 1)), '18 % network'),
@@ -83,7 +83,7 @@ def whole(net: str) -> float:
 def errors(workdir) -> dict[str, float]:
     """Returns the test errors of a finished run, %, by view; only one if the crop is the whole image."""
     fields = directory.read_config(workdir)
-    views = tuple(VIEWS) if fields['augment']['crop'] < fields['data']['size'] else ('centre',)
+    views = tuple(VIEWS) if fields['augment']['crop'] < fields['data']['size'] else ('center',)
     sums = evaluation.compare([workdir], views=views)
     return {view: metrics.values(values)['top1_error'] for (_, view), values in sums.items()}
 
@@ -131,7 +131,7 @@ def verdicts(differences: dict[str, list[float]]) -> dict[str, str]:
 
 def report(results) -> str:
     lines = [
-        '| network | epochs | published, % | test error, %, centre crop | ten views | seeds |',
+        '| network | epochs | published, % | test error, %, center crop | ten views | seeds |',
         '|---|---|---|---|---|---|',
     ]
     for net, claimed in CLAIMED.items():
@@ -142,7 +142,7 @@ def report(results) -> str:
             what = 'diverged' if there else 'not run'
             lines.append(f'| {net} | | {known} | {what} | | {len(there)} |')
             continue
-        centre, ten = (
+        center, ten = (
             statistics.mean_std([r['extra'][view] for r in sound], 2)
             if view in sound[0]['extra']
             else ''
@@ -152,7 +152,7 @@ def report(results) -> str:
         count = f'{len(there)}' + (
             f', {len(there) - len(sound)} diverged' * (len(there) > len(sound))
         )
-        lines.append(f'| {net} | {epochs} | {known} | {centre} | {ten} | {count} |')
+        lines.append(f'| {net} | {epochs} | {known} | {center} | {ten} | {count} |')
     lines += [
         '',
         'Epochs: trained, out of the full schedule; published errors are for the full one '
@@ -168,11 +168,11 @@ def report(results) -> str:
         )
     if differences['ten']:
         over = statistics.over_pictures(*(labs.named(results, net) for net in PAIR))
-        lines.append(f'- The same over images (bootstrap, centre crop, 95 %): {over}.')
+        lines.append(f'- The same over images (bootstrap, center crop, 95 %): {over}.')
     else:
         lines.append('- Effect of norms alone: not run.')
     lines.append(
-        '- The figure shows errors with the centre crop. Its bars mark the published errors, of which '
+        '- The figure shows errors with the center crop. Its bars mark the published errors, of which '
         '13 and 11 % were measured with several views.'
     )
     lines.append(
@@ -189,22 +189,22 @@ def plot(results, file):
 
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.add_subplot()
-    for net, (colour, style, words) in LOOKS.items():
+    for net, (color, style, words) in LOOKS.items():
         for i, result in enumerate(seeds_of(results, net).values()):
             rows, batch = result['eval'], epochs_per_step(result)
             axes.plot(
                 [row['step'] * batch for row in rows],
                 [row['top1_error'] for row in rows],
                 ls=style,
-                color=colour,
+                color=color,
                 lw=1.2,
                 label=words if i == 0 else None,
             )
             if i == 0 and CLAIMED[net]:
-                axes.axhline(CLAIMED[net], 0.97, 1, color=colour, lw=3)
+                axes.axhline(CLAIMED[net], 0.97, 1, color=color, lw=3)
     axes.set_xscale('log')  # 10 to 520 epochs
     axes.xaxis.set_major_formatter('{x:g}')
-    axes.set(xlabel='epochs', ylabel='test error, centre crop, %', ylim=(0, None))
+    axes.set(xlabel='epochs', ylabel='test error, center crop, %', ylim=(0, None))
     if axes.lines:
         axes.legend(frameon=False)
     axes.spines[['top', 'right']].set_visible(False)

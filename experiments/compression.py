@@ -93,7 +93,7 @@ def report(results) -> str:
         )
     lines += [
         '',
-        'Errors: validation images, centre crop. Compressed minus original, in points:',
+        'Errors: validation images, center crop. Compressed minus original, in points:',
         '',
     ]
     for name in names:

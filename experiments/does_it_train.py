@@ -60,7 +60,7 @@ OTHERWISE = (
     'norm in layer 2, the learning rate of the biases, the brightness of noisy images, and the number of '
     'images that share a crop.'
 )
-STYLES = {  # colour-blind safe (Okabe and Ito); the dashes differ too
+STYLES = {  # color-blind safe (Okabe and Ito); the dashes differ too
     'paper': ('#000000', '-'),
     'original': ('#cc79a7', (0, (9, 2))),
     'paper std': ('#d55e00', '--'),
@@ -122,7 +122,7 @@ def look(workdir) -> dict:
     chosen = np.linspace(0, count - 1, min(count, PICTURES)).astype(int)
     images = figures.squares(store, 'val', chosen)
     crop = trained.config['augment']['crop']
-    x = steps.normalize(steps.centre(images, crop), steps.window_mean(trained.facts.mean, crop))
+    x = steps.normalize(steps.center(images, crop), steps.window_mean(trained.facts.mean, crop))
     key = jax.random.key(trained.config['seed'])
     first = jax.jit(lambda: network.init(trained.net, key, crop))()
     measure = jax.jit(lambda variables: activations(trained.net, variables, x))
@@ -242,14 +242,14 @@ def plot(results, file):
     for axes in over_time.values():
         axes.sharey(start)
     widths = np.linspace(4, 1, len(STYLES))  # keeps coinciding curves visible
-    for (name, (colour, style)), width in zip(STYLES.items(), widths, strict=True):
+    for (name, (color, style)), width in zip(STYLES.items(), widths, strict=True):
         runs = labs.named(results, name)
         for result in runs:
             rows = result['train']
             losses.plot(
                 [row['step'] + 1 for row in rows],
                 [row['loss'] for row in rows],
-                color=colour,
+                color=color,
                 ls=style,
                 lw=1.4,
                 label=name if result is runs[0] else None,
@@ -260,15 +260,13 @@ def plot(results, file):
             spreads.plot(
                 [*map(int, measured)],
                 [m['logits_std'] for m in measured.values()],
-                color=colour,
+                color=color,
                 ls=style,
                 lw=1.4,
                 marker='.',
             )
             squares = measured['0']['squares']
-            start.plot(
-                [*squares], [*squares.values()], color=colour, ls=style, lw=width, marker='.'
-            )
+            start.plot([*squares], [*squares.values()], color=color, ls=style, lw=width, marker='.')
             for part, (step, m) in zip(
                 np.linspace(0.75, 0, len(measured)), measured.items(), strict=True
             ):

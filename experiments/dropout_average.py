@@ -47,13 +47,13 @@ def compare(net, variables, x: jax.Array, masks: int) -> dict[str, tuple[np.ndar
 
 
 def batches(trained: inference.Run, store, images: int) -> Iterator[jax.Array]:
-    """Yields normalized centre crops of validation images spread over the split, f32[B,H,W,3]."""
+    """Yields normalized center crops of validation images spread over the split, f32[B,H,W,3]."""
     crop, count = trained.config['augment']['crop'], store.counts['val']
     chosen = np.linspace(0, count - 1, min(count, images)).astype(int)
     mean = steps.window_mean(trained.facts.mean, crop)
     for start in range(0, len(chosen), BATCH):
         squares = figures.squares(store, 'val', chosen[start : start + BATCH])
-        yield steps.normalize(steps.centre(squares, crop), mean)
+        yield steps.normalize(steps.center(squares, crop), mean)
 
 
 def main() -> None:

@@ -240,21 +240,21 @@ def _timed(config, store, mesh, classes: int) -> dict:
     return {'train': train, 'predict': predict}
 
 
-def centre(results, name: str) -> dict[int, float]:
-    """Returns the top-1 error with the centre crop by seed, in percent, of runs that did not diverge."""
-    return ablations.of_seeds(results, name, 'top1_error', 'centre')
+def center(results, name: str) -> dict[int, float]:
+    """Returns the top-1 error with the center crop by seed, in percent, of runs that did not diverge."""
+    return ablations.of_seeds(results, name, 'top1_error', 'center')
 
 
 def report(results) -> str:
     lines = [
-        '| network | recipe | seeds | parameters | MB | multiply-adds | top-1, centre '
-        '| top-1, ten crops | minus `original`, centre (95 % interval) | p | verdict '
+        '| network | recipe | seeds | parameters | MB | multiply-adds | top-1, center '
+        '| top-1, ten crops | minus `original`, center (95 % interval) | p | verdict '
         '| training time | prediction time |',
         '|---|---|---|---|---|---|---|---|---|---|---|---|---|',
     ]
-    reference, tests = centre(results, REFERENCE), {}
+    reference, tests = center(results, REFERENCE), {}
     for name in NETS:
-        pairs = statistics.by_seed(centre(results, name), reference)
+        pairs = statistics.by_seed(center(results, name), reference)
         if name != REFERENCE and len(pairs) > 1:
             tests[name] = statistics.paired(pairs)
     corrected = statistics.holm({name: found.p for name, found in tests.items()})
@@ -263,7 +263,7 @@ def report(results) -> str:
             runs = labs.named(results, key)
             if not runs:
                 continue
-            errors = centre(results, key)
+            errors = center(results, key)
             pairs = [] if key == REFERENCE else statistics.by_seed(errors, reference)
             cells = [net.title, recipe, str(len(errors)), *_size(runs), *_errors(results, key)]
             cells.append(statistics.interval(statistics.paired(pairs)) if pairs else '')
@@ -277,7 +277,7 @@ def report(results) -> str:
         'MB: in float32. Multiply-adds: for one image, in test mode.',
     ]
     if tests:
-        lines.append(statistics.family(len(tests), 'top-1 error with the centre crop, own recipes'))
+        lines.append(statistics.family(len(tests), 'top-1 error with the center crop, own recipes'))
     lines += ['', *_ingredients(results)]
     return '\n'.join(lines)
 
@@ -292,7 +292,7 @@ def _size(runs) -> list[str]:
 
 def _errors(results, key: str) -> list[str]:
     found = []
-    for view in ('centre', 'ten'):
+    for view in ('center', 'ten'):
         errors = [*ablations.of_seeds(results, key, 'top1_error', view).values()]
         found.append(statistics.mean_std(errors) if errors else 'diverged')
     return found
@@ -313,12 +313,12 @@ def _times(runs, kind: str) -> str:
 
 
 def _ingredients(results) -> list[str]:
-    modern = centre(results, 'modern')
-    rows = [(name, centre(results, f'modern without {name}')) for name in WITHOUT]
+    modern = center(results, 'modern')
+    rows = [(name, center(results, f'modern without {name}')) for name in WITHOUT]
     if 0 not in modern or not any(0 in errors for _, errors in rows):
         return []
     lines = [
-        f'`modern` without each ingredient (seed 0, centre crop; `modern` itself: {modern[0]:.1f} %); one '
+        f'`modern` without each ingredient (seed 0, center crop; `modern` itself: {modern[0]:.1f} %); one '
         'seed is too few to rank them:',
         '',
         '| without | top-1 error | minus `modern` |',
@@ -334,7 +334,7 @@ def plot(results, file):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.6), layout='constrained')
-    colours = ['#000000', '#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#cc79a7', '#009e73']
+    colors = ['#000000', '#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#cc79a7', '#009e73']
     panels = {
         'parameters, millions': lambda runs: 1e-6 * runs[0]['extra']['size']['parameters'],
         'multiply-adds of one image, millions': lambda runs: (
@@ -345,21 +345,21 @@ def plot(results, file):
     for axes, (label, value) in zip(
         figure.subplots(1, 3, sharey=True), panels.items(), strict=True
     ):
-        for (name, net), colour in zip(NETS.items(), colours, strict=True):
+        for (name, net), color in zip(NETS.items(), colors, strict=True):
             runs = [r for r in labs.named(results, name) if r['extra']]
             if not runs:
                 continue
-            errors, x = [*centre(results, name).values()], value(runs)
-            style = {'color': colour, 'capsize': 3, 'ms': 7}
+            errors, x = [*center(results, name).values()], value(runs)
+            style = {'color': color, 'capsize': 3, 'ms': 7}
             title = net.title.replace('`', '')
             axes.errorbar(
                 x, np.mean(errors), statistics.spread(errors), fmt='o', label=title, **style
             )
-            for error in centre(results, f'{name} as original').values():
-                axes.plot(x, error, 'o', mfc='none', color=colour)
+            for error in center(results, f'{name} as original').values():
+                axes.plot(x, error, 'o', mfc='none', color=color)
         axes.set(xlim=(0, None), xlabel=label.replace('`', ''))
         axes.spines[['top', 'right']].set_visible(False)
-    figure.axes[0].set_ylabel('top-1 error, centre crop, %')
+    figure.axes[0].set_ylabel('top-1 error, center crop, %')
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         title = (

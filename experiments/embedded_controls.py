@@ -21,18 +21,18 @@ from alexnet_jax.training import evaluation, loop, metrics, steps
 from configs import quickstart
 from experiments import statistics
 
-CROPS = {'centre': 'centre crop', 'ten': 'ten crops'}
+CROPS = {'center': 'center crop', 'ten': 'ten crops'}
 PIXELS = 32  # a side, for the regression
-NEIGHBOURS = 25
+NEIGHBORS = 25
 
 
 class Split(NamedTuple):
     """The features available to the controls."""
 
     pixels: np.ndarray  # u8[N,32,32,3]
-    colour: np.ndarray  # f64[N,3], mean of each image
+    color: np.ndarray  # f64[N,3], mean of each image
     file: np.ndarray  # f64[N,3]: bytes, width, height
-    box: np.ndarray  # f64[N,4]: centre and sides of the figure's bounding box
+    box: np.ndarray  # f64[N,4]: center and sides of the figure's bounding box
     labels: np.ndarray  # i64[N]
 
 
@@ -66,11 +66,11 @@ def nearest_mean(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.
     return ((test[:, None] - means) ** 2).sum(-1).argmin(1)
 
 
-def nearest_neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Predicts the majority of the nearest neighbours by standardized features, f64[M,F] -> i64[M]."""
+def nearest_neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Predicts the majority of the nearest neighbors by standardized features, f64[M,F] -> i64[M]."""
     mean, scale = train.mean(0), train.std(0)
     distances = ((((test - mean) / scale)[:, None] - (train - mean) / scale) ** 2).sum(-1)
-    votes = labels[distances.argpartition(NEIGHBOURS, axis=1)[:, :NEIGHBOURS]]
+    votes = labels[distances.argpartition(NEIGHBORS, axis=1)[:, :NEIGHBORS]]
     return (votes[:, :, None] == np.arange(labels.max() + 1)).sum(1).argmax(1)
 
 
@@ -107,34 +107,34 @@ def regression(train: np.ndarray, labels: np.ndarray, test: np.ndarray, decay: f
 def controls(train: Split, test: Split) -> list[tuple[str, float, float]]:
     """Runs the controls without a network -> (name, bound %, error %) of each.
 
-    The weight decay of the regression is the best of three on the test images, which favours it.
+    The weight decay of the regression is the best of three on the test images, which favors it.
     """
     labels = train.labels
     return [
         (
-            'nearest mean colour',
+            'nearest mean color',
             80,
-            error(nearest_mean(train.colour, labels, test.colour), test.labels),
+            error(nearest_mean(train.color, labels, test.color), test.labels),
         ),
         (
-            f'{NEIGHBOURS} neighbours by mean colour',
+            f'{NEIGHBORS} neighbors by mean color',
             80,
-            error(nearest_neighbours(train.colour, labels, test.colour), test.labels),
+            error(nearest_neighbors(train.color, labels, test.color), test.labels),
         ),
         (
-            f'{NEIGHBOURS} neighbours by file size',
+            f'{NEIGHBORS} neighbors by file size',
             80,
-            error(nearest_neighbours(train.file[:, :1], labels, test.file[:, :1]), test.labels),
+            error(nearest_neighbors(train.file[:, :1], labels, test.file[:, :1]), test.labels),
         ),
         (
-            f'{NEIGHBOURS} neighbours by file size and picture sides',
+            f'{NEIGHBORS} neighbors by file size and picture sides',
             80,
-            error(nearest_neighbours(train.file, labels, test.file), test.labels),
+            error(nearest_neighbors(train.file, labels, test.file), test.labels),
         ),
         (
-            f"{NEIGHBOURS} neighbours by the figure's place and size",
+            f"{NEIGHBORS} neighbors by the figure's place and size",
             80,
-            error(nearest_neighbours(train.box, labels, test.box), test.labels),
+            error(nearest_neighbors(train.box, labels, test.box), test.labels),
         ),
         (
             f'logistic regression on {PIXELS}x{PIXELS} pixels',

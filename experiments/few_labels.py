@@ -147,9 +147,9 @@ def link(place: pathlib.Path, target: pathlib.Path) -> None:
         place.symlink_to(target)
 
 
-def centre(results, net: str, start: str, count: int) -> dict[int, float]:
-    """Returns the top-1 error with the centre crop by seed, in percent, of runs that did not diverge."""
-    return ablations.of_seeds(results, f'{net} {start} {count}', 'top1_error', 'centre')
+def center(results, net: str, start: str, count: int) -> dict[int, float]:
+    """Returns the top-1 error with the center crop by seed, in percent, of runs that did not diverge."""
+    return ablations.of_seeds(results, f'{net} {start} {count}', 'top1_error', 'center')
 
 
 def report(results) -> str:
@@ -161,16 +161,16 @@ def report(results) -> str:
     tests = {}
     for name, net in NETS.items():
         for start in STARTS:
-            errors = [[*centre(results, name, start, count).values()] for count in COUNTS]
+            errors = [[*center(results, name, start, count).values()] for count in COUNTS]
             if any(errors):
                 cells = [_cell(values, most) for values in errors]
                 lines.append(f'| {net.title}, {start} | {" | ".join(cells)} |')
         for count in COUNTS:
-            pairs = statistics.by_seed(*(centre(results, name, start, count) for start in STARTS))
+            pairs = statistics.by_seed(*(center(results, name, start, count) for start in STARTS))
             if len(pairs) > 1:
                 tests[f'{net.title}, {count} per class'] = pairs
     seeds = labs.count(most, 'seed')
-    lines += ['', f'Top-1 error with the centre crop, in percent; {seeds} unless noted.']
+    lines += ['', f'Top-1 error with the center crop, in percent; {seeds} unless noted.']
     if tests:
         found = {name: statistics.paired(pairs) for name, pairs in tests.items()}
         corrected = statistics.holm({name: d.p for name, d in found.items()})
@@ -184,7 +184,7 @@ def report(results) -> str:
             verdict = statistics.verdict(found[name].mean, p)
             shown = statistics.interval(found[name])
             lines.append(f'| {name} | {len(pairs)} | {shown} | {p:.2g} | {verdict} |')
-        lines += ['', statistics.family(len(tests), 'top-1 error with the centre crop')]
+        lines += ['', statistics.family(len(tests), 'top-1 error with the center crop')]
     return '\n'.join(lines)
 
 
@@ -200,12 +200,10 @@ def plot(results, file):
 
     figure = Figure(figsize=(6, 4.2), layout='constrained')
     axes = figure.subplots()
-    for net, colour in zip(
-        NETS.items(), '#0072b2 #d55e00 black black #009e73'.split(), strict=True
-    ):
+    for net, color in zip(NETS.items(), '#0072b2 #d55e00 black black #009e73'.split(), strict=True):
         name, net = net
         for start, style in zip(STARTS, ('o-', 's--'), strict=True):
-            found = {count: [*centre(results, name, start, count).values()] for count in COUNTS}
+            found = {count: [*center(results, name, start, count).values()] for count in COUNTS}
             found = {count: errors for count, errors in found.items() if errors}
             if found:
                 means, spreads = (
@@ -216,7 +214,7 @@ def plot(results, file):
                     means,
                     spreads,
                     fmt=style,
-                    color=colour,
+                    color=color,
                     capsize=3,
                     label=f'{net.title}, {start}',
                 )
@@ -224,7 +222,7 @@ def plot(results, file):
     axes.minorticks_off()
     axes.set(
         xlabel='labeled training images per class',
-        ylabel='top-1 error, centre crop, % (± std over seeds)',
+        ylabel='top-1 error, center crop, % (± std over seeds)',
     )
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False, fontsize='small')

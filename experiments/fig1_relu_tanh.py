@@ -182,14 +182,14 @@ def plot(results, file):
         return  # the sweep only
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.add_subplot()
-    for net, colour, style in (('ReLU', '#000000', '-'), ('tanh', '#d55e00', '--')):
+    for net, color, style in (('ReLU', '#000000', '-'), ('tanh', '#d55e00', '--')):
         for i, result in enumerate(labs.named(results, net)):
             rows = over_an_epoch(result['train'])
             axes.plot(
                 [row['epoch'] for row in rows],
                 [row['top1_error'] for row in rows],
                 style,
-                color=colour,
+                color=color,
                 lw=1.2,
                 label=net if i == 0 else None,
             )

@@ -1,4 +1,4 @@
-"""Figure 3: the kernels of conv1; one tower for grey patterns, one for colour (§6.1).
+"""Figure 3: the kernels of conv1; one tower for gray patterns, one for color (§6.1).
 
     python -m experiments.fig3_filters --scale=full                       # `original` on ImageNet
     python -m experiments.fig3_filters --scale=small -- --config.data.source=FOLDER
@@ -8,15 +8,14 @@ The paper: "The kernels on GPU 1 are largely color-agnostic, while the kernels o
 color-specific. This kind of specialization occurs during every run and is independent of any particular
 random weight initialization (modulo a renumbering of the GPUs)." We measure two numbers per kernel:
 
-    colour        the share of its sum of squares that remains after subtracting the mean of R, G and B at
-                  every position: 0 for a grey pattern, 1 for one that does not respond to grey, 0.67 for
+    color         the share of its sum of squares that remains after subtracting the mean of R, G and B at
+                  every position: 0 for a gray pattern, 1 for one that does not respond to gray, 0.67 for
                   noise
     orientation   1 minus the circular variance of its gradient directions, weighted by their squares: 1 for
                   edges in a single direction, near 0 for a spot and for noise
 
-The small scale is almost that of the reference in earlier ablations (30 epochs, a JPEG store). The two scales were
-chosen independently, and the stored results do not allow either to change. `fig4_retrieval` analyzes the same
-runs.
+The small scale has 30 epochs and a JPEG store; the stored results do not allow it to change.
+`fig4_retrieval` analyzes the same runs.
 """
 
 import base64
@@ -85,9 +84,9 @@ def look(workdir) -> dict:
 
 
 def measures(kernels: np.ndarray) -> dict[str, list]:
-    """Kernels f32[T,h,w,3,C] -> 'colour', 'orientation', 'energy' (sum of squares) by tower and kernel."""
+    """Kernels f32[T,h,w,3,C] -> 'color', 'orientation', 'energy' (sum of squares) by tower and kernel."""
     numbers = {
-        'colour': colour(kernels),
+        'color': color(kernels),
         'orientation': orientation(kernels),
         'energy': (kernels**2).sum((1, 2, 3)),
     }
@@ -97,7 +96,7 @@ def measures(kernels: np.ndarray) -> dict[str, list]:
     }
 
 
-def colour(kernels: np.ndarray) -> np.ndarray:
+def color(kernels: np.ndarray) -> np.ndarray:
     """f32[T,h,w,3,C] -> f32[T,C]; see the module docstring."""
     own = kernels - kernels.mean(3, keepdims=True)
     return (own**2).sum((1, 2, 3)) / np.maximum((kernels**2).sum((1, 2, 3)), 1e-30)
@@ -128,13 +127,13 @@ def called(result) -> str:
 
 def report(results) -> str:
     lines = [
-        '| run | tower | kernels | colour, mean | weighted by energy | orientation, mean |',
+        '| run | tower | kernels | color, mean | weighted by energy | orientation, mean |',
         '|---|---|---|---|---|---|',
     ]
     compared = {
-        key: statistics.welch(*result['extra']['end']['colour'])
+        key: statistics.welch(*result['extra']['end']['color'])
         for key, result in results.items()
-        if result['extra'] and len(result['extra']['end']['colour']) == 2
+        if result['extra'] and len(result['extra']['end']['color']) == 2
     }
     corrected = statistics.holm({key: d.p for key, d in compared.items()})
     sentences, found = [], []
@@ -144,7 +143,7 @@ def report(results) -> str:
             continue
         end = result['extra']['end']
         for t, (share, direction, energy) in enumerate(
-            zip(end['colour'], end['orientation'], end['energy'], strict=True)
+            zip(end['color'], end['orientation'], end['energy'], strict=True)
         ):
             lines.append(
                 f'| {called(result)} | {t} | {len(share)} | {np.mean(share):.2f} '
@@ -153,11 +152,11 @@ def report(results) -> str:
         if key not in compared:
             continue
         words = []
-        for name in ('colour', 'orientation'):
+        for name in ('color', 'orientation'):
             d, before = (
                 statistics.welch(*result['extra'][when][name]) for when in ('end', 'start')
             )
-            p = f', p = {corrected[key]:.2g}' if name == 'colour' else ''
+            p = f', p = {corrected[key]:.2g}' if name == 'color' else ''
             words.append(
                 f'{name} {statistics.interval(d)}{p}, before training {statistics.interval(before)}'
             )
@@ -166,10 +165,10 @@ def report(results) -> str:
         sentences.append(f'- {called(result)}, tower 1 minus tower 0: {"; ".join(words)}.')
     lines += [
         '',
-        "Colour: the share of a kernel's sum of squares that remains after subtracting the mean of R, G and "
-        'B at every position (grey: 0); weighted by energy: by the sum of squares. Orientation: 1 minus the '
+        "Color: the share of a kernel's sum of squares that remains after subtracting the mean of R, G and "
+        'B at every position (gray: 0); weighted by energy: by the sum of squares. Orientation: 1 minus the '
         'circular variance of the gradients (1: edges in one direction; near 0: a spot or noise). Before '
-        'training all kernels are noise, with a colour of 0.67; any difference between the towers is due to '
+        'training all kernels are noise, with a color of 0.67; any difference between the towers is due to '
         'chance.',
         '',
     ]
@@ -177,7 +176,7 @@ def report(results) -> str:
     if found:
         each = found.count(0), found.count(1)
         lines.append(
-            f'- One tower is more colour-specific in {sum(each)} of {len(found)} runs, by the corrected p '
+            f'- One tower is more color-specific in {sum(each)} of {len(found)} runs, by the corrected p '
             f'(tower 0 in {each[0]}, tower 1 in {each[1]}); the paper: largely so, in every run.'
         )
     if drawn(results):
@@ -186,7 +185,7 @@ def report(results) -> str:
             'share one scale: black is the smallest weight, white the largest.'
         )
     if compared:
-        of = 'the final colour of the kernels, tower 1 minus tower 0, for each run'
+        of = 'the final color of the kernels, tower 1 minus tower 0, for each run'
         lines += ['', statistics.family(len(compared), of, "Welch's t over kernels")]
     return '\n'.join(lines)
 
@@ -214,7 +213,7 @@ def figure(results):
     for axes, result, picture in zip(grid.flat, shown, pictures, strict=True):
         axes.imshow(picture, interpolation='nearest')
         axes.set_anchor('W')
-        towers = len(result['extra']['end']['colour'])
+        towers = len(result['extra']['end']['color'])
         rows = np.flatnonzero((picture < 255).any((1, 2)))  # pixel rows that show kernels
         middles = [part.mean() for part in np.array_split(rows, towers)]
         axes.set_yticks(middles, [f'tower {t}' for t in range(towers)], va='center')

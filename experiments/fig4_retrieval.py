@@ -6,7 +6,7 @@
 
 The paper shows eight test images with their labels, and five with the six training images whose activations
 in the last hidden layer are nearest in Euclidean distance. It says that these are "generally not close in L2"
-by pixels and show the same things. We measure this: of the six nearest neighbours of every validation image,
+by pixels and show the same things. We measure this: of the six nearest neighbors of every validation image,
 how many have its class; the same for the six nearest by pixels (of the whole images, downscaled to 32 x 32);
 and the chance that two independently drawn images share a class. For up to 1,000 validation images, spread
 over the split, the pixel distances of the six nearest are compared with those of random training images and
@@ -34,7 +34,7 @@ from experiments import lab as labs
 TITLE = 'Figure 4: labels and nearest training images (§6.1)'
 RUNS_OF, TAKES_RUNS = 'fig3_filters', True
 NOTES = fig3_filters.NOTES
-LABELLED, QUERIES, NEIGHBOURS = 8, 5, 6  # as in the paper
+LABELED, QUERIES, NEIGHBORS = 8, 5, 6  # as in the paper
 BATCH = 100
 COMPARED = 1000  # validation images whose pixel distances are compared
 SIDE = 128  # maximum side of stored images, pixels
@@ -45,15 +45,15 @@ def run(lab):
 
 
 def look(workdir) -> dict:
-    """Returns predictions and neighbours to draw, and how many neighbours share the query's class."""
+    """Returns predictions and neighbors to draw, and how many neighbors share the query's class."""
     classify = inference.load(workdir)
     store = inference.open_store([classify.run])
-    return {'predictions': predictions(classify, store), **neighbours(classify.run, store)}
+    return {'predictions': predictions(classify, store), **neighbors(classify.run, store)}
 
 
 def predictions(classify, store) -> dict:
     """Predicts some validation images; stores only the classes that the figure shows."""
-    records = figures.choose(store.labels('val'), min(LABELLED, store.counts['val']), seed=0)
+    records = figures.choose(store.labels('val'), min(LABELED, store.counts['val']), seed=0)
     labels, images = store.labels('val')[records], figures.squares(store, 'val', records)
     made = predict.predict(classify, [''] * len(records), labels.tolist(), images)
     kept = sorted({*labels.tolist()}.union(*(one.top().tolist() for one in made)))
@@ -65,7 +65,7 @@ def predictions(classify, store) -> dict:
     }
 
 
-def neighbours(trained, store) -> dict:
+def neighbors(trained, store) -> dict:
     """Finds the training images nearest to every validation image, and stores some of them to draw."""
     mesh = meshes.make((1, 1), towers=1, batches={})
     found, distances = nearest(store, retrieve.make_features(trained, mesh))
@@ -94,7 +94,7 @@ def neighbours(trained, store) -> dict:
 def nearest(store, features) -> tuple[np.ndarray, np.ndarray]:
     """Finds the training images nearest to every validation image; returns what `retrieve.nearest` does."""
     queries = np.concatenate([*of_split(store, features, 'val')])
-    return retrieve.nearest(queries, of_split(store, features, 'train'), NEIGHBOURS)
+    return retrieve.nearest(queries, of_split(store, features, 'train'), NEIGHBORS)
 
 
 def of_split(store, features, split: str) -> Iterator[np.ndarray]:
@@ -113,7 +113,7 @@ def pixel_distances(store, found: np.ndarray, smallest: np.ndarray) -> dict[str,
     count, total = len(found), store.counts['train']
     chosen = np.linspace(0, count - 1, min(count, COMPARED)).astype(int)
     queries = np.concatenate([*of_split(store, pixels, 'val')])[chosen].astype(np.float64)
-    drawn = np.random.default_rng(0).integers(total, size=(len(chosen), NEIGHBOURS))
+    drawn = np.random.default_rng(0).integers(total, size=(len(chosen), NEIGHBORS))
 
     def distances(query, rows):
         images = figures.squares(store, 'train', rows)
@@ -147,7 +147,7 @@ def pixels(batch) -> np.ndarray:
 
 
 def of_the_class(store, found: np.ndarray) -> list[float]:
-    """Returns how many neighbours have the class of their validation image, %, by rank."""
+    """Returns how many neighbors have the class of their validation image, %, by rank."""
     same = store.labels('train')[found] == store.labels('val')[:, None]
     return [float(share) for share in 100 * same.mean(0)]
 
@@ -160,7 +160,7 @@ def packed(picture: np.ndarray) -> str:
 
 def report(results) -> str:
     lines = [
-        "| run | top-1 error, centre crop, % | six nearest with the query's class, % | nearest, % "
+        "| run | top-1 error, center crop, % | six nearest with the query's class, % | nearest, % "
         '| six nearest by pixels, % | by chance, % | pixel distance, six nearest (smallest) '
         '| closer by pixels, % |',
         '|---|---|---|---|---|---|---|---|',

@@ -26,7 +26,7 @@ each on the runs that its --only names.
 Uncommitted code is refused unless --allow_dirty is given (except in smoke runs, which only show that a
 command works). Rows of one table share their training code, config and images (`provenance.py`); a run
 that would not is refused. For every run that an experiment analyzes, the row also records which validation
-images were classified correctly: top-1, centre crop.
+images were classified correctly: top-1, center crop.
 """
 
 import concurrent.futures

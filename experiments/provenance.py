@@ -6,7 +6,7 @@
             also as syntax trees
     config  the config fields that determine the result
     start   the initial checkpoint, as the fingerprints of its arrays
-    data    the images: records, labels, class names, mean image and colour statistics
+    data    the images: records, labels, class names, mean image and color statistics
 
 Code: every module in a subpackage of `alexnet_jax` except those in CANNOT; when in doubt, a file counts.
 The commands do not count: they only read arguments, which end up in the config.
@@ -194,7 +194,7 @@ def fingerprint(workdir: pathlib.Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def pictures(store: stores.Store) -> str:
-    """Returns the fingerprint of a store: its identity, mean image and colour statistics."""
+    """Returns the fingerprint of a store: its identity, mean image and color statistics."""
     value = hashlib.sha256(f'{store.identity():08x}'.encode())
     for array in (store.mean, store.eigenvectors, store.sigma):
         value.update(np.ascontiguousarray(array).tobytes())

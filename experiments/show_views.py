@@ -3,7 +3,7 @@
     python -m experiments.show_views --store=DIR [--index=0 --out=views.png]
 
 A training view is exactly what one epoch of training sees: the image cropped and mirrored by the data
-pipeline at its position in that epoch, with that position's colour noise. The mean image is added back after
+pipeline at its position in that epoch, with that position's color noise. The mean image is added back after
 being subtracted, and values outside 0..255 are clipped.
 """
 
@@ -61,7 +61,7 @@ def ten_crops(store: Store, index: int, *, crop: int) -> list[View]:
     total, room = store.counts['train'], store.size - crop
     batches = eval_batches(store, 'train', batch=total, rows=np.array([index]), threads=1)
     picture = next(batches)['image'][0]
-    names = ['top left', 'top right', 'centre', 'bottom left', 'bottom right']
+    names = ['top left', 'top right', 'center', 'bottom left', 'bottom right']
     views = []
     for name, (y, x, flip) in zip(names * 2, steps.VIEWS['ten'], strict=True):
         y, x = int(y * room), int(x * room)
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0, help="the run's seed")
     parser.add_argument('--chunk', type=int, default=1, help='images that share a crop and flip')
     parser.add_argument(
-        '--std', type=float, default=0.1, help='standard deviation of the colour noise'
+        '--std', type=float, default=0.1, help='standard deviation of the color noise'
     )
     args = parser.parse_args()
     store = open_store(args.store)

@@ -20,7 +20,7 @@ PAPER = {  # top-1 and top-5 error, %, ILSVRC-2010 test
     'CNN, one crop': (39.0, 18.3),
     'CNN, ten crops': (37.5, 17.0),
 }
-VIEWS = {'CNN, one crop': 'centre', 'CNN, ten crops': 'ten'}
+VIEWS = {'CNN, one crop': 'center', 'CNN, ten crops': 'ten'}
 SCALES = {  # changes, and the fraction of the original run's 93 epochs
     'smoke': (ablations.TINY, 0.008 / 93),
     'small': (ablations.SMALL, 1),

@@ -58,7 +58,7 @@ SETTINGS = [
 ]
 COLUMNS = (
     'Biases: those that are 1 in the paper. Final training loss, by seed: mean over the last logged block of '
-    'steps (ten at the small scale). Errors: centre crop, at the end.'
+    'steps (ten at the small scale). Errors: center crop, at the end.'
 )
 SHORT = {'optim.epochs': 6.0, 'optim.drops': (4.0, 5.0)}
 SCALES = {
@@ -106,7 +106,7 @@ def plot(results, file):
     figure = Figure(figsize=(11, 5.5), layout='constrained')
     panels = [('original', 'relu'), ('original', 'tanh'), ('paper', 'tanh')]
     rates = sorted({setting.rate for setting in SETTINGS})
-    colours = ['#56b4e9', '#0072b2', '#009e73', '#000000', '#e69f00', '#d55e00', '#cc79a7']
+    colors = ['#56b4e9', '#0072b2', '#009e73', '#000000', '#e69f00', '#d55e00', '#cc79a7']
     dashes = {0.01: '-', 0.001: '--', 0.003: ':', 0.0003: '-.'}
     for axes, panel in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
         for setting in SETTINGS:
@@ -117,7 +117,7 @@ def plot(results, file):
                 axes.plot(
                     [row['step'] + 1 for row in rows],
                     [row['loss'] for row in rows],
-                    color=colours[rates.index(setting.rate)],
+                    color=colors[rates.index(setting.rate)],
                     ls=dashes[setting.std],
                     lw=2.5 if setting.biases == 1 and panel[1] == 'tanh' else 1.2,
                     label=f'rate {setting.rate}, std {setting.std}, biases {setting.biases:g}',

@@ -229,8 +229,8 @@ def plot(results, file):
 
     figure = Figure(figsize=(6, 4.2), layout='constrained')
     axes = figure.subplots()
-    labelled = set()
-    for init, colour in zip(INITS, ('#d55e00', '#0072b2'), strict=True):
+    labeled = set()
+    for init, color in zip(INITS, ('#d55e00', '#0072b2'), strict=True):
         for row in rows_of(results):
             classes, wide = int(row.removesuffix(WIDE)), WIDE in row
             for sign, step in leaving(results, f'{init} {row}').values():
@@ -239,11 +239,11 @@ def plot(results, file):
                     [classes],
                     [step],
                     '^' if sign else 'os'[wide],
-                    color=colour,
-                    mfc='none' if wide else colour,
-                    label=None if label in labelled else label,
+                    color=color,
+                    mfc='none' if wide else color,
+                    label=None if label in labeled else label,
                 )
-                labelled.add(label)
+                labeled.add(label)
                 if sign:
                     place = {'xytext': (6, 0), 'textcoords': 'offset points', 'va': 'center'}
                     axes.annotate(f'{sign}{step:,}', (classes, step), **place)

@@ -2,7 +2,7 @@
 
     python -m tests.chaos --kills=15
 
-A small network trains on synthetic images, with dropout, colour noise and crops in chunks, started as a user
+A small network trains on synthetic images, with dropout, color noise and crops in chunks, started as a user
 would. It is killed at seeded random moments: while training, while writing a checkpoint, or before the first
 step of a start. The same command resumes it until it is done. The starts alternate between the values of
 `config.run.saves`: 'wait', 'background', 'wait', ...
@@ -168,7 +168,7 @@ def newest(run_dir: pathlib.Path) -> int:
 
 
 def draw_pictures(folder: pathlib.Path, rng: np.random.Generator) -> None:
-    """Writes train/CLASS/ and val/CLASS/ with images of blurred colour patches."""
+    """Writes train/CLASS/ and val/CLASS/ with images of blurred color patches."""
     for split, count in (('train', EXAMPLES), ('val', EXAMPLES // 3)):
         for i in range(count):
             path = folder / split / f'class_{i % CLASSES}' / f'{i:03}.png'

@@ -282,8 +282,8 @@ def test_impossible_switches_are_one_line(change, message):
 
 
 def test_an_unknown_field_is_one_line():
-    with pytest.raises(UserError, match='unknown: colour'):
-        build(classes=10, **base.get_config().model, colour=1)
+    with pytest.raises(UserError, match='unknown: color'):
+        build(classes=10, **base.get_config().model, color=1)
 
 
 def test_tanh_has_values_of_its_own():

@@ -59,7 +59,7 @@ def train_batches(
     """Yields this process's rows of the global batches for steps start .. stop - 1.
 
     Each is {'image': u8[b,crop,crop,3], 'z': f32[b,3], 'label': i32[b]} with b = len(rows). Row i
-    of step s is position s * batch + i of `sampler`; `random=False` takes the centre crop,
+    of step s is position s * batch + i of `sampler`; `random=False` takes the center crop,
     unmirrored. `chunk`: see `sampler.draws`. `area`: random resized crops of a store of whole images
     (`sampler.box`), for which the reader is always 'threads'. With `jitter`, there is also 'jitter':
     f32[b,3] (`sampler.jitters`); with `mixup`, 'mix': f32[b], the images' shares (`sampler.shares`),
@@ -245,7 +245,7 @@ def _read_with_tensorflow(
     def decode(data, y, x, flip, *rest):
         def picture():
             # libjpeg crops in y only: cropping in x would change the edge columns by a few levels,
-            # because chroma is interpolated without their neighbours. Rows are not affected.
+            # because chroma is interpolated without their neighbors. Rows are not affected.
             # INTEGER_ACCURATE gives the same pixels as PIL.
             window = tf.stack([y, 0, crop, store.size])
             image = tf.io.decode_and_crop_jpeg(

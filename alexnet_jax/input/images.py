@@ -165,7 +165,7 @@ def _check_range(high: np.ndarray) -> None:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG file without its texts and colour profile; b'' if there are none, or it is not a PNG."""
+    """A PNG file without its texts and color profile; b'' if there are none, or it is not a PNG."""
     if not data.startswith(b'\x89PNG\r\n\x1a\n'):
         return b''
     kept, start = [data[:8]], 8
@@ -262,7 +262,7 @@ def resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) 
 
 
 def statistics(image: np.ndarray, products: np.ndarray, count: int) -> dict[str, np.ndarray]:
-    """Computes the mean image and colour PCA from sums over `count` images, in levels (0-255).
+    """Computes the mean image and color PCA from sums over `count` images, in levels (0-255).
 
     Args:
       image: i64[S,S,3], the sum of all images.

@@ -1,4 +1,4 @@
-"""Maps each training position to its record, crop, flip and colour draw (`docs/design.md` §4).
+"""Maps each training position to its record, crop, flip and color draw (`docs/design.md` §4).
 
 With batches of B, row i of step s is position p = s * B + i, a 64-bit number. Everything here is a
 pure function of (seed, position): there is no state, so every position costs the same, and nothing
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 # One stream of random words for each kind of draw.
-CROP, COLOUR, MIXUP, RESIZED, JITTER = 1, 2, 3, 4, 5
+CROP, COLOR, MIXUP, RESIZED, JITTER = 1, 2, 3, 4, 5
 TRIES = 10  # of a random resized crop
 
 
 class Draws(NamedTuple):
-    """Augmentation of n positions: crop offsets, flips, and standard normals for the colour noise."""
+    """Augmentation of n positions: crop offsets, flips, and standard normals for the color noise."""
 
     y: np.ndarray  # i32[n]
     x: np.ndarray  # i32[n]
@@ -46,7 +46,7 @@ def draws(seed: int, first: int, count: int, *, room: int, chunk: int = 1) -> Dr
     # The remainder of a 64-bit word is uniform to 1 part in 10^17.
     y, x = (crop[:, :2] % np.uint64(room + 1)).astype(np.int32).T
     # Box-Muller: four uniforms give four normals; three of them are used.
-    u = (_words(seed, COLOUR, first, count) >> np.uint64(11)) * 2.0**-53  # [0, 1)
+    u = (_words(seed, COLOR, first, count) >> np.uint64(11)) * 2.0**-53  # [0, 1)
     radius = np.sqrt(-2 * np.log1p(-u[:, :2]))
     angle = 2 * np.pi * u[:, 2:]
     z = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)

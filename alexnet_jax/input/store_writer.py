@@ -378,5 +378,5 @@ def _record(example: Example, size: int, format: str, source: Source, exif: bool
         Image.fromarray(kept).save(encoded, 'JPEG', quality=95, subsampling='4:2:0')
         data = encoded.getvalue()
     row = np.array([(len(data), zlib.crc32(data), example.label)], INDEX).tobytes()
-    colours = pixels.reshape(-1, 3).astype(np.float64)  # exact: sums stay below 2^53
-    return data, row, pixels, (colours.T @ colours).astype(np.int64)
+    colors = pixels.reshape(-1, 3).astype(np.float64)  # exact: sums stay below 2^53
+    return data, row, pixels, (colors.T @ colors).astype(np.int64)

@@ -122,7 +122,7 @@ class AlexNet(network.Network):
             if name == self.remove:
                 after = [op for op in after if op == 'pool']
                 if i == 0:
-                    xs = tuple(self._centres(x) for x in xs)
+                    xs = tuple(self._centers(x) for x in xs)
             else:
                 size = xs[0].shape[1]
                 padding = (
@@ -221,8 +221,8 @@ class AlexNet(network.Network):
         starts = [self._tower(t) * c for t in range(self._count)]
         return tuple(lax.dynamic_slice_in_dim(x, start, c, axis=3) for start in starts)
 
-    def _centres(self, x):
-        """Replaces a removed conv1: the pixels at the centres of its windows."""
+    def _centers(self, x):
+        """Replaces a removed conv1: the pixels at the centers of its windows."""
         start = SIZES[0] // 2 - self.conv1_padding[0]
         height, width = ((n + sum(self.conv1_padding) - SIZES[0]) // 4 + 1 for n in x.shape[1:3])
         return x[:, start::4, start::4][:, :height, :width]

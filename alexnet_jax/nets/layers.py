@@ -138,7 +138,7 @@ def add(y, bias) -> jax.Array:
 
 
 def lrn(x, *, alpha: float, k: float, n: int, beta: float) -> jax.Array:
-    """Local response normalization across n neighbouring channels (§3.3); n is odd.
+    """Local response normalization across n neighboring channels (§3.3); n is odd.
 
     x[B,H,W,C] -> x / (k + alpha * sum of x² over channels i-n//2..i+n//2)^beta, the window clipped
     at the first and last channel. alpha multiplies each square: the source's `scale` of 1e-4 is an
@@ -176,7 +176,7 @@ def _window_sum(x, n: int, axes: tuple[int, ...]):
 
 
 def _band_sum(x, n: int):
-    """The sum over n neighbouring channels, of terms rounded to bfloat16, as a 1 x 1 convolution."""
+    """The sum over n neighboring channels, of terms rounded to bfloat16, as a 1 x 1 convolution."""
     places = np.arange(x.shape[3])
     band = abs(places[:, None] - places) <= n // 2
     return lax.conv_general_dilated(

@@ -4,7 +4,7 @@
     run.json        one entry per start: time, command, commit, versions, devices, processor
     store.json      description of the store
     names.txt       its class names
-    stats.npz       its mean image and colour PCA
+    stats.npz       its mean image and color PCA
     metrics.jsonl   metrics, also in tensorboard/ (`metrics.py`)
     checkpoints/    (`checkpoint.py`)
 

@@ -1,4 +1,4 @@
-"""Evaluation as in the paper: centre crop, ten crops (§4.1), and ensembles, with exact counts."""
+"""Evaluation as in the paper: center crop, ten crops (§4.1), and ensembles, with exact counts."""
 
 import functools
 import os
@@ -93,7 +93,7 @@ def _of_batches(
 def compare(
     run_dirs: Sequence[str | os.PathLike],
     *,
-    views: Sequence[str] = ('centre', 'ten'),
+    views: Sequence[str] = ('center', 'ten'),
     split: str = 'val',
     step: str | int = 'latest',
     store: str = '',
@@ -140,7 +140,7 @@ def compare(
 def hits(
     run_dir: str | os.PathLike,
     *,
-    views: str = 'centre',
+    views: str = 'center',
     split: str = 'val',
     step: str | int = 'latest',
     store: str = '',
@@ -175,7 +175,7 @@ def table(results: dict[tuple[str, str], dict]) -> str:
     lines = ['Errors:', f'{"Model":{width}}  Crops  {heads}  Pictures']
     for (name, view), sums in results.items():
         found = metrics.values(sums)
-        crops = {'centre': 1, 'ten': 10}[view]
+        crops = {'center': 1, 'ten': 10}[view]
         errors = '  '.join(
             f'{found[column]:{max(7, len(head)) - 2}.2f} %' for column, head in columns.items()
         )

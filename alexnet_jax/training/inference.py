@@ -263,7 +263,7 @@ class Classifier:
 
     @meshes.settings()
     def features(self, images, layer: str | None = None) -> np.ndarray:
-        """Returns the activations of a layer for the centre crop: f32[H,W,C] or f32[F], [B,...] of several.
+        """Returns the activations of a layer for the center crop: f32[H,W,C] or f32[F], [B,...] of several.
 
         layer: one of `run.net.names`, by default the last before the logits (fc7 in the paper's
         network); channels of all towers are in order. Raises UserError for other names.
@@ -326,7 +326,7 @@ def load(
 ) -> Classifier:
     """Loads a trained network as a function from images to probabilities, with class names.
 
-    run_dir and build: see `describe_run`; views: 'ten' crops or only the 'centre' one; step: 'best',
+    run_dir and build: see `describe_run`; views: 'ten' crops or only the 'center' one; step: 'best',
     'latest' or a number. Raises UserError if there is no such network, and for missing or damaged weights.
     """
     choose('views', views, steps.VIEWS)

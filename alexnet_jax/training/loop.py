@@ -159,7 +159,7 @@ class Loop:
     checkpoints: checkpoint.Checkpoints
     writer: Writer
     state: TrainState
-    history: dict[int, float]  # {step: centre-crop top-1 error, %}
+    history: dict[int, float]  # {step: center-crop top-1 error, %}
     running: dict[str, float]  # sums since the last row of metrics.jsonl
 
     def __post_init__(self):

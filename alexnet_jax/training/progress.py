@@ -165,8 +165,8 @@ def kernel_picture(kernels: np.ndarray, *, scale: int = 1, per_kernel: bool = Fa
         2012 source code.
     """
     if per_kernel:
-        centred = kernels - kernels.mean((1, 2, 3), keepdims=True)
-        kernels = centred / np.maximum(centred.std((1, 2, 3), keepdims=True), 1e-30)
+        centered = kernels - kernels.mean((1, 2, 3), keepdims=True)
+        kernels = centered / np.maximum(centered.std((1, 2, 3), keepdims=True), 1e-30)
     low, high = kernels.min(), kernels.max()
     scaled = np.uint8(np.round(255 * (kernels - low) / max(high - low, 1e-30)))
     scaled = scaled.repeat(scale, 1).repeat(scale, 2)

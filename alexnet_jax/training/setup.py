@@ -98,7 +98,7 @@ class Setup:
             total=optim.steps_per(config.optim.epochs, examples, config.train.batch),
             train_step=make_step(),
             train_steps=make_step(several=True) if config.run.dispatch > 1 else None,
-            predict=steps.make_predict(net, mesh, mean=store.mean, views='centre', crop=crop),
+            predict=steps.make_predict(net, mesh, mean=store.mean, views='center', crop=crop),
             all_finite=steps.make_all_finite(mesh),
             find_broken=diagnosis.make_find_broken(net, **of_loss),
             saturated=diagnosis.make_saturated(net, **inputs_of) if net.bound else None,
@@ -186,7 +186,7 @@ class Setup:
         return dict(zip(('loss_batch_stats', 'loss_running_stats'), losses.tolist(), strict=True))
 
     def evaluate(self, state: steps.TrainState) -> dict[str, float]:
-        """Returns the metrics of the validation split with the centre crop.
+        """Returns the metrics of the validation split with the center crop.
 
         With a moving average, also the other network's, as 'ema_...' or 'last_...'; `config.train.ema_used`
         decides which is which.

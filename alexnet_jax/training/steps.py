@@ -20,7 +20,7 @@ from alexnet_jax.nets.network import Network
 from alexnet_jax.training import metrics
 
 VIEWS = {  # offsets as fractions of the room, and flips; in the 2012 code's order (`docs/original.md` §5)
-    'centre': [(0.5, 0.5, False)],
+    'center': [(0.5, 0.5, False)],
     'ten': [
         (y, x, flip)
         for flip in (False, True)
@@ -55,14 +55,14 @@ def window_mean(mean: np.ndarray, crop: int) -> np.ndarray:
     return mean[start : start + crop, start : start + crop]
 
 
-def centre(images, crop: int):
+def center(images, crop: int):
     """Returns the central windows of images [B,S,S,3] -> [B,crop,crop,3]."""
     start = (images.shape[1] - crop) // 2
     return images[:, start : start + crop, start : start + crop]
 
 
 def noise_axes(eigenvectors: np.ndarray, sigma: np.ndarray, std: float) -> np.ndarray:
-    """Returns f32[3,3], whose column k is the colour noise for z_k = 1 (§4.1): std * sigma_k * v_k."""
+    """Returns f32[3,3], whose column k is the color noise for z_k = 1 (§4.1): std * sigma_k * v_k."""
     return np.asarray(std * sigma[None] * eigenvectors, np.float32)
 
 
@@ -101,13 +101,13 @@ def make_inputs(
 def _jitter(images, factors):
     brightness, contrast, saturation = jnp.split(factors[:, :, None, None], 3, axis=1)
 
-    def grey(x):
+    def gray(x):
         return x @ jnp.array([0.299, 0.587, 0.114], x.dtype)  # ITU-R 601, as torchvision
 
     x = jnp.clip(images.astype(jnp.float32) * brightness, 0, 255)
-    means = jnp.mean(grey(x), axis=(1, 2))[:, None, None, None]
+    means = jnp.mean(gray(x), axis=(1, 2))[:, None, None, None]
     x = jnp.clip(means + contrast * (x - means), 0, 255)
-    each = grey(x)[..., None]
+    each = gray(x)[..., None]
     return jnp.clip(each + saturation * (x - each), 0, 255)
 
 
@@ -366,7 +366,7 @@ def _hold(update, new, old):
 def make_predict(net: Network, mesh: Mesh, *, mean: np.ndarray, views: str, crop: int) -> Callable:
     """Returns predict(variables, images u8[B,S,S,3]) -> probabilities f32[B,K], averaged over views.
 
-    views: 'centre' or 'ten' (§4.1). Images are cropped to `crop` pixels and flipped on the device,
+    views: 'center' or 'ten' (§4.1). Images are cropped to `crop` pixels and flipped on the device,
     one view at a time.
     """
     local = net.local(mesh.shape['model'], 'data')
@@ -420,7 +420,7 @@ def activations(net: Network, crop: int) -> dict:
 def make_features(
     net: Network, mesh: Mesh, *, mean: np.ndarray, crop: int, layer: str | None = None
 ) -> Callable:
-    """Returns features(variables, images u8[B,S,S,3]) -> f32[B,...], of the centre crop in test mode.
+    """Returns features(variables, images u8[B,S,S,3]) -> f32[B,...], of the center crop in test mode.
 
     layer: the activation by its name in `net.names`, f32[B,H,W,C] or f32[B,F] with the channels of all
     towers in order; the last name means the logits. None: the last one before the logits (fc7 in the paper's
@@ -434,7 +434,7 @@ def make_features(
     window = window_mean(mean, crop)
 
     def features(variables, images):
-        logits, out, _ = network.apply(local, variables, normalize(centre(images, crop), window))
+        logits, out, _ = network.apply(local, variables, normalize(center(images, crop), window))
         values = out.get(layer, logits)
         values = values if isinstance(values, tuple) else (values,)
         return jnp.concatenate(values, axis=-1).astype(jnp.float32)

@@ -42,7 +42,7 @@ METRICS = {'top1_error': 'top-1 error', 'top5_error': 'top-5 error'}  # in perce
 class Bundle(NamedTuple):
     """A network with its weights.
 
-    card has any of: title, source (what it was converted from), url, sha256 (of that file), licence, data
+    card has any of: title, source (what it was converted from), url, sha256 (of that file), license, data
     (what it was trained on), published and measured (dicts: `METRICS` in percent, and 'on': the images and
     views), made (the command), folded (whether batch normalization is folded in, `weights.folded`).
     """

@@ -227,7 +227,7 @@ def _input(spec):
 
 
 def _infer(spec, config, net):
-    """Prepares prediction: centre-crop probabilities of images that stay on the device."""
+    """Prepares prediction: center-crop probabilities of images that stay on the device."""
     mesh, crop = _mesh(spec, net), config.augment.crop
     target = steps.abstract_variables(net, mesh, crop)
     shardings = jax.tree.map(lambda x: x.sharding, target)
@@ -238,7 +238,7 @@ def _infer(spec, config, net):
     if spec['form'] == 'plain':
         predict = plain.make_predict(net, _mean(config))
     else:
-        predict = steps.make_predict(net, mesh, mean=_mean(config), views='centre', crop=crop)
+        predict = steps.make_predict(net, mesh, mean=_mean(config), views='center', crop=crop)
     compiled, facts = _compile(predict, variables, images, devices=mesh.size)
     facts['flops'] = operations.totals(net, spec['batch'], crop)['infer']
 

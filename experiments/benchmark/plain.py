@@ -71,7 +71,7 @@ def _after(net, op, x):
 
 
 def make_train_step(net: alexnet.AlexNet, optimizer, mean):
-    """Like `steps.make_train_step`, but on one device and without colour noise."""
+    """Like `steps.make_train_step`, but on one device and without color noise."""
 
     def step(state, batch, rates):
         x = batch['image'].astype(jnp.float32) - mean
@@ -92,7 +92,7 @@ def make_train_step(net: alexnet.AlexNet, optimizer, mean):
 
 
 def make_predict(net: alexnet.AlexNet, mean):
-    """Like `steps.make_predict` for the centre crop, but on one device."""
+    """Like `steps.make_predict` for the center crop, but on one device."""
     return jax.jit(
         lambda variables, images: jax.nn.softmax(
             logits(net, variables['params'], images.astype(jnp.float32) - mean)

@@ -185,8 +185,8 @@ def _arguments():
     parser.add_argument(
         '--what',
         default='train',
-        choices=('train', 'centre', 'ten', 'score'),
-        help='with --topology: a training step, prediction from the centre or ten crops, or the sums '
+        choices=('train', 'center', 'ten', 'score'),
+        help='with --topology: a training step, prediction from the center or ten crops, or the sums '
         'of errors in `evaluate`',
     )
     parser.add_argument(

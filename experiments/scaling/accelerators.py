@@ -26,7 +26,7 @@ class Accelerator(NamedTuple):
     name: str
     dtype: str  # of the computation
     peak: float  # FLOP/s, dense
-    pair: float  # bytes/s from one device to a single neighbour
+    pair: float  # bytes/s from one device to a single neighbor
     ring: float  # bytes/s that each device of a larger group sends
     domain: int  # number of devices connected this way
     network: float  # bytes/s per device beyond the domain; 0: none

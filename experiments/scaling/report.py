@@ -13,7 +13,7 @@ from experiments.scaling.accelerators import ACCELERATORS, Accelerator, efficien
 from experiments.scaling.formula import Move
 
 ROWS = 24  # of the costs of layers
-# Colours of Okabe and Ito that also differ in grey, with distinct lines and markers.
+# Colors of Okabe and Ito that also differ in gray, with distinct lines and markers.
 STYLES = {
     'data parallel': ('#000000', '-', 'o'),
     "the paper's split": ('#d55e00', '--', 's'),
@@ -233,12 +233,12 @@ def draw(
     for row, key in zip(panels, keys, strict=True):
         for axes, images in zip(row, sizes, strict=True):
             for name, points in predicted[key, images].items():
-                colour, line, marker = STYLES[name]
+                color, line, marker = STYLES[name]
                 x = [1, *(p.devices for p in points if p.devices > 1)]
                 low = [100, *(100 * p.none for p in points if p.devices > 1)]
                 high = [100, *(100 * p.full for p in points if p.devices > 1)]
-                axes.plot(x, low, line, color=colour, marker=marker, linewidth=1.8, label=name)
-                axes.plot(x, high, line, color=colour, linewidth=0.9)
+                axes.plot(x, low, line, color=color, marker=marker, linewidth=1.8, label=name)
+                axes.plot(x, high, line, color=color, linewidth=0.9)
             axes.set_xscale('log', base=2)
             axes.set_xticks(x, [str(n) for n in x])
             axes.set_ylim(bottom, 102)

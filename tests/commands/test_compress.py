@@ -50,7 +50,7 @@ def test_a_run(run, tmp_path, monkeypatch, capsys):
     opened = inference.open_run('small', mesh)
     images = run.pictures['val'][:4]
     logits = [
-        np.asarray(jax.jit(inference.predictor(r, mesh, 'centre'))(images))
+        np.asarray(jax.jit(inference.predictor(r, mesh, 'center'))(images))
         for r in (opened, seen['run'])
     ]
     np.testing.assert_array_equal(*logits)
@@ -58,7 +58,7 @@ def test_a_run(run, tmp_path, monkeypatch, capsys):
     mean = bundle.read('small').mean
     assert np.abs(mean - run.mean).max() <= 0.5 and (mean == np.rint(mean)).all()
 
-    call(monkeypatch, evaluate, 'small', f'--store={run.store}', '--views=centre', '--batch=4')
+    call(monkeypatch, evaluate, 'small', f'--store={run.store}', '--views=center', '--batch=4')
     assert f'{card["measured"]["top1_error"]:.2f} %' in capsys.readouterr().out
     options = ('--output=again', '--rounds=1', '--epochs=0', '--tune=0', '--batch=4')
     call(monkeypatch, compress, 'small', f'--store={run.store}', *options)

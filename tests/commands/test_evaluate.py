@@ -75,21 +75,21 @@ def test_another_folder_and_an_ensemble(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run.path, tmp_path / 'twin')
     (tmp_path / 'out').mkdir()
-    options = ['--confusion', '--output=out', '--views=centre', '--batch=8']
+    options = ['--confusion', '--output=out', '--views=center', '--batch=8']
     call(monkeypatch, evaluate, run.path, 'twin', *options)
     said = capsys.readouterr().out
     assert said.endswith('wrote out/confusion.png\n')
-    assert 'most often confused by 2 CNNs, centre:' in said
+    assert 'most often confused by 2 CNNs, center:' in said
     found = [[int(x) for x in row[1:]] for row in rows(tmp_path / 'out/confusion.csv')[1:]]
-    np.testing.assert_array_equal(found, expected(run, 'val', 'centre'))
+    np.testing.assert_array_equal(found, expected(run, 'val', 'center'))
     assert len(rows(tmp_path / 'out/per_class.csv')[0]) == 2 + 3
 
 
 def test_the_test_split_is_evaluated(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    call(monkeypatch, evaluate, run.path, '--split=test', '--views=centre', '--batch=8')
+    call(monkeypatch, evaluate, run.path, '--split=test', '--views=center', '--batch=8')
     said = capsys.readouterr().out.splitlines()
-    matrix = expected(run, 'test', 'centre')
+    matrix = expected(run, 'test', 'center')
     wrong = 100 * (TEST - np.trace(matrix)) / TEST
     assert f'{wrong:.2f} %' in said[2] and said[2].split()[-1] == str(TEST)
 
@@ -146,7 +146,7 @@ def test_a_guess_is_right_where_the_rank_is_0():
 
 @pytest.mark.parametrize('classes', [2, 10, 40, 300])
 def test_the_figure(classes):
-    """Cells of whole pixels in the colour of their share; names and numbers where there is room."""
+    """Cells of whole pixels in the color of their share; names and numbers where there is room."""
     matrix = np.random.default_rng(0).integers(0, 9, (classes, classes)) + np.eye(
         classes, dtype=int
     )

@@ -479,15 +479,15 @@ def test_a_run_leaves_what_later_use_needs(world):
 def test_a_run_is_evaluated_from_any_folder(world, tmp_path):
     """`tiny`, its store, is relative to the folder where it was trained."""
     there, run = Place(tmp_path, world.cache), world.folder / 'run'
-    table = there.succeeds(('evaluate', str(run), '--views=centre'))
+    table = there.succeeds(('evaluate', str(run), '--views=center'))
     assert f'{run} (step 2)' in table and ' 11\n' in table
     shutil.copytree(run, tmp_path / 'moved')
     starts = json.loads((run / 'run.json').read_text())
     assert starts[-1]['store'] == str(world.folder / 'tiny')
     starts[-1]['store'] = str(tmp_path / 'gone')
     (tmp_path / 'moved' / 'run.json').write_text(json.dumps(starts))
-    there.refuses(('evaluate', 'moved', '--views=centre'), 'made_up')
-    there.succeeds(('evaluate', 'moved', '--views=centre', f'--store={world.folder / "tiny"}'))
+    there.refuses(('evaluate', 'moved', '--views=center'), 'made_up')
+    there.succeeds(('evaluate', 'moved', '--views=center', f'--store={world.folder / "tiny"}'))
 
 
 @pytest.mark.slow
@@ -587,7 +587,7 @@ def test_evaluating_and_loading_agree(world):
     assert sorted(rows) == sorted((name, crops) for name in names for crops in (1, 10))
     (evaluated,) = (r for r in metrics.read(world.folder / 'run') if r['kind'] == 'eval')
     labels = np.arange(11) % 3
-    for views, crops in (('centre', 1), ('ten', 10)):
+    for views, crops in (('center', 1), ('ten', 10)):
         classify = alexnet_jax.load(world.folder / 'run', views=views)
         assert classify.names == ['class 0', 'class 1', 'class 2']
         with pytest.raises(UserError, match='views'):
@@ -617,8 +617,8 @@ def test_evaluating_and_loading_agree(world):
             assert evaluated['top1_error'] == pytest.approx(top1)
             loss = -np.log(probabilities[np.arange(11), labels]).mean()
             assert evaluated['loss'] == pytest.approx(loss, rel=1e-4)
-            centre = probabilities
-    assert np.abs(probabilities - centre).max() > 1e-4  # ten crops differ from the centre crop
+            center = probabilities
+    assert np.abs(probabilities - center).max() > 1e-4  # ten crops differ from the center crop
     several = [np.asarray(fixtures.picture(i, *side)) for i, side in enumerate(SIDES)]
     mixed = classify([*several, *world.pictures['val'][:8]])
     np.testing.assert_allclose(mixed.sum(axis=1), 1.0, rtol=1e-5)

@@ -35,7 +35,7 @@ def test_every_command(tmp_path, monkeypatch, capsys):
         call(monkeypatch, main, *arguments, '--config.run.stop_after=3')
     call(monkeypatch, main, *arguments)
     assert list((tmp_path / run / 'profile').rglob('*.xplane.pb'))
-    call(monkeypatch, evaluate, run, '--views=centre')
+    call(monkeypatch, evaluate, run, '--views=center')
     assert '(step 5)' in capsys.readouterr().out
     picture = f'{source}/val/{names[1]}/000.jpg'
     call(monkeypatch, predict, run, picture, '--output', output)

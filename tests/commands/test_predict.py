@@ -44,7 +44,7 @@ def test_describe(prediction):
 
 
 def test_figure(prediction):
-    """Bars from the top, as long as the probabilities; only the correct one is hatched and coloured."""
+    """Bars from the top, as long as the probabilities; only the correct one is hatched and colored."""
     names = [*NAMES[:4], '$_{e$', *NAMES[5:]]  # matplotlib could mistake it for a formula
     unknown = prediction._replace(label=None, title='folder/$_{y$.png')
     drawn = predict.figure([prediction, unknown], names)
@@ -125,11 +125,11 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inference, 'load', load)
     monkeypatch.setattr(predict, 'BATCH', 2)  # to need two batches
-    call(monkeypatch, predict, run.path, '--val=4', '--views=centre')
+    call(monkeypatch, predict, run.path, '--val=4', '--views=center')
     found = parse(capsys.readouterr().out)
     records = [int(title.split()[2]) for title in found]
     assert len({*records}) == 4 and not [*tmp_path.iterdir()]
-    classify = load(run.path, 'centre', 'latest')
+    classify = load(run.path, 'center', 'latest')
     pictures = run.pictures['val'][records]
     probabilities = np.concatenate([classify(pictures[:2]), classify(pictures[2:])])
     for (title, lines), record, p in zip(found.items(), records, probabilities, strict=True):
@@ -197,12 +197,12 @@ def test_folders_and_lists(run, tmp_path, monkeypatch, capsys):
     ):
         if arguments == ['.']:
             (tmp_path / 'list').rename(tmp_path / 'list.txt')
-        call(monkeypatch, predict, run.path, '--views=centre', *arguments)
+        call(monkeypatch, predict, run.path, '--views=center', *arguments)
         assert [*parse(capsys.readouterr().out)] == expected
         if arguments == ['.']:
             (tmp_path / 'list.txt').rename(tmp_path / 'list')
     monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'in/b.jpg\n')))
-    call(monkeypatch, predict, run.path, '--views=centre', '--list=-')
+    call(monkeypatch, predict, run.path, '--views=center', '--list=-')
     assert [*parse(capsys.readouterr().out)] == ['in/b.jpg']
 
 
@@ -212,10 +212,10 @@ def test_tables(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(predict, 'BATCH', 2)
     names = ['class 2/a "b", c.png', os.fsdecode(b'\xff.png'), 'c.png']
     photos(tmp_path, run, *names)
-    options = ['--views=centre', '--csv=t.csv', '--json=t.json']
+    options = ['--views=center', '--csv=t.csv', '--json=t.json']
     call(monkeypatch, predict, run.path, *names, *options)
     assert capsys.readouterr().out == 'wrote t.csv\nwrote t.json\n'
-    p = load(run.path, 'centre', 'latest')(run.pictures['train'][1:4])
+    p = load(run.path, 'center', 'latest')(run.pictures['train'][1:4])
     with open('t.csv', encoding='utf-8', errors='surrogateescape', newline='') as file:
         head, *rows = csv.reader(file)
     assert head == [
@@ -234,7 +234,7 @@ def test_tables(run, tmp_path, monkeypatch, capsys):
         assert (one['path'], one['correct']) == (name, correct or None)
         assert [x['class'] for x in one['top']] == row[2::2]
         assert [x['probability'] for x in one['top']] == [float(x) for x in row[3::2]]
-    options = ['--views=centre', '--json=-', '--csv=again.csv']
+    options = ['--views=center', '--json=-', '--csv=again.csv']
     call(monkeypatch, predict, run.path, 'c.png', *options)
     (one,) = json.loads(capsys.readouterr().out)
     assert one['top'][0]['class'] == told[2]['top'][0]['class']
@@ -254,7 +254,7 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path, monkeypatch, capsy
             predict,
             run.path,
             *images,
-            '--views=centre',
+            '--views=center',
             '--csv=t.csv',
             '--output=p.png',
         )
@@ -273,7 +273,7 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path, monkeypatch, capsy
     (tmp_path / 't.csv').write_text('an earlier result')
     with pytest.raises(UserError, match='2 of 2 pictures could not be read'):
         call(
-            monkeypatch, predict, run.path, 'text.jpg', 'gone.png', '--views=centre', '--csv=t.csv'
+            monkeypatch, predict, run.path, 'text.jpg', 'gone.png', '--views=center', '--csv=t.csv'
         )
     assert (tmp_path / 't.csv').read_text() == 'an earlier result'
 
@@ -296,7 +296,7 @@ def test_many_files_are_never_in_memory_at_once(run, tmp_path, monkeypatch, caps
             done.extend(numbers)
 
     monkeypatch.setattr(figures.Pictures, 'batches', batches)
-    call(monkeypatch, predict, run.path, *['a.png'] * 200, '--views=centre', '--csv=-')
+    call(monkeypatch, predict, run.path, *['a.png'] * 200, '--views=center', '--csv=-')
     assert len(capsys.readouterr().out.splitlines()) == 201
     assert len(done) == 200 and max(ahead) <= 2 * 4 + 2 * cores() + 1
 
@@ -304,9 +304,9 @@ def test_many_files_are_never_in_memory_at_once(run, tmp_path, monkeypatch, caps
 def test_the_test_split(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inference, 'load', load)
-    call(monkeypatch, predict, run.path, f'--test={TEST}', '--views=centre')
+    call(monkeypatch, predict, run.path, f'--test={TEST}', '--views=center')
     found = parse(capsys.readouterr().out)
-    p = load(run.path, 'centre', 'latest')(run.pictures['test'])
+    p = load(run.path, 'center', 'latest')(run.pictures['test'])
     for record in range(TEST):
         lines = found[f'test picture {record} (correct: class {record % CLASSES})']
         np.testing.assert_allclose(
@@ -319,7 +319,7 @@ def test_the_test_split(run, tmp_path, monkeypatch, capsys):
         file.write(bytes(x ^ 1 for x in before))
     try:
         with pytest.raises(UserError, match='1 of 5 pictures could not be read'):
-            call(monkeypatch, predict, run.path, f'--test={TEST}', '--views=centre', '--csv=-')
+            call(monkeypatch, predict, run.path, f'--test={TEST}', '--views=center', '--csv=-')
     finally:
         with open(store.splits['test'].file, 'r+b') as file:
             file.write(before)

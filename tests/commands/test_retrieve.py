@@ -1,4 +1,4 @@
-"""Neighbours by the last hidden layer, compared with plain NumPy over all features at once."""
+"""Neighbors by the last hidden layer, compared with plain NumPy over all features at once."""
 
 import re
 
@@ -53,7 +53,7 @@ def test_nearest_in_batches():
 def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
     """On eight devices, each tower on its own: labels, fractions and pixels match NumPy."""
     output = tmp_path / 'n.png'
-    options = ['--queries=4', '--neighbours=3', '--batch=8', '--score', '--seed=1']
+    options = ['--queries=4', '--neighbors=3', '--batch=8', '--score', '--seed=1']
     call(monkeypatch, retrieve, run.path, *options, f'--output={output}')
     lines = capsys.readouterr().out.splitlines()
     found, distances = brute_force(fc7['val'], fc7['train'], 3)
@@ -78,7 +78,7 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
             caption = picture[y + 144 : y + 168, x : x + 144].tobytes()
             assert captions.setdefault(record % CLASSES, caption) == caption
     assert len({*captions.values()}) == len(captions) > 2  # each class has its own
-    words = 'neighbours share the class of their query'
+    words = 'neighbors share the class of their query'
     assert lines[4] == f'{same} of 12 {words}: {100 * same / 12:.1f} %'
     same = (found % CLASSES == np.arange(VAL)[:, None] % CLASSES).sum()
     assert lines[5] == (
@@ -99,7 +99,7 @@ def test_pictures_from_files(run, tmp_path, monkeypatch, capsys):
         run.path,
         'class 1/a.bin',
         'other/b.bin',
-        '--neighbours=1',
+        '--neighbors=1',
         '--batch=8',
     )
     first, second, share, _ = capsys.readouterr().out.splitlines()
@@ -107,11 +107,11 @@ def test_pictures_from_files(run, tmp_path, monkeypatch, capsys):
     assert found[0][:2] == ('class 1/a.bin (class 1)', 'class 1')
     assert found[1][:2] == ('other/b.bin', 'class 2')
     assert max(float(distance) for *_, distance in found) < 1e-4
-    assert share == '1 of 1 neighbours share the class of their query: 100.0 %'
+    assert share == '1 of 1 neighbors share the class of their query: 100.0 %'
     pictures, names = run.pictures['train'][[13, 8]], [['class 1'] * 2, ['b.bin', 'class 2']]
     drawn = retrieve.draw(pictures, pictures[:, None], names)
-    drawn_there = np.asarray(Image.open(run.path / 'neighbours.png'))
-    (run.path / 'neighbours.png').unlink()
+    drawn_there = np.asarray(Image.open(run.path / 'neighbors.png'))
+    (run.path / 'neighbors.png').unlink()
     np.testing.assert_array_equal(drawn_there, drawn)
 
 
@@ -221,9 +221,9 @@ def test_the_folder_of_a_class():
     [
         (['nowhere'], 'nowhere: not a run directory'),
         (['RUN', '--step=7'], 'no checkpoint of step 7'),
-        (['RUN', '--neighbours=31'], '--neighbours=31: the training split of .* has 30 pictures'),
-        (['RUN', '--neighbours=0'], '--neighbours=0'),
-        (['RUN', '--neighbours=21'], '21 pictures are too many for one figure; give at most 20'),
+        (['RUN', '--neighbors=31'], '--neighbors=31: the training split of .* has 30 pictures'),
+        (['RUN', '--neighbors=0'], '--neighbors=0'),
+        (['RUN', '--neighbors=21'], '21 pictures are too many for one figure; give at most 20'),
         (['RUN', '--queries=13'], '--queries=13: the validation split of .* has 12 pictures'),
         (['RUN', '--queries=0'], '--queries=0'),
         (['RUN', '--queries=2', 'a.jpg'], '--queries picks validation pictures'),

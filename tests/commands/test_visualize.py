@@ -66,11 +66,11 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
     picture = np.asarray(Image.open(output))
     assert picture.shape == (2 * (2 * 12 + 2) + 11, 3 * 24 + 2, 3)
     kernels = np.asarray(run.params['conv1']['kernel'])
-    grey = 255 * (kernels - kernels.min()) / (kernels.max() - kernels.min())
+    gray = 255 * (kernels - kernels.min()) / (kernels.max() - kernels.min())
     for tower, top in ((0, 2), (1, 2 + 26 + 11)):
         for i in range(3):
             drawn = picture[top : top + 22 : 2, 2 + 24 * i : 2 + 24 * i + 22 : 2]
-            np.testing.assert_allclose(drawn, grey[tower, ..., i], atol=0.51)
+            np.testing.assert_allclose(drawn, gray[tower, ..., i], atol=0.51)
     call(monkeypatch, visualize, run.path, f'--output={output}', '--scale=2', '--per_kernel')
     assert (np.asarray(Image.open(output)) != picture).any()
 

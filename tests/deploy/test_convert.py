@@ -47,19 +47,19 @@ def convert(folder, content, name, options=Options(), **others):  # noqa: B008
 
 
 def logits(found, images, **changes):
-    """Ours, of centre crops, in float64: [B,K]."""
+    """Ours, of center crops, in float64: [B,K]."""
     config = found.config
     crop = config['augment']['crop']
     with jax.enable_x64(True):
         model = {**config['model'], 'dtype': 'float64', **changes}
         net = build(classes=len(found.names), **model)
         mean = np.float64(steps.window_mean(found.mean, crop))
-        x = centre(images, crop) - mean
+        x = center(images, crop) - mean
         run = jax.jit(lambda tree, x: network.apply(net, tree, x)[0])
         return np.asarray(run(jax.tree.map(np.float64, found.variables), x))
 
 
-def centre(images, crop):
+def center(images, crop):
     start = (images.shape[1] - crop) // 2
     return images[:, start : start + crop, start : start + crop].astype(np.float64)
 
@@ -109,7 +109,7 @@ def test_torchvision(name, folder):
     found = convert(folder, None, file.name)
     images = pictures()
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    x = ((centre(images, 224) / 255 - mean) / std).transpose(0, 3, 1, 2)
+    x = ((center(images, 224) / 255 - mean) / std).transpose(0, 3, 1, 2)
     with torch.no_grad():
         expected = model.double()(torch.from_numpy(x.copy())).numpy()
     assert difference(logits(found, images), expected) < TOLERANCE['torchvision']
@@ -123,7 +123,7 @@ def test_the_crops_of_torchvisions_alexnet(crop, folder):
     model = import_torchvision().models.alexnet(weights=None, num_classes=CLASSES).eval().double()
     torch.save(model.state_dict(), folder / 'net.pth')
     found = convert(folder, None, 'net.pth', options=Options('', (1.0,) * 3, crop))
-    x = centre(pictures(), crop) - found.mean[0, 0]
+    x = center(pictures(), crop) - found.mean[0, 0]
     with torch.no_grad():
         expected = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
     assert difference(logits(found, pictures()), expected) < TOLERANCE['torchvision']
@@ -156,7 +156,7 @@ def opencv(folder, preset, images, mean, classes=CLASSES):
     net = cv2.dnn.readNetFromCaffe(str(folder / 'net.prototxt'), str(folder / 'net.caffemodel'))
     last = 'pool_final' if preset == 'squeezenet' else 'fc8'
     found = []
-    for image in centre(images, 227):
+    for image in center(images, 227):
         pixels = (image[..., ::-1] - mean).astype(np.float32).transpose(2, 0, 1)[None]
         net.setInput(np.ascontiguousarray(pixels))
         found.append(net.forward(last).reshape(-1))
@@ -267,7 +267,7 @@ def test_onnx(folder):
     graph.ClearField('value_info')
     model.ir_version = max(model.ir_version, 4)
     session = runtime.InferenceSession(model.SerializeToString())
-    x = (centre(pictures(), 227) - found.mean[0, 0])[..., ::-1].transpose(0, 3, 1, 2)
+    x = (center(pictures(), 227) - found.mean[0, 0])[..., ::-1].transpose(0, 3, 1, 2)
     expected = [session.run(['r24'], {'data_0': np.float32(image)[None]})[0][0] for image in x]
     assert difference(logits(found, pictures()), np.stack(expected)) < TOLERANCE['onnx']
 
@@ -312,5 +312,5 @@ def test_keras(name, alpha, form, folder):
         file = folder / 'old.h5'
     found = convert(folder, None, file.name)
     assert found.config['model']['width'] == alpha
-    expected = model(np.float32(centre(pictures(), 224) / 127.5 - 1), training=False).numpy()
+    expected = model(np.float32(center(pictures(), 224) / 127.5 - 1), training=False).numpy()
     assert difference(logits(found, pictures()), expected) < TOLERANCE['keras']

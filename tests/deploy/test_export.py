@@ -285,7 +285,7 @@ def test_fewer_bits(name, kind, tolerance, size, bundles, monkeypatch, tmp_path,
         file = tmp_path / f'{form}.onnx'
         run(monkeypatch, folder, f'--format={form}', f'--output={file}', f'--store={store}')
     assert 'top-1 error on them' in capsys.readouterr().out
-    images = np.asarray(steps.centre(pictures['val'], content.config['augment']['crop']))
+    images = np.asarray(steps.center(pictures['val'], content.config['augment']['crop']))
     (found,) = runtime.InferenceSession(file).run(['logits'], {'images': images})
     expected = ours(net, content, images)
     difference = np.abs(found - expected).max() / np.ptp(expected)

@@ -204,7 +204,7 @@ def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
         assert [row.split(',')[1:] for row in rows] == [[*map(str, row)] for row in matrix]
     mesh = meshes.make((1, 1), towers=2, batches={})
     trained = inference.open_run(workdir, mesh)
-    predict = inference.predictor(trained, mesh, 'centre')
+    predict = inference.predictor(trained, mesh, 'center')
     sums = evaluation.evaluate([predict], mesh, open_store(store), split='val', batch=4, threads=1)
     (*_, last) = (row for row in metrics.read(workdir) if row['kind'] == 'eval')
     found = values(sums)

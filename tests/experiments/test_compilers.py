@@ -110,10 +110,10 @@ def test_pooling_has_its_form_of_cpus_there():
 @pytest.mark.parametrize(
     ('topology', 'shape', 'what'),
     [
-        ('h100:2', (2, 1), 'centre'),
+        ('h100:2', (2, 1), 'center'),
         ('h100:2', (2, 1), 'ten'),
         ('h100:2', (2, 1), 'score'),
-        ('v5e:2x2', (4, 1), 'centre'),
+        ('v5e:2x2', (4, 1), 'center'),
     ],
 )
 def test_evaluation(topology, shape, what):

@@ -177,7 +177,7 @@ def ablated(**rows):
         for seed, error in enumerate(values):
             extra = {
                 view: {'top1_error': error + more, 'top5_error': error / 2}
-                for view, more in (('ten', 0), ('centre', 1))
+                for view, more in (('ten', 0), ('center', 1))
             }
             name = name.replace('_', ' ')
             results[f'{name}-{seed}'] = {
@@ -403,8 +403,8 @@ def test_table_1():
         return {'top1_error': first, 'top5_error': fifth}
 
     runs = [
-        {'centre': result(50.0, 30.0), 'ten': result(45.0, 25.0)},
-        {'centre': result(48.0, 27.0), 'ten': result(48.0, 27.0)},
+        {'center': result(50.0, 30.0), 'ten': result(45.0, 25.0)},
+        {'center': result(48.0, 27.0), 'ten': result(48.0, 27.0)},
         None,
     ]
     table = table1.report(
@@ -530,9 +530,9 @@ def test_a_smoke_run_of_the_ablations(smoke, store, tmp_path):
     command = results['one gpu-0']['command']
     assert '--config.optim.conv1=((0.00589, 1e-05), (0.00633, 0.0))' in command
     for result in results.values():
-        assert [*result['extra']] == ['centre', 'ten'] and len(result['train']) == 4
+        assert [*result['extra']] == ['center', 'ten'] and len(result['train']) == 4
         right = statistics.unpack(result['hits'], 20)
-        assert 100 * (1 - right.mean()) == pytest.approx(result['extra']['centre']['top1_error'])
+        assert 100 * (1 - right.mean()) == pytest.approx(result['extra']['center']['top1_error'])
         assert (
             0 < result['extra']['ten']['top5_error'] < result['extra']['ten']['top1_error'] <= 100
         )
@@ -601,11 +601,11 @@ def test_the_intervals_of_steps_and_the_p_of_the_controls():
     frozen = {'its conv layers frozen': [89.8, 81.8, 83.2]}
     p = embedded_controls.corrected(
         {
-            'centre': {quick: [2.6, 1.7, 2.1], plain: [4.5, 4.2, 4.9], **frozen},
+            'center': {quick: [2.6, 1.7, 2.1], plain: [4.5, 4.2, 4.9], **frozen},
             'ten': {quick: [1.2, 0.6, 0.9], plain: [1.5, 2.0, 1.8], **frozen},
         }
     )
-    assert f'{p[plain, "centre"]:.2g}' == '0.024' and p[plain, 'ten'] > 0.05
+    assert f'{p[plain, "center"]:.2g}' == '0.024' and p[plain, 'ten'] > 0.05
     assert len(p) == 4
 
     def run(name, seed, step):
@@ -682,7 +682,7 @@ def bars(figure):
 def test_the_table_and_figure_of_efficient(drawn, tmp_path):
     def row(name, seed, error):
         times = {'train_ratio': 2.0, 'predict_ratio': 0.5, 'train': [0.004, 0.002]}
-        extra = {view: {'top1_error': error} for view in ('centre', 'ten')}
+        extra = {view: {'top1_error': error} for view in ('center', 'ten')}
         extra |= {'size': {'parameters': 250_000, 'macs': 7_000_000}}
         extra |= {'times': times | {'predict': [0.001, 0.002]}}
         return {'name': name, 'seed': seed, 'diverged': False, 'extra': extra}
@@ -759,7 +759,7 @@ def test_the_table_and_figure_of_few_labels(drawn, tmp_path):
         f'squeezenet {start} 10-{seed}': {
             'name': f'squeezenet {start} 10',
             'seed': seed,
-            'extra': {'centre': {'top1_error': error + seed}},
+            'extra': {'center': {'top1_error': error + seed}},
         }
         for start, error in (('fine-tuned', 40), ('from scratch', 85))
         for seed in range(2)

@@ -39,7 +39,7 @@ def test_the_training_code(package):
     text = layers.read_text()
     layers.write_text('# a comment\n' + text.replace('\n\n\n', '\n\n\n\n# another\n\n\n'))
     rewrite(package / 'training/evaluation.py', '"""', '"""Other words. ')
-    rewrite(package / 'training/evaluation.py', "('centre', 'ten')", '("centre", "ten")')
+    rewrite(package / 'training/evaluation.py', "('center', 'ten')", '("center", "ten")')
     for name in ('main.py', 'devices/preemption.py', 'input/sources/folder.py'):
         rewrite(package / name, 'import', 'import os\nimport')
     assert provenance.code(package) == before

@@ -101,18 +101,18 @@ def test_cifar_lrn(tmp_path, monkeypatch):
     cifar_lrn.run(trial)
     (made,) = trial.results.values()
     assert [row['epoch'] for row in made['train']] == [0.125, 0.25, 0.375, 0.5, 0.625]
-    assert made['extra'].keys() == {'centre', 'ten'}
+    assert made['extra'].keys() == {'center', 'ten'}
     # the run's own last evaluation
-    assert made['extra']['centre'] == made['eval'][-1]['top1_error']
+    assert made['extra']['center'] == made['eval'][-1]['top1_error']
     # One bit per image, compared with a single program over the whole split
     right = statistics.unpack(made['hits'], 20)
-    classify = inference.load(trial.workdir('11pct_plain', 0), views='centre')
+    classify = inference.load(trial.workdir('11pct_plain', 0), views='center')
     store = inference.open_store([classify.run])
     scores = classify(figures.squares(store, 'val', np.arange(20)))
     np.testing.assert_array_equal(right, scores.argmax(1) == store.labels('val'))
-    assert 100 * (1 - right.mean()) == pytest.approx(made['extra']['centre'])
+    assert 100 * (1 - right.mean()) == pytest.approx(made['extra']['center'])
     table = cifar_lrn.report(trial.results)
-    assert f'| 11pct_plain | 0.625 of 520 |  | {made["extra"]["centre"]:.2f} | ' in table
+    assert f'| 11pct_plain | 0.625 of 520 |  | {made["extra"]["center"]:.2f} | ' in table
     assert '| 13pct | | 13 | not run | | 0 |' in table and 'Effect of norms alone: not run' in table
 
 
@@ -147,20 +147,20 @@ def test_every_network_has_dashes_of_its_own():
 def test_what_norms_bring_is_paired_by_seed():
     """The networks differ by 1 to 3 points within a seed, and by much more between seeds."""
     results = by_key(
-        *(result('11pct', s, centre=e, ten=e - 1) for s, e in enumerate((10.0, 20.0, 30.0, 40.0))),
+        *(result('11pct', s, center=e, ten=e - 1) for s, e in enumerate((10.0, 20.0, 30.0, 40.0))),
         *(
-            result('11pct_plain', s, centre=e, ten=t)
+            result('11pct_plain', s, center=e, ten=t)
             for s, e, t in ((2, 32.0, 27.0), (1, 21.0, 21.0), (0, 13.0, 9.0))
         ),
         result('11pct_plain', 3, diverged=True),
-        result('18pct', 0, centre=17.25),
+        result('18pct', 0, center=17.25),
     )
-    assert cifar_lrn.gains(results, 'centre') == [3.0, 1.0, 2.0]  # seed 3 has no partner
+    assert cifar_lrn.gains(results, 'center') == [3.0, 1.0, 2.0]  # seed 3 has no partner
     table = cifar_lrn.report(results)
     # Three seeds: 4.303 standard errors. Two tests: twice 0.074, and 1
-    assert 'centre crop: +2.00 (-0.48 to +4.48) points, 3 seeds, p = 0.15.' in table
+    assert 'center crop: +2.00 (-0.48 to +4.48) points, 3 seeds, p = 0.15.' in table
     assert 'ten views: +0.00 (-4.97 to +4.97) points, 3 seeds, p = 1.' in table  # 0, 2 and -2
-    assert 'over images (bootstrap, centre crop, 95 %): —.' in table
+    assert 'over images (bootstrap, center crop, 95 %): —.' in table
     assert 'the effect of norms, one test per kind of view, 2 tests.' in table
     assert '| 11pct | 52 of 520 | 11 | 25.00 ± 12.91 | 24.00 ± 12.91 | 4 |' in table
     assert '| 11pct_plain | 52 of 520 |  | 22.00 ± 9.54 | 19.00 ± 9.17 | 4, 1 diverged |' in table
@@ -172,7 +172,7 @@ def test_the_figure_of_cifar_lrn(figure_of):
     (axes,) = figure_of(
         cifar_lrn,
         by_key(
-            *(result(net, s, centre=20.0) for net in ('18pct', '11pct_plain') for s in (0, 1)),
+            *(result(net, s, center=20.0) for net in ('18pct', '11pct_plain') for s in (0, 1)),
             result('11pct', diverged=True),
         ),
     ).axes
@@ -198,8 +198,8 @@ def test_the_figure_of_cifar_lrn(figure_of):
 )
 def test_what_norms_bring_as_a_family(differences, words):
     """A second test that shows nothing doubles the p of the first."""
-    found = cifar_lrn.verdicts({'centre': differences, 'ten': [-1.0, 0.0, 1.0]})
-    assert found['centre'] == words
+    found = cifar_lrn.verdicts({'center': differences, 'ten': [-1.0, 0.0, 1.0]})
+    assert found['center'] == words
 
 
 @pytest.fixture(scope='module')
@@ -235,19 +235,19 @@ def test_figure_3(drawn, tmp_path):
         inference.open_run(run, meshes.make((1, 1), towers=1, batches={}))
     )
     assert kernels.shape == (2, 11, 11, 3, 3) and extra['end'] == fig3_filters.measures(kernels)
-    assert extra['start'] != extra['end'] and np.shape(extra['start']['colour']) == (2, 3)
+    assert extra['start'] != extra['end'] and np.shape(extra['start']['color']) == (2, 3)
     np.testing.assert_array_equal(fig3_filters.unpacked(extra['picture']), kernel_picture(kernels))
     table = fig3_filters.report(drawn.third.results)
-    assert f'| original, seed 0 | 1 | 3 | {np.mean(extra["end"]["colour"][1]):.2f} | ' in table
+    assert f'| original, seed 0 | 1 | 3 | {np.mean(extra["end"]["color"][1]):.2f} | ' in table
     (axes,) = fig3_filters.figure(drawn.third.results).axes
     np.testing.assert_array_equal(axes.images[0].get_array(), kernel_picture(kernels))
     assert axes.get_title('left') == ''  # a single run
     fig3_filters.plot(drawn.third.results, tmp_path / 'figure.png')
     drawn = np.asarray(Image.open(tmp_path / 'figure.png').convert('RGB'))
-    assert colours(kernel_picture(kernels)) <= colours(drawn)
+    assert colors(kernel_picture(kernels)) <= colors(drawn)
 
 
-def colours(picture):
+def colors(picture):
     return {*map(tuple, picture.reshape(-1, 3).tolist())}
 
 
@@ -398,29 +398,29 @@ def test_a_run_in_a_bucket(drawn, monkeypatch, capsys, module):
 
 
 def gratings():
-    """Makes kernels f32[1,11,11,3,6]: three grey gratings, a coloured one, a grey spot and a checkerboard."""
+    """Makes kernels f32[1,11,11,3,6]: three gray gratings, a colored one, a gray spot and a checkerboard."""
     y, x = np.mgrid[-5:6, -5:6]
     waves = [
         np.sin(1.7 * (np.cos(a) * x + np.sin(a) * y)) for a in np.pi / 180 * np.array([0, 90, 30])
     ]
     spot = np.exp(-(x**2 + y**2) / 4)
-    grey = [np.stack([wave] * 3, -1) for wave in (*waves, spot, np.cos(1.7 * x) + np.cos(1.7 * y))]
-    coloured = np.stack([waves[2], -waves[2], 0 * waves[2]], -1)
-    return np.stack([*grey[:3], coloured, *grey[3:]], -1)[None]
+    gray = [np.stack([wave] * 3, -1) for wave in (*waves, spot, np.cos(1.7 * x) + np.cos(1.7 * y))]
+    colored = np.stack([waves[2], -waves[2], 0 * waves[2]], -1)
+    return np.stack([*gray[:3], colored, *gray[3:]], -1)[None]
 
 
-def test_colour_and_orientation_of_kernels():
-    (colours,), (directions,) = (
-        f(gratings()) for f in (fig3_filters.colour, fig3_filters.orientation)
+def test_color_and_orientation_of_kernels():
+    (colors,), (directions,) = (
+        f(gratings()) for f in (fig3_filters.color, fig3_filters.orientation)
     )
-    np.testing.assert_allclose(colours, [0, 0, 0, 1, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(colors, [0, 0, 0, 1, 0, 0], atol=1e-12)
     assert (directions[:4] > 0.9).all() and directions[2] == pytest.approx(directions[3])
     np.testing.assert_allclose(directions[4:], 0, atol=1e-6)
     noise = np.random.default_rng(0).normal(size=(1, 11, 11, 3, 500))
-    assert fig3_filters.colour(noise).mean() == pytest.approx(2 / 3, abs=0.01)
+    assert fig3_filters.color(noise).mean() == pytest.approx(2 / 3, abs=0.01)
     assert fig3_filters.orientation(noise).mean() < 0.15
     black = np.zeros((1, 11, 11, 3, 1))
-    assert fig3_filters.colour(black) == fig3_filters.orientation(black) == 0
+    assert fig3_filters.color(black) == fig3_filters.orientation(black) == 0
 
 
 def test_the_difference_between_towers():
@@ -428,8 +428,8 @@ def test_the_difference_between_towers():
         towers = [[*tower] * 2 for tower in towers]
         energy = [[1.0, 3.0] * 2] * len(towers)
         before = [[start, start + 0.1] * 2] * len(towers)
-        end = {'colour': [*towers], 'orientation': before, 'energy': energy}
-        return {'start': {'colour': before, 'orientation': before}, 'end': end}
+        end = {'color': [*towers], 'orientation': before, 'energy': energy}
+        return {'start': {'color': before, 'orientation': before}, 'end': end}
 
     table = fig3_filters.report(
         by_key(
@@ -444,10 +444,10 @@ def test_the_difference_between_towers():
     )
     assert '| a, seed 0 | 0 | 4 | 0.10 | 0.15 | 0.65 |' in table
     # its standard error is 0.2 / 12 ** 0.5, with three degrees of freedom
-    assert 'a, seed 0, tower 1 minus tower 0: colour +0.70 (+0.52 to +0.88), p = 0.0048, ' in table
-    assert 'a, seed 5, tower 1 minus tower 0: colour +0.50 (+0.04 to +0.96), p = 0.081, ' in table
+    assert 'a, seed 0, tower 1 minus tower 0: color +0.70 (+0.52 to +0.88), p = 0.0048, ' in table
+    assert 'a, seed 5, tower 1 minus tower 0: color +0.50 (+0.04 to +0.96), p = 0.081, ' in table
     assert (
-        'colour-specific in 3 of 5 runs, by the corrected p (tower 0 in 1, tower 1 in 2)' in table
+        'color-specific in 3 of 5 runs, by the corrected p (tower 0 in 1, tower 1 in 2)' in table
     )
     assert 'tower 1 minus tower 0, for each run, 5 tests.' in table
     assert '| a, seed 3 | diverged |' in table and 'one tower, seed 0, tower 1' not in table
@@ -524,7 +524,7 @@ def pair():
     fingerprint = {'code': 'c0de', 'files': {}, 'config': {}, 'start': '', 'data': '0'}
     made = by_key(
         *(
-            result(net, s, centre=e + s, ten=e)
+            result(net, s, center=e + s, ten=e)
             for s in (0, 1)
             for net, e in (('11pct', 11.0), ('11pct_plain', 13.0))
         )

@@ -516,6 +516,6 @@ def test_a_messy_folder_in_one_start(tmp_path):
     # Every image is there, upright and not black.
     plain = square(good['plain.jpg'], 24).astype(int)
     for pixels in made.pixels('train'):
-        grey = np.abs(pixels.mean(2) - plain.mean(2)).mean()
-        assert min(grey, np.abs(pixels - plain).mean()) < 60
+        gray = np.abs(pixels.mean(2) - plain.mean(2)).mean()
+        assert min(gray, np.abs(pixels - plain).mean()) < 60
         assert pixels.mean() > 20

@@ -98,7 +98,7 @@ def test_every_column_of_a_jpeg_crop(photograph, x, reader, monkeypatch):
 
 @pytest.fixture(scope='module')
 def photograph(tmp_path_factory):
-    """Two 256-pixel images with strong colour edges everywhere."""
+    """Two 256-pixel images with strong color edges everywhere."""
     path = tmp_path_factory.mktemp('photograph')
     noise = np.random.default_rng(0).integers(256, size=(2, 256, 256, 3), dtype=np.uint8)
     pictures = write_store(path, size=256, pictures={'train': noise, 'val': noise[:1]})
@@ -106,14 +106,14 @@ def photograph(tmp_path_factory):
 
 
 @pytest.mark.parametrize('format, reader', READERS)
-def test_centre_crops(stores, format, reader):
+def test_center_crops(stores, format, reader):
     store, pictures = stores[format]
     (plain,) = train(store, stop=1, random=False, reader=reader)
     (noisy,) = train(store, stop=1, reader=reader)
     records = sampler.records(3, np.arange(8), COUNT)
     margin = (SIZE - CROP) // 2
-    centre = slice(margin, margin + CROP)
-    np.testing.assert_array_equal(plain['image'], pictures['train'][records][:, centre, centre])
+    center = slice(margin, margin + CROP)
+    np.testing.assert_array_equal(plain['image'], pictures['train'][records][:, center, center])
     np.testing.assert_array_equal(plain['z'], noisy['z'])
 
 

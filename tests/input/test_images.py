@@ -69,12 +69,12 @@ def test_damaged_exif_is_as_none(format, exif):
     assert (np.asarray(found) == np.asarray(expected)).all()
 
 
-GREY = np.asarray(fixtures.picture(3).convert('L'))
-WIDE = GREY.astype(np.uint16) << 8 | 90  # bytes in the wrong order would be noise
+GRAY = np.asarray(fixtures.picture(3).convert('L'))
+WIDE = GRAY.astype(np.uint16) << 8 | 90  # bytes in the wrong order would be noise
 
 
 def tiff(values: np.ndarray, order: str, bits: int, format: int = 1, white_is_zero=False) -> bytes:
-    """An uncompressed grey TIFF of one strip."""
+    """An uncompressed gray TIFF of one strip."""
     raw = values.astype(values.dtype.newbyteorder(order)).tobytes()
     if bits == 12:
         pairs = values.reshape(-1, 2).astype(int)
@@ -94,16 +94,16 @@ def tiff(values: np.ndarray, order: str, bits: int, format: int = 1, white_is_ze
         tiff(WIDE, '<', 16),
         tiff(WIDE, '>', 16),
         tiff(65535 - WIDE, '<', 16, white_is_zero=True),
-        tiff(GREY.astype(np.uint16) << 4, '<', 12),
+        tiff(GRAY.astype(np.uint16) << 4, '<', 12),
         fixtures.encode(Image.fromarray(WIDE), 'PNG'),
         b'P5 60 45 65535\n' + WIDE.astype('>u2').tobytes(),
-        b'P5 60 45 4095\n' + (GREY.astype(np.uint16) << 4).astype('>u2').tobytes(),
+        b'P5 60 45 4095\n' + (GRAY.astype(np.uint16) << 4).astype('>u2').tobytes(),
     ],
     ids=['<', '>', 'white is zero', '12 bits', 'PNG', 'PGM', 'PGM 12 bits'],
 )
 def test_16_bits_keep_the_high_byte(data):
     found = np.asarray(decode(data)).astype(int)
-    assert np.abs(found - GREY[:, :, None]).max() <= 1
+    assert np.abs(found - GRAY[:, :, None]).max() <= 1
 
 
 def png_16(values: np.ndarray) -> bytes:
@@ -122,22 +122,22 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
 
-def test_16_bit_colour():
-    colours = np.asarray(fixtures.picture(3))
-    assert (np.asarray(decode(png_16(colours.astype(np.uint16) << 8 | 90))) == colours).all()
-    assert (np.asarray(decode(colours.astype(np.uint16) << 8 | 90)) == colours).all()
+def test_16_bit_color():
+    colors = np.asarray(fixtures.picture(3))
+    assert (np.asarray(decode(png_16(colors.astype(np.uint16) << 8 | 90))) == colors).all()
+    assert (np.asarray(decode(colors.astype(np.uint16) << 8 | 90)) == colors).all()
 
 
 @pytest.mark.parametrize(
     ('data', 'reason'),
     [
-        (tiff(GREY.astype(np.uint32) << 16, '<', 32), '32-bit integer pixels: convert'),
-        (tiff(GREY.astype(np.int16), '<', 16, format=2), '32-bit integer pixels: convert'),
-        (tiff(GREY.astype(np.float32) / 255, '<', 32, format=3), 'floating-point pixels: convert'),
-        (GREY[:, :, None].astype(np.float32), 'float32 pixels: convert them'),
-        (GREY[:, :, None].astype(np.int64), 'int64 pixels: convert them'),
+        (tiff(GRAY.astype(np.uint32) << 16, '<', 32), '32-bit integer pixels: convert'),
+        (tiff(GRAY.astype(np.int16), '<', 16, format=2), '32-bit integer pixels: convert'),
+        (tiff(GRAY.astype(np.float32) / 255, '<', 32, format=3), 'floating-point pixels: convert'),
+        (GRAY[:, :, None].astype(np.float32), 'float32 pixels: convert them'),
+        (GRAY[:, :, None].astype(np.int64), 'int64 pixels: convert them'),
         (np.zeros((4, 4, 2), np.uint8), 'an array of shape .4, 4, 2.: give'),
-        (tiff(GREY.astype(np.uint16) << 4, '<', 16), '16-bit image with all values below 4,096'),
+        (tiff(GRAY.astype(np.uint16) << 4, '<', 16), '16-bit image with all values below 4,096'),
         (png_16(np.full((4, 4, 3), 4000)), '16-bit image with all values below 4,096'),
         (np.full((4, 4, 3), 4000, np.uint16), '16-bit image with all values below 4,096'),
         (b'', 'an empty file'),
@@ -239,7 +239,7 @@ def test_large_metadata_are_no_damage(where):
     assert (np.asarray(decode(made)) == np.asarray(image)).all()
 
 
-def test_large_exif_and_colour_profile_of_a_jpeg():
+def test_large_exif_and_color_profile_of_a_jpeg():
     image, data = fixtures.picture(5), io.BytesIO()
     image.save(data, 'JPEG', exif=b'Exif\0\0' + bytes(60_000), icc_profile=bytes(3_000_000))
     assert decode(data.getvalue(), exif=True).size == image.size

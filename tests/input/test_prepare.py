@@ -49,7 +49,7 @@ def files(folder) -> dict[str, bytes]:
     'width, height',
     [(75, 50), (50, 75), (101, 67), (33, 90), (40, 40), (32, 45), (20, 27), (500, 375)],
 )
-def test_square_is_the_centre_of_the_resized_picture(width, height):
+def test_square_is_the_center_of_the_resized_picture(width, height):
     image = fixtures.picture(0, width, height)
     short = min(width, height)
     new = int(width * 32 / short + 0.5), int(height * 32 / short + 0.5)
@@ -92,8 +92,8 @@ def as_16_bit(image):
 def test_decodes_by_content(format, convert, tolerance):
     image = fixtures.picture(3)
     stored = convert(image)
-    grey = stored.mode in ('L', 'LA', '1') or stored.mode.startswith('I')
-    expected = np.asarray(image.convert('L').convert('RGB') if grey else image).astype(int)
+    gray = stored.mode in ('L', 'LA', '1') or stored.mode.startswith('I')
+    expected = np.asarray(image.convert('L').convert('RGB') if gray else image).astype(int)
     decoded = decode(fixtures.encode(stored, format))
     assert decoded.mode == 'RGB'
     assert np.abs(np.asarray(decoded) - expected).max() <= tolerance

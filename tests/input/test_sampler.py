@@ -1,4 +1,4 @@
-"""The sampler: every record once an epoch, uniform crops, even flips, normal colour noise."""
+"""The sampler: every record once an epoch, uniform crops, even flips, normal color noise."""
 
 import math
 
@@ -81,7 +81,7 @@ def test_a_room_of_zero_leaves_one_offset():
     assert not y.any() and not x.any() and flip.any()
 
 
-def test_colour_noise_has_the_spread_of_the_source(many):
+def test_color_noise_has_the_spread_of_the_source(many):
     # ImageNet's principal axes and standard deviations, and the factor 0.1: docs/original.md §5.
     sigma = np.array([121.780, 37.094, 19.721])
     axes = np.array(
@@ -105,7 +105,7 @@ def test_z_is_normal_and_independent(many):
         assert is_uniform(np.bincount(sign * 2 + many.flip))
 
 
-def test_an_image_has_other_colour_noise_in_every_epoch(tmp_path):
+def test_an_image_has_other_color_noise_in_every_epoch(tmp_path):
     """Repeating the run repeats the noise."""
     write_store(tmp_path, format='u8', size=8, counts={'train': 12, 'val': 1}, classes=12)
     kwargs = dict(seed=3, batch=12, stop=3, crop=8, chunk=32, random=True, reader='threads')
@@ -126,10 +126,10 @@ def test_a_chunk_shares_one_offset_and_one_flip():
     crops = np.stack([draws.y, draws.x, draws.flip], axis=1)
     distinct = [np.unique(crops[group == g], axis=0) for g in np.unique(group)]
     assert all(len(d) == 1 for d in distinct)
-    # Neighbouring chunks draw anew: two draws of 2178 rarely agree.
+    # Neighboring chunks draw anew: two draws of 2178 rarely agree.
     first_crops = np.concatenate(distinct)
     assert (first_crops[1:] == first_crops[:-1]).all(1).mean() < 0.01
-    assert np.unique(draws.z, axis=0).shape == (32 * 500, 3)  # every image has its own colour noise
+    assert np.unique(draws.z, axis=0).shape == (32 * 500, 3)  # every image has its own color noise
 
 
 def test_shares_of_mixup_are_those_of_beta():

@@ -1,4 +1,4 @@
-"""Stores of whole images, random resized crops, and colour jitter."""
+"""Stores of whole images, random resized crops, and color jitter."""
 
 import io
 

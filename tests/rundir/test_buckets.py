@@ -143,7 +143,7 @@ def test_a_run_in_a_bucket(bucket, store, compiled_once, tmp_path, caplog):
     assert seen == [1, 2, 3, 4, 4, 5]
 
     # Everything that reads a run reads this one.
-    sums = evaluation.compare([run, tmp_path / 'run'], views=('centre',), batch=BATCH)
+    sums = evaluation.compare([run, tmp_path / 'run'], views=('center',), batch=BATCH)
     there, here, _ = sums.values()
     assert list(sums)[0][0] == 'gs://bucket/run (step 5)'
     jax.tree.map(np.testing.assert_array_equal, there, here)

@@ -38,7 +38,7 @@ def test_a_bundle_classifies_like_its_run(tiny):
     np.testing.assert_array_equal(one(images), other(images))
     np.testing.assert_array_equal(one.features(images), other.features(images))
     assert (other.names, other.size, other.run.title) == (one.names, SIZE, str(folder))
-    sums = evaluation.compare([run.path, folder], store=str(run.store), views=('centre',))
+    sums = evaluation.compare([run.path, folder], store=str(run.store), views=('center',))
     first, second, _ = sums.values()
     assert first['top1'] == second['top1'] and first['count'] == 12
     assert inference.describe_run('hub:quickstart').title == 'hub:quickstart'

@@ -238,7 +238,7 @@ def test_a_modern_recipe_is_the_same_on_every_mesh_and_resumed(folder, net, shap
             open_store(folder / 'three').pixels('val'),
             open_store(folder / 'three').labels('val'),
         )
-        found = inference.load(run, 'centre', build=build)(images)  # the average
+        found = inference.load(run, 'center', build=build)(images)  # the average
         wrong = 100 * (found.argmax(1) != labels).mean()
         assert last['top1_error'] == pytest.approx(wrong) and last['last_loss'] != last['loss']
     rows = [metrics.read(run) for run in (one, other)]
@@ -351,9 +351,9 @@ def test_fine_tuning_starts_from_the_average_that_a_run_uses(folder):
         'optim.rate': 0.0,
         'train.freeze': ('stem', 'body', 'head'),
     }
-    new = inference.load(train(folder, 'from-average', 'nested', **frozen), 'centre', build=build)
+    new = inference.load(train(folder, 'from-average', 'nested', **frozen), 'center', build=build)
     images = open_store(folder / 'three').pixels('val')
-    found = inference.load(old, 'centre', build=build)(images)
+    found = inference.load(old, 'center', build=build)(images)
     np.testing.assert_array_equal(new(images), found)
 
 

@@ -85,10 +85,10 @@ def test_saturated_tanh_units(std, bias, warned):
     variables = network.init(net, jax.random.key(0), CROP)
     images = np.random.default_rng(0).integers(0, 256, (BATCH, CROP, CROP, 3), dtype=np.uint8)
     batch = {'image': images, 'z': np.zeros((BATCH, 3), np.float32)}
-    colour = {'std': 0.0, 'rescale': False}
+    color = {'std': 0.0, 'rescale': False}
     axes = {'eigenvectors': np.eye(3, dtype=np.float32), 'sigma': np.ones(3, np.float32)}
     mean = np.full((CROP, CROP, 3), 127, np.float32)
-    shares = diagnosis.make_saturated(net, mean=mean, **axes, **colour)(variables, batch, RATES)
+    shares = diagnosis.make_saturated(net, mean=mean, **axes, **color)(variables, batch, RATES)
     out = network.apply(net, variables, images.astype(np.float32) - 127)[1]
     assert shares['act1'] == pytest.approx(np.mean(np.abs(np.stack(out['act1'])) > 0.99), abs=1e-6)
     assert shares['conv1'] == 0  # before the activation

@@ -19,7 +19,7 @@ def classify(tmp_path_factory):
     (run.path / 'store.json').write_text(
         (run.path / 'store.json').read_text().replace('{', '{"exif": true,', 1)
     )
-    return alexnet_jax.load(run.path, views='centre')
+    return alexnet_jax.load(run.path, views='center')
 
 
 @pytest.fixture(scope='module')
@@ -60,10 +60,10 @@ def test_every_form_of_one_picture(classify, picture, tmp_path):
     np.testing.assert_allclose(both[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_grey(classify, picture):
-    grey = picture[..., 0]
-    expected = classify(np.repeat(grey[..., None], 3, axis=2))
-    for form in (grey, grey[..., None], grey / 255, Image.fromarray(grey)):
+def test_gray(classify, picture):
+    gray = picture[..., 0]
+    expected = classify(np.repeat(gray[..., None], 3, axis=2))
+    for form in (gray, gray[..., None], gray / 255, Image.fromarray(gray)):
         np.testing.assert_array_equal(classify(form), expected)
 
 

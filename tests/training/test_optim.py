@@ -354,7 +354,7 @@ def make(examples=1000, batch=100, **changes):
 @pytest.mark.parametrize(
     ('preset', 'variant', 'examples', 'phases', 'end'),
     [
-        # Epoch; rates of weights, biases and conv1; colour noise: docs/original.md §4.
+        # Epoch; rates of weights, biases and conv1; color noise: docs/original.md §4.
         pytest.param(
             original,
             '',

@@ -87,7 +87,7 @@ def test_uninterrupted_run_is_what_the_others_are_compared_with(alone):
     ids=str,
 )
 def test_killed_and_resumed_is_bit_for_bit_the_same(store, alone, tmp_path, kills):
-    """On two devices, one tower each, with dropout, colour noise and chunked crops."""
+    """On two devices, one tower each, with dropout, color noise and chunked crops."""
     workdir = tmp_path / 'run'
     for event, number in kills:
         start(workdir, store, event, number)

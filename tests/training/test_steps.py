@@ -29,15 +29,15 @@ def net():
     return build(classes=CLASSES, **config.model)
 
 
-def test_ten_crops_are_the_corners_the_centre_and_their_mirror_images():
+def test_ten_crops_are_the_corners_the_center_and_their_mirror_images():
     """`docs/original.md` §11, in the order of the 2012 source code."""
     windows = [(int(y * 32), int(x * 32)) for y, x, _ in steps.VIEWS['ten']]
     assert windows == 2 * [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
     assert [flip for *_, flip in steps.VIEWS['ten']] == [False] * 5 + [True] * 5
-    assert [(int(y * 32), int(x * 32), f) for y, x, f in steps.VIEWS['centre']] == [(16, 16, False)]
+    assert [(int(y * 32), int(x * 32), f) for y, x, f in steps.VIEWS['center']] == [(16, 16, False)]
 
 
-@pytest.mark.parametrize('views', ['centre', 'ten'])
+@pytest.mark.parametrize('views', ['center', 'ten'])
 def test_predict_averages_the_probabilities_of_the_views(net, mesh, views):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
@@ -132,23 +132,23 @@ def test_no_step_of_several_comes_after_one_that_is_not_finite(net, mesh):
     )
 
 
-@pytest.mark.parametrize('colour', [1.0, 0.0])
+@pytest.mark.parametrize('color', [1.0, 0.0])
 @pytest.mark.parametrize('rescale', [True, False])
-def test_loss_is_that_of_the_normalized_noisy_pictures(net, mesh, colour, rescale):
+def test_loss_is_that_of_the_normalized_noisy_pictures(net, mesh, color, rescale):
     """Noise 0.1 * sum of z_k sigma_k v_k after the mean; / 1.1 only with noise (`docs/original.md` §5)."""
     step, state, settings = make_step(net, mesh, rescale=rescale)
     batch = make_batch()
     z_sigma = batch['z'] * settings['sigma']
     noise = 0.1 * sum(np.outer(z_sigma[:, k], settings['eigenvectors'][:, k]) for k in range(3))
-    x = np.float32(batch['image']) - settings['mean'] + colour * noise[:, None, None, :]
-    x = x / 1.1 if rescale and colour else x
+    x = np.float32(batch['image']) - settings['mean'] + color * noise[:, None, None, :]
+    x = x / 1.1 if rescale and color else x
     key = jax.random.fold_in(jax.random.key(0), 0)
     logits, _ = jax.jit(net.apply)(
         state.variables, np.float32(x), network.Training(key, jnp.arange(4))
     )
     logits = np.float64(logits)
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(4), batch['label']]
-    _, sums = step(state, batch, {**RATES, 'colour': np.float32(colour)})
+    _, sums = step(state, batch, {**RATES, 'colour': np.float32(color)})
     np.testing.assert_allclose(sums['loss'], losses.sum(), rtol=1e-5)
     assert sums['count'] == 4
 

@@ -778,7 +778,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert found.names == ['ant', 'bee', 'çat'] and found.mean.shape == (240, 240, 3)
     made = 'python -m alexnet_jax.convert net.pth out --names=names.txt --size=240'
     assert found.card['made'] == made
-    classify = alexnet_jax.load(tmp_path / 'out', views='centre')
+    classify = alexnet_jax.load(tmp_path / 'out', views='center')
     image = np.random.default_rng(0).integers(0, 256, (240, 240, 3)).astype(np.uint8)
     x = image[None, 8:-8, 8:-8] - np.float32(torch.MEAN)
     logits = network.apply(variables.preset(SMALL, CLASSES, {}), found.variables, x)[0]

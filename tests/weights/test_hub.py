@@ -338,7 +338,7 @@ def registered(web, published, monkeypatch):
 
 
 def test_a_registered_network(web, registered, cache, capsys, monkeypatch):
-    classify = alexnet_jax.load('host/net', views='centre')
+    classify = alexnet_jax.load('host/net', views='center')
     image = np.random.default_rng(0).integers(0, 256, (300, 260, 3), np.uint8)
     assert classify(image).shape == (1000,)
     assert classify.names[0] == 'n01440764' and classify.words[0] == 'tench'
@@ -346,7 +346,7 @@ def test_a_registered_network(web, registered, cache, capsys, monkeypatch):
     assert files(cache) == {folder, f'{folder}.safetensors'}
     card = bundle.read_config(cache / folder)[1]
     assert (card['sha256'], card['licence'], card['title']) == (registered, 'MIT', 'A network')
-    again = alexnet_jax.load(hub.locate('hub:host/net'), views='centre')
+    again = alexnet_jax.load(hub.locate('hub:host/net'), views='center')
     np.testing.assert_array_equal(again(image), classify(image))
     assert web.paths() == ['/host/net.safetensors']
     call(monkeypatch, hub_command, 'list')
@@ -677,7 +677,7 @@ import alexnet_jax
 
 print(alexnet_jax.__file__)
 for name in sys.argv[1:]:
-    classify = alexnet_jax.load(name, views='centre')
+    classify = alexnet_jax.load(name, views='center')
     probabilities = classify(np.zeros((99, 80, 3), np.uint8))
     print(len(classify.words), classify.words[0], f'{probabilities.sum():.3f}')
 """

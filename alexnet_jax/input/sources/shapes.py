@@ -1,7 +1,7 @@
-"""Renders the embedded set: one of ten figures per image, anywhere, in any colours, amid clutter.
+"""Renders the embedded set: one of ten figures per image, anywhere, in any colors, amid clutter.
 
 Everything that could give the class away without the shape is drawn independently of the class: the
-size of the image, the bounding box of the figure, colours, textures, clutter, noise and JPEG quality
+size of the image, the bounding box of the figure, colors, textures, clutter, noise and JPEG quality
 (and with it the size of the file). Every figure has a mirror axis, and tilts are symmetric, so a flip
 does not change the class.
 """
@@ -19,7 +19,7 @@ ASPECT = (1.0, 1.4)  # longer side / shorter side
 FIGURE_SIDE = (0.55, 0.80)  # side of the figure's bounding box / shorter side of the image
 FIGURE_STRETCH = 1.2  # largest ratio of the bounding box's sides
 TILT = 15.0  # degrees, either way
-CONTRAST = 150.0  # minimum distance between the colours of figure and ground, in RGB levels
+CONTRAST = 150.0  # minimum distance between the colors of figure and ground, in RGB levels
 TEXTURE = (0.0, 20.0)  # amplitude of the textures, in levels
 NOISE = (2.0, 14.0)  # standard deviation of the pixel noise, in levels
 QUALITY = (70, 96)  # JPEG quality, inclusive
@@ -76,14 +76,14 @@ FIGURES = {
 NAMES = list(FIGURES)
 
 
-def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     while True:
         figure, ground = rng.uniform(15, 240, (2, 3))
         if np.linalg.norm(figure - ground) >= CONTRAST:
             return figure, ground
 
 
-def _texture(rng: np.random.Generator, colour: np.ndarray, height: int, width: int) -> np.ndarray:
+def _texture(rng: np.random.Generator, color: np.ndarray, height: int, width: int) -> np.ndarray:
     """Draws a plain, shaded, striped, checkered or blotchy surface -> f32[height,width,3]."""
     kind = rng.integers(5)
     y, x = np.ogrid[:height, :width]
@@ -101,7 +101,7 @@ def _texture(rng: np.random.Generator, colour: np.ndarray, height: int, width: i
         coarse = Image.fromarray(rng.uniform(-1, 1, (7, 7)).astype(np.float32))
         pattern = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
     tint = rng.uniform(*TEXTURE) * rng.uniform(0.5, 1.0, 3)
-    return colour.astype(np.float32) + pattern[:, :, None] * tint.astype(np.float32)
+    return color.astype(np.float32) + pattern[:, :, None] * tint.astype(np.float32)
 
 
 def _mask(rng: np.random.Generator, label: int, height: int, width: int):
@@ -134,13 +134,13 @@ def _clutter(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
     unit = min(image.size)
     for _ in range(rng.integers(CLUTTER[0], CLUTTER[1], endpoint=True)):
         x, y = rng.uniform(0, 1, 2) * image.size
-        colour = tuple(int(level) for level in rng.integers(0, 256, 3))
+        color = tuple(int(level) for level in rng.integers(0, 256, 3))
         dx, dy = rng.uniform(-0.12, 0.12, 2) * unit
         if rng.integers(2):
-            draw.line((x, y, x + 2 * dx, y + 2 * dy), colour, width=int(rng.integers(1, 4)))
+            draw.line((x, y, x + 2 * dx, y + 2 * dy), color, width=int(rng.integers(1, 4)))
         else:
             radius = rng.uniform(0.015, 0.05) * unit
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), color)
     return np.asarray(image, np.float32)
 
 
@@ -154,9 +154,9 @@ def render(seed: int, split: int, index: int) -> tuple[bytes, int, tuple[float, 
     shorter = rng.integers(*SHORTER_SIDE, endpoint=True)
     longer = round(shorter * rng.uniform(*ASPECT))
     height, width = (shorter, longer) if rng.integers(2) else (longer, shorter)
-    figure_colour, ground_colour = _colours(rng)
-    figure = _texture(rng, figure_colour, height, width)
-    ground = _texture(rng, ground_colour, height, width)
+    figure_color, ground_color = _colors(rng)
+    figure = _texture(rng, figure_color, height, width)
+    ground = _texture(rng, ground_color, height, width)
     mask, box = _mask(rng, label, height, width)
     picture = _clutter(rng, ground + mask * (figure - ground))
     noise = rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(*NOISE))
