@@ -27,9 +27,9 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
     """
     for name, value in configfile.fields(config).items():
         configfile.check_value(name, value, value)
-    directory.check(config, workdir, free=SCHEDULE)
     net = build(classes=1, **config.model)
     mesh, shapes = _values(config, net)
+    directory.check(config, workdir, free=SCHEDULE)
     _start(config, workdir, net, shapes)
     return mesh, net
 

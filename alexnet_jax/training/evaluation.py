@@ -170,7 +170,8 @@ def table(results: dict[tuple[str, str], dict]) -> str:
     """Formats what `compare` returns like the paper's tables 1 and 2."""
     results = {(printable(name), view): sums for (name, view), sums in results.items()}
     width = max(len('Model'), *(len(name) for name, _ in results))
-    columns = {name: head for name, (_, head) in metrics.TEXT.items() if head}
+    classes = max(len(sums['class_count']) for sums in results.values())
+    columns = {name: head for name in metrics.shown(classes) if (head := metrics.TEXT[name][1])}
     heads = '  '.join(f'{head:>{max(7, len(head))}}' for head in columns.values())
     lines = ['Errors:', f'{"Model":{width}}  Crops  {heads}  Pictures']
     for (name, view), sums in results.items():

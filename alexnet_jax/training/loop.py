@@ -394,6 +394,9 @@ class Loop:
                 log.info(line)
             if (step + 1) % self.config.log_every == 0:
                 self.write_row(step, rates)
+            elif steady := self.clock.overdue(self.images):
+                total, batch = self.setup.total, self.setup.config.train.batch
+                log.info(progress.short_line(step + 1, total, batch, steady))
 
     def write_row(self, step: int, rates: dict[str, float]) -> None:
         """Ends an interval of `log_every` steps: writes its row and its log line."""

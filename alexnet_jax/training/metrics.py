@@ -84,14 +84,16 @@ def class_errors(sums: dict[str, Any]) -> np.ndarray:
     return 100 * np.divide(total - hits, total, out=np.full_like(total, np.nan), where=total > 0)
 
 
-def line(values: dict[str, float], classes: int) -> str:
-    """Formats values for one line of the log; in brackets, those of the network that `PREFIXES` names.
+def shown(classes: int) -> list[str]:
+    """Returns the names of the values to print: without the top-5 error of at most five classes, always 0."""
+    return [name for name in TEXT if name != 'top5_error' or classes > 5]
 
-    The top-5 error of at most five classes is always 0, and left out.
-    """
+
+def line(values: dict[str, float], classes: int) -> str:
+    """Formats values for one line of the log; in brackets, those of the network that `PREFIXES` names."""
 
     def those(prefix):
-        known = {name: f'{prefix}{name}' for name in TEXT if name != 'top5_error' or classes > 5}
+        known = {name: f'{prefix}{name}' for name in shown(classes)}
         return '  '.join(
             TEXT[name][0].format(values[key]) for name, key in known.items() if key in values
         )

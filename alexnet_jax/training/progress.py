@@ -10,8 +10,7 @@ from alexnet_jax.input.store import Store
 from alexnet_jax.training import metrics
 
 TIMES = ('images_per_second', 'waiting')  # values of a train row that differ from run to run
-
-
+QUIET = 30.0  # seconds without a log line
 IMBALANCE = 100  # warn if the largest class has this many times the images of the smallest
 TRAINS = (0.02, 1.0)  # rate / (1 - momentum) per 256 images
 TUNES = (0.005, 0.05)  # the same in fine-tuning
@@ -94,7 +93,7 @@ class Clock:
         self._reset()
 
     def _reset(self) -> None:
-        self._start = time.perf_counter()
+        self._start = self._said = time.perf_counter()
         self._waited = self._paused = self._once = 0.0
 
     @contextlib.contextmanager
@@ -130,6 +129,14 @@ class Clock:
         self._reset()
         return values, steady
 
+    def overdue(self, images: float) -> float:
+        """Returns images/s so far, without one-time costs; 0 until `QUIET` seconds after the last line."""
+        now = time.perf_counter()
+        if now - self._said < QUIET:
+            return 0.0
+        self._said = now
+        return images / max(now - self._start - self._paused - self._once, 1e-9)
+
 
 def first_line(step: int, total: int, loss: float, compiled: float) -> str:
     """Formats the line after a start's first dispatch; compiled: seconds."""
@@ -143,14 +150,24 @@ def line(
 
     values: those of the train row, times included; steady: images/s from here on.
     """
-    left = (total - step) * batch / steady
-    hours, minutes = divmod(int(left) // 60, 60)
-    to_go = f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{int(left) % 60:02d}s'
     return (
         f'step {step:,}/{total:,}  epoch {values["epoch"]:.2f}  {metrics.line(values, classes)}  '
         f'rate {values["weights"]:.2g}  {values["images_per_second"]:,.0f} images/s  '
-        f'waiting {100 * values["waiting"]:.0f} %  {to_go} to go'
+        f'waiting {100 * values["waiting"]:.0f} %  {_to_go((total - step) * batch, steady)}'
     )
+
+
+def short_line(step: int, total: int, batch: int, steady: float) -> str:
+    """Formats a log line within a long interval; steady: images/s."""
+    return (
+        f'step {step:,}/{total:,}  {steady:,.0f} images/s  {_to_go((total - step) * batch, steady)}'
+    )
+
+
+def _to_go(images: int, steady: float) -> str:
+    seconds = int(images / steady)
+    hours, minutes = divmod(seconds // 60, 60)
+    return f'{hours}h{minutes:02d}m to go' if hours else f'{minutes}m{seconds % 60:02d}s to go'
 
 
 def kernel_picture(kernels: np.ndarray, *, scale: int = 1, per_kernel: bool = False) -> np.ndarray:

@@ -21,6 +21,14 @@ def test_a_class_without_images_has_no_error():
     assert bee.split()[1:] == ['50.0', '%', '2'] and cat.split()[1:] == ['–', '0']
 
 
+@pytest.mark.parametrize('classes', [5, 6])
+def test_the_top_5_error_of_at_most_five_classes_is_left_out(classes):
+    each = np.full(classes, 2.0)
+    sums = {'count': 2.0 * classes, 'loss': 1.0, 'top1': classes, 'top5': classes}
+    table = evaluation.table({('net', 'ten'): sums | {'class_count': each, 'class_top1': each / 2}})
+    assert ('Top-5' in table) == (classes > 5) and table.count('50.00 %') == 2 + (classes > 5)
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp('tiny'))

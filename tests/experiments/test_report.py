@@ -446,9 +446,7 @@ def test_the_difference_between_towers():
     # its standard error is 0.2 / 12 ** 0.5, with three degrees of freedom
     assert 'a, seed 0, tower 1 minus tower 0: color +0.70 (+0.52 to +0.88), p = 0.0048, ' in table
     assert 'a, seed 5, tower 1 minus tower 0: color +0.50 (+0.04 to +0.96), p = 0.081, ' in table
-    assert (
-        'color-specific in 3 of 5 runs, by the corrected p (tower 0 in 1, tower 1 in 2)' in table
-    )
+    assert 'color-specific in 3 of 5 runs, by the corrected p (tower 0 in 1, tower 1 in 2)' in table
     assert 'tower 1 minus tower 0, for each run, 5 tests.' in table
     assert '| a, seed 3 | diverged |' in table and 'one tower, seed 0, tower 1' not in table
     assert 'All kernels of a run share one scale' in table

@@ -16,7 +16,7 @@ from alexnet_jax import figures
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import images, prepare, sources
 from alexnet_jax.input.sources import shapes, tfds
-from alexnet_jax.input.sources.source import split_off
+from alexnet_jax.input.sources.source import class_notes, split_off
 from tests.helpers import fixtures
 
 
@@ -270,10 +270,38 @@ def test_every_class_keeps_a_training_image(tmp_path):
         assert 1 in found['train'] and sum(source.splits.values()) == 23
         where = 'train' if 2 in found['train'] else 'val'
         assert source.notes == (f'1 class has a single image, which is in {where}: c',)
-        plain = split_off(23, 0.5, seed, '')
-        if found['train'].count(1) > 1 or 1 in np.array(labels)[plain['train']]:
-            for split, rows in split_off(23, 0.5, seed, '', labels).items():
-                assert rows.tolist() == plain[split].tolist()
+
+
+@pytest.mark.parametrize('fraction', [0.1, 0.25, 0.5, 0.9])
+def test_every_class_gives_its_share(fraction):
+    sizes = np.array([40, 10, 7, 3, 2, 1])
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(6), sizes))
+    for seed in range(20):
+        split = split_off(63, fraction, seed, '', labels)
+        assert sorted([*split['train'], *split['val']]) == list(range(63))
+        held = np.bincount(labels[split['val']], minlength=6)
+        assert (np.abs(held - fraction * sizes) <= 1).all() and (held[:5] < sizes[:5]).all()
+        if fraction < 0.9:  # there, a class of two keeps one
+            assert len(split['val']) == round(63 * fraction)
+    first, second = (split_off(63, fraction, seed, '', labels)['val'] for seed in (0, 1))
+    assert first.tolist() != second.tolist()
+    plain = split_off(63, fraction, 0, '')  # of unknown labels: any
+    assert len(plain['val']) == round(63 * fraction)
+
+
+def test_an_incomplete_imagenet_is_noted():
+    names = [f'n{i:08}' for i in range(1000)]
+    whole = np.arange(1_281_167) % 1000, np.arange(50_000) % 1000
+    few = {'train': np.arange(13_000) % 1000, 'val': whole[1]}
+    for labels in (dict(zip(('train', 'val'), whole, strict=True)), {'train': whole[0]}, few):
+        assert not class_notes(names, labels)
+    (note,) = class_notes(names, {'train': whole[0], 'val': whole[1][:-1]})
+    assert note.startswith(
+        'found 1,000 classes and 1,331,166 images; ILSVRC-2012 has 1,000 classes'
+    )
+    assert not class_notes([f'class {i}' for i in range(1000)], {'train': whole[0][1:]})
+    labels = {split: x[x != 999] for split, x in zip(('train', 'val'), whole, strict=True)}
+    assert 'found 999 classes' in class_notes(names[:-1], labels)[0]
 
 
 def test_labels_of_val_are_those_of_train_where_a_class_has_no_pictures(tmp_path):

@@ -115,3 +115,11 @@ def test_values_out_of_range(tmp_path, field, value, message):
     with pytest.raises(UserError, match=message) as error:
         check({field: value}, tmp_path / 'run')
     assert '\n' not in str(error.value)
+
+
+def test_a_wrong_value_is_named_before_a_difference_from_the_run_there(tmp_path):
+    (tmp_path / 'config.json').write_text(quickstart.get_config().to_json())
+    with pytest.raises(UserError, match='holds a run with a different config'):
+        check({'seed': 5}, tmp_path)
+    with pytest.raises(UserError, match='^config.optim.rate=-1.0: '):
+        check({'seed': 5, 'optim.rate': -1.0}, tmp_path)

@@ -129,3 +129,19 @@ def test_what_happens_once_does_not_count_in_the_time_to_go(monkeypatch):
     line = progress.line(10, 50, 5, 3, values, steady)
     assert 'top-5' not in line and 'top-5' in progress.line(10, 50, 5, 6, values, steady)
     assert '1 images/s' in line and line.endswith('  0m20s to go')
+
+
+def test_a_long_interval_says_how_long_it_will_take(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, 'perf_counter', lambda: now[0])
+    clock = progress.Clock()
+    with clock.once():
+        now[0] += 10
+    now[0] += progress.QUIET - 10.1
+    assert not clock.overdue(100)
+    now[0] += 0.1
+    assert clock.overdue(100) == 5 and not clock.overdue(100)
+    now[0] += progress.QUIET
+    assert clock.overdue(100) == 2
+    assert progress.short_line(3, 1003, 36, 2.0) == 'step 3/1,003  2 images/s  5h00m to go'
+    assert clock.interval(100)[0]['images_per_second'] == 100 / (2 * progress.QUIET)

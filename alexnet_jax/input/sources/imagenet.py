@@ -218,9 +218,10 @@ def _parts(name: str, data_dir: str | None) -> Parts:
         problem = f'{_missing(partial)}; found {_found(partial.root)}'
     else:
         problem = f'not found{f"; {root} has {_found(root)}" if found else ""}'
+    forms = f', of the form {FORMS}' if found else ''
     raise UserError(
         f'{NAME}: {problem}: put {wanted} from https://image-net.org into {root}, or give the folder of '
-        f'any copy (--dir), of the form {FORMS}; --config=quickstart trains without any download'
+        f'any copy (--dir){forms}; --config=quickstart trains without any download'
     )
 
 

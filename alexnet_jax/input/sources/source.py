@@ -55,6 +55,7 @@ class Entry(NamedTuple):
 
 WNID = re.compile(r'n\d{8}')  # a WordNet ID, ImageNet's name of a class
 SPLITS = ('train', 'val', 'test')
+ILSVRC2012 = 1000, 1_281_167, 50_000  # classes, training and validation images
 HELD_OUT = 'a part of the training images that is held out'
 PICTURE_BYTES = 100_000  # rough size of a photograph's file; ImageNet's average 110 kB
 
@@ -266,7 +267,7 @@ def content_of(
 
 
 def class_notes(class_names: Sequence[str], labels: dict[str, np.ndarray]) -> tuple[str, ...]:
-    """Returns notes about classes without training images and of a single image, if there are any.
+    """Returns notes about classes without images and of a single one, and about an incomplete ImageNet.
 
     labels: {split: i64[N]}
     """
@@ -285,6 +286,15 @@ def class_notes(class_names: Sequence[str], labels: dict[str, np.ndarray]) -> tu
             subject = '1 class has' if single.size == 1 else f'{single.size} classes have'
             names = _first([class_names[label] for label in single])
             notes.append(f'{subject} a single image, which is in {split}: {names}')
+    classes, train, val = ILSVRC2012
+    found = len(class_names), sum(int(c.sum()) for split, c in counts.items() if split != 'test')
+    whole = found in ((classes, train), (classes, train + val))
+    near = 0.9 * classes <= found[0] <= classes and 0.9 * train <= found[1] <= train + val
+    if near and not whole and is_imagenet(class_names):
+        notes.append(
+            f'found {found[0]:,} classes and {found[1]:,} images; ILSVRC-2012 has {classes:,} classes, '
+            f'{train:,} training and {val:,} validation images, so this copy is incomplete'
+        )
     return tuple(notes)
 
 
@@ -397,7 +407,8 @@ def split_off(
 ) -> dict[str, np.ndarray]:
     """Splits records 0..count-1 at random -> {'train': i64[N], 'val': i64[M]}, each ascending.
 
-    If their labels are given, a class of two records or more keeps at least one for training: its first.
+    With their labels, every class gives its share, up to rounding, and a class of two records or more keeps
+    at least one for training.
     """
     held_out = round(count * fraction)
     if not 0 < held_out < count:
@@ -406,14 +417,18 @@ def split_off(
             f'{count - held_out} for training and {held_out} for validation: give another '
             '--val_fraction, or a val/ split'
         )
+    labels = np.zeros(count, np.int64) if labels is None else np.asarray(labels, np.int64)
+    _, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    most = np.maximum(sizes - 1, 1)
+    exact = sizes * (held_out / count)
+    quota = np.minimum(exact.astype(np.int64), most)
+    largest = np.argsort(quota - exact, kind='stable')  # the largest remainders first
+    quota[largest[quota[largest] < most[largest]][: held_out - quota.sum()]] += 1
     order = np.random.default_rng(seed).permutation(count)
-    train, val = np.sort(order[held_out:]), np.sort(order[:held_out])
-    if labels is not None:
-        labels = np.asarray(labels, np.int64)
-        lost, first, size = np.unique(labels[val], return_index=True, return_counts=True)
-        kept = val[first[(size > 1) & ~np.isin(lost, labels[train])]]
-        train, val = np.union1d(train, kept), np.setdiff1d(val, kept)
-    return {'train': train, 'val': val}
+    order = order[np.argsort(labels[order], kind='stable')]  # by class, at random within it
+    place = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    held = place < np.repeat(quota, sizes)
+    return {'train': np.sort(order[~held]), 'val': np.sort(order[held])}
 
 
 def import_tensorflow():
