@@ -14,7 +14,6 @@ random weight initialization (modulo a renumbering of the GPUs)." We measure two
     orientation   1 minus the circular variance of its gradient directions, weighted by their squares: 1 for
                   edges in a single direction, near 0 for a spot and for noise
 
-The small scale has 30 epochs and a JPEG store; the stored results do not allow it to change.
 `fig4_retrieval` analyzes the same runs.
 """
 

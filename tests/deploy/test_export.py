@@ -7,7 +7,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+import alexnet_jax
 from alexnet_jax import export
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
@@ -198,12 +200,38 @@ def test_tflite(name, kind, bundles, monkeypatch, tmp_path):
     assert not [op for op in names if op.startswith('STABLEHLO')]
 
 
-def docs_class():
-    """The class in docs/weights.md."""
+def docs_example(start, end):
+    """The example of docs/weights.md whose code begins and ends like this."""
     text = (ROOT / 'docs/weights.md').read_text()
-    (code,) = re.findall(r'```python\n(import json\n\nimport torch.*?)\n\n\nwith open', text, re.S)
+    (code,) = re.findall(rf'```python\n({start}.*?){end}', text, re.S)
+    return code
+
+
+@pytest.mark.parametrize('size', [(300, 180), (90, 200)])
+def test_tflite_example_of_the_docs(size, bundles, monkeypatch, tmp_path):
+    pytest.importorskip('ai_edge_litert.interpreter', reason='needs ai-edge-litert')
+    folder, _, _ = bundles('cifar10')
+    run(
+        monkeypatch,
+        folder,
+        '--format=tflite',
+        f'--output={tmp_path / "model.tflite"}',
+        '--images=2',
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(tmp_path / 'a.png')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['example', 'a.png'])
     scope = {}
-    exec(code, scope)
+    exec(docs_example('import json\nimport sys', '```'), scope)
+    probabilities = alexnet_jax.load(folder, views='center')('a.png')
+    found = np.exp(scope['logits'] - scope['logits'].max())
+    close(found / found.sum(), probabilities, 1e-5)
+
+
+def docs_class():
+    scope = {}
+    exec(docs_example('import json\n\nimport torch', '\n\n\nwith open'), scope)
     return scope['AlexNet']
 
 
