@@ -347,8 +347,12 @@ def report(results) -> str:
     reference = [[*of_seeds(results, REFERENCE, error, 'ten').values()] for error in ERRORS]
     if not reference[0]:
         return 'The reference has not been run, or diverged with every seed.'
+    epochs = max(
+        run['train'][-1]['epoch'] for run in labs.named(results, REFERENCE) if run['train']
+    )
     lines = [
-        f'Reference (`original`), ten crops, {labs.count(len(reference[0]), "seed")}: top-1 error '
+        f'Reference (`original`), {math.ceil(epochs)} epochs, ten crops, '
+        f'{labs.count(len(reference[0]), "seed")}: top-1 error '
         f'{statistics.mean_std(reference[0])} %, top-5 error {statistics.mean_std(reference[1])} % (± '
         'standard deviation). Other rows: difference from the reference in percentage points (positive: '
         'worse), mean and 95 % interval over the pairs.',

@@ -102,16 +102,17 @@ this name.
 
 OLD = f"""## {provenance.EARLIER}
 
-These runs stored no fingerprint, and some used uncommitted code (*dirty*). Their numbers stay here until
-they are measured again. They did not store which images were classified correctly either, so the interval
-over images is "—". Older runs did not record their processor (*not noted*).
+These tables come from earlier versions of the code, or from shorter schedules, and stay here until they are
+measured again. Most of their runs stored no fingerprint, and some used uncommitted code (*dirty*). Those did
+not store which images were classified correctly either, so the interval over images is "—". Older runs did
+not record their processor (*not noted*).
 """
 
 
 def assemble() -> str:
     """Returns the page; UserError if rows of one table do not belong together."""
     parts = [INTRO, *map(section, EXPERIMENTS)]
-    if old := [text for name in EXPERIMENTS for scale in SCALES if (text := earlier(name, scale))]:
+    if old := [text for name in EXPERIMENTS for scale in SCALES for text in earlier(name, scale)]:
         parts += [OLD, *old]
     return '\n'.join(parts)
 
@@ -123,7 +124,7 @@ def section(name: str) -> str:
     for scale in SCALES:
         parts.append(f'### {scale.capitalize()} scale')
         if there := kept(name, scale):
-            parts += shown(module, scale, there)
+            parts += shown(module, scale, there, f'{name}-{scale}')
         else:
             old = ' with this version of the code (see the end for earlier results)'
             state = f'**Not run**{old}.' if kept(name, scale, labs.EARLIER) else '**Not run.**'
@@ -131,13 +132,15 @@ def section(name: str) -> str:
     return '\n\n'.join(parts) + '\n'
 
 
-def earlier(name: str, scale: str) -> str:
-    """Returns the results of earlier versions of the code for one experiment and scale; '' if none."""
-    module = load(name)
-    if not (there := kept(name, scale, labs.EARLIER)):
-        return ''
-    parts = [f'### {module.TITLE}: {scale} scale', *shown(module, scale, there, labs.EARLIER)]
-    return '\n\n'.join(parts) + '\n'
+def earlier(name: str, scale: str) -> list[str]:
+    """Returns a section for each earlier table of one experiment and scale, NAME-SCALE[-WORD].json."""
+    module, sections = load(name), []
+    for file in sorted((labs.RESULTS / labs.EARLIER).glob(f'{name}-{scale}*.json')):
+        word = file.stem.removeprefix(f'{name}-{scale}').replace('-', ', ')
+        parts = [f'### {module.TITLE}: {scale} scale{word}']
+        parts += shown(module, scale, labs.read(file), f'{labs.EARLIER}/{file.stem}')
+        sections.append('\n\n'.join(parts) + '\n')
+    return sections
 
 
 def load(name: str) -> ModuleType:
@@ -149,17 +152,16 @@ def kept(name: str, scale: str, folder: str = '') -> dict:
     return labs.read(labs.RESULTS / folder / f'{name}-{scale}.json')
 
 
-def shown(module: ModuleType, scale: str, there: dict, folder: str = '') -> list[str]:
-    """Returns the command, table and figure of some results, and the data and machines behind them."""
-    name = module.__name__.rpartition('.')[2]
+def shown(module: ModuleType, scale: str, there: dict, stem: str) -> list[str]:
+    """Returns the command, table and figure of the results in STEM.json, their data and machines."""
     parts = ['```\n' + '\n'.join(commands(module, scale, there)) + '\n```']
-    if not folder and provenance.earlier(there):
+    if '/' not in stem and provenance.earlier(there):
         raise UserError(
-            f'{labs.RESULTS}/{name}-{scale}.json: has rows without a fingerprint, from an earlier version of '
+            f'{labs.RESULTS}/{stem}.json: has rows without a fingerprint, from an earlier version of '
             f'the code; move the file to {labs.RESULTS}/{labs.EARLIER}/'
         )
     parts.append(labs.table(module, there, scale))
-    if figure := labs.draw(module, there, labs.FIGURES / folder / f'{name}-{scale}.png'):
+    if figure := labs.draw(module, there, labs.FIGURES / f'{stem}.png'):
         parts.append(f'![{module.TITLE}]({figure.relative_to(labs.FIGURES.parent)})')
     return [*parts, f'Measured: {labs.measured_on(there)}']
 

@@ -250,7 +250,9 @@ def test_the_table_of_ablations():
     results |= ablated(tanh=[95, 94])
     results['tanh-1']['train'] = losses(1.1, 1.05)
     table = ablations.report(results)
-    assert '3 seeds: top-1 error 42.0 ± 2.0 %, top-5 error 21.0 ± 1.0 %' in table
+    assert (
+        '20 epochs, ten crops, 3 seeds: top-1 error 42.0 ± 2.0 %, top-5 error 21.0 ± 1.0 %' in table
+    )
     assert (
         # 0.0351 by a table of Student's t, times 3, is less than tanh's 0.0303 times 4
         '| no norms | 3, 1 diverged | +3.00 (+0.52 to +5.48) | 0.12 |  | +1.4 / +1.2 | +1.37 / +1.15 | ? '
