@@ -1,6 +1,7 @@
 """MobileNet v2 (Sandler et al., 2018) by torchvision's recipe; `mobilenet.py:v1` (Howard et al., 2017).
 
     python -m alexnet_jax.main --config=configs/mobilenet.py
+    python -m alexnet_jax.main --config=configs/mobilenet.py:finetune --config.data.source=/data/flowers
 
 Published top-1 error: v2 28.12 % (torchvision: batch 256, rate 0.045, times 0.98 every epoch, 300
 epochs, weight decay on all parameters), v1 29.1 % (TensorFlow's slim). v1 has the rates of slim's
@@ -28,6 +29,21 @@ V1 = {
 VARIANTS = {
     'v1': V1,
     'v1-rmsprop': {**V1, 'optim.name': 'rmsprop'},
+    'finetune': {
+        'train.init_from': 'hub:coral/mobilenet_v2',
+        'train.batch': 50,
+        'model.padding': 'tensorflow',  # that of these weights
+        'data.source': '',  # --config.data.source=FOLDER
+        'data.size': 112,
+        'data.format': 'u8',
+        'augment.crop': 96,
+        'augment.area': (),
+        'optim.rate': 0.0003,
+        'optim.schedule': 'cosine',
+        'optim.epochs': 20.0,
+        'run.eval_every': 5.0,
+        'run.log_every': 20,
+    },
 }
 
 

@@ -394,7 +394,7 @@ class Loop:
                 log.info(line)
             if (step + 1) % self.config.log_every == 0:
                 self.write_row(step, rates)
-            elif steady := self.clock.overdue(self.images):
+            elif steady := self.clock.overdue(self.images, (step + 1) / self.config.log_every % 1):
                 total, batch = self.setup.total, self.setup.config.train.batch
                 log.info(progress.short_line(step + 1, total, batch, steady))
 

@@ -129,10 +129,16 @@ class Clock:
         self._reset()
         return values, steady
 
-    def overdue(self, images: float) -> float:
-        """Returns images/s so far, without one-time costs; 0 until `QUIET` seconds after the last line."""
+    def overdue(self, images: float, done: float) -> float:
+        """Returns images/s so far, without one-time costs, if a line is due; else 0.
+
+        One is due if neither the last line nor the next is within `QUIET` seconds.
+
+        done: the fraction of the interval that has passed.
+        """
         now = time.perf_counter()
-        if now - self._said < QUIET:
+        left = (now - self._start) * (1 - done) / done
+        if min(now - self._said, left) < QUIET:
             return 0.0
         self._said = now
         return images / max(now - self._start - self._paused - self._once, 1e-9)

@@ -138,10 +138,11 @@ def test_a_long_interval_says_how_long_it_will_take(monkeypatch):
     with clock.once():
         now[0] += 10
     now[0] += progress.QUIET - 10.1
-    assert not clock.overdue(100)
+    assert not clock.overdue(100, 0.1)
     now[0] += 0.1
-    assert clock.overdue(100) == 5 and not clock.overdue(100)
+    assert not clock.overdue(100, 0.6)  # the next line comes soon
+    assert clock.overdue(100, 0.1) == 5 and not clock.overdue(100, 0.1)
     now[0] += progress.QUIET
-    assert clock.overdue(100) == 2
+    assert clock.overdue(100, 0.1) == 2
     assert progress.short_line(3, 1003, 36, 2.0) == 'step 3/1,003  2 images/s  5h00m to go'
     assert clock.interval(100)[0]['images_per_second'] == 100 / (2 * progress.QUIET)
