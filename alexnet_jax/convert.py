@@ -58,7 +58,7 @@ def main() -> None:
     crop, size = found.config['augment']['crop'], found.config['data']['size']
     say(
         f'{found.card["title"]}, {found.card["source"]}: {count:,} parameters, {len(found.names):,} classes; '
-        f'crops of {crop} of {size} pixels, mean {red:.2f}, {green:.2f}, {blue:.2f}'
+        f'{crop}-pixel crops of {size}-pixel images, mean {red:.2f}, {green:.2f}, {blue:.2f}'
     )
     say(f'wrote {args.out}')
 

@@ -89,7 +89,7 @@ def write_confusion(
     print(printable(f'most often confused by {name}, {view}:'))
     for count, i, j in most_confused(matrix):
         share = 100 * count / matrix[i].sum()
-        print(f'  {shown[i]} taken for {shown[j]}: {count:,} ({share:.1f} % of {shown[i]})')
+        print(f'  {shown[i]} classified as {shown[j]}: {count:,} ({share:.1f} % of {shown[i]})')
     counts = last['class_count'].astype(int)
     errors = [metrics.class_errors(sums) for sums in results.values()]
     heads = [f'top-1 error %: {name}, {view}' for name, view in results]

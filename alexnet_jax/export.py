@@ -49,7 +49,7 @@ from alexnet_jax.weights import (
     variables,
 )
 
-# Format: suffix, largest difference of a logit, relative to the range of all logits.
+# Format: suffix, largest logit difference, relative to the range of all logits.
 FORMATS = {
     'onnx': ('.onnx', 1e-4),
     'onnx-float16': ('.onnx', 0.02),
@@ -241,7 +241,7 @@ def _compare(
     same = 100 * np.mean(ours.argmax(1) == theirs.argmax(1))
     images = f'{len(ours):,} {"random" if labels is None else "validation"} images'
     text = (
-        f'largest difference of a logit on {images}: {difference:.2g} of a range of {scale:.3g} '
+        f'largest logit difference on {images}: {difference:.2g}, of a range of {scale:.3g} '
         f'({difference / scale:.1e}); the same class for {same:.1f} %'
     )
     wrong = ''
@@ -358,7 +358,8 @@ def _tflite(source: Source, args) -> Export:
 
 
 def _stablehlo(source: Source, args) -> Export:
-    with backend.portable(), jax.default_matmul_precision('highest'):  # as it is compared
+    # The precision used in the comparison.
+    with backend.portable(), jax.default_matmul_precision('highest'):
         content = to_stablehlo.program(source.forward, source.arrays, source.crop, source.dtype)
     weights = safetensors.encoded(source.arrays, bundle.OURS)
     read, _ = safetensors.decoded(weights, '.safetensors')

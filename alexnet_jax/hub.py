@@ -5,8 +5,8 @@
     python -m alexnet_jax.hub download squeezenet
     python -m alexnet_jax.hub push runs/mine hf://USER/REPO
 
-Names are those that `list` shows, hf://USER/REPO[@REVISION], and https://...#sha256=... of a file of
-weights. Every command that takes a run directory also takes them, as does --config.train.init_from, in the
+Names are those that `list` shows, hf://USER/REPO[@REVISION], and https://...#sha256=... of a weight
+file. Every command that takes a run directory also takes them, as does --config.train.init_from, in the
 form hub:torchvision/alexnet. Errors are in percent.
 """
 
@@ -28,13 +28,15 @@ def main() -> None:
     parser.add_argument(
         '--step', default='latest', help="push: 'best', 'latest' or a step of a run"
     )
-    parser.add_argument('--title', default='', help='push: of the model card')
-    parser.add_argument('--license', default='', help='push: of the weights, such as apache-2.0')
+    parser.add_argument('--title', default='', help='push: title of the model card')
+    parser.add_argument(
+        '--license', default='', help='push: license of the weights, such as apache-2.0'
+    )
     parser.add_argument('--private', action='store_true', help='push: create a private repository')
     args = parser.parse_intermixed_args()
     wanted = ACTIONS[args.action]
     if len(args.names) != len(wanted):
-        raise UserError(f'the form is {" ".join([parser.prog, args.action, *wanted])}')
+        raise UserError(f'usage: {" ".join([parser.prog, args.action, *wanted])}')
     if args.action == 'list':
         show()
     elif args.action == 'info':

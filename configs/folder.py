@@ -6,7 +6,7 @@ The network of `paper`, so `--config.train.init_from` can start from a run of it
 sets more steps. The learning rate drops at fixed epochs, because a plateau is hard to see with few
 validation images.
 
-Variants: `folder.py:small`, a quarter of the width on 112-pixel crops of 128-pixel images, for CPUs.
+Variants: `folder.py:small`, quarter width on 112-pixel crops of 128-pixel images, for CPUs.
 
 Measured with `:small`, seed 0, on 2,000 training and 500 validation photographs of ten classes (Tiny
 ImageNet, 64 x 64 pixels, enlarged): 3,750 steps in 7m35s on one busy core of an AMD EPYC server; top-1

@@ -1,4 +1,4 @@
-"""MobileNet v2 (Sandler et al., 2018) by torchvision's recipe; `mobilenet.py:v1` (Howard et al., 2017).
+"""MobileNet v2 (Sandler et al., 2018) with torchvision's recipe; `mobilenet.py:v1` (Howard et al., 2017).
 
     python -m alexnet_jax.main --config=configs/mobilenet.py
     python -m alexnet_jax.main --config=configs/mobilenet.py:finetune --config.data.source=/data/flowers

@@ -76,7 +76,7 @@ TINY = {  # smoke runs: two steps on the embedded set
     'run.log_every': 1,
 }
 NOTES = {
-    'small': 'The networks have a quarter of the width and are trained on 112-pixel crops of 128-pixel '
+    'small': 'The networks are a quarter as wide and are trained on 112-pixel crops of 128-pixel '
     'images, with every learning rate change at the same fraction of training as in the original run.'
 }
 SMALL = {'data.size': 128, 'augment.crop': 112, 'model.width': 0.25}
@@ -88,9 +88,9 @@ SCALES = {  # changes, and the fraction of the original run's epochs
 THEIRS = (
     '`tanh` uses the learning rates and initial values chosen for ReLU, `tanh at its best` its own '
     '(`tanh_sweep.py`; ReLU is at its best in the reference); `one gpu` and `no talk` are the networks of '
-    'the 2012 source code, with other numbers of kernels. The differences in the paper and the log come from '
-    'one run each, some under other conditions: two GPUs on ILSVRC-2010, first norm only (#167) with a later '
-    'schedule.'
+    'the 2012 source code, with different numbers of kernels. The differences in the paper and the log come '
+    'from one run each, some under different conditions: two GPUs on ILSVRC-2010, first norm only (#167) '
+    'with a later schedule.'
 )
 SPEED = 70.0  # % training error, which ReLU and tanh reach before the rate drops
 CLAIMS = {  # what the paper says about training, and a value that is positive if that holds
@@ -115,7 +115,8 @@ CLAIMS = {  # what the paper says about training, and a value that is positive i
         'Training error without it minus with it, points',
     ),
 }
-FACTORS = {'tanh at its best': 2, 'no dropout': 2}  # ratios, and the least that the paper means
+# Ratios, and the smallest that would match the paper's words.
+FACTORS = {'tanh at its best': 2, 'no dropout': 2}
 POINT = 1.0  # a run has converged if its error is this close to its lowest
 SMOKE = (REFERENCE, 'pooling without overlap', 'one gpu', 'without conv1')
 ERRORS = ('top1_error', 'top5_error')
@@ -358,7 +359,7 @@ def report(results) -> str:
         'worse), mean and 95 % interval over the pairs.',
         '',
         '| row | pairs | top-1, ten crops | p | verdict | the paper | 2012 log | same sign '
-        '| top-5, ten crops | top-1, center crop | the same over images |',
+        '| top-5, ten crops | top-1, center crop | center crop, interval over images |',
         '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     tests, absent = tested(results), []

@@ -9,9 +9,9 @@ normalization: in their units, weight decay and schedule length (`docs/original.
 is also trained without its norms, and the two are compared seed by seed, with the same initial parameters
 and batches.
 
-How the 2012 files handled parts of the training set is simplified (see `configs/cifar10.py`). Test errors use
-the center crop and, for networks trained on crops, also cuda-convnet's ten views (four corners and center,
-and their mirror images).
+The 2012 files' handling of parts of the training set is simplified (see `configs/cifar10.py`). Test errors
+use the center crop and, for networks trained on crops, also cuda-convnet's ten views (four corners and
+center, and their mirror images).
 """
 
 import math

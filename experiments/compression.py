@@ -1,10 +1,10 @@
-"""Deep Compression (Han, Mao, Dally 2015): many times smaller networks with the same error.
+"""Deep Compression (Han, Mao, Dally 2015): networks many times smaller with the same error.
 
     python -m experiments.compression --scale=small
 
-Pruning with retraining, shared weights and Huffman coding; the paper's AlexNet became 35 times smaller. Each
+Pruning with retraining, shared weights and Huffman coding made the paper's AlexNet 35 times smaller. Each
 network is trained, and compressed with the defaults of `python -m alexnet_jax.compress`. Sizes are those of
-the files, mean image included, beside 4 bytes per parameter.
+the files, mean image included, compared with 4 bytes per parameter.
 """
 
 import pathlib
@@ -47,7 +47,7 @@ SCALES = {  # name: preset, changes
     'full': {'original': ('configs/original.py', {})},
 }
 NOTES = {
-    'small': 'On the embedded set of rendered images: the quickstart, and `alexnet_bn` at an eighth of the '
+    'small': 'On the embedded set of rendered images: the quickstart, and `alexnet_bn` at an eighth of its '
     'width with its schedule.'
 }
 COLUMNS = (

@@ -35,7 +35,7 @@ from experiments import statistics
 
 TITLE = "Does it train from the paper's initial values? (§5)"
 NOTES = {
-    'small': 'The networks have a quarter of the width, which doubles all standard deviations but that of '
+    'small': 'The networks are a quarter as wide, which doubles all standard deviations but that of '
     'conv1 (`config.model.width`); the table lists those at full width.'
 }
 SOURCE_STD = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)

@@ -5,9 +5,9 @@
 "Computationally efficient architectures like MobileNet and ShuffleNet can achieve similar accuracy with fewer
 parameters and reduced training time": each network is trained on the same number of images, with its own
 recipe (its preset) and with that of `original` (its `optim`, `augment` and `colour`). Batches have 128
-images, and published learning rates are scaled in proportion; every change of a rate keeps its fraction of
-the training, and the moving average its fraction of the steps. A cosine replaces the MobileNets'
-exponential schedules, whose 500-fold decay would leave too few steps at useful rates.
+images, and published learning rates are scaled in proportion; they change at the same fractions of training,
+and the moving average covers the same fraction of the steps. A cosine replaces the MobileNets' exponential
+schedules, whose 500-fold decay would leave too few steps at useful rates.
 
 Times are measured after training: steps and predictions of the network and of `original`, at batch 128 on
 the same device, alternate. They exclude the input pipeline.
@@ -39,9 +39,9 @@ REFERENCE = 'original'
 BATCH = 128
 ROUNDS = 5
 NOTES = {
-    'small': 'Trained for 20 epochs on 112-pixel crops of 128-pixel images. The AlexNets have a quarter of '
-    'their width, SqueezeNet half, MobileNet v1 a quarter and v2 0.35. A cosine replaces the '
-    "MobileNets' exponential schedules."
+    'small': 'Trained for 20 epochs on 112-pixel crops of 128-pixel images. The width multipliers are '
+    '0.25 for the AlexNets, 0.5 for SqueezeNet, 0.25 for MobileNet v1 and 0.35 for v2. A cosine replaces '
+    "the MobileNets' exponential schedules."
 }
 
 
@@ -179,7 +179,7 @@ def run(lab):
 
 
 def errors_and_times(width: float, workdir) -> dict:
-    """Returns `ablations.errors`, 'size' and 'times', beside the reference of this width."""
+    """Returns `ablations.errors`, 'size' and 'times', compared with the reference of this width."""
     trained = inference.describe_run(workdir)
     layers = network.summary(trained.net, trained.config['augment']['crop'])
     size = {name: sum(getattr(x, name) for x in layers) for name in ('parameters', 'macs')}

@@ -3,7 +3,7 @@
     python -m experiments.embedded_controls              # twenty minutes on two cores
     python -m experiments.embedded_controls --seeds=0    # without the networks: two minutes
 
-Each control is trained on the 2000 training images and tested on the 1000 others; chance is 90 %. The error
+Each control is trained on the 2000 training images and tested on the other 1000; chance is 90 %. The error
 of a control must exceed its bound. The networks are variants of the quickstart, with several seeds. If
 interrupted, repeat the command to resume.
 """

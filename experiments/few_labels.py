@@ -54,7 +54,7 @@ NETS = {
     'squeezenet': Net(
         'SqueezeNet v1.0', 'configs/squeezenet.py', {}, 'hub:squeezenet', 0.0001, 0.002
     ),
-    'alexnet': Net('AlexNet, a quarter of the width', 'configs/folder.py:small', {}, '', 0.0, 0.02),
+    'alexnet': Net('AlexNet, quarter width', 'configs/folder.py:small', {}, '', 0.0, 0.02),
     'full alexnet': Net('AlexNet', 'configs/folder.py', {}, '', 0.0, 0.02),
     'quickstart': Net('Quickstart', 'configs/quickstart.py', {}, 'hub:quickstart', 0.01, 0.01),
 }

@@ -36,7 +36,7 @@ TITLE = 'Figure 3: what the two towers specialize in (§6.1)'
 TAKES_RUNS = True
 CONFIG = 'configs/original.py'
 NOTES = {
-    'small': 'The network is `original` with a quarter of the width, trained for a third of its '
+    'small': 'The network is `original` at a quarter of its width, trained for a third of its '
     'schedule (30.33 epochs) on 112-pixel crops of 128-pixel images, from a raw store.'
 }
 SMALL = {'data.size': 128, 'data.format': 'u8', 'augment.crop': 112}

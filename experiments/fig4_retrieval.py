@@ -10,8 +10,8 @@ by pixels and show the same things. We measure this: of the six nearest neighbor
 how many have its class; the same for the six nearest by pixels (of the whole images, downscaled to 32 x 32);
 and the chance that two independently drawn images share a class. For up to 1,000 validation images, spread
 over the split, the pixel distances of the six nearest are compared with those of random training images and
-with the smallest there are; and we count how many training images are closer by pixels. (At full scale all
-of this takes about 5e14 multiplications on the host.)
+with the smallest possible ones; and we count how many training images are closer by pixels. (At full scale
+all of this takes about 5e14 multiplications on the host.)
 
 The runs and scales are those of `fig3_filters`; whichever experiment runs first trains them.
 """
@@ -189,9 +189,9 @@ def report(results) -> str:
     if any('pixel_distances' in r['extra'] for r in sound):
         lines += [
             '',
-            'Pixel distance: relative to that of random training images; in parentheses, the smallest there '
-            'are. Closer by pixels: training images closer to the query than the retrieved one (by chance: '
-            '50 %). Means over the six ranks of medians over validation images.',
+            'Pixel distance: relative to that of random training images; in parentheses, the smallest '
+            'possible. Closer by pixels: training images closer to the query than the retrieved one (by '
+            'chance: 50 %). Means over the six ranks of medians over validation images.',
         ]
     first = drawn(results)
     if first:

@@ -257,7 +257,7 @@ class Lab:
         """Returns the fingerprint of the training code; UserError if other rows have a different one."""
         code = provenance.code()
         for other, result in self.results.items():
-            there = result.get('fingerprint', {}).get('code', 'not noted')
+            there = result.get('fingerprint', {}).get('code', 'not recorded')
             if other != key and there != code:
                 raise UserError(
                     f'{self._file}: {other} was made with different training code ({there}) than {key} would '
@@ -389,7 +389,7 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
 
 
 def apart(function: Callable, *args):
-    """Calls a function in a new process and returns its result: this one would keep the device busy."""
+    """Calls a function in a new process, since this one would keep the device busy; returns its result."""
     spawn = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=spawn, initializer=mesh.configure

@@ -9,7 +9,7 @@ results in --out; `steps.json` says what ran, how it ended and how long it took.
 
 --store: folders written by `prepare`, of raw and JPEG images; --cifar: one of CIFAR-10. Steps that need
 one are skipped without it. --reference: a run of the command of `steps` on CPUs (JAX_PLATFORMS=cpu and
-another --workdir), whose losses are shown beside it. PyTorch, if it is installed, is the peer.
+another --workdir), whose losses are shown for comparison. PyTorch, if it is installed, is the peer.
 """
 
 import contextlib
@@ -58,8 +58,8 @@ class Step(NamedTuple):
 def steps(args) -> list[Step]:
     """Returns the steps in their order, without those that lack a store; UserError for an invalid store.
 
-    Those before CIFAR-10 take at most 650 seconds, and the first five 400, the two parts that a start of
-    the machine leaves of 15 minutes.
+    Those before CIFAR-10 take at most 650 seconds, and the first five 400: 15 minutes minus the
+    machine's start, in two parts.
     """
     torch = importlib.util.find_spec('torch') is not None
     peer = ['--peer=torch', '--peer_form=compile,channels_last'] if torch else []
@@ -149,8 +149,8 @@ def main() -> None:
         there = record.get(step.name, {})
         if there.get('ended') in ('finished', 'stopped') and there['command'] != step.command:
             raise UserError(
-                f'{file}: {step.name} ran with other arguments; give another folder as --out, or the same '
-                'arguments'
+                f'{file}: {step.name} ran with different arguments; give another folder as --out, or the '
+                'same arguments'
             )
     args.out.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -187,7 +187,7 @@ def main() -> None:
 
 
 def _read(file: pathlib.Path) -> dict[str, dict]:
-    """What is known of the steps so far; UserError if the file is damaged."""
+    """What is known about the steps so far; UserError if the file is damaged."""
     try:
         found = json.loads(file.read_text()) if file.exists() else {}
         return {name: {**one, 'command': [*one['command']]} for name, one in found.items()}

@@ -60,7 +60,7 @@ CANNOT = {  # modules that cannot change a result, and why
     'input/prepare.py': 'writes the store, which has its own identity',
     'input/store_writer.py': 'as above',
     'input/sources/*.py': 'as above',
-    'training/compression.py': 'changes networks that are trained',
+    'training/compression.py': 'changes networks that are already trained',
     'training/diagnosis.py': 'messages',
     'training/progress.py': 'the log',
     'weights/compressed.py': 'reads bundles; what a run starts from has its own fingerprint',
@@ -318,10 +318,10 @@ def note(workdir: pathlib.Path, code: str, start: str = '') -> None:
     file = workdir.with_name(f'{workdir.name}.code')
     there = now
     if workdir.exists():  # a start that failed early leaves only the note
-        there = file.read_text().strip() if file.exists() else 'not noted'
+        there = file.read_text().strip() if file.exists() else 'not recorded'
     if there != now:
         raise UserError(
-            f'{workdir}: the run began with different training code or another checkpoint ({there}, now '
+            f'{workdir}: the run began with different training code or a different checkpoint ({there}, now '
             f'{now}); restore those, or remove the folder'
         )
     file.parent.mkdir(parents=True, exist_ok=True)

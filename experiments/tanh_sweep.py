@@ -19,7 +19,7 @@ from experiments import lab as labs
 
 TITLE = 'Initial values and learning rates for tanh (§3.1)'
 NOTES = {
-    'small': 'The networks have a quarter of the width and are trained for 6 epochs on 112-pixel crops of '
+    'small': 'The networks are a quarter as wide and are trained for 6 epochs on 112-pixel crops of '
     '128-pixel images.'
 }
 INDEPENDENT = True

@@ -24,7 +24,7 @@ from experiments import lab as labs
 
 TITLE = "How long the text's initial values stay at chance (§5)"
 NOTES = {
-    'small': 'The networks have a quarter of the width unless noted, which doubles all standard deviations '
+    'small': 'The networks are a quarter as wide unless noted, which doubles all standard deviations '
     'but that of conv1 (`config.model.width`), and train on 112-pixel crops of 128-pixel images.'
 }
 INDEPENDENT = True
@@ -106,7 +106,7 @@ def subset(source: str, folder: pathlib.Path, classes: int) -> int:
     there = {link.name: link.resolve() for link in (folder / 'train').iterdir()}
     if there != {kind.name: kind.resolve() for kind in chosen}:
         raise UserError(
-            f'{folder}: links to other classes than those of {source}; '
+            f'{folder}: links to classes other than those of {source}; '
             'store the results in another folder, --results=DIR'
         )
     return sum(len(few_labels.images(kind)) for kind in chosen)
@@ -186,7 +186,7 @@ def report(results) -> str:
     lines += [
         '',
         'A run leaves ln(classes) at the first logged step from which its training loss stays below 0.95 '
-        f'ln(classes) for {HOLD} steps; > N: not up to step N.',
+        f'ln(classes) for {HOLD} steps; > N: not by step N.',
         '',
         _implied(results),
     ]
@@ -209,7 +209,8 @@ def _implied(results) -> str:
     number, images = IMAGENET
     far = number / max(classes)
     start = (
-        f'**Extrapolated, not measured**: at {number:,} classes, {far:.3g} times the most in the fit,'
+        f'**Extrapolated, not measured**: at {number:,} classes, {far:.3g} times the largest number in the '
+        'fit,'
         if far > 1
         else f'At {number:,} classes'
     )

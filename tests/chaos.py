@@ -1,4 +1,5 @@
-"""Repeatedly kills a training run with SIGKILL, and compares its end with an uninterrupted run.
+"""Repeatedly kills a training run with SIGKILL, and compares its final state with that of
+an uninterrupted run.
 
     python -m tests.chaos --kills=15
 

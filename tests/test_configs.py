@@ -157,7 +157,7 @@ def test_half_of_fall_2009_is_held_out(tmp_path):
 
 @pytest.mark.parametrize('preset', [preset for preset, overrides in TABLE if not overrides])
 def test_names_in_checkpoints(preset):
-    """Names are part of the format: with other names, no earlier run could be resumed."""
+    """Names are part of the format: with different names, no earlier run could be resumed."""
     config = load(*preset.split(':'))
     net, _ = shapes(config)
     params, norms = leaves(config.model)

@@ -1,7 +1,7 @@
-"""Tests the layering of the library's rooms, and where each heavy dependency may be imported.
+"""Tests the layering of the library's subpackages, and where each heavy dependency may be imported.
 
-A module imports only from its own room and from lower ones, so that a room can be read, tested and replaced
-without those that use it. Imports are read from the source, including those inside functions.
+A module imports only from its own subpackage and from lower ones, so that each can be read, tested and
+replaced without those that use it. Imports are read from the source, including those inside functions.
 """
 
 import ast
@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 
 PACKAGE = 'alexnet_jax'
 
-# From the bottom up: a room imports from those below it, never from others on the same floor.
+# From the bottom up: a subpackage imports from those below it, never from others on the same level.
 FLOORS = (
     ('common',),
     ('devices',),
@@ -34,10 +34,10 @@ SINGLE = {
     '__main__': 'package',  # finds the commands by name
     'figures': 'shared',
     'command': 'shared',
-}  # modules outside the rooms; all other such modules are commands
+}  # modules outside the subpackages; all other such modules are commands
 
 
-# External module -> (the rooms that can import it, whether only inside functions).
+# External module -> (the subpackages that can import it, whether only inside functions).
 OUTSIDE = {
     'tensorflow': ({'input', 'weights'}, True),
     'tensorflow_datasets': ({'input'}, True),
@@ -98,7 +98,7 @@ def imports(source: str, package: str = '') -> list[Import]:
 
 
 def room(module: str) -> str:
-    """Returns the room of a dotted module: 'alexnet_jax.nets.layers' -> 'nets'; commands are one room."""
+    """Returns the subpackage of a module, 'nets' of 'alexnet_jax.nets.layers'; commands count as one."""
     name = [*module.split('.'), '__init__'][1]
     return name if name in FLOOR else SINGLE.get(name, 'commands')
 

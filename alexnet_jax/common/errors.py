@@ -19,7 +19,10 @@ NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)  # to a path
 
 
 class UserError(Exception):
-    """One line: what is wrong, where, and what to do; names in files can hold anything, so `printable`."""
+    """One line: what is wrong, where, and what to do.
+
+    Names from files can contain anything, hence `printable`.
+    """
 
     def __str__(self):
         return printable(super().__str__())
@@ -59,7 +62,7 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Prints a line at once, escaping what a terminal should not get."""
+    """Prints a line at once, escaping what should not reach a terminal."""
     print(printable(text), flush=True)
 
 

@@ -51,7 +51,7 @@ def absolute(path: Path) -> Path:
 
 
 def plain(folder: Path) -> Path:
-    """A path of an absolute folder that every library accepts: its own or, if that is unusual, a link to it.
+    """A path to an absolute folder that every library accepts: its own or, if unusual, that of a link to it.
 
     etils takes brackets for a pattern and tensorstore a backslash for a slash; others want UTF-8.
     Raises UserError if the temporary folder, where the link is, has such a path too.

@@ -1,4 +1,4 @@
-"""How CPUs, GPUs and TPUs compute differently, for speed: all such choices in one place.
+"""What CPUs, GPUs and TPUs do differently for speed, all in one place.
 
 All compute the same function, up to the rounding stated here. Choices that depend on anything but the kind
 of device are made where they are used, such as XLA flags in `mesh.py`. docs/scaling.md gives the gain
@@ -22,7 +22,7 @@ class Backend(NamedTuple):
     loop: bool
     # several programs in flight, with which virtual CPU devices could deadlock
     overlap: bool
-    shifts: bool  # depthwise convolutions as shifted products, for which XLA is slow on CPUs
+    shifts: bool  # depthwise convolutions as shifted products, since XLA's are slow on CPUs
     products: bool  # 1 x 1 convolutions as matrix products, whose gradients are faster on CPUs
     keep_programs: bool  # cache compiled programs on disk; compiling for CPUs takes seconds
     # the gradient of maximum pooling: 'interleaved' arrays, one per kind of pixel; the same arrays 'spread',

@@ -132,7 +132,7 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
         if devices % model and not chosen:
             raise UserError(
                 f'config.run.mesh: {devices} devices cannot be divided by model={model}; choose model=1, '
-                'give both numbers, or use another number of devices (--cpu_devices=N)'
+                'give both numbers, or use a different number of devices (--cpu_devices=N)'
             )
         fits = (
             n for n in range(devices // model, 0, -1) if not any(b % n for b in batches.values())

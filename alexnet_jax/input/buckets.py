@@ -83,7 +83,9 @@ def _is_copied(path: str, remote: paths.Path, content: bytes) -> bool:
     except FileNotFoundError:
         return False
     if not same:
-        raise UserError(f'{path} is a copy of an earlier {remote}: remove it, and start again')
+        raise UserError(
+            f'{path} is a copy of an earlier version of {remote}: remove it and start again'
+        )
     return True
 
 

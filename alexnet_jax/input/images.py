@@ -49,7 +49,7 @@ class Undecodable(Exception):
 
 
 def decode(data: bytes | np.ndarray | Image.Image, *, exif: bool = False) -> Image.Image:
-    """Decodes an image file of any format, u8 or u16[H,W,C], or Pillow's image, to RGB.
+    """Decodes an image file of any format, an array u8 or u16[H,W,C], or a Pillow image to RGB.
 
     Transparency is dropped. With 16 bits per channel, the high byte is kept. exif: rotates the image by its
     EXIF orientation. (TIFF and HEIF images are always upright.)
@@ -188,7 +188,7 @@ def _reason(error: Exception, data: bytes) -> str:
     if begin.startswith((b'<!doctype html', b'<html')):
         return 'a web page, not an image'
     if begin.startswith((b'<svg', b'<?xml')):
-        return 'SVG or XML, not an image of pixels'
+        return 'SVG or XML, not a raster image'
     if isinstance(error, UnidentifiedImageError):
         kind = next((name for magic, name in MAGIC.items() if re.match(magic, data, re.DOTALL)), '')
         if kind:

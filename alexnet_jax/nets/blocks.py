@@ -56,7 +56,10 @@ def params_of(module, kernel_shape, bias_shape=None):
 
 
 def of_towers(x):
-    """[towers,...] -> [...] of each. Splits, so that gradients are concatenated; indexing sums them."""
+    """[towers,...] -> one [...] per tower.
+
+    Uses a split, whose gradients are concatenated; with indexing they would be summed.
+    """
     return tuple(part[0] for part in lax.split(x, (1,) * x.shape[0]))
 
 

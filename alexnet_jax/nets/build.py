@@ -11,7 +11,7 @@ from alexnet_jax.nets.network import Network
 def build(*, net: str, classes: int, **fields) -> Network:
     """Builds the network described by `config.model`; net: a module in `nets/` with a `build` function.
 
-    Raises UserError for an unknown network, fields of another network, or invalid values.
+    Raises UserError for an unknown network, fields of a different network, or invalid values.
     """
     builders = _builders()
     choose('config.model.net', net, builders)

@@ -354,7 +354,7 @@ def _max_pool_backward(window, stride, form, residual, g):
 
 
 def _spread(parts, places, shape, stride: int):
-    """The sum of arrays [B,H',W',C] with zeros between their pixels, each from its place (row, column) on."""
+    """The sum of arrays [B,H',W',C] with zeros between pixels, each starting at its place (row, column)."""
     total = 0
     for part, place in zip(parts, places, strict=True):
         pads = [

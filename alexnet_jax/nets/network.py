@@ -108,7 +108,7 @@ def make(
 ) -> Network:
     """Makes and checks a network of class `cls`; UserError for missing or unknown fields.
 
-    renamed: {name in `config.model`: name in the class}, for names that Flax has taken.
+    renamed: {name in `config.model`: name in the class}, for names that Flax reserves.
     """
     renamed = renamed or {}
     names = {inner: outer for outer, inner in renamed.items()}

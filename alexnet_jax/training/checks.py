@@ -154,7 +154,7 @@ def _memory(config, mesh: jax.sharding.Mesh, shapes: dict) -> None:
 
 
 def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
-    """Raises UserError if the starting checkpoint is missing, unreadable or of another network."""
+    """Raises UserError if the starting checkpoint is missing, unreadable or from a different network."""
     own = checkpoint.Checkpoints(workdir / 'checkpoints')
     if own.steps():
         own.shapes()

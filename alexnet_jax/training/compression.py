@@ -52,8 +52,8 @@ class Settings(NamedTuple):
     rounds: int  # of pruning
     epochs: float  # of retraining in each
     tune: float  # epochs of fine-tuning the shared values
-    rate: float  # of retraining, as a fraction of config.optim.rate
-    tune_rate: float  # the same, of fine-tuning
+    rate: float  # for retraining, as a fraction of config.optim.rate
+    tune_rate: float  # the same, for fine-tuning
 
 
 DEFAULTS = Settings(
@@ -282,7 +282,7 @@ def with_variables(run: Run, variables: dict, mesh: jax.sharding.Mesh, mean: np.
 def layers(net: Network, variables: dict) -> list[dict]:
     """Describes each layer in the compressed form, and at the end all of them ('all').
 
-    Keys: layer, weights (of the kernels), kept (%), bits (of a weight's number), huffman (the same after
+    Keys: layer, weights (of the kernels), kept (%), bits (of a weight's code), huffman (the same after
     Huffman coding), index (bits of the gaps per weight), index_huffman, size (bytes of float32), pq and pqh:
     the size compressed in %, with fixed codes and with Huffman's. A layer without a shared kernel has None
     for what it lacks.

@@ -39,7 +39,7 @@ def evaluate(
     """Returns the sums of `metrics.count`, also by class, over a split, each image counted once.
 
     predicts: one function per member of the ensemble; their probabilities are averaged.
-    confusion: adds 'confusion' i64[K,K], how many images of class i were taken for class j.
+    confusion: adds 'confusion' i64[K,K], how many images of class i were classified as class j.
     """
     score, labels = steps.make_score(mesh), store.labels(split)
 

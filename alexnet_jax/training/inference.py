@@ -96,10 +96,10 @@ def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
 
 
 def placed(path: str | os.PathLike, variables: dict, target: dict) -> dict:
-    """Returns the arrays of a bundle that `target` has, in its form, with its dtypes and shardings.
+    """Returns those arrays of a bundle that are in `target`, with its structure, dtypes and shardings.
 
     variables: nested; target: jax.ShapeDtypeStructs, nested or by name, such as 'params/conv1/kernel'.
-    Raises UserError if one is missing or of another shape.
+    Raises UserError if one is missing or has a different shape.
     """
     there, wanted = fingerprint.named_leaves(variables), fingerprint.named_leaves(target)
     for name, leaf in wanted.items():

@@ -340,8 +340,8 @@ class Loop:
         with contextlib.suppress(checkpoint.SaveError):
             self.checkpoints.wait()
         raise UserError(
-            f'{self.workdir}: {what}; the latest checkpoint, which is finite but may already diverge, is '
-            f'from step {max(self.checkpoints.steps(), default=0):,}; {diagnosis.CAUSES}'
+            f'{self.workdir}: {what}; the latest checkpoint, which is finite but may already be diverging, '
+            f'is from step {max(self.checkpoints.steps(), default=0):,}; {diagnosis.CAUSES}'
         )
 
     def dispatch(self, batch) -> Dispatch:

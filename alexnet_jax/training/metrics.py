@@ -1,4 +1,4 @@
-"""Metrics: named sums over images, made on the device, and the values computed from them.
+"""Metrics: named sums over images, computed on the device, and the values computed from them.
 
 To add a metric, add its sum to `count`, its value to `values` and its name to `TEXT`; the log,
 metrics.jsonl, checkpoints and the table of `evaluate` then include it.

@@ -78,7 +78,7 @@ def check_new(folder: str | os.PathLike) -> None:
 def write(folder: str | os.PathLike, bundle: Bundle, *, compress: bool = False) -> None:
     """Writes a bundle to a new or empty folder: all of it or, if it cannot be written, nothing.
 
-    Arrays keep their types, such as float16; compress: in the form of `compressed`, which loses nothing.
+    Arrays keep their types, such as float16; compress: uses the lossless format of `compressed`.
     Raises UserError if the folder has files or cannot be written.
     """
     path = paths.path(folder)
@@ -149,7 +149,7 @@ def files(folder: str | os.PathLike) -> tuple[str, ...]:
 
 
 def read(folder: str | os.PathLike) -> Bundle:
-    """Reads a bundle. Raises UserError if it is damaged or of a later version."""
+    """Reads a bundle. Raises UserError if it is damaged or from a later version."""
     config, about = _config(folder)
     path, size = paths.path(folder), config['data']['size']
     weights = COMPRESSED if COMPRESSED in about['sha256'] else WEIGHTS

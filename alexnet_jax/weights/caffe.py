@@ -19,18 +19,18 @@ ALEXNETS, SQUEEZENETS = ('caffe', 'caffenet'), ('squeezenet', 'squeezenet:1.1')
 MEAN = (122.68, 116.67, 104.01)  # RGB, of BVLC's ilsvrc_2012_mean.npy
 SQUEEZENET_MEAN = (123.0, 117.0, 104.0)  # of SqueezeNet's train_val.prototxt
 CROP = 227
-# Deep Compression's prototxt has other names for SqueezeNet's layers.
+# Deep Compression's prototxt has different names for SqueezeNet's layers.
 ALIASES = {
     '/conv1x1_1': '/squeeze1x1',
     '/conv1x1_2': '/expand1x1',
     '/conv3x3_2': '/expand3x3',
     'conv_final': 'conv10',
 }
-# Numbers of fields, from caffe.proto: of LayerParameter, and of the older V1LayerParameter.
+# Field numbers from caffe.proto, for LayerParameter and the older V1LayerParameter.
 V2 = {'name': 1, 'type': 2, 'blobs': 7, 'conv': 106, 'lrn': 118, 'pool': 121}
 V1 = {'name': 4, 'type': 5, 'blobs': 6, 'conv': 10, 'lrn': 18, 'pool': 19}
 TYPES = {15: 'LRN', 17: 'Pooling'}  # V1's numbers
-# What a layer's parameters say: the numbers of the fields (of both sides, and of each), and the default.
+# A layer's parameters: their field numbers (for both sides together, then for each) and the default.
 CONV = {
     'stride': ((6, 13, 14), 1),
     'pad': ((3, 9, 10), 0),
@@ -43,11 +43,11 @@ IN_GROUPS = ('conv2', 'conv4', 'conv5')  # of AlexNet
 
 
 class Graph(NamedTuple):
-    """A network of a file.
+    """A network read from a file.
 
     arrays: by layer and number, 0 for the kernel and 1 for the bias: ('conv1', 0); ops: 'LRN' and
     'Pooling' in their order; norms: the fields of config.model that each normalization has; forms: by layer,
-    what the file says of `CONV` or, for max-pooling, of `POOL`.
+    what the file says about `CONV` or, for max-pooling, of `POOL`.
     """
 
     name: str
@@ -128,7 +128,7 @@ def _check_forms(graph: Graph, fires: bool) -> None:
         for key, values in found.items():
             if values != {wanted[key]} and (name, key, values) != ('conv10', 'pad', {1}):
                 text = ', '.join(map(str, sorted(values)))
-                raise Damaged(f'{name[:60]} has {key} {text}, and should have {wanted[key]}')
+                raise Damaged(f'{name[:60]} has {key} {text}, but should have {wanted[key]}')
 
 
 def norm(alpha: float, beta: float, k: float, n: int) -> dict:

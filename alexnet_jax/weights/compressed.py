@@ -108,7 +108,7 @@ def _header(data: bytes, file: str) -> tuple[list[Coded], int]:
         raise Damaged(f'it does not begin with {MAGIC.decode()}')
     version, length = struct.unpack_from('<II', data, 8)
     if version != FORMAT:
-        raise UserError(f'{file}: of format {version}; update alexnet_jax, which reads {FORMAT}')
+        raise UserError(f'{file}: has format {version}; update alexnet_jax, which reads {FORMAT}')
     try:
         text = zlib.decompressobj().decompress(data[16 : 16 + length], LONGEST_HEADER)
         rows = json.loads(text.decode())
@@ -121,7 +121,7 @@ def _header(data: bytes, file: str) -> tuple[list[Coded], int]:
         raise Damaged('its arrays would take more than 2 GiB')
     end = 16 + length + sum(coded.size for coded in contents)
     if end != len(data):
-        raise Damaged(f'{len(data):,} bytes, and its header describes {end:,}')
+        raise Damaged(f'{len(data):,} bytes, but its header describes {end:,}')
     return contents, 16 + length
 
 

@@ -306,7 +306,9 @@ class _Translator:
     def _dynamic_slice(self, args, eqn):
         x, *starts = args
         if any(isinstance(start, Tensor) for start in starts):
-            raise UserError('this network crops by its data, which cannot be written as ONNX')
+            raise UserError(
+                'this network crops at data-dependent positions, which cannot be written as ONNX'
+            )
         sizes = eqn.params['slice_sizes']
         starts = [int(start) for start in starts]
         ends = [start + size for start, size in zip(starts, sizes, strict=True)]
@@ -432,14 +434,14 @@ def _pads(padding) -> list[int]:
 
 
 class _Editor:
-    """The nodes of a graph, with who makes and who uses each tensor."""
+    """The nodes of a graph, with the makers and users of each tensor."""
 
     def __init__(self, graph: Graph):
         self.nodes, self.result = graph.nodes, graph.output
         self.index()
 
     def index(self) -> None:
-        """Finds makers and users again, and drops what nobody uses."""
+        """Finds makers and users again, and drops unused nodes."""
         before = None
         while before != len(self.nodes):
             before = len(self.nodes)
@@ -566,7 +568,7 @@ def _before_layer(editor: _Editor, node: Node) -> bool:
 
 
 def _twice(editor: _Editor, node: Node) -> bool:
-    """Drops a node that computes what another one does."""
+    """Drops a node that computes the same as another one."""
     for other in editor.users.get((node.tensors() or [''])[0], []):
         if other not in (None, node) and _alike(node, other):
             pairs = zip(node.inputs, other.inputs, strict=True)
@@ -599,7 +601,7 @@ def _rejoined(editor: _Editor, node: Node) -> bool:
 
 
 def _siblings(editor: _Editor, node: Node) -> bool:
-    """Towers that read the same: layers of the same shape become a wide one and a Split."""
+    """Layers of the same shape with the same input become one wide layer and a Split."""
     if node.op not in ('Conv', 'Gemm') or node.attributes.get('group', 1) != 1:
         return False
     alike = [
@@ -621,7 +623,7 @@ def _siblings(editor: _Editor, node: Node) -> bool:
 
 
 def _alike(a: Node, b: Node) -> bool:
-    """Whether two nodes differ in the values of their inputs alone."""
+    """Whether two nodes differ only in the values of their inputs."""
     shapes = [[isinstance(x, str) or np.shape(x) for x in node.inputs] for node in (a, b)]
     return a.op == b.op and a.attributes == b.attributes and shapes[0] == shapes[1]
 
@@ -639,7 +641,7 @@ POINTWISE = {
 
 
 def _hoisted(editor: _Editor, node: Node) -> bool:
-    """Towers that do the same after a Split: done once before it; convolutions become groups.
+    """Moves what all towers do after a Split to before it, as one node; convolutions become groups.
 
     After a normalization, which has to be done for each tower, the towers are joined again.
     """

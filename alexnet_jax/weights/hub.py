@@ -167,7 +167,7 @@ def _from_url(text: str) -> str:
     match = re.fullmatch(r'sha256=([0-9a-fA-F]{64})', fragment)
     if not match:
         raise UserError(
-            f'{text}: to check the file, end it in #sha256= and the 64 digits of its SHA-256'
+            f'{text}: to check the file, append #sha256= and the 64 digits of its SHA-256'
         )
     path = urllib.parse.urlsplit(_quoted(url, url)).path
     stem, ext = os.path.splitext(os.path.basename(path))
@@ -211,7 +211,7 @@ def _is_current(folder: str, sha256: str = '') -> bool:
 def _from_hugging_face(text: str) -> str:
     match = re.fullmatch(r'hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', text)
     if not match:
-        raise UserError(f'{text}: the form is hf://USER/REPO or hf://USER/REPO@REVISION')
+        raise UserError(f'{text}: expected hf://USER/REPO or hf://USER/REPO@REVISION')
     repository, revision = match[1], match[2] or 'main'
     endpoint = _server('HF_ENDPOINT') or 'https://huggingface.co'
     address = f'{endpoint}/{repository}/resolve/{urllib.parse.quote(revision, safe="")}'
@@ -239,7 +239,7 @@ def _from_hugging_face(text: str) -> str:
         try:
             sums = bundle.checksums(temporary)
         except UserError:
-            raise UserError(f'{text}: this repository holds no bundle of alexnet_jax') from None
+            raise UserError(f'{text}: this repository contains no alexnet_jax bundle') from None
         folder = os.path.join(cache(), f'{_plain(name)}-{_digest(file, "sha256")[:SHOWN]}')
         if bundle.is_bundle(folder):
             return folder
@@ -529,7 +529,7 @@ def _check(url: str, part: str, called: str, checksum, size: int | None) -> None
         if found.startswith(checksum[1]):
             return
         kind = {'sha1': 'SHA-1', 'sha256': 'SHA-256'}[checksum[0]]
-        problem = f'its {kind} is {found}, and should be {checksum[1]}'
+        problem = f'its {kind} is {found}, but should be {checksum[1]}'
     os.unlink(part)
     short = f'truncated: {here:,} of {size:,} bytes; ' if size and here < 0.999 * size else ''
     raise UserError(
@@ -539,10 +539,10 @@ def _check(url: str, part: str, called: str, checksum, size: int | None) -> None
 
 
 def check_target(target: str) -> str:
-    """hf://USER/REPO -> USER/REPO. Raises UserError for another form, or without huggingface_hub."""
+    """hf://USER/REPO -> USER/REPO. Raises UserError for any other form, or without huggingface_hub."""
     match = re.fullmatch(r'hf://([\w.-]+/[\w.-]+)', target)
     if not match:
-        raise UserError(f'{target}: the form is hf://USER/REPO')
+        raise UserError(f'{target}: expected hf://USER/REPO')
     try:
         import huggingface_hub  # noqa: F401
     except ImportError as error:
@@ -562,7 +562,7 @@ def push(source: str, target: str, *, private: bool = False) -> None:
             repo_id=repository,
             folder_path=source,
             allow_patterns=[*bundle.files(source)],
-            commit_message='Upload a bundle of alexnet_jax',
+            commit_message='Upload an alexnet_jax bundle',
         )
     except Exception as error:  # of many kinds: no network, no access, a full disk
         raise UserError(

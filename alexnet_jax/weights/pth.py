@@ -61,12 +61,12 @@ class Tensor(NamedTuple):
 def state_dict(data: bytes) -> dict[str, np.ndarray]:
     """The tensors, by name, of the state dict that a file is or contains; raises Damaged."""
     if not data.startswith((ZIP, PICKLE)):
-        raise Damaged('it does not begin as files of torch.save do')
+        raise Damaged('it does not begin like a torch.save file')
     described, storages = _zipped(data) if data.startswith(ZIP) else _legacy(data)
     # DataParallel adds `module` to every name, in front or within.
     names = ['.'.join(x for x in name.split('.') if x != 'module') for name in described]
     if len({*names}) < len(names):
-        raise Damaged('two of its names differ in `module` alone')
+        raise Damaged('two of its names differ only in `module`')
     arrays = [_array(tensor, storages) for tensor in described.values()]
     return dict(zip(names, arrays, strict=True))
 
@@ -77,10 +77,10 @@ def _described(found: Any) -> dict[str, Tensor]:
         inner = (found[name] for name in NESTED if isinstance(found.get(name), dict))
         found = next(inner, found)
     if not isinstance(found, dict):
-        raise Damaged('it holds no state dict; save model.state_dict()')
+        raise Damaged('it contains no state dict; save model.state_dict()')
     for name, x in found.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
-            raise Damaged(f'it holds no state dict: {str(name)[:60]} is not a tensor')
+            raise Damaged(f'it contains no state dict: {str(name)[:60]} is not a tensor')
     return found
 
 

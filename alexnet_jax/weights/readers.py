@@ -42,7 +42,7 @@ CROPS = range(32, 1025)  # pixels
 LARGEST = 4096  # pixels, of a mean image
 # What arrays of unexpected shapes can raise.
 DAMAGE = (ValueError, IndexError, OverflowError, MemoryError, RecursionError)
-VERSION = 1  # of the conversion; cached bundles of another version are rebuilt
+VERSION = 1  # of the conversion; cached bundles of a different version are rebuilt
 
 
 def read(
@@ -59,7 +59,7 @@ def read(
     mean: f32[3] or f32[S,S,3], RGB, 0 to 255, of the images trained on; otherwise the format's own. size: of
     the square images that crops are taken from; otherwise 8/7 of the crop, 256 for 224 and 227. names: of
     the classes, otherwise ImageNet's if there are 1,000. made: the command, for the model card. Raises
-    UserError if the file is damaged or its network unknown, if arrays are missing, extra or of another shape
+    UserError if the file is damaged or its network unknown, if arrays are missing, extra or misshapen
     (it lists them), and if the weights are not finite.
     """
     data = variables.content(file)
@@ -181,7 +181,7 @@ def mean_of(text: str) -> np.ndarray:
 
 
 def numbers(flag: str, text: str, low: float, high: float) -> tuple[float, float, float]:
-    """Three numbers, one per channel, above or at `low` and up to `high`."""
+    """Three numbers, one per channel, from `low` to `high`."""
     try:
         found = tuple(map(float, text.split(',')))
     except ValueError:

@@ -14,7 +14,7 @@ HAN = 'https://github.com/songhan/SqueezeNet-Deep-Compression/raw/fb13faa2cf121c
 
 
 class Entry(NamedTuple):
-    """A file of weights on the web.
+    """A weight file on the web.
 
     checksum: (algorithm, hex digits), the publisher's if `theirs`, else ours, of the file that we downloaded;
     the first digits suffice. None: the publisher gives none.

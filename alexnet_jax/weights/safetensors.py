@@ -45,7 +45,7 @@ def decoded(data: bytes, file: str) -> tuple[dict[str, np.ndarray], dict[str, st
 
 
 def write(file: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes a file atomically; UserError for an array of another type, or if it cannot be written."""
+    """Writes a file atomically; UserError for an array of an unsupported type, or if it cannot be written."""
     try:
         paths.replace(file, encoded(arrays, metadata))
     except paths.failures(paths.path(file)) as error:

@@ -53,7 +53,7 @@ def mobilenet(net: MobileNet, file: str) -> Weights:
     In place of normalization, the layers have a bias (`variables.without_norm`); to train further,
     see `unfolded`. TensorFlow's files have a class 0, background, which is dropped for a network
     with one class fewer. Weights are exact; TensorFlow Lite also rounds every activation to 8 bits. Raises
-    UserError if the file is damaged, not such a network, or a network with other fields.
+    UserError if the file is damaged, not such a network, or a network with different fields.
     """
     if not isinstance(net, MobileNet) or (net.padding, net.activation) != ('tensorflow', 'relu6'):
         raise UserError(
@@ -128,7 +128,7 @@ def _item(items, index: int):
 def _dequantized(model: Model, number: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     tensor = _item(model.tensors, number)
     if tensor.shape != shape:
-        raise Damaged(f'a tensor is {[*tensor.shape]} and should be {[*shape]}')
+        raise Damaged(f'a tensor is {[*tensor.shape]} but should be {[*shape]}')
     limits = np.iinfo(dtype)
     if tensor.dtype != dtype or not limits.min <= tensor.zero <= limits.max:
         raise Damaged(f'a tensor should be {limits.dtype} with one zero point')
@@ -183,7 +183,7 @@ def _weights(net: MobileNet, model: Model) -> Weights:
             raise Damaged('its operators are not those of the network')
         shape = _item(model.tensors, op.output).shape
         if shape != (1, *output):
-            raise Damaged(f'an operator returns {[*shape]} and should return {[1, *output]}')
+            raise Damaged(f'an operator returns {[*shape]} but should return {[1, *output]}')
         return op
 
     def convolve(layer: Layer, start: int, linear: bool) -> tuple[np.ndarray, np.ndarray, int]:
@@ -192,7 +192,7 @@ def _weights(net: MobileNet, model: Model) -> Weights:
         first = 4 if layer.depthwise else 3  # the number of the option `fused_activation_function`
         dilations = [op.options.number(first + i, 'i', 1) for i in (1, 2)]
         if op.options.number(0, 'b') != SAME and layer.kernel[0] > 1 or dilations != [1, 1]:
-            raise Damaged('a convolution whose padding is not that of TensorFlow')
+            raise Damaged("a convolution whose padding is not TensorFlow's")
         if op.options.number(first, 'b') != (LINEAR if linear else RELU6):
             raise Damaged("an operator's activation is not that of the network")
         if layer.depthwise:
@@ -222,7 +222,7 @@ def _weights(net: MobileNet, model: Model) -> Weights:
     here = follow(AVERAGE_POOL, {here}, (1, 1, inner)).output
     in_file = _classes(model, here)
     if in_file - classes not in (0, 1):
-        raise Damaged(f'it has {in_file} classes, and the network {classes}')
+        raise Damaged(f'it has {in_file} classes, but the network has {classes}')
     layer = Layer(head.path, (1, 1, inner, in_file), (1, 1, in_file))
     kernel, bias, _ = convolve(layer, here, linear=True)
     found[head.path] = kernel[0, 0, :, in_file - classes :]

@@ -11,7 +11,7 @@ import numpy as np
 from alexnet_jax.common.errors import UserError, install, one_line
 from alexnet_jax.weights.graph import Graph
 
-OPSET, IR = 17, 8  # of ONNX 1.12 (2022), which today's runtimes all read
+OPSET, IR = 17, 8  # of ONNX 1.12 (2022), which all current runtimes read
 # Layers whose factors are rounded to 8 bits.
 QUANTIZED = ('Conv', 'Gemm', 'MatMul', 'Relu', 'Clip', 'MaxPool')
 
@@ -100,7 +100,7 @@ def half(content: bytes) -> bytes:
 def eight_bits(content: bytes, batches: Iterable[np.ndarray] | None) -> bytes:
     """Returns a model with 8-bit weights.
 
-    batches: inputs from which the ranges of the activations are taken, which then have 8 bits, too; None:
+    batches: inputs that give the ranges of the activations, which then have 8 bits, too; None:
     activations are float32 in the file and rounded to 8 bits at run time, only in matrix products.
     """
     from onnxruntime import quantization

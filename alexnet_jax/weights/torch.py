@@ -20,8 +20,9 @@ NORM = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'runni
 PRESETS = ('owt', 'squeezenet', 'squeezenet:1.1', 'mobilenet', 'shufflenet', 'shufflenet:x0.5')
 MEAN = tuple(255 * x for x in (0.485, 0.456, 0.406))  # that torchvision documents, of pixels
 STD = tuple(255 * x for x in (0.229, 0.224, 0.225))
-CROPS = 224, 225  # where torchvision's AlexNet, which pools with other borders, has the same maps
-# The fields of an AlexNet that decide what it computes, but for its size.
+# Where torchvision's AlexNet, whose pooling treats borders differently, has the same maps.
+CROPS = 224, 225
+# The fields of an AlexNet that determine what it computes, except for its size.
 COMPUTING = (
     *('towers', 'kernels', 'groups', 'remove', 'activation', 'after', 'norms', 'pooling'),
     'conv1_padding',
@@ -44,7 +45,7 @@ def from_state_dict(
     """
     if isinstance(net, AlexNet) and crop not in CROPS:
         raise UserError(
-            f'crop={crop}: torchvision pools with other borders; its AlexNet equals this one at '
+            f"crop={crop}: torchvision's pooling treats borders differently; its AlexNet equals this one at "
             f'{" or ".join(map(str, CROPS))} pixels'
         )
     name, shapes = names(net), variables.leaves(net, crop)

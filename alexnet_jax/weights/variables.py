@@ -25,7 +25,7 @@ class Damaged(Exception):
 
 
 class Weights(NamedTuple):
-    """The content of a file of weights, for one network.
+    """The content of a weight file, for one network.
 
     variables: {'params', 'batch_stats'}; mean: of the pixels (0 to 255, RGB), to be subtracted from
     images; crop: the images' size.
@@ -50,14 +50,14 @@ class Options(NamedTuple):
             wrong = (
                 f'--net={preset}: not a network of this format'
                 if preset
-                else 'its network is unclear'
+                else 'its network cannot be determined'
             )
             raise UserError(f'{wrong}; choose one with --net: {", ".join(presets)}')
         return preset
 
 
 class Imported(NamedTuple):
-    """A network found in a file: a preset, its fields of config.model that differ, the weights."""
+    """A network found in a file: a preset, the fields of config.model that differ from it, the weights."""
 
     preset: str
     model: dict
@@ -68,11 +68,11 @@ class Imported(NamedTuple):
 
 
 def content(file: str) -> bytes:
-    """Reads a whole file of weights. Raises UserError if it cannot be read or is too large."""
+    """Reads a whole weight file. Raises UserError if it cannot be read or is too large."""
     path = paths.path(file)
     try:
         if path.stat().length > LARGEST:
-            raise UserError(f'{file}: larger than 2 GiB, so not a file of weights in this format')
+            raise UserError(f'{file}: larger than 2 GiB, so not a weight file in this format')
         return path.read_bytes()
     except OSError as error:
         raise UserError(f'{file}: cannot be read: {reason(error)}') from error
@@ -86,7 +86,7 @@ def leaves(net: Network, crop: int = ANY_CROP) -> dict[network.Path, tuple[int, 
 
 
 def preset(name: str, classes: int, changes: dict) -> Network:
-    """The network of a preset, such as 'mobilenet:v1', with other values in some fields of config.model."""
+    """The network of a preset, such as 'mobilenet:v1', with changes to some fields of config.model."""
     return build(classes=classes, **{**configfile.load(name).model, **changes})
 
 
@@ -103,7 +103,7 @@ def check(
         *listed(
             'shapes',
             [
-                f'{name} is {[*x.shape]} and should be {[*wanted[name]]}'
+                f'{name} is {[*x.shape]} but should be {[*wanted[name]]}'
                 for name, x in given.items()
                 if name in wanted and x.shape != wanted[name]
             ],

@@ -55,8 +55,8 @@ NEEDS = {
     **dict.fromkeys(('store', 'cold'), {'input', 'both'}),
 }
 DETERMINISTIC = 'alexnet_jax, deterministic'
-# Maximum relative L2 distance of a peer's logits and gradients from ours in full float32. ReLUs that switch
-# on rounding errors change gradients by a few thousandths.
+# Maximum relative L2 distance of a peer's logits and gradients from ours in full float32. ReLUs that flip
+# because of rounding errors change gradients by a few thousandths.
 TOLERANCE = {'float32': 0.02, 'bfloat16': 0.2}
 # An unrelated gradient of the right norm has distance sqrt(2); a zero gradient has 1.
 UNRELATED = 0.7
@@ -164,7 +164,7 @@ def _arguments():
     parser.add_argument(
         '--cold',
         action='store_true',
-        help='start each turn of input and both with the store not in the page cache (Linux)',
+        help='evict the store from the page cache before each turn of input and both (Linux)',
     )
     parser.add_argument(
         '--peer', choices=('torch',), help='compare with the same network in PyTorch'

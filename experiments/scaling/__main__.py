@@ -4,9 +4,9 @@
     python -m experiments.scaling --max_devices=8 --dtype=bfloat16 --config=configs/original.py
 
 Compiles the training step for meshes of virtual CPU devices from shapes alone, without running it. For each
-mesh it prints the collectives in the program, their bytes beside those of the formula (`formula.py`), and the
-FLOPs and memory of one device. Then it prints and plots the predictions of `accelerators.py`. Exits with 1 if
-a program moves anything that the formula does not predict.
+mesh it prints the collectives in the program, their bytes next to those of the formula (`formula.py`), and
+the FLOPs and memory of one device. Then it prints and plots the predictions of `accelerators.py`. Exits with
+1 if a program moves anything that the formula does not predict.
 
     python -m experiments.scaling --topology=v5e:16x16 --dtype=bfloat16 --images=128
     python -m experiments.scaling --topology=v5e:2x2 --mesh=1,1 --dtype=bfloat16 --images=128 --forms=plain
@@ -174,7 +174,8 @@ def _arguments():
         '--mesh',
         default='',
         metavar='DATA,MODEL',
-        help="with --topology: devices that share the batch, and an image; '': all the batch",
+        help='with --topology: DATA,MODEL, the devices that split the batch and an image; '
+        "'': all split the batch",
     )
     parser.add_argument(
         '--forms',
@@ -190,7 +191,7 @@ def _arguments():
         'of errors in `evaluate`',
     )
     parser.add_argument(
-        '--hlo', default='', metavar='FILE', help='with --topology: keep the program'
+        '--hlo', default='', metavar='FILE', help='with --topology: write the program to FILE'
     )
     parser.add_argument('--images', type=int, default=64, help='per device, in compiled programs')
     parser.add_argument('--max_devices', type=int, default=MAX_DEVICES, help='virtual CPU devices')

@@ -47,7 +47,7 @@ CHIPS = {
         1640e9,
         32e9,
         clock=1.75e9,
-        multipliers='4 of 256 x 256; unsure, since Google names 2',
+        multipliers='4 of 256 x 256; uncertain, since Google says 2',
     ),
     'h100': Chip('cuda', ACCELERATORS['h100'].peak, 3352e9, 85e9, ACCELERATORS['h100'].peak / 2),
     'h200': Chip('cuda', ACCELERATORS['h100'].peak, 4800e9, 151e9, ACCELERATORS['h100'].peak / 2),

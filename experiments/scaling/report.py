@@ -55,7 +55,7 @@ def curves(
 
 
 def count_lines(moved: list[Move], wanted: list[Move]) -> list[str]:
-    """Returns a table of what a program moves beside what it must move."""
+    """Returns a table of what a program moves, compared with what it must move."""
     counted, expected = programs.totals(moved), programs.totals(wanted)
     out = [f'  {"kind":<16}{"axis":<7}{"dtype":<6}{"arrays":>7}{"bytes":>16}{"formula":>16}']
     for key in sorted(counted.keys() | expected.keys()):

@@ -48,7 +48,7 @@ def expected(run, split, views='ten'):
 
 @pytest.mark.parametrize(('split', 'prefix'), [('train', 'train_'), ('val', ''), ('test', 'test_')])
 def test_confusion(run, tmp_path, monkeypatch, capsys, split, prefix):
-    """On eight devices, in batches of 8, by default in the run directory."""
+    """On eight devices, in batches of 8; by default, written to the run directory."""
     monkeypatch.chdir(tmp_path)
     call(monkeypatch, evaluate, run.path, '--confusion', f'--split={split}', '--batch=8')
     said = capsys.readouterr().out.splitlines()

@@ -48,7 +48,7 @@ def test_stablehlo_runs_from_its_files(made, monkeypatch, tmp_path, capsys):
     folder, net, variables = made
     file = tmp_path / 'a.stablehlo'
     run(monkeypatch, folder, '--format=stablehlo', f'--output={file}', '--images=4')
-    assert 'largest difference of a logit on 4 random images' in capsys.readouterr().out
+    assert 'largest logit difference on 4 random images' in capsys.readouterr().out
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     arrays, _ = safetensors.read(f'{file}.safetensors')
     program = jax.export.deserialize(bytearray(file.read_bytes()))

@@ -28,7 +28,7 @@ def expected(run):
 
 @pytest.mark.parametrize('layer', ['fc7', 'conv2', 'fc8', None])
 def test_a_split(run, expected, tmp_path, monkeypatch, capsys, layer):
-    """Each tower on its own device, in batches of 4; by default into the run directory."""
+    """Each tower on its own device, in batches of 4; by default, written to the run directory."""
     monkeypatch.chdir(tmp_path)
     options = ['--split=test', '--batch=4'] + (
         [f'--layer={layer}'] if layer else ['--output=f.npz']

@@ -1,4 +1,4 @@
-"""Converted weights beside the programs that they come from, on the same pixels."""
+"""Converted weights give the results of the programs that they come from, on the same pixels."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ TOLERANCE = {'torchvision': 1e-6, 'caffe': 1e-4, 'onnx': 1e-5, 'keras': 1e-5}
 
 
 def pictures(size=256, count=2):
-    """Smooth ones, u8[B,S,S,3], whose channels differ."""
+    """Returns smooth images u8[B,S,S,3] whose channels differ."""
     rng = np.random.default_rng(0)
     coarse = rng.uniform(0, 255, (count, 8, 8, 3)) * [1.0, 0.8, 0.6]
     fine = rng.normal(0, 20, (count, size, size, 3))
@@ -47,7 +47,7 @@ def convert(folder, content, name, options=Options(), **others):  # noqa: B008
 
 
 def logits(found, images, **changes):
-    """Ours, of center crops, in float64: [B,K]."""
+    """Returns our logits of center crops, in float64: [B,K]."""
     config = found.config
     crop = config['augment']['crop']
     with jax.enable_x64(True):
@@ -65,7 +65,7 @@ def center(images, crop):
 
 
 def difference(found, expected):
-    """The largest, as a part of the range of the expected logits."""
+    """Returns the largest difference, as a fraction of the range of the expected logits."""
     between = np.abs(expected[0] - expected[1]).max()
     assert between > 0.004 * np.ptp(expected) > 0 and found.shape == expected.shape  # not blind
     return np.abs(found - expected).max() / np.ptp(expected)
@@ -117,7 +117,7 @@ def test_torchvision(name, folder):
 
 @pytest.mark.parametrize('crop', [224, 225])
 def test_the_crops_of_torchvisions_alexnet(crop, folder):
-    """Our network computes the same at both, although it pools to the borders; others are refused."""
+    """Our network computes the same at both sizes, although it pools to the borders; others are refused."""
     torch = pytest.importorskip('torch', reason='needs torch: make test-deploy')
     torch.manual_seed(0)
     model = import_torchvision().models.alexnet(weights=None, num_classes=CLASSES).eval().double()
@@ -166,7 +166,7 @@ def opencv(folder, preset, images, mean, classes=CLASSES):
 @pytest.mark.parametrize('old', [False, True], ids=['layer', 'layers'])
 @pytest.mark.parametrize('preset', PROTOTXT)
 def test_caffe(preset, old, folder):
-    """The network by what its file says, its mean image and its colors."""
+    """The file determines the network, its mean image and its colors."""
     arrays = caffe_arrays(preset)
     order = ('Pooling', 'LRN') if preset == 'caffenet' else ('LRN', 'Pooling')
     padded = preset == 'squeezenet'

@@ -1,4 +1,4 @@
-"""The networks in float64 beside torchvision's and Keras's, with random normalizations.
+"""The networks in float64 compared with torchvision's and Keras's, with random normalizations.
 
 Logits in test and training mode, gradients of all parameters, and running statistics after one training step.
 """
@@ -36,7 +36,7 @@ def images():
 
 
 def random_norms(rng, name, value):
-    """Other values for what a fresh normalization has."""
+    """Random values in place of those of a fresh normalization."""
     if name in ('gamma', 'weight'):
         return rng.uniform(0.5, 1.5, value.shape)
     if name in ('moving_variance', 'running_var'):
@@ -63,7 +63,7 @@ def ours(net, variables, x, weights):
 def compare(found, expected):
     """Largest differences, each relative to the array's largest value; prints and checks them.
 
-    A gradient that is 0 but for rounding, since a later normalization removes what the parameter adds, is
+    A gradient that is 0 up to rounding, since a later normalization removes what the parameter adds, is
     relative to the largest gradient of all.
     """
     worst = {}

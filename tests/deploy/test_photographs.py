@@ -1,4 +1,4 @@
-"""Real weights on 1,000 ImageNet photographs, beside OpenCV and TensorFlow Lite on the same squares.
+"""Real weights on 1,000 ImageNet photographs, compared with OpenCV and TensorFlow Lite on the same squares.
 
     ALEXNET_JAX_PHOTOGRAPHS=FOLDER make test-deploy ARGS="-k photographs -s"
 
@@ -43,7 +43,7 @@ def squares():
 
 
 def crops(squares, crop):
-    """Central 224 or 227 pixels; of 224, smaller sizes."""
+    """The central 224 or 227 pixels; smaller sizes are resized from 224."""
     side = max(crop, 224)
     offset = (256 - side) // 2
     central = squares[:, offset : offset + side, offset : offset + side]
@@ -53,7 +53,7 @@ def crops(squares, crop):
 
 
 def caffemodel():
-    """The decoded SqueezeNet as a file of Caffe."""
+    """The decoded SqueezeNet as a .caffemodel file."""
     net = net_of(SQUEEZENET)
     decoded = deep_compression._arrays(net, real(SQUEEZENET).read_bytes())
     first = ('params', 'conv1', 'kernel')  # for BGR, 0 to 255

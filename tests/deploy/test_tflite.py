@@ -1,4 +1,4 @@
-"""The MobileNets of .tflite files beside TensorFlow Lite's interpreter."""
+"""The MobileNets of .tflite files compared with TensorFlow Lite's interpreter."""
 
 import jax
 import numpy as np

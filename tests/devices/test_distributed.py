@@ -84,7 +84,7 @@ def start_all():
 
 
 def ends(processes, timeout=200):
-    """(exit code, output) of each."""
+    """Returns (exit code, output) of each process."""
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
 

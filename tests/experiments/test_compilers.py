@@ -117,7 +117,7 @@ def test_pooling_has_its_form_of_cpus_there():
     ],
 )
 def test_evaluation(topology, shape, what):
-    """Prediction moves nothing between devices; then the sums do."""
+    """Prediction moves nothing between devices; only the sums after it do."""
     found = program(topology, shape, what)
     assert {move[0] for move in found['moved']} == ({'all-reduce'} if what == 'score' else set())
 

@@ -548,7 +548,7 @@ def test_a_wrong_only_lists_the_names(tmp_path):
         '--only=d: no such run at --scale=smoke --seeds=2; choose from a b, c, or name a single seed, as '
         "in --only='a b-0'"
     )
-    # also where the stored runs were made with other arguments
+    # also where the stored runs were made with different arguments
     make(tmp_path, ['--config.data.source=other'], start=leave, seeds=2).run(
         'c', 0, 'configs/paper.py'
     )

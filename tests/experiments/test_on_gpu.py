@@ -55,11 +55,11 @@ def test_other_arguments_are_another_run(call, tmp_path):
     """A rehearsal does not count as the real run, and is not lost by mistake either."""
     call(python('one', 'print(1)'))
     before = (tmp_path / 'steps.json').read_text(), (tmp_path / 'one.log').read_text()
-    with pytest.raises(UserError, match='one ran with other arguments; give another folder'):
+    with pytest.raises(UserError, match='one ran with different arguments; give another folder'):
         call(python('one', 'print(2)'))
     assert ((tmp_path / 'steps.json').read_text(), (tmp_path / 'one.log').read_text()) == before
     call(python('failed', 'raise SystemExit(3)'))
-    assert call(python('failed', ''))[0]['failed'] == 'finished'  # mended
+    assert call(python('failed', ''))[0]['failed'] == 'finished'  # fixed
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '{"one": 1}', '{"one": {"ended": "finished"}}'])
@@ -74,7 +74,7 @@ def test_a_damaged_record(call, tmp_path, text):
     ('number', 'code'), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)]
 )
 def test_an_interrupted_command_leaves_nothing_running(tmp_path, number, code):
-    """Neither its step nor that step's worker, even if they ignore being asked to stop."""
+    """Both the step and its worker end, even if they ignore SIGTERM."""
     worker = 'import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); '
     worker += f"open({str(tmp_path / 'there')!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
     step = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {worker!r}])'

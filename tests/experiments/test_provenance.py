@@ -331,7 +331,7 @@ def test_a_run_goes_on_with_the_code_that_began_it(tmp_path, monkeypatch):
         trial.run('a', 0, 'configs/original.py')
     trial.workdir('b', 0).mkdir(parents=True)
     with pytest.raises(
-        UserError, match=r'b-0: the run began with different training code .*\(not noted, now '
+        UserError, match=r'b-0: the run began with different training code .*\(not recorded, now '
     ):
         trial.run('b', 0, 'configs/original.py')
 

@@ -110,7 +110,7 @@ def test_lars_sums_the_norms_of_what_is_divided():
 
 
 def test_the_paper_s_step_at_full_width():
-    """128 images on two devices: 28,966,912 bytes gathered and as many reduce-scattered, in float32."""
+    """128 images on two devices: 28,966,912 bytes gathered and just as many reduce-scattered, in float32."""
     config = paper.get_config()
     totals = programs.totals(
         programs.written(programs.train_step(config, 1000, programs.make_mesh((1, 2)), 64), (1, 2))
@@ -347,7 +347,7 @@ def test_an_estimate_from_cycles():
     moved, known = SIZE / chip.bandwidth, 9000 / chip.clock
     total = known + 5 * moved
     assert f'  {1e3 * total:.4g} ms estimated without collectives, {1e3 * known:.4g} by' in lines[3]
-    assert '1.50 GHz (inferred' in lines[4] and 'unsure' in described('v6e')[4]
+    assert '1.50 GHz (inferred' in lines[4] and 'uncertain' in described('v6e')[4]
     assert 'TFLOP/s' in lines[3] and 'TFLOP/s' not in described('v5e', 'float32')[3]
     rows = [(line[2:24].split(), line.split()[-2:]) for line in lines[6:-1]]
     assert rows == [  # share of the time; MB for each of four images
@@ -394,7 +394,7 @@ def test_bandwidth_within_and_between_machines():
 
 @pytest.mark.parametrize(('compute', 'behind'), [(0.5, 1), (2, 2)])
 def test_efficiency_by_hand(compute, behind):
-    """Two GTX 580: an all-reduce of 8 GB takes a second, an exchange of 4 GB a quarter of one."""
+    """Two GTX 580s: an all-reduce of 8 GB takes a second, an exchange of 4 GB a quarter of one."""
     card = ACCELERATORS['gtx580']
     gradient = Move('all-reduce', 'data', 'f32', 2 * 10**9, 'gradient')
     exchange = Move('all-gather', 'data', 'f32', 10**9, 'exchange')

@@ -1,4 +1,4 @@
-"""Writes files of weights as other programs do: .pth, .caffemodel, .binaryproto, .onnx, .tflite."""
+"""Writes weight files as other programs do: .pth, .caffemodel, .binaryproto, .onnx, .tflite."""
 
 import io
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 from alexnet_jax.weights import pth, tflite, variables
 
-EVIL = 'a\n\x1b[31mevil'  # a name that a terminal must not get
+EVIL = 'a\n\x1b[31mevil'  # a name that must not reach a terminal
 SHOWN = r'a\n\x1b[31mevil'  # in errors
 STORAGE = {np.dtype(np.float32): 'FloatStorage', np.dtype(np.float16): 'HalfStorage'}
 STORAGE |= {np.dtype(np.float64): 'DoubleStorage', np.dtype(np.int64): 'LongStorage'}
@@ -262,7 +262,7 @@ def flatbuffer(root):
 
 
 def tflite_tables(net, crop, seed=0):
-    """(the tables of a MobileNet v1's file, {kernel's path: what it holds}); one class more, background."""
+    """(the tables of a MobileNet v1's file, {kernel's path: what it holds}); one more class, background."""
     rng, tensors, buffers, ops, stored = np.random.default_rng(seed), [], [{}], [], {}
 
     def tensor(shape, dtype, values=None, scale=1 / 64, zero=0):

@@ -91,7 +91,7 @@ def test_a_store_is_copied_once(made, bucket, reads, capsys):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the library may catch it."""
+    """Stands in for SIGKILL: nothing in the library may catch it."""
 
 
 def test_a_killed_copy_resumes(made, bucket, reads, monkeypatch):
@@ -242,7 +242,9 @@ def test_libraries_that_are_missing(made, bucket, monkeypatch):
 def test_another_store_under_the_same_url(made, bucket):
     ensure(made)
     change(bucket, 'store.json', lambda data: store.encode(json.loads(data) | {'source': 'other'}))
-    with pytest.raises(UserError, match=f'{COPY} is a copy of an earlier {URL}: remove it'):
+    with pytest.raises(
+        UserError, match=f'{COPY} is a copy of an earlier version of {URL}: remove it'
+    ):
         ensure(made)
 
 

@@ -390,7 +390,7 @@ def test_hub_sets_are_large_by_their_parquet_files(hub):
 
 def test_hub_errors(hub, monkeypatch):
     for name in ('hf://me/pets', 'hf://datasets/pets', 'hf://datasets/'):
-        assert 'the form is hf://datasets/OWNER/NAME' in refused(name)
+        assert 'expected hf://datasets/OWNER/NAME' in refused(name)
     message = refused('hf://datasets/me/gone')
     assert '404 Repository Not Found' in message and '`hf auth login`' in message
     monkeypatch.setattr(
@@ -489,7 +489,7 @@ def test_lists_without_a_header(tree):
         for name, label in zip(NAMES, (10, 9, 2), strict=True)
         for i in range(4)
     ]
-    for header in ('', 'where\twhat\n'):  # a header with names that nobody knows
+    for header in ('', 'where\twhat\n'):  # a header with unknown column names
         source = sources.open_source(str(write_list(tree, header + '\n'.join(rows) + '\n\n')))
         assert source.class_names == ['2', '9', '10'] and sum(source.splits.values()) == 12
         assert {e.name for e in source.read('val', 0)} | {

@@ -1,4 +1,4 @@
-"""Decoding what people's folders hold: right, or refused with a reason; never black or noise."""
+"""Files in people's folders are decoded correctly or refused with a reason, never black or noise."""
 
 import io
 import struct

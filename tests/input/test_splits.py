@@ -33,7 +33,7 @@ def files(folder) -> dict[str, bytes]:
 
 
 def without_test(folder) -> dict[str, bytes]:
-    """The files of a store but for its test split."""
+    """The files of a store, except those of its test split."""
     found = {n: data for n, data in files(folder).items() if not n.startswith('test.')}
     told = json.loads(found.pop('store.json'))
     del told['counts']['test'], told['test'], told['checksum']

@@ -32,7 +32,7 @@ def store(folder):
 
 
 def test_a_store_of_whole_images(folder, store):
-    """Its central squares are those of the usual store, but for JPEG and half a pixel."""
+    """Its central squares match those of the usual store, up to JPEG artifacts and half a pixel."""
     usual = prepare.prepare(str(folder), store=f'{folder}-u8', format='u8', size=SIZE)
     pictures = store.pictures('train')
     for record, expected in enumerate(usual.pixels('train')):
@@ -65,7 +65,7 @@ def test_boxes():
 
 @pytest.mark.parametrize('rows', [range(4), [3, 1]], ids=str)
 def test_random_resized_crops(store, rows):
-    """Any step and rows give the same pixels, which are Pillow's of the box."""
+    """Any step and rows give the same pixels, those of Pillow's resized box."""
     crop, area = 32, (0.3, 1.0)
     given = {'seed': 1, 'batch': 4, 'crop': crop, 'chunk': 1, 'random': True, 'area': area}
     first = list(batches.train_batches(store, start=0, stop=5, rows=range(4), threads=2, **given))

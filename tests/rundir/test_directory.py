@@ -58,7 +58,7 @@ def test_a_link_to_nothing(tmp_path, name):
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs Linux')
 def test_a_folder_in_which_nothing_can_be_made(tmp_path):
-    """Although its permissions would allow root to."""
+    """Even as root, despite the permissions."""
     with pytest.raises(UserError, match='--workdir=/proc/run: /proc is not a writable folder'):
         directory.check(paper.get_config(), Path('/proc/run'))
 

@@ -67,7 +67,7 @@ def test_every_leaf_is_restored(folder, shape):
 
 @pytest.mark.slow
 def test_it_is_trained_to_the_same_end(folder):
-    """Up to rounding, since another machine may sum in another order."""
+    """Up to rounding, since another machine may sum in a different order."""
     loop.train(make_config((1, 2)), 'run')
     expected = [json.loads(line) for line in (folder / 'after.jsonl').read_text().splitlines()]
     rows = metrics.read('run')

@@ -1,4 +1,4 @@
-"""What a config cannot ask for: every field with hostile values, and what would not fit in memory."""
+"""Configs that are refused: every field with hostile values, and what would not fit in memory."""
 
 import functools
 import itertools

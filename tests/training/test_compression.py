@@ -146,7 +146,7 @@ def compressed(run, monkeypatch, settings=SETTINGS):
 
 
 def test_a_network(run, monkeypatch):
-    """Pruned weights stay so through retraining; the same result again."""
+    """Pruned weights stay pruned through retraining; a second call gives the same result."""
     trained, train = [], compression._train
 
     def spy(setup, variables, start):

@@ -470,7 +470,7 @@ def test_what_a_start_says_first_and_last(
 
 
 def test_the_start_of_the_input_does_not_count(tmp_path, monkeypatch):
-    """The import of TensorFlow, for one, must not lengthen the time to go."""
+    """The import of TensorFlow, for one, must not lengthen the remaining time."""
     one, now = Pretended(), iter([100.0, 200.0, 200.5, 201.0])
     monkeypatch.setattr(loop.progress.time, 'perf_counter', lambda: next(now))
     monkeypatch.setattr(one, 'batches', lambda step: iter([next(now)]))
@@ -480,7 +480,7 @@ def test_the_start_of_the_input_does_not_count(tmp_path, monkeypatch):
 
 
 def test_batches_are_made_while_a_step_runs(store, tmp_path, monkeypatch):
-    """A step ends once two batches are made that nobody has asked for; its sums are read after the next one
+    """A step ends once two batches that nobody asked for have been made; its sums are read after the next one
     has begun."""
     without_tensorflow(monkeypatch)
     monkeypatch.setattr(loop.meshes, 'global_batches', lambda mesh, batch, local: local)

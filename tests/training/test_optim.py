@@ -212,7 +212,7 @@ def test_frozen_layers_stay(name):
 
 @pytest.mark.parametrize('name', ['sgd', 'lars'])
 def test_the_state_is_the_velocity(name):
-    """Under the names used in checkpoints: with other names, no earlier run could be resumed."""
+    """Under the names used in checkpoints: with different names, no earlier run could be resumed."""
     params = random_tree(0)
     update = optim.make(NET, name=name, momentum=MOMENTUM, decay=DECAY, trust=TRUST)
     names = {f'2/trace/{layer}/{leaf}' for layer, leaf in LEAVES}

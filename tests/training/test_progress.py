@@ -1,4 +1,4 @@
-"""What a run says when it starts."""
+"""What a run reports when it starts."""
 
 import dataclasses
 import pathlib

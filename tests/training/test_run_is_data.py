@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
 
 
 def changed(run, **data):
-    """The run with other fields in `config.data`."""
+    """The run with different fields in `config.data`."""
     config = json.loads((run / 'config.json').read_text())
     config['data'] |= data
     (run / 'config.json').write_text(json.dumps(config))
@@ -55,7 +55,7 @@ def test_nothing_is_prepared_for_a_run(run, monkeypatch, source):
 
 
 def test_a_store_that_is_there_is_opened(run):
-    """The recorded one, else the config's, else the default of its source; or the one that is named."""
+    """The recorded store, else the config's, else its source's default; or the one named explicitly."""
     made = run.parent / 'made'
     assert inference.open_store([inference.describe_run(run)]).path == made
     (run / 'run.json').unlink()

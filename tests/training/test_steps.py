@@ -248,7 +248,7 @@ def test_jitter():
 
 
 def test_the_moving_average(net, mesh):
-    """It holds still, like the parameters, in a step whose loss is not finite."""
+    """It stays unchanged, like the parameters, in a step whose loss is not finite."""
     step, _, settings = make_step(net, mesh, ema=0.15)
     optimizer = optim.make(net, name='sgd', momentum=0.9, decay=5e-4)
     state = steps.init_state(net, optimizer, mesh, seed=0, crop=CROP, ema=True)

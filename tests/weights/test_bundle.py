@@ -109,7 +109,7 @@ def _edit_config(folder, change):
 
 
 def _replace(folder, name, content):
-    """Replaces a file and its checksum, as someone could who wants to do harm."""
+    """Replaces a file and its checksum, as an attacker could."""
     (folder / name).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     _edit_config(folder, lambda c: c['bundle']['sha256'].update({name: digest}))

@@ -120,7 +120,7 @@ def field(number, value):
 
 
 def with_parts(**changes):
-    """A file with other bytes in some parts of its first array."""
+    """A file with different bytes in some parts of its first array."""
     data = compressed.encoded({'a': ARRAYS['long gaps']})
     (coded,), at = compressed._header(data, '')
     parts = {}
@@ -141,9 +141,9 @@ BOMB = zlib.compress(b'[' + b' ' * 2**25)
     [
         (b'', 'does not begin'),
         (b'ALEXCOMQ' + WHOLE[8:], 'does not begin'),
-        (WHOLE[:8] + struct.pack('<I', 2) + WHOLE[12:], 'of format 2; update alexnet_jax'),
-        (WHOLE[:-1], 'bytes, and its header describes'),
-        (WHOLE + b'\0', 'bytes, and its header describes'),
+        (WHOLE[:8] + struct.pack('<I', 2) + WHOLE[12:], 'has format 2; update alexnet_jax'),
+        (WHOLE[:-1], 'bytes, but its header describes'),
+        (WHOLE + b'\0', 'bytes, but its header describes'),
         (WHOLE[:20], 'header is wrong'),
         (WHOLE[:12] + struct.pack('<I', 2**31) + WHOLE[16:], 'header is wrong|describes'),
         (struct.pack('<8sII', b'ALEXCOMP', 1, len(BOMB)) + BOMB, 'header is wrong'),
@@ -183,7 +183,7 @@ def test_damaged_files(data, message):
 
 
 def test_flipped_bits():
-    """Each is refused or gives other weights; none raises anything else."""
+    """Each is refused or gives different weights; none raises anything else."""
     data = compressed.encoded({'a': ARRAYS['long gaps'], 'm': ARRAYS['levels'], 'b': f32(1, 2)})
     refused = 0
     for place in RNG.integers(0, 8 * len(data), 400).tolist():

@@ -1,4 +1,4 @@
-"""Weights of other programs, in files as those write them; malicious and damaged files are refused."""
+"""Weights of other programs, in files as they write them; malicious and damaged files are refused."""
 
 import os
 import pickle
@@ -112,7 +112,7 @@ def test_names_with_module_in_them():
     zeros = np.zeros(2, np.float32)
     found = pth.state_dict(files.pth_of({'module.submodule.x': zeros, 'modules.y': zeros}))
     assert [*found] == ['submodule.x', 'modules.y']
-    with pytest.raises(variables.Damaged, match='differ in `module` alone'):
+    with pytest.raises(variables.Damaged, match='differ only in `module`'):
         pth.state_dict(files.pth_of({'module.x': zeros, 'x': zeros}))
 
 
@@ -131,7 +131,7 @@ def test_views_of_a_storage():
 
 
 def test_torchvisions_alexnet():
-    """fc6 reads maps in another order; crops at which poolings differ, and other AlexNets, are refused."""
+    """fc6 reads maps in a different order; other AlexNets, and crops with different pooling, are refused."""
     net = variables.preset('owt', CLASSES, {})
     shapes = files.their_shapes(net, torch.names(net), 224)
     state = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
@@ -157,7 +157,7 @@ def test_names_are_matched_in_full(tmp_path):
         files.pth_of(arrays),
         'missing: features.3.squeeze.bias;',
         'extra: features.99.bias;',
-        'shapes: features.0.bias is [5] and should be [64]',
+        'shapes: features.0.bias is [5] but should be [64]',
     )
     refused(tmp_path, 'net.pth', files.pth_of({'a': np.zeros(3, np.float32)}), 'it lacks ')
 
@@ -170,7 +170,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-TOWER = b')' + b'2\x86' * 60  # a tuple of itself twice, of 60 floors
+TOWER = b')' + b'2\x86' * 60  # nested pairs, 60 levels deep
 
 
 def malicious(tmp_path):
@@ -196,7 +196,7 @@ def malicious(tmp_path):
         'an attribute': (one(b'\x80\x04\x8c\x05torch\x8c\x08_C.x.y.z\x93.'), 'torch._C.x.y.z'),
         'a network': (one(b'\x80\x02ctorchvision.models.alexnet\nAlexNet\n)\x81.'), 'state_dict()'),
         'the registry': (one(b'\x80\x02\x82\x01.'), 'pickle is damaged'),
-        'a memo of gigabytes': (one(b'\x80\x02K\x01r\xff\xff\xff\x7f.'), 'holds no state dict'),
+        'a memo of gigabytes': (one(b'\x80\x02K\x01r\xff\xff\xff\x7f.'), 'contains no state dict'),
         'depth': (one(nested), ''),
         'a path': (files.zipped({'../../evil': b'x', 'data.pkl': b''}), 'its archive has a file'),
         'an absolute path': (files.zipped({'/evil': b'x'}, root=''), ''),
@@ -259,7 +259,7 @@ def malicious(tmp_path):
             entry(files.call('torch._utils', '_rebuild_tensor_v2', 'x', 0, (2,), (1,))),
             'no storage',
         ),
-        'a list': (one(b'\x80\x02].'), 'holds no state dict'),
+        'a list': (one(b'\x80\x02].'), 'contains no state dict'),
         'numbers as keys': (one(b'\x80\x02}K\x01' + first + b's.'), 'is not a tensor'),
         'legacy, truncated': (files.pth_of(state, legacy=True)[:-100], 'ends after'),
         'legacy, an enormous storage': (
@@ -269,7 +269,7 @@ def malicious(tmp_path):
         ),
         'an error without a text': (one(b'\x80\x02i\n\n.'), 'is damaged: KeyError: 105'),
         **{
-            name: (content, 'does not begin as files of torch.save do')
+            name: (content, 'does not begin like a torch.save file')
             for name, content in (('empty', b''), ('JPEG', b'\xff\xd8\xff'), ('text', b'<html>'))
         },
     }.items()
@@ -291,7 +291,7 @@ def test_malicious_state_dicts(tmp_path):
 
 @pytest.fixture(scope='module')
 def alexnet():
-    """CaffeNet's arrays of zeros, each with one entry that is not."""
+    """CaffeNet's arrays of zeros, each with one nonzero entry."""
     net = variables.preset('caffe', CLASSES, {})
     shapes = files.their_shapes(net, lambda path: (path[1], int(path[-1] == 'bias')), 227)
     arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
@@ -335,7 +335,9 @@ def test_which_alexnet(tmp_path):
         options, content = Options(net, None, crop), files.caffemodel(arrays, **form)
         refused(tmp_path, 'a.caffemodel', content, *words, options=options)
 
-    wrong(('its network is unclear', 'with --net: caffe, caffenet,'), order=(), name='mine')
+    wrong(
+        ('its network cannot be determined', 'with --net: caffe, caffenet,'), order=(), name='mine'
+    )
     wrong(('--net=owt: not a network of this format',), 'owt')
     wrong(('need 227',), crop=224)
     wrong(('normalizes within channels',), lrn=files.field(4, 1))
@@ -345,19 +347,19 @@ def test_which_alexnet(tmp_path):
 @pytest.mark.parametrize(
     ('layer', 'fields', 'words'),
     [
-        ('conv1', {6: 2}, 'conv1 has stride 2, and should have 4'),
-        ('conv1', {6: 1}, 'conv1 has stride 1, and should have 4'),
-        ('conv2', {3: 0}, 'conv2 has pad 0, and should have 2'),
-        ('conv3', {9: 1, 10: 2, 3: 1}, 'conv3 has pad 1, 2, and should have 1'),
-        ('conv4', {5: 1}, 'conv4 has group 1, and should have 2'),
-        ('conv5', {18: 2}, 'conv5 has dilation 2, and should have 1'),
-        ('pooling1', {3: 1}, 'pooling1 has stride 1, and should have 2'),
-        ('pooling2', {2: 2}, 'pooling2 has kernel 2, and should have 3'),
-        ('pooling2', {4: 1}, 'pooling2 has pad 1, and should have 0'),
+        ('conv1', {6: 2}, 'conv1 has stride 2, but should have 4'),
+        ('conv1', {6: 1}, 'conv1 has stride 1, but should have 4'),
+        ('conv2', {3: 0}, 'conv2 has pad 0, but should have 2'),
+        ('conv3', {9: 1, 10: 2, 3: 1}, 'conv3 has pad 1, 2, but should have 1'),
+        ('conv4', {5: 1}, 'conv4 has group 1, but should have 2'),
+        ('conv5', {18: 2}, 'conv5 has dilation 2, but should have 1'),
+        ('pooling1', {3: 1}, 'pooling1 has stride 1, but should have 2'),
+        ('pooling2', {2: 2}, 'pooling2 has kernel 2, but should have 3'),
+        ('pooling2', {4: 1}, 'pooling2 has pad 1, but should have 0'),
     ],
 )
 def test_variants_of_caffes_alexnet(tmp_path, alexnet, layer, fields, words):
-    """Whose shapes are the same."""
+    """Their shapes are the same."""
     for old in (False, True):
         content = files.caffemodel(alexnet, old=old, changes={layer: fields})
         refused(tmp_path, 'net.caffemodel', content, words)
@@ -367,8 +369,8 @@ def test_variants_of_caffes_squeezenet(tmp_path):
     arrays = caffe_arrays(SMALL)
     read(tmp_path, 'net.caffemodel', files.caffemodel(arrays))
     for layer, fields, words in (
-        ('conv1', {6: 4}, 'conv1 has stride 4, and should have 2'),
-        ('fire2/expand3x3', {3: 0}, 'fire2/expand3x3 has pad 0, and should have 1'),
+        ('conv1', {6: 4}, 'conv1 has stride 4, but should have 2'),
+        ('fire2/expand3x3', {3: 0}, 'fire2/expand3x3 has pad 0, but should have 1'),
         ('fire3/squeeze1x1', {6: 2}, 'fire3/squeeze1x1 has stride 2'),
     ):
         content = files.caffemodel(arrays, changes={layer: fields})
@@ -435,11 +437,11 @@ def test_onnx(tmp_path, alexnet):
         ),
     )
     for node, words in (
-        (('Conv', 'conv1_w_0', 'r0', {'strides': (4, 2)}), 'conv1 has stride 2, 4, and should'),
+        (('Conv', 'conv1_w_0', 'r0', {'strides': (4, 2)}), 'conv1 has stride 2, 4, but should'),
         (('Conv', 'conv2_w_0', 'r4', {**conv2, 'pads': (2, 2, 2, 1)}), 'conv2 has pad 1, 2'),
         (('Conv', 'conv2_w_0', 'r4', {**conv2, 'group': 1}), 'conv2 has group 1'),
-        (('MaxPool', '', 'r3', {**pool, 'strides': (1, 1)}), 'r3 has stride 1, and should have 2'),
-        (('MaxPool', '', 'r3', {**pool, 'pads': (1,) * 4}), 'r3 has pad 1, and should have 0'),
+        (('MaxPool', '', 'r3', {**pool, 'strides': (1, 1)}), 'r3 has stride 1, but should have 2'),
+        (('MaxPool', '', 'r3', {**pool, 'pads': (1,) * 4}), 'r3 has pad 1, but should have 0'),
     ):
         refused(tmp_path, 'net.onnx', files.onnx_of(arrays, nodes=[node]), words)
     arrays = {name.replace('fc7_w_0', 'fc7_w_0_quantized'): x[:9] for name, x in arrays.items()}
@@ -575,8 +577,8 @@ def malicious_flatbuffers():
         (tensor(4, {2: np.zeros(10**6, np.float32)}), 'a scale of 0.0'),
         (tensor(4, {2: np.float32([np.nan])}), 'a scale of nan'),
         (tensor(4, {2: np.float32([1]), 3: np.int64([2**62])}), 'with one zero point'),
-        (tensor(0, np.int32([-(2**31)] * 4)), 'and should be'),
-        (tensor(0, np.int32([2**31 - 1] * 4)), 'and should be'),
+        (tensor(0, np.int32([-(2**31)] * 4)), 'but should be'),
+        (tensor(0, np.int32([2**31 - 1] * 4)), 'but should be'),
         (tensor(1, ('b', 127)), 'a tensor should be int32'),
         (tensor(2, ('I', 2**32 - 1)), 'number 4294967295 of'),
         (tensor(2, ('I', 0)), '0 bytes for a tensor'),
@@ -737,10 +739,10 @@ def test_keras_files_that_are_refused(tmp_path, monkeypatch):
         del opened['layer2/inner/0:0']
         opened['layer2/inner'].create_dataset('0:0', (10**6, 10**6), np.float32, chunks=(100, 100))
 
-    changed(large, 'layer2/0 is [1000000, 1000000] and should be [3, 3, 8, 1]')
+    changed(large, 'layer2/0 is [1000000, 1000000] but should be [3, 3, 8, 1]')
 
     def vast(opened):
-        """A head of terabytes, of which the file has nothing."""
+        """A last layer of terabytes, for which the file stores no data."""
         for name, shape in (('kernel', (1, 1, 256, 10**12)), ('bias', (10**12,))):
             path = f'layer54/inner/{int(name == "bias")}:0'
             del opened[path]
@@ -806,7 +808,7 @@ def test_arguments_that_are_refused(tmp_path, monkeypatch, arguments, message):
 
 
 def test_the_folder_is_checked_first(tmp_path, monkeypatch):
-    """Before a file that takes long to read, if it exists at all."""
+    """Even before the weight file, which takes long to read and may not exist."""
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'x').touch()
     arguments = ('missing.pth', 'full')

@@ -71,7 +71,7 @@ def test_real_weights(name):
 
 
 def test_a_network_with_the_background_class():
-    """It has one logit more; the others are the same."""
+    """It has one more logit; the others are the same."""
     path = real(SMALLEST)
     all_of, without = (
         read(SMALLEST, path, classes).variables['params']['fc'] for classes in (1001, 1000)

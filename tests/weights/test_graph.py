@@ -110,7 +110,7 @@ def softmax(x):
 
 
 def convolved(*x, like=True):
-    """A convolution of each, with another kernel."""
+    """A convolution of each, with a different kernel."""
     rng = np.random.default_rng(2)
     shapes = [(3, 3, tower.shape[-1], 4 if like else 4 + i) for i, tower in enumerate(x)]
     kernels = [rng.normal(size=shape).astype(np.float32) for shape in shapes]

@@ -212,7 +212,7 @@ def test_a_file_of_any_size(web, cache):
 
 
 def test_two_urls_with_the_same_end(web, cache):
-    """The part of one is not taken for the other's."""
+    """A partial download of one is not mistaken for the other's."""
     web.files['/a/net.bin'], web.files['/b/net.bin'] = DATA, DATA[::-1]
     web.cut, web.shift = 40_000, 1
     refused(lambda: hub.download('url-net', f'{web.url}/a/net.bin', '.bin', CHECK), 'truncated')
@@ -565,7 +565,7 @@ def test_a_repository_with_other_weights(hugging_face, cache):
     refused(lambda: hub.locate('hf://me/net'), 'SHA-256')
     assert not hub.cached('hf-me--net@main')
     hugging_face.files['/me/net/resolve/main/config.json'] = b'{"model_type": "bert"}'
-    refused(lambda: hub.locate('hf://me/net'), 'no bundle of alexnet_jax')
+    refused(lambda: hub.locate('hf://me/net'), 'no alexnet_jax bundle')
     refused(lambda: hub.locate('hf://me/none'), 'HTTP 404')
 
 

@@ -83,7 +83,7 @@ def test_names_that_do_not_match_are_listed():
     for part in (
         'missing: features.18.1.bias;',
         'extra: features.99.bias;',
-        'shapes: classifier.1.weight is [1000, 1280] and should be [5, 1280];',
+        'shapes: classifier.1.weight is [1000, 1280] but should be [5, 1280];',
         'not floats: classifier.1.bias)',
     ):
         assert part in message, message

@@ -1,7 +1,8 @@
 """A list of images: a .csv or .tsv file with a path and a label per line, and optionally a split.
 
 Paths are relative to the list. A header with usual names (path, label, split, ...) may choose and order the
-columns; otherwise they are PATH, LABEL and SPLIT. Class names are the sorted labels, by number if all are.
+columns; otherwise they are PATH, LABEL and SPLIT. Class names are the labels, sorted numerically if all are
+numbers.
 """
 
 import csv
@@ -162,7 +163,7 @@ def _columns(path: str, rows: list[tuple[int, list[str]]]) -> list[tuple[int, st
         places = {'path': 0, 'label': 1, 'split': 2}
         files = [os.path.isfile(os.path.join(os.path.dirname(path), row[0])) for _, row in rows[:2]]
         if files == [False, True]:
-            rows = rows[1:]  # a header with other names
+            rows = rows[1:]  # a header with unknown names
     found = []
     for number, row in rows:
         cells = [row[places[c]] if places.get(c, len(row)) < len(row) else '' for c in HEADERS]

@@ -415,7 +415,7 @@ def _address(name: str) -> tuple[str, str | None, str]:
     """Splits hf://datasets/OWNER/NAME[@REVISION][/FOLDER] -> (OWNER/NAME, REVISION, FOLDER)."""
     match = re.fullmatch(r'hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?', name.rstrip('/'))
     if not match:
-        raise UserError(f'{name}: the form is hf://datasets/OWNER/NAME[@REVISION][/FOLDER]')
+        raise UserError(f'{name}: expected hf://datasets/OWNER/NAME[@REVISION][/FOLDER]')
     revision = match[2] and match[2].replace('%2F', '/').replace('%2f', '/')
     return match[1], revision, match[3] or ''
 

@@ -267,7 +267,7 @@ def content_of(
 
 
 def class_notes(class_names: Sequence[str], labels: dict[str, np.ndarray]) -> tuple[str, ...]:
-    """Returns notes about classes without images and of a single one, and about an incomplete ImageNet.
+    """Returns notes about classes with no image or only one, and about an incomplete ImageNet.
 
     labels: {split: i64[N]}
     """
@@ -306,8 +306,8 @@ def number_names(largest: int, count: int, name: str) -> list[str]:
     """
     if largest >= 10 * count + 1000:
         raise UserError(
-            f'{name}: label {largest}, but there are only {count} training images: the labels must be '
-            'numbers of classes, from 0'
+            f'{name}: label {largest}, but there are only {count} training images: labels must be '
+            'class numbers, starting at 0'
         )
     return [str(label) for label in range(largest + 1)]
 
@@ -407,8 +407,8 @@ def split_off(
 ) -> dict[str, np.ndarray]:
     """Splits records 0..count-1 at random -> {'train': i64[N], 'val': i64[M]}, each ascending.
 
-    With their labels, every class gives its share, up to rounding, and a class of two records or more keeps
-    at least one for training.
+    If labels are given, every class contributes its share, up to rounding, and a class of two records or
+    more keeps at least one for training.
     """
     held_out = round(count * fraction)
     if not 0 < held_out < count:
