@@ -9,7 +9,7 @@ def load(run_dir, views: str = 'ten', step: str | int = 'latest', **build):
     A named network is downloaded on first use and cached.
 
     classify(image) -> f32[K], classify(images) -> f32[B,K]; classify.features(images, layer='fc7').
-    An image is a path, a PIL picture, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4], uint8 or floats from
+    An image is a path, a PIL image, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4], uint8 or floats from
     0 to 1 (`training.inference.Classifier`).
 
     Args:

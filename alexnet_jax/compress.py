@@ -83,8 +83,8 @@ def main() -> None:
         f'({bundle.COMPRESSED}, with the mean image): {facts["times"]:.1f} times smaller'
     )
     say(
-        f'validation, center crop: top-1 error {facts["before"]["top1_error"]:.2f} % -> '
-        f'{measured["top1_error"]:.2f} %'
+        f'validation, center crop: top-1 error {facts["before"]["top1_error"]:.2f}% -> '
+        f'{measured["top1_error"]:.2f}%'
     )
     say('this saves storage only: predictions take as much memory and time as before')
     say(f'wrote {output}')

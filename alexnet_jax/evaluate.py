@@ -3,7 +3,7 @@
     python -m alexnet_jax.evaluate RUN [RUN ...]
 
 Prints a table with the top-1 and top-5 errors of each run and of the ensemble of all runs. Every
-picture counts exactly once. --confusion writes confusion.csv (a row per true class, a column per
+image counts exactly once. --confusion writes confusion.csv (a row per true class, a column per
 predicted class), confusion.png and per_class.csv to the run directory or to --output; for splits other
 than val their names begin with the split. The matrix is that of the table's last row.
 """
@@ -89,7 +89,7 @@ def write_confusion(
     print(printable(f'most often confused by {name}, {view}:'))
     for count, i, j in most_confused(matrix):
         share = 100 * count / matrix[i].sum()
-        print(f'  {shown[i]} classified as {shown[j]}: {count:,} ({share:.1f} % of {shown[i]})')
+        print(f'  {shown[i]} classified as {shown[j]}: {count:,} ({share:.1f}% of {shown[i]})')
     counts = last['class_count'].astype(int)
     errors = [metrics.class_errors(sums) for sums in results.values()]
     heads = [f'top-1 error %: {name}, {view}' for name, view in results]
@@ -97,7 +97,7 @@ def write_confusion(
         [name, counts[k], *('' if np.isnan(e[k]) else f'{e[k]:.4g}' for e in errors)]
         for k, name in enumerate(names)
     ]
-    _write_csv(f'{prefix}per_class.csv', [['class', 'pictures', *heads], *rows])
+    _write_csv(f'{prefix}per_class.csv', [['class', 'images', *heads], *rows])
     rows = [[name, *row] for name, row in zip(names, matrix.tolist(), strict=True)]
     _write_csv(f'{prefix}confusion.csv', [['true \\ predicted', *names], *rows])
     buffer = io.BytesIO()

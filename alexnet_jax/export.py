@@ -242,18 +242,18 @@ def _compare(
     images = f'{len(ours):,} {"random" if labels is None else "validation"} images'
     text = (
         f'largest logit difference on {images}: {difference:.2g}, of a range of {scale:.3g} '
-        f'({difference / scale:.1e}); the same class for {same:.1f} %'
+        f'({difference / scale:.1e}); the same class for {same:.1f}%'
     )
     wrong = ''
     if not difference <= tolerance * scale:  # also true for NaN
         wrong = f'more than {tolerance:g} of the range'
     elif labels is not None and same < SAME:
-        wrong = f'less than {SAME} %'
+        wrong = f'less than {SAME}%'
     if wrong:
         raise UserError(f'--format={name}: {text}; {wrong}, so nothing was written')
     if labels is not None:
         errors = [100 * np.mean(x.argmax(1) != labels) for x in (ours, theirs)]
-        return [text, f'top-1 error on them: {errors[0]:.2f} % -> {errors[1]:.2f} %']
+        return [text, f'top-1 error on them: {errors[0]:.2f}% -> {errors[1]:.2f}%']
     return [text]
 
 

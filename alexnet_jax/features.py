@@ -5,8 +5,8 @@
 
 Activations are those of the center crop at test time. The file has `features` f32[N,F] (for
 convolutions f32[N,H,W,C], with the channels of all towers in order), `labels` i32[N] (-1: unknown),
-`paths` (for a split, `records`: their numbers), `names`, `layer` and `step`. A picture is labeled if its
-folder, or the folder above, is named after a class. Pictures that cannot be read are reported and left
+`paths` (for a split, `records`: their numbers), `names`, `layer` and `step`. An image is labeled if its
+folder, or the folder above, is named after a class. Images that cannot be read are reported and left
 out, and the exit code is then 2.
 """
 
@@ -35,7 +35,7 @@ class Rows:
             if size > cpu.memory():
                 raise UserError(
                     f'{self._count:,} x {rows[0].shape} activations are {size / 1e9:.1f} GB, more than the '
-                    'memory of this machine: give fewer pictures, or --layer with fewer activations'
+                    'memory of this machine: give fewer images, or --layer with fewer activations'
                 )
             self._array = np.empty((self._count, *rows.shape[1:]), rows.dtype)
         self._array[self._filled : self._filled + len(rows)] = rows
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     args = figures.start(parser)
     if bool(args.images or args.list) == bool(args.split):
-        raise UserError('give either pictures, folders or --list=FILE, or --split=val')
+        raise UserError('give either images, folders or --list=FILE, or --split=val')
     trained = inference.describe_run(args.run)
     there = [*steps.activations(trained.net, trained.config['augment']['crop'])]
     layer = args.layer or there[-1]
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def _batches(pictures: figures.Pictures, size: int, numbers: list[int]) -> Iterator[Batch]:
-    """Yields padded batches of the pictures that can be read, and appends their numbers."""
+    """Yields padded batches of the images that can be read, and appends their numbers."""
     for some, squares in pictures.batches(size):
         numbers += some
         yield from inference.padded(squares, size)

@@ -1,4 +1,4 @@
-"""Shared by the commands that use a run: arguments, choice and reading of pictures, and files to write.
+"""Shared by the commands that use a run: arguments, choice and reading of images, and files to write.
 
 `visualize`, `retrieve` and `predict` draw Figures 3 and 4 of the paper.
 """
@@ -26,8 +26,8 @@ from alexnet_jax.input.threads import ordered_map
 from alexnet_jax.rundir import directory
 from alexnet_jax.weights import hub
 
-DRAWN = 100  # most pictures in a row or column of a figure
-KINDS = {'.png': 'pictures are written as PNG', '.npz': 'features are written as NPZ'}
+DRAWN = 100  # most images in a row or column of a figure
+KINDS = {'.png': 'images are written as PNG', '.npz': 'features are written as NPZ'}
 SPLITS = {'val': 'validation', 'train': 'training', 'test': 'test'}  # what to call them
 
 
@@ -47,7 +47,7 @@ def parser(name: str, description: str, *, output: str) -> argparse.ArgumentPars
 
 
 def add_pictures(made: argparse.ArgumentParser, *, seed: bool = True) -> None:
-    """Adds the arguments for pictures: files, or some of a split of the store."""
+    """Adds the arguments for images: files, or some of a split of the store."""
     made.add_argument('images', nargs='*', metavar='IMAGE', help='image files, or folders of them')
     made.add_argument('--list', metavar='FILE', help='a text file with a path per line; -: stdin')
     made.add_argument('--store', default='', help='path of the store, if it has moved')
@@ -57,7 +57,7 @@ def add_pictures(made: argparse.ArgumentParser, *, seed: bool = True) -> None:
 
 def start(made: argparse.ArgumentParser) -> argparse.Namespace:
     """Parses the arguments and configures JAX; UserError for invalid arguments."""
-    args = made.parse_intermixed_args()  # options can appear between pictures
+    args = made.parse_intermixed_args()  # options can appear between images
     if getattr(args, 'seed', 0) < 0:
         raise UserError(f'--seed={args.seed}: must be at least 0')
     threads.check('--threads', getattr(args, 'threads', 0))
@@ -104,13 +104,13 @@ def check_file(flag: str, name: str) -> None:
 
 
 def check_drawn(count: int) -> None:
-    """Raises UserError for more pictures than fit in a figure."""
+    """Raises UserError for more images than fit in a figure."""
     if count > DRAWN:
-        raise UserError(f'{count:,} pictures are too many for one figure; give at most {DRAWN}')
+        raise UserError(f'{count:,} images are too many for one figure; give at most {DRAWN}')
 
 
 def png(picture: np.ndarray) -> bytes:
-    """Encodes a picture u8[H,W,3] as PNG."""
+    """Encodes an image u8[H,W,3] as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, 'PNG')
     return buffer.getvalue()
@@ -129,9 +129,9 @@ def write(name: str, content: bytes | Callable[[BinaryIO], None]) -> None:
 
 
 def files(args: argparse.Namespace) -> list[str]:
-    """Returns the paths of the pictures: the arguments, then --list; a folder means those below it.
+    """Returns the paths of the images: the arguments, then --list; a folder means those below it.
 
-    Raises UserError for a list that cannot be read, and for folders without pictures.
+    Raises UserError for a list that cannot be read, and for folders without images.
     """
     found = []
     for name in [*args.images, *(_lines(args.list) if args.list else [])]:
@@ -141,7 +141,7 @@ def files(args: argparse.Namespace) -> list[str]:
         folder = os.path.abspath(name)
         inside = image_files(folder, Counter())
         if not inside:
-            raise UserError(f'{name}: no pictures in this folder; give another, or files')
+            raise UserError(f'{name}: no images in this folder; give another, or files')
         found += [os.path.join(name, os.path.relpath(file, folder)) for file in inside]
     return found
 
@@ -163,12 +163,12 @@ class Pictures:
     """Reads squares in threads, in order. What cannot be read is reported and left out."""
 
     def __init__(self, count: int, read: Callable[[int], np.ndarray], threads: int = 0):
-        """read(i): picture i as u8[S,S,3]; may raise UserError. threads: 0 means one per core."""
+        """read(i): image i as u8[S,S,3]; may raise UserError. threads: 0 means one per core."""
         self._count, self._read, self._threads = count, read, threads or cores()
         self._failed = []
 
     def batches(self, size: int) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yields (numbers of pictures, squares u8[n,S,S,3]), `size` at a time."""
+        """Yields (numbers of images, squares u8[n,S,S,3]), `size` at a time."""
         numbers, squares = [], []
         found = ordered_map(
             self._try, range(self._count), threads=self._threads, ahead=size + self._threads
@@ -194,24 +194,24 @@ class Pictures:
             return error
 
     def all_failed(self) -> bool:
-        """Whether no picture could be read."""
+        """Whether no image could be read."""
         return len(self._failed) == self._count
 
     def check(self) -> None:
-        """Raises UserError if some pictures could not be read."""
+        """Raises UserError if some images could not be read."""
         if self._failed and self._count == 1:
             raise self._failed[0]
         if self._failed:
             raise UserError(
-                f'{len(self._failed):,} of {self._count:,} pictures could not be read; they are '
+                f'{len(self._failed):,} of {self._count:,} images could not be read; they are '
                 'listed above'
             )
 
 
 def label_of(path: str, names: list[str]) -> int | None:
-    """The label of a picture if its folder, or the folder above, is named after a class; else None.
+    """The label of an image if its folder, or the folder above, is named after a class; else None.
 
-    The folder above counts because Tiny ImageNet has its training pictures in CLASS/images.
+    The folder above counts because Tiny ImageNet has its training images in CLASS/images.
     """
     folders = [
         class_names.as_utf8(folder.name) for folder in paths.Path(path).absolute().parents[:2]
@@ -220,7 +220,7 @@ def label_of(path: str, names: list[str]) -> int | None:
 
 
 def choose(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Draws distinct pictures from as many classes as possible: i32[N] -> records i64[count]."""
+    """Draws distinct images from as many classes as possible: i32[N] -> records i64[count]."""
     order = np.random.default_rng(seed).permutation(len(labels))
     seen, turns = Counter(), []
     for label in labels[order].tolist():
@@ -236,13 +236,13 @@ def chosen(store: Store, split: str, flag: str, count: int, seed: int) -> np.nda
     if not 1 <= count <= there:
         raise UserError(
             f'{flag}={count}: the {SPLITS[split]} split of {store.path} has {there:,} '
-            f'pictures; give a number from 1 to {there}'
+            f'images; give a number from 1 to {there}'
         )
     return choose(store.labels(split), count, seed)
 
 
 def squares(store: Store, split: str, records: np.ndarray) -> np.ndarray:
-    """Reads some pictures of a split: records i64[n] -> u8[n,S,S,3]."""
+    """Reads some images of a split: records i64[n] -> u8[n,S,S,3]."""
     count = store.counts[split]
     (batch,) = eval_batches(store, split, batch=count, rows=records, threads=1)
     return batch['image']

@@ -113,7 +113,7 @@ def upload(name: str, target: str, args) -> None:
 
     step = int(args.step) if args.step.isdigit() else args.step
     run = inference.open_run(name, meshes.make((1, 1), towers=1, batches={}), step)
-    card = {'title': args.title, 'licence': args.license}
+    card = {'title': args.title, 'license': args.license}
     made = inference.as_bundle(run, **{key: value for key, value in card.items() if value})
     with tempfile.TemporaryDirectory() as folder:
         compress = run.bundle is not None and bundle.COMPRESSED in bundle.files(run.path)

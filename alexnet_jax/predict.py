@@ -1,11 +1,11 @@
-"""Classifies pictures with a trained network and draws the result as in the paper's Figure 4, left.
+"""Classifies images with a trained network and draws the result as in the paper's Figure 4, left.
 
     python -m alexnet_jax.predict RUN a.jpg b.png photos/
     python -m alexnet_jax.predict RUN --list=paths.txt --csv=predictions.csv
     python -m alexnet_jax.predict RUN --val=8 --output=predictions.png
 
-Prints the five most probable classes of each picture, or writes them to a table. A picture is labeled if
-its folder, or the folder above, is named after a class. Pictures that cannot be read are reported and
+Prints the five most probable classes of each image, or writes them to a table. An image is labeled if
+its folder, or the folder above, is named after a class. Images that cannot be read are reported and
 left out, and the exit code is then 2.
 """
 
@@ -25,14 +25,14 @@ from alexnet_jax.common.errors import UserError, printable
 from alexnet_jax.input import images
 from alexnet_jax.training import inference, steps
 
-COLUMNS, BATCH = 4, 20  # columns of a figure, as in the paper; pictures per batch
-SPLITS = ('val', 'test')  # splits to draw pictures from
+COLUMNS, BATCH = 4, 20  # columns of a figure, as in the paper; images per batch
+SPLITS = ('val', 'test')  # splits to draw images from
 # Safe for color-blind readers; in gray, lightness and hatching tell them apart.
 OTHER, CORRECT = '#a6cee3', '#e08214'
 
 
 class Prediction(NamedTuple):
-    """A network's prediction for one picture."""
+    """A network's prediction for one image."""
 
     title: str
     label: int | None  # the correct class; None: unknown
@@ -50,7 +50,7 @@ def predict(
     labels: Sequence[int | None],
     pictures: Sequence[np.ndarray],
 ) -> list[Prediction]:
-    """Classifies square pictures u8[S,S,3]."""
+    """Classifies square images u8[S,S,3]."""
     probabilities = classify(list(pictures))
     return [Prediction(*row) for row in zip(titles, labels, pictures, probabilities, strict=True)]
 
@@ -61,7 +61,7 @@ def stream(
     labels: Sequence[int | None],
     pictures: figures.Pictures,
 ) -> Iterator[Prediction]:
-    """Classifies pictures a batch at a time; titles and labels: one for every picture."""
+    """Classifies images a batch at a time; titles and labels: one for every image."""
     for numbers, squares in pictures.batches(BATCH):
         # All batches have the same size: a different one would need another compilation.
         (batch,) = inference.padded(squares, min(BATCH, len(titles)))
@@ -75,12 +75,12 @@ def describe(prediction: Prediction, names: Sequence[str]) -> str:
     lines = [printable(prediction.title) + ('' if label is None else f' (correct: {names[label]})')]
     for i in prediction.top():
         mark = '  <' if i == label else ''
-        lines.append(f'  {100 * prediction.probabilities[i]:5.1f} %  {names[i]}{mark}')
+        lines.append(f'  {100 * prediction.probabilities[i]:5.1f}%  {names[i]}{mark}')
     return '\n'.join(lines)
 
 
 def figure(predictions: Sequence[Prediction], names: Sequence[str]):
-    """Draws each picture with its name and five bars as a matplotlib figure.
+    """Draws each image with its name and five bars as a matplotlib figure.
 
     The name is the correct class or, if unknown, the file name. The bar of the correct class is dark
     and hatched.
@@ -111,7 +111,7 @@ def figure(predictions: Sequence[Prediction], names: Sequence[str]):
                 bar.set(facecolor=CORRECT, edgecolor='black', hatch='//')
             text = {'va': 'center', 'fontsize': 9, 'path_effects': outline, 'parse_math': False}
             below.text(0.02, y, _short(names[k]), **text)
-            below.text(1.2, y, f'{100 * prediction.probabilities[k]:.0f} %', ha='right', **text)
+            below.text(1.2, y, f'{100 * prediction.probabilities[k]:.0f}%', ha='right', **text)
         below.set(xlim=(0, 1.2), ylim=(4.6, -0.6))
     return made
 
@@ -171,7 +171,7 @@ def main() -> None:
     )
     figures.add_pictures(parser)
     for split in SPLITS:
-        text = f'classify N {figures.SPLITS[split]} pictures instead'
+        text = f'classify N {figures.SPLITS[split]} images instead'
         parser.add_argument(f'--{split}', type=int, metavar='N', help=text)
     for name in ('csv', 'json'):
         text = f'write a table as {name.upper()} instead of printing; -: to standard output'
@@ -181,7 +181,7 @@ def main() -> None:
     asked = [split for split in SPLITS if getattr(args, split) is not None]
     if bool(args.images or args.list) + len(asked) != 1:
         raise UserError(
-            'give either picture files or --val=N for validation pictures (--test=N for test pictures)'
+            'give either image files or --val=N for validation images (--test=N for test images)'
         )
     if args.csv == args.json == '-':
         raise UserError('--csv=- and --json=- cannot share standard output: give one a file')
@@ -239,7 +239,7 @@ def main() -> None:
 
 
 def _of_store(args, classify: inference.Classifier, split: str) -> tuple[list, list, Callable]:
-    """The titles, labels and reader of some pictures of a split."""
+    """The titles, labels and reader of some images of a split."""
     store = inference.open_store([classify.run], args.store)
     records = figures.chosen(store, split, f'--{split}', getattr(args, split), args.seed)
     pictures = store.pictures(split)
@@ -250,7 +250,7 @@ def _of_store(args, classify: inference.Classifier, split: str) -> tuple[list, l
             store.check(split, records[i], picture)
         return picture
 
-    titles = [f'{figures.SPLITS[split]} picture {record}' for record in records]
+    titles = [f'{figures.SPLITS[split]} image {record}' for record in records]
     return titles, store.labels(split)[records].tolist(), read
 
 

@@ -1,11 +1,11 @@
-"""Prepares the store that training reads, in one sequential pass over a source of pictures.
+"""Prepares the store that training reads, in one sequential pass over a source of images.
 
     python -m alexnet_jax.prepare --source=alexnet_shapes --size=128
     python -m alexnet_jax.prepare --source=imagenet2012 --dir=/data/imagenet
     python -m alexnet_jax.prepare --source=/data/flowers
     python -m alexnet_jax.prepare --source=/data/flowers --verify
 
-Pictures are resized so that the shorter side is `size` and cropped to the central square, as in the
+Images are resized so that the shorter side is `size` and cropped to the central square, as in the
 paper (§2). Run the same command again to resume an interrupted pass; the finished store is
 identical to that of an uninterrupted one.
 """

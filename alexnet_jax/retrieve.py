@@ -1,11 +1,11 @@
-"""Finds the training pictures nearest to query pictures, as in the paper's Figure 4, right.
+"""Finds the training images nearest to query images, as in the paper's Figure 4, right.
 
-    python -m alexnet_jax.retrieve RUN                     # queries: five validation pictures
+    python -m alexnet_jax.retrieve RUN                     # queries: five validation images
     python -m alexnet_jax.retrieve RUN a.jpg b.png         # queries: these files
     python -m alexnet_jax.retrieve RUN --score             # also score the whole validation split
 
 Distances are Euclidean, between the activations of the last hidden layer (§6.1) or, if a network has
-none, of its last feature map. Queries are in the first column of the figure. Below each picture is its
+none, of its last feature map. Queries are in the first column of the figure. Below each image is its
 class or, if unknown, the file name.
 """
 
@@ -66,8 +66,8 @@ def nearest(
 def draw(queries: np.ndarray, neighbors: np.ndarray, names: Sequence[Sequence[str]]) -> np.ndarray:
     """Draws queries u8[N,S,S,3], each with its neighbors u8[N,k,S,S,3] to the right -> u8[H,W,3].
 
-    names: of each query and its neighbors, 1 + k; each is written below its picture and cut to its
-    width. Small pictures are enlarged. White lines separate them, with a wider gap after the queries.
+    names: of each query and its neighbors, 1 + k; each is written below its image and cut to its
+    width. Small images are enlarged. White lines separate them, with a wider gap after the queries.
     """
     import matplotlib  # its font covers most alphabets
 
@@ -105,11 +105,13 @@ def shared(labels: Sequence[int | None], neighbors: np.ndarray) -> str:
     total = len(known) * neighbors.shape[1]
     if not total:
         return 'no query has a known class'
-    return f'{same:,} of {total:,} neighbors share the class of their query: {100 * same / total:.1f} %'
+    return (
+        f'{same:,} of {total:,} neighbors share the class of their query: {100 * same / total:.1f}%'
+    )
 
 
 def _queries(args, store: Store, exif: bool) -> tuple[list[str], list[int | None], np.ndarray]:
-    """The titles, labels (None: unknown) and pictures u8[N,S,S,3] of the queries."""
+    """The titles, labels (None: unknown) and images u8[N,S,S,3] of the queries."""
     if args.files:
         figures.check_drawn(len(args.files))
         labels = [figures.label_of(path, store.names) for path in args.files]
@@ -118,22 +120,22 @@ def _queries(args, store: Store, exif: bool) -> tuple[list[str], list[int | None
     count = 5 if args.queries is None else args.queries
     records = figures.chosen(store, 'val', '--queries', count, args.seed)
     figures.check_drawn(len(records))
-    titles = [f'validation picture {record}' for record in records]
+    titles = [f'validation image {record}' for record in records]
     return titles, store.labels('val')[records].tolist(), figures.squares(store, 'val', records)
 
 
 def main() -> None:
     parser = figures.parser('retrieve', __doc__, output='PNG file (default: neighbors.png in RUN)')
     figures.add_pictures(parser)
-    parser.add_argument('--queries', type=int, help='validation pictures as queries (default: 5)')
-    parser.add_argument('--neighbors', type=int, default=6, help='training pictures per query')
+    parser.add_argument('--queries', type=int, help='validation images as queries (default: 5)')
+    parser.add_argument('--neighbors', type=int, default=6, help='training images per query')
     parser.add_argument('--score', action='store_true', help='also query the whole split')
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
     args = figures.start(parser)
     output, args.files = figures.output(args, 'neighbors.png'), figures.files(args)
     if args.files and args.queries is not None:
-        raise UserError('--queries picks validation pictures: give --queries or files, not both')
+        raise UserError('--queries picks validation images: give --queries or files, not both')
     trained = inference.describe_run(args.run)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': args.batch})
     store = inference.open_store([trained], args.store)
@@ -142,7 +144,7 @@ def main() -> None:
     if not 1 <= k <= there:
         raise UserError(
             f'--neighbors={k}: the training split of {store.path} has {there:,} '
-            f'pictures; give a number from 1 to {there}'
+            f'images; give a number from 1 to {there}'
         )
     figures.check_drawn(k)
     titles, labels, images = _queries(args, store, trained.facts.exif)

@@ -5,7 +5,7 @@
 227-pixel crops without padding, normalization across all channels with k=1, dropout rescaled in
 training, no color noise, batch 256, rates dropped every 100,000 of 450,000 iterations (every 20
 epochs). Unlike in Caffe, the central window of the mean image is subtracted from every crop, and
-resizing keeps the aspect ratio. Caffe's own top-1/top-5 error: 42.9/19.8 %, center crop. Not yet run
+resizing keeps the aspect ratio. Caffe's own top-1/top-5 error: 42.9/19.8%, center crop. Not yet run
 here.
 """
 

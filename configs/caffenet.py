@@ -2,7 +2,7 @@
 
     python -m alexnet_jax.main --config=configs/caffenet.py
 
-Caffe's own top-1/top-5 error: 42.6/19.6 %, center crop. Not yet run here.
+Caffe's own top-1/top-5 error: 42.6/19.6%, center crop. Not yet run here.
 """
 
 from configs import caffe

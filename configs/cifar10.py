@@ -5,17 +5,17 @@
 The images come from TFDS (`cifar10`), or from a folder of classes with train/ and test/:
 --config.data.source=FOLDER. Variants, with their numbers of parameters (`docs/original.md` §8):
 
-    80sec          145,578   three convolutions and a hidden layer, 10 epochs; 26 %
-    19pct           89,578   three convolutions, strong weight decay in the last layer; 19 %
-    18pct           89,578   the same with norms over 3 x 3 squares of each map; 18 %
-    13pct        1,116,490   two convolutions and two locally connected layers, random crops; 13 %
-    11pct        2,112,970   the same with more units and norms across channels; 11 %
-    11pct_plain  2,112,970   the 11 % network without its norms, to isolate their effect
-    fig1            89,578   the 19 % network without any regularization, for Figure 1
+    80sec          145,578   three convolutions and a hidden layer, 10 epochs; 26%
+    19pct           89,578   three convolutions, strong weight decay in the last layer; 19%
+    18pct           89,578   the same with norms over 3 x 3 squares of each map; 18%
+    13pct        1,116,490   two convolutions and two locally connected layers, random crops; 13%
+    11pct        2,112,970   the same with more units and norms across channels; 11%
+    11pct_plain  2,112,970   the 11% network without its norms, to isolate their effect
+    fig1            89,578   the 19% network without any regularization, for Figure 1
     fig1_tanh       89,578   the same with tanh
 
-Our choices where the 2012 config files are silent: the 19 % network uses the 18 % one's schedule, which
-ends 10 epochs after its second drop; the 26 % one ends 2 epochs after its only drop (at 8, as in its
+Our choices where the 2012 config files are silent: the 19% network uses the 18% one's schedule, which
+ends 10 epochs after its second drop; the 26% one ends 2 epochs after its only drop (at 8, as in its
 file); none of the 50,000 training images is held out, since every schedule is fixed.
 """
 

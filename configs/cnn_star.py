@@ -5,12 +5,12 @@
 
 MORE is a data set with more classes (in the paper, the whole Fall 2011 release of ImageNet). `:finetune`
 then replaces the last layer and uses the rates of run 146-2012-2011 of the 2012 source code: top-1/top-5
-error 38.99/16.62 % on ILSVRC-2012 with ten crops. Unlike here, that run trained the new last layer at
+error 38.99/16.62% on ILSVRC-2012 with ten crops. Unlike here, that run trained the new last layer at
 0.01 from step 300 to epoch 9. The first command uses #145's rates; in 2012, it started from the
 convolutional layers of a network trained on the Fall 2009 release and stopped after 8.1 epochs.
 
 `:fall2009` is the same network on the Fall 2009 release of ImageNet, with 10,184 classes and 8.9 million
-images; the paper trained on half of them and tested on the others: top-1/top-5 error 67.4/40.9 %. It gives
+images; the paper trained on half of them and tested on the others: top-1/top-5 error 67.4/40.9%. It gives
 neither the split nor the rates, so here the half is random, and the rates are #145's. FALL2009 is a folder
 with a subfolder per class. The result can be fine-tuned with the second command above. None of this has been
 run here.

@@ -10,8 +10,8 @@ Variants: `folder.py:small`, quarter width on 112-pixel crops of 128-pixel image
 
 Measured with `:small`, seed 0, on 2,000 training and 500 validation photographs of ten classes (Tiny
 ImageNet, 64 x 64 pixels, enlarged): 3,750 steps in 7m35s on one busy core of an AMD EPYC server; top-1
-error 39.2 % with the center crop, 34.8 % with ten crops; chance is 90 %. The center-crop error with other
-rates: 43.2 % with 0.01, 53.0 % with 0.02. On 300 of the photographs, 563 steps: 59.8 %, and 64.0 % with
+error 39.2% with the center crop, 34.8% with ten crops; chance is 90%. The center-crop error with other
+rates: 43.2% with 0.01, 53.0% with 0.02. On 300 of the photographs, 563 steps: 59.8%, and 64.0% with
 0.01. The rate was chosen on these validation images; the full width was not tried.
 """
 

@@ -4,7 +4,7 @@
 
 Batch 1,024, a rate of 0.06 with warm-up and half a cosine, random resized crops, label smoothing, mixup
 until 12 epochs before the end, a moving average, and inverted dropout. The aim is a top-1/top-5 error of
-38.1/16.1 % with a single crop, the best known for a plain AlexNet (imgclsmob, without towers). Not run on
+38.1/16.1% with a single crop, the best known for a plain AlexNet (imgclsmob, without towers). Not run on
 ImageNet here.
 """
 

@@ -3,7 +3,7 @@
     python -m alexnet_jax.main --config=configs/no_talk.py
 
 In each tower, conv2 has 160 kernels and fc6 has 4096 units, to make up for the inputs they lack. The
-2012 run: top-1/top-5 error 41.83/19.33 % on ILSVRC-2012 with ten crops, 1.16/1.12 points worse than
+2012 run: top-1/top-5 error 41.83/19.33% on ILSVRC-2012 with ten crops, 1.16/1.12 points worse than
 #145. Not yet run here.
 """
 

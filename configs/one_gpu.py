@@ -3,7 +3,7 @@
     python -m alexnet_jax.main --config=configs/one_gpu.py
 
 Half the kernels in conv1 to conv4, but all 256 in conv5, so that it has about as many parameters as
-the two-tower network. The 2012 run: top-1/top-5 error 39.17/18.23 % on the ILSVRC-2010 test set with
+the two-tower network. The 2012 run: top-1/top-5 error 39.17/18.23% on the ILSVRC-2010 test set with
 ten crops, 1.70/1.23 points worse than #145. Not yet run here.
 """
 

@@ -6,8 +6,8 @@ Differences from the paper's text: layer 1 normalizes before its ReLU; alpha is 
 size, 1e-4 / 5; layer 2 has a second norm, over 5 x 5 squares of each map; the standard deviation is 0.03
 in conv3 to conv5; biases learn at twice the rate, which does not drop; toward the end, conv1 is frozen
 and the color noise turned off; noisy images are divided by 1.1; 32 images share a crop and a flip.
-The rates are those of the ILSVRC-2012 run (top-1/top-5 error 40.66/18.21 % with ten crops) or, with
-`original.py:2010`, those of the ILSVRC-2010 run (37.47/17.00 % on the test set). Not yet run here.
+The rates are those of the ILSVRC-2012 run (top-1/top-5 error 40.66/18.21% with ten crops) or, with
+`original.py:2010`, those of the ILSVRC-2010 run (37.47/17.00% on the test set). Not yet run here.
 `original.py:tanh` has tanh units, with the initial values and rate of `paper.py:tanh`.
 """
 

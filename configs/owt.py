@@ -5,7 +5,7 @@
 Not the network of 2012: different numbers of kernels, no towers, no normalization, dropout on the
 inputs of fc6 and fc7. The rates are torchvision's. Differences from torchvision: no random resized
 crops, biases do not decay, and pixels are 0-255 minus the mean image, not scaled to unit variance.
-torchvision's own top-1/top-5 error: 43.48/20.93 %, center crop. Not yet run here.
+torchvision's own top-1/top-5 error: 43.48/20.93%, center crop. Not yet run here.
 """
 
 from configs import base

@@ -4,7 +4,7 @@
 
 ILSVRC-2012, two towers, batch 128, learning rate 0.01, divided by 10 three times, when the
 validation error stops improving. In the paper: 90 epochs, five to six days on two GTX 580s;
-top-1/top-5 error 40.7/18.2 % with ten crops. Not yet run in full here.
+top-1/top-5 error 40.7/18.2% with ten crops. Not yet run in full here.
 
 One number is the source's: the standard deviation of the initial kernels of conv3 to conv5, 0.03. With
 the text's 0.01 the loss stays at chance level longer, the more so with more classes: on the 200 classes of

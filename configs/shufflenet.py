@@ -2,7 +2,7 @@
 
     python -m alexnet_jax.main --config=configs/shufflenet.py
 
-Published top-1 error: x1.0 30.6 %, x0.5 38.9 % (megvii-model/ShuffleNet-Series: batch 1024, rate 0.5,
+Published top-1 error: x1.0 30.6%, x0.5 38.9% (megvii-model/ShuffleNet-Series: batch 1024, rate 0.5,
 falling linearly to 0 over 300,000 steps, weight decay 4e-5 on kernels, label smoothing 0.1,
 statistics recomputed in a last epoch). Departures: the mean is subtracted, pixels are divided by 57, and
 the order of the jitter is fixed: brightness, contrast, saturation. Not run on ImageNet here.

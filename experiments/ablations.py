@@ -3,7 +3,7 @@
     python -m experiments.ablations --scale=small -- --config.data.source=FOLDER
 
 Runs with the same seed see the same images in the same order, with the same crops and noise. Each row shows
-its final error minus that of the reference with the same seed, in percentage points: mean and 95 % interval
+its final error minus that of the reference with the same seed, in percentage points: mean and 95% interval
 over the seeds; positive means worse than the reference. Verdicts are based on the top-1 error with ten crops;
 their tests, one per row, form one family. For the center crop there is also an interval over images.
 
@@ -96,7 +96,7 @@ SPEED = 70.0  # % training error, which ReLU and tanh reach before the rate drop
 CLAIMS = {  # what the paper says about training, and a value that is positive if that holds
     'tanh at its best': (
         'ReLUs (§3.1) learn several times faster than tanh',
-        f'Epochs to {SPEED:g} % training error with tanh, divided by those with ReLU',
+        f'Epochs to {SPEED:g}% training error with tanh, divided by those with ReLU',
     ),
     'no dropout': (
         'dropout (§4.2) roughly doubles the number of iterations to converge',
@@ -245,7 +245,7 @@ def of_training(results) -> list[str]:
         'Training and validation:',
         '',
         '| row | pairs | training, top-1 | training, loss | validation, top-1 | gap '
-        f'| epochs to {SPEED:g} %, training | steps to converge, by seed |',
+        f'| epochs to {SPEED:g}%, training | steps to converge, by seed |',
         '|---|---|---|---|---|---|---|---|',
         f'| {REFERENCE} | {len(reference)} | {" | ".join(cells)} | {_epochs(reference)} '
         f'| {_steps(reference)} |',
@@ -334,7 +334,7 @@ def agrees(verdict: str, row: Row) -> str:
 
 
 def measured(values) -> str:
-    """Formats mean and 95 % interval."""
+    """Formats mean and 95% interval."""
     return statistics.interval(statistics.paired(values)) if values else 'not measured'
 
 
@@ -354,9 +354,9 @@ def report(results) -> str:
     lines = [
         f'Reference (`original`), {math.ceil(epochs)} epochs, ten crops, '
         f'{labs.count(len(reference[0]), "seed")}: top-1 error '
-        f'{statistics.mean_std(reference[0])} %, top-5 error {statistics.mean_std(reference[1])} % (± '
+        f'{statistics.mean_std(reference[0])}%, top-5 error {statistics.mean_std(reference[1])}% (± '
         'standard deviation). Other rows: difference from the reference in percentage points (positive: '
-        'worse), mean and 95 % interval over the pairs.',
+        'worse), mean and 95% interval over the pairs.',
         '',
         '| row | pairs | top-1, ten crops | p | verdict | the paper | 2012 log | same sign '
         '| top-5, ten crops | top-1, center crop | center crop, interval over images |',
@@ -408,7 +408,7 @@ def same_pictures(results) -> str:
     alone = 100 * (error * (1 - error) / pictures) ** 0.5
     return (
         f'All seeds are evaluated on the same {pictures:,} images, so intervals over seeds do not cover the '
-        'choice of images. The last column does, with a paired bootstrap over the images (95 %); "—" if a '
+        'choice of images. The last column does, with a paired bootstrap over the images (95%); "—" if a '
         'run did not store which images were classified correctly. For a single network, the standard error '
         f'over images is {alone:.1f} points.'
     )
@@ -433,7 +433,7 @@ def plot(results, file):
                 color='#000000',
                 capsize=3,
                 ms=4,
-                label='measured, 95 % interval over seeds'
+                label='measured, 95% interval over seeds'
                 if several
                 else f'measured, {found.note or "one pair"}',
             )

@@ -1,11 +1,11 @@
-"""Local response normalization on CIFAR-10: 13 % to 11 % test error (§3.3).
+"""Local response normalization on CIFAR-10: 13% to 11% test error (§3.3).
 
     python -m experiments.cifar_lrn --scale=full -- --config.data.source=FOLDER
 
 The paper: "a four-layer CNN achieved a 13% test error rate without normalization and 11% with
 normalization", as "specified precisely" by the files of cuda-convnet. Those files, `configs/cifar10.py`,
-state the test errors that the first table repeats. But the 13 % and 11 % networks differ in more than
-normalization: in their units, weight decay and schedule length (`docs/original.md` §8). So the 11 % network
+state the test errors that the first table repeats. But the 13% and 11% networks differ in more than
+normalization: in their units, weight decay and schedule length (`docs/original.md` §8). So the 11% network
 is also trained without its norms, and the two are compared seed by seed, with the same initial parameters
 and batches.
 
@@ -28,17 +28,17 @@ PAIR = ('11pct_plain', '11pct')  # without norms, with them
 VIEWS = {'center': 'center crop', 'ten': 'ten views'}
 INDEPENDENT = True
 NOTES = {
-    'small': 'The networks are trained for 12 epochs (the 26 % network for its usual 10), with every '
+    'small': 'The networks are trained for 12 epochs (the 26% network for its usual 10), with every '
     'learning rate drop at the same fraction of training as in its file.'
 }
 EVALUATIONS = 20  # per run, at full scale
 LOOKS = {  # color, dashes (some colors print as the same gray), label
-    '80sec': ('#cc79a7', (0, (9, 2)), '26 % network'),
-    '19pct': ('#009e73', '-.', '19 % network'),
-    '18pct': ('#e69f00', (0, (5, 1, 1, 1, 1, 1)), '18 % network'),
-    '13pct': ('#0072b2', ':', '13 % network'),
-    '11pct_plain': ('#d55e00', '--', '11 % network without norms'),
-    '11pct': ('#000000', '-', '11 % network'),
+    '80sec': ('#cc79a7', (0, (9, 2)), '26% network'),
+    '19pct': ('#009e73', '-.', '19% network'),
+    '18pct': ('#e69f00', (0, (5, 1, 1, 1, 1, 1)), '18% network'),
+    '13pct': ('#0072b2', ':', '13% network'),
+    '11pct_plain': ('#d55e00', '--', '11% network without norms'),
+    '11pct': ('#000000', '-', '11% network'),
 }
 SCALES = {  # networks, epochs at most, further changes
     'smoke': (
@@ -163,21 +163,19 @@ def report(results) -> str:
     differences = {view: gains(results, view) for view in VIEWS}
     for view, words in verdicts(differences).items():
         lines.append(
-            f'- Effect of norms alone in the 11 % network (test error without norms minus with), '
+            f'- Effect of norms alone in the 11% network (test error without norms minus with), '
             f'{VIEWS[view]}: {words}.'
         )
     if differences['ten']:
         over = statistics.over_pictures(*(labs.named(results, net) for net in PAIR))
-        lines.append(f'- The same over images (bootstrap, center crop, 95 %): {over}.')
+        lines.append(f'- The same over images (bootstrap, center crop, 95%): {over}.')
     else:
         lines.append('- Effect of norms alone: not run.')
     lines.append(
         '- The figure shows errors with the center crop. Its bars mark the published errors, of which '
-        '13 and 11 % were measured with several views.'
+        '13 and 11% were measured with several views.'
     )
-    lines.append(
-        '- The paper: 13 % without, 11 % with; its two networks differ in more than norms.'
-    )
+    lines.append('- The paper: 13% without, 11% with; its two networks differ in more than norms.')
     tests = sum(len(values) > 1 for values in differences.values())
     if tests:
         lines += ['', statistics.family(tests, 'the effect of norms, one test per kind of view')]

@@ -123,7 +123,7 @@ def difference(results: list[dict]) -> str:
     errors = [x['measured']['top1_error'] - x['facts']['before']['top1_error'] for _, x in pairs]
     changed = ', '.join(map(str, (own != reference).sum(1)))
     return (
-        f'{statistics.interval(statistics.paired(errors))} over {labs.count(len(pairs), "seed")}; 95 % '
+        f'{statistics.interval(statistics.paired(errors))} over {labs.count(len(pairs), "seed")}; 95% '
         f'interval over the {count:,} images (bootstrap): {over}; images changed between right and wrong, '
         f'by seed: {changed}'
     )

@@ -197,7 +197,7 @@ def report(results) -> str:
     lines += [
         '',
         'A run leaves ln(classes) at the step from which its training loss stays below 0.95 ln(classes). '
-        'Steps relative to `paper`: paired by seed, mean and 95 % interval, not corrected. Std of logits: '
+        'Steps relative to `paper`: paired by seed, mean and 95% interval, not corrected. Std of logits: '
         f'over {PICTURES} validation images, mean over the seeds.',
     ]
     return '\n'.join(lines)

@@ -79,7 +79,7 @@ def main() -> None:
     found = [jax.device_get(measure(trained.variables, x)) for x in images]
     for name in found[0]:
         gap, same = (np.concatenate(parts) for parts in zip(*(f[name] for f in found), strict=True))
-        print(f'{name:<11} divergence {gap.mean():.4f} nats, same class {100 * same.mean():.1f} %')
+        print(f'{name:<11} divergence {gap.mean():.4f} nats, same class {100 * same.mean():.1f}%')
     print(f'{len(gap):,} images, {args.masks:,} masks each')
 
 

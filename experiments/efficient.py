@@ -248,7 +248,7 @@ def center(results, name: str) -> dict[int, float]:
 def report(results) -> str:
     lines = [
         '| network | recipe | seeds | parameters | MB | multiply-adds | top-1, center '
-        '| top-1, ten crops | minus `original`, center (95 % interval) | p | verdict '
+        '| top-1, ten crops | minus `original`, center (95% interval) | p | verdict '
         '| training time | prediction time |',
         '|---|---|---|---|---|---|---|---|---|---|---|---|---|',
     ]
@@ -318,7 +318,7 @@ def _ingredients(results) -> list[str]:
     if 0 not in modern or not any(0 in errors for _, errors in rows):
         return []
     lines = [
-        f'`modern` without each ingredient (seed 0, center crop; `modern` itself: {modern[0]:.1f} %); one '
+        f'`modern` without each ingredient (seed 0, center crop; `modern` itself: {modern[0]:.1f}%); one '
         'seed is too few to rank them:',
         '',
         '| without | top-1 error | minus `modern` |',

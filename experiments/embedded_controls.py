@@ -3,7 +3,7 @@
     python -m experiments.embedded_controls              # twenty minutes on two cores
     python -m experiments.embedded_controls --seeds=0    # without the networks: two minutes
 
-Each control is trained on the 2000 training images and tested on the other 1000; chance is 90 %. The error
+Each control is trained on the 2000 training images and tested on the other 1000; chance is 90%. The error
 of a control must exceed its bound. The networks are variants of the quickstart, with several seeds. If
 interrupted, repeat the command to resume.
 """
@@ -127,7 +127,7 @@ def controls(train: Split, test: Split) -> list[tuple[str, float, float]]:
             error(nearest_neighbors(train.file[:, :1], labels, test.file[:, :1]), test.labels),
         ),
         (
-            f'{NEIGHBORS} neighbors by file size and picture sides',
+            f'{NEIGHBORS} neighbors by file size and image sides',
             80,
             error(nearest_neighbors(train.file, labels, test.file), test.labels),
         ),
@@ -204,7 +204,7 @@ def main() -> None:
     p = corrected(of_views)
     for view, results in of_views.items():
         print(
-            f'\nNetworks, {CROPS[view]}. "worse by": paired by seed, with 95 % interval; p: corrected by '
+            f'\nNetworks, {CROPS[view]}. "worse by": paired by seed, with 95% interval; p: corrected by '
             f'Holm for {len(of_views)} views.'
         )
         print(f'{"network":<28}{"error % by seed":<44}{"mean ± std":>14}{"worse by":>26}{"p":>9}')

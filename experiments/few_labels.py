@@ -176,7 +176,7 @@ def report(results) -> str:
         corrected = statistics.holm({name: d.p for name, d in found.items()})
         lines += [
             '',
-            '| fine-tuned minus from scratch | pairs | points (95 % interval) | p | verdict |',
+            '| fine-tuned minus from scratch | pairs | points (95% interval) | p | verdict |',
             '|---|---|---|---|---|',
         ]
         for name, pairs in tests.items():

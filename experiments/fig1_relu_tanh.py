@@ -1,17 +1,17 @@
-"""Figure 1: ReLU reaches 25 % training error on CIFAR-10 several times faster than tanh (§3.1).
+"""Figure 1: ReLU reaches 25% training error on CIFAR-10 several times faster than tanh (§3.1).
 
     python -m experiments.fig1_relu_tanh --scale=full -- --config.data.source=FOLDER
 
-The paper: "a four-layer convolutional neural network with ReLUs reaches a 25 % training error rate
+The paper: "a four-layer convolutional neural network with ReLUs reaches a 25% training error rate
 on CIFAR-10 six times faster than an equivalent network with tanh neurons. The learning rates for
 each network were chosen independently to make training as fast as possible. No regularization of any
-kind was employed." It does not say which network. We use cuda-convnet's 19 % network, three convolutions and
+kind was employed." It does not say which network. We use cuda-convnet's 19% network, three convolutions and
 the last layer, without weight decay, crops or flips (`docs/original.md` §8).
 
 For each activation, the learning rate in RATES with the lowest training error in the third epoch is chosen;
-then every seed trains with it until it reaches 25 %. The training error is measured as the images are trained
+then every seed trains with it until it reaches 25%. The training error is measured as the images are trained
 on, over the last epoch, and is updated every 78 batches, a fifth of an epoch. A single block of these 9,984
-images reaches 25 % earlier (cuda-convnet printed the error of such blocks, of 10,000): every epoch has a new
+images reaches 25% earlier (cuda-convnet printed the error of such blocks, of 10,000): every epoch has a new
 order here, so images at the start of an epoch were often seen recently, and their error is lower. The table
 shows both.
 """
@@ -28,7 +28,7 @@ TARGET = 25.0  # % training error
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 NETS = {'ReLU': 'configs/cifar10.py:fig1', 'tanh': 'configs/cifar10.py:fig1_tanh'}
 CHOICES = (
-    'The paper does not name its network. Our choice is the 19 % network of cuda-convnet, three '
+    'The paper does not name its network. Our choice is the 19% network of cuda-convnet, three '
     'convolutions and the last layer, without weight decay, crops or flips (`docs/original.md` §8). The '
     'training error is measured as the images are trained on, computed after every block of 78 batches '
     '(a fifth of an epoch of CIFAR-10): over the whole preceding epoch, and over the block alone. The latter '
@@ -119,7 +119,7 @@ def report(results) -> str:
     lines = [
         CHOICES,
         '',
-        '| network | rate | error over | epochs to 25 %, by seed | mean ± std | final epoch, % |',
+        '| network | rate | error over | epochs to 25%, by seed | mean ± std | final epoch, % |',
         '|---|---|---|---|---|---|',
     ]
     found = {over: {} for over in OVER}  # epochs by network and seed
@@ -149,7 +149,7 @@ def report(results) -> str:
             )
             spread = statistics.NO_SPREAD
             if math.isfinite(bounds[1]):
-                spread = f'95 % interval {statistics.between(*bounds, 1, "-")}'
+                spread = f'95% interval {statistics.between(*bounds, 1, "-")}'
             among = f'{spread}, {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'
             lines.append(
                 f'- By the error over {over}, tanh needs {ratio:.1f} times as many epochs as ReLU '

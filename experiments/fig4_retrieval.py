@@ -181,7 +181,7 @@ def report(results) -> str:
         shares = statistics.mean_std([np.mean(r['extra']['same']) for r in sound])
         lines += [
             '',
-            f'Of the six nearest training images, {shares} % have the class of their query '
+            f'Of the six nearest training images, {shares}% have the class of their query '
             f'(runs: {len(sound)}; every validation image is a query). By pixels: whole '
             'images, downscaled to 32 x 32. Errors use one crop, the predictions in the figure ten; the bar '
             'of the true class is hatched.',
@@ -191,7 +191,7 @@ def report(results) -> str:
             '',
             'Pixel distance: relative to that of random training images; in parentheses, the smallest '
             'possible. Closer by pixels: training images closer to the query than the retrieved one (by '
-            'chance: 50 %). Means over the six ranks of medians over validation images.',
+            'chance: 50%). Means over the six ranks of medians over validation images.',
         ]
     first = drawn(results)
     if first:

@@ -47,7 +47,7 @@ machines and code behind it.
 
 Rows of one table share their training code, their images, and their config except for what the experiment
 changes ([provenance.py](provenance.py)). The tests of one table form a family, corrected by Holm's method;
-only differences that survive get a verdict, and all have 95 % intervals ([statistics.py](statistics.py)).
+only differences that survive get a verdict, and all have 95% intervals ([statistics.py](statistics.py)).
 Differences use the seeds that both rows have (*pairs*); *no spread*: all pairs are equal, so there is no
 interval. ±: sample standard deviation over seeds. *At chance*: the training loss over the last logged steps
 is above 0.95 ln(classes). Results that predate fingerprints are at the end.

@@ -1,7 +1,7 @@
 """Statistics for the tables: paired differences, Holm's correction, and uncertainty over images.
 
 The tests of one table form a family, which the table names. Their p values are corrected with Holm's method;
-a table gives a verdict only if the corrected p value is below LEVEL. The 95 % intervals are not corrected.
+a table gives a verdict only if the corrected p value is below LEVEL. The 95% intervals are not corrected.
 Intervals and p values over seeds use Student's t on pairs with the same seed. They hold the validation
 images fixed; `bootstrap` holds the networks fixed and resamples the images.
 
@@ -27,7 +27,7 @@ DRAWS = 10_000  # bootstrap samples
 
 
 class Difference(NamedTuple):
-    """A mean difference, its 95 % interval (low, high), and the two-sided p value of no difference.
+    """A mean difference, its 95% interval (low, high), and the two-sided p value of no difference.
 
     A single value, or values without spread, say nothing about the error: the interval is infinite and p is
     1. In the second case `note` says so.
@@ -73,7 +73,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
-    """Returns (ratio, low, high): the geometric mean of paired ratios, with its 95 % interval.
+    """Returns (ratio, low, high): the geometric mean of paired ratios, with its 95% interval.
 
     The interval is Student's t on the logarithms; (0, infinity) for a single pair and for equal ratios.
     """
@@ -86,7 +86,7 @@ def power_law(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Fits y = c x^k, least squares of the logarithms -> k and the law's y at x = `at`.
 
-    Each is (value, low, high), with the 95 % interval of Student's t on the residuals, which holds only if
+    Each is (value, low, high), with the 95% interval of Student's t on the residuals, which holds only if
     the law does. Needs three points and two distinct x.
     """
     logs = np.log(np.asarray(x, float) / at), np.log(np.asarray(y, float))
@@ -112,7 +112,7 @@ def verdict(mean: float, corrected: float, words: tuple[str, str] = ('worse', 'b
 
 
 def bootstrap(own: np.ndarray, reference: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % interval over images of `own` minus `reference`, top-1 error in points.
+    """Returns the 95% interval over images of `own` minus `reference`, top-1 error in points.
 
     own, reference: bool[seeds, images], which images were classified correctly, for the same seeds. The
     images are drawn DRAWS times with replacement, the same ones for both. Each image contributes its
@@ -165,7 +165,7 @@ def between(low: float, high: float, digits: int, sign: str = '+') -> str:
 
 
 def interval(difference: Difference, digits: int = 2) -> str:
-    """Formats '+2.40 (-2.16 to +6.96)', a mean and its 95 % interval.
+    """Formats '+2.40 (-2.16 to +6.96)', a mean and its 95% interval.
 
     Only the mean for a single pair; '+2.40 (no spread)' for values without spread.
     """
@@ -179,7 +179,7 @@ def family(tests: int, of: str, by: str = "Student's t on pairs with the same se
     """Describes a table's family of tests."""
     return (
         f"Family of tests: {of}, {tests} test{'s' * (tests != 1)}. p: two-sided, {by}, corrected with Holm's "
-        f'method over the family; verdicts require p < {LEVEL:g}. In parentheses: 95 % intervals, not '
+        f'method over the family; verdicts require p < {LEVEL:g}. In parentheses: 95% intervals, not '
         'corrected.'
     )
 

@@ -49,10 +49,10 @@ def report(results) -> str:
         ours = ''
         if runs and name in VIEWS:
             ours = ', '.join(
-                f'{statistics.mean_std([run["extra"][VIEWS[name]][error] for run in runs])} %'
+                f'{statistics.mean_std([run["extra"][VIEWS[name]][error] for run in runs])}%'
                 for error in ablations.ERRORS
             )
-        lines.append(f'| {name} | {first} %, {fifth} % | {ours} |')
+        lines.append(f'| {name} | {first}%, {fifth}% | {ours} |')
     diverged = len(results) - len(runs)
     seeds = f'{labs.count(len(runs), "seed")}' + (
         f', plus {diverged} that diverged' if diverged else ''

@@ -38,11 +38,11 @@ CNN, STAR, FINETUNE = 'configs/original.py', 'configs/cnn_star.py', 'configs/cnn
 STARS = 2
 SIFT = 'SIFT + FVs'  # an earlier method
 PAPER = {  # ILSVRC-2012: top-1 and top-5 validation error, top-5 test error
-    SIFT: ('–', '–', '26.2 %'),
-    '1 CNN': ('40.7 %', '18.2 %', '–'),
-    '5 CNNs': ('38.1 %', '16.4 %', '16.4 %'),
-    '1 CNN*': ('39.0 %', '16.6 %', '–'),
-    '7 CNNs*': ('36.7 %', '15.4 %', '15.3 %'),
+    SIFT: ('–', '–', '26.2%'),
+    '1 CNN': ('40.7%', '18.2%', '–'),
+    '5 CNNs': ('38.1%', '16.4%', '16.4%'),
+    '1 CNN*': ('39.0%', '16.6%', '–'),
+    '7 CNNs*': ('36.7%', '15.4%', '15.3%'),
 }
 SHAPES = {'train': 40, 'validation': 20}  # images of the embedded set in a smoke run
 NOTES = ablations.NOTES
@@ -173,7 +173,7 @@ def report(results) -> str:
         values = found.get(name, [])
         ours = (
             ', '.join(
-                f'{statistics.mean_std([value[error] for value in values])} %'
+                f'{statistics.mean_std([value[error] for value in values])}%'
                 for error in ablations.ERRORS
             )
             if values

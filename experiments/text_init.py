@@ -219,7 +219,7 @@ def _implied(results) -> str:
         f'{exponent[2]:.2f}; least squares of the logarithms, {labs.count(len(classes), "run")}'
         f'{", without full width" * any(WIDE in row for row in rows_of(results))}). {start} this law '
         f'gives about {about[0]} steps ({about[1]} to {about[2]}), '
-        f'{steps[0] * BATCH / images:.2g} epochs of ImageNet. The 95 % intervals assume that the law holds.'
+        f'{steps[0] * BATCH / images:.2g} epochs of ImageNet. The 95% intervals assume that the law holds.'
         + f' Runs that never left chance are not in the fit, so it is too low: {never}.'
         * bool(never)
     )

@@ -71,12 +71,12 @@ def train_batches(
       reader: 'tf' (tf.data), 'threads' (without TensorFlow) or 'auto' (tf.data if TensorFlow is
         installed). All readers give the same bytes.
     Raises:
-      UserError: the crop is larger than the pictures or, while iterating, a record is damaged: of
+      UserError: the crop is larger than the images or, while iterating, a record is damaged: of
         a JPEG store every record is checked, of a raw store every CHECK_EVERY-th position.
     """
     if not 0 < crop <= store.size:
         raise UserError(
-            f'a crop of {crop} pixels does not fit the {store.size}-pixel pictures of {store.path}'
+            f'a crop of {crop} pixels does not fit the {store.size}-pixel images of {store.path}'
         )
     rows = np.arange(batch) if rows is None else np.asarray(rows, np.int64)
     labels, room = store.labels('train'), store.size - crop

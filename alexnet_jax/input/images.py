@@ -209,7 +209,7 @@ def read(path: str, size: int, *, exif: bool) -> np.ndarray:
         content = paths.Path(path).read_bytes()
     except (OSError, ValueError) as error:  # the latter for a null byte
         raise InputError(
-            f'{path or "an empty path"}: cannot be read: {reason(error)}; give a picture file'
+            f'{path or "an empty path"}: cannot be read: {reason(error)}; give an image file'
         ) from error
     try:
         return square(content, size, exif=exif)

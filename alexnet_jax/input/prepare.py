@@ -399,7 +399,7 @@ def _check_disk(path: str, pictures: int, size: int, format: str) -> None:
     # A JPEG record takes 0.45 bytes per pixel for a photograph, more for noisy images.
     needed = pictures * (size * size * {'u8': 3, 'jpg': 0.55, 'whole': 0.8}[format] + 1000) / 1e9
     free = shutil.disk_usage(path).free / 1e9
-    text = f'about {needed:.2f} GB for {pictures:,} pictures ({free:.2f} GB are free)'
+    text = f'about {needed:.2f} GB for {pictures:,} images ({free:.2f} GB are free)'
     if free < needed:
         raise UserError(f'{path}: not enough disk space, needs {text}: give another --store')
     say(f'{path}: needs {text}')

@@ -304,7 +304,7 @@ def _open_split(path: Path, name: str, info: dict) -> Split:
         offsets = load('offsets')
     else:
         offsets = np.arange(count + 1, dtype=np.int64) * picture
-    _check(count > 0, path / 'store.json', f'split {name!r} has no pictures')
+    _check(count > 0, path / 'store.json', f'split {name!r} has no images')
     for kind, array, length in (('labels', labels, count), ('crc', crc, count)):
         _check(
             len(array) == length, path / f'{name}.{kind}.npy', f'{len(array)} values, not {length}'

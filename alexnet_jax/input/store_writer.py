@@ -269,7 +269,7 @@ def _write_split(path, source, split, *, size, format, progress, began, exif, sk
                 flush()
                 flushed = time.monotonic()
         if count != total:
-            raise UserError(f'{source.name}: {split} gave {count} pictures, not {total}')
+            raise UserError(f'{source.name}: {split} gave {count} images, not {total}')
         flush()
     finally:
         records.close()

@@ -36,7 +36,7 @@ ACTIVATIONS = {'relu': nn.relu, 'relu6': nn.relu6}
 
 
 def divisible(channels: float) -> int:
-    """Rounds to a multiple of 8, but never down by more than 10 %, as in v2's code."""
+    """Rounds to a multiple of 8, but never down by more than 10%, as in v2's code."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 

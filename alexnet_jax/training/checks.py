@@ -91,7 +91,7 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         raise UserError('config.train.ema_used=True: there is no average; set config.train.ema')
     if not 0 < config.augment.crop <= config.data.size:
         raise UserError(
-            f'config.augment.crop={config.augment.crop} does not fit pictures of '
+            f'config.augment.crop={config.augment.crop} does not fit images of '
             f'config.data.size={config.data.size} pixels'
         )
     shapes = network.shapes(net, config.augment.crop)

@@ -90,7 +90,7 @@ def compress(run: Run, store: Store, mesh: jax.sharding.Mesh, settings: Settings
         factors = {name: part * settings.prune[kind(x)] for name, x in dense.items()}
         variables = replaced(variables, pruned(dense, kernels(net, variables['params']), factors))
         left = share_kept(net, variables['params'])
-        log.info('round %s of %s: %.1f %% of the weights are left', i + 1, settings.rounds, left)
+        log.info('round %s of %s: %.1f%% of the weights are left', i + 1, settings.rounds, left)
         variables, step = _train(retraining, variables, step)
     groups, values = {}, {}
     for name, x in kernels(net, variables['params']).items():

@@ -107,7 +107,7 @@ def saturation(shares: dict[str, float]) -> str:
     most = {name: share for name, share in shares.items() if share > 0.5}
     if not most:
         return ''
-    layers = ', '.join(f'{name} {100 * share:.0f} %' for name, share in most.items())
+    layers = ', '.join(f'{name} {100 * share:.0f}%' for name, share in most.items())
     return (
         f'most outputs are saturated at the start ({layers}), so gradients vanish; lower the initial '
         'biases and standard deviations (config.model.bias, config.model.std; see paper.py:tanh)'

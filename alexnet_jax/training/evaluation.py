@@ -55,7 +55,7 @@ def evaluate(
         lambda *x: np.sum(x, axis=0, dtype=np.float64), *(counted for counted, _ in parts)
     )
     if sums['count'] != len(labels):
-        raise AssertionError(f'counted {sums["count"]:g} pictures, not {len(labels)}')
+        raise AssertionError(f'counted {sums["count"]:g} images, not {len(labels)}')
     if confusion:
         taken = np.concatenate([guessed for _, guessed in parts])[: len(labels)]
         pairs = np.int64(store.classes) * labels + taken
@@ -173,12 +173,12 @@ def table(results: dict[tuple[str, str], dict]) -> str:
     classes = max(len(sums['class_count']) for sums in results.values())
     columns = {name: head for name in metrics.shown(classes) if (head := metrics.TEXT[name][1])}
     heads = '  '.join(f'{head:>{max(7, len(head))}}' for head in columns.values())
-    lines = ['Errors:', f'{"Model":{width}}  Crops  {heads}  Pictures']
+    lines = ['Errors:', f'{"Model":{width}}  Crops  {heads}    Images']
     for (name, view), sums in results.items():
         found = metrics.values(sums)
         crops = {'center': 1, 'ten': 10}[view]
         errors = '  '.join(
-            f'{found[column]:{max(7, len(head)) - 2}.2f} %' for column, head in columns.items()
+            f'{found[column]:{max(7, len(head)) - 2}.2f}%' for column, head in columns.items()
         )
         lines.append(f'{name:{width}}  {crops:5}  {errors}  {sums["count"]:8,.0f}')
     return '\n'.join(lines)
@@ -191,10 +191,10 @@ def class_table(results: dict[tuple[str, str], dict], names: Sequence[str]) -> s
     width = max(len('Class'), *map(len, names))
     heads = '  '.join(f'{i:>7}' for i in range(1, len(sums) + 1))
     lines = [f'({i}) {printable(name)}, {view}' for i, (name, view) in enumerate(results, start=1)]
-    lines += ['Top-1 errors:', f'{"Class":{width}}  {heads}  Pictures']
+    lines += ['Top-1 errors:', f'{"Class":{width}}  {heads}    Images']
     for k, name in enumerate(names):
         row = '  '.join(
-            f'{"–":>7}' if np.isnan(error[k]) else f'{error[k]:5.1f} %' for error in errors
+            f'{"–":>7}' if np.isnan(error[k]) else f'{error[k]:5.1f}%' for error in errors
         )
         lines.append(f'{name:{width}}  {row}  {sums[0]["class_count"][k]:8,.0f}')
     return '\n'.join(lines)

@@ -31,7 +31,7 @@ from alexnet_jax.weights.bundle import Bundle
 Predict = Callable[[jax.Array], jax.Array]  # u8[B,S,S,3] -> probabilities f32[B,K]
 BATCH = 64  # images that a Classifier computes at once
 ACCEPTED = (
-    'give a path, a PIL picture, or an array of shape [H,W], [H,W,1], [H,W,3] or [H,W,4], either '
+    'give a path, a PIL image, or an array of shape [H,W], [H,W,1], [H,W,3] or [H,W,4], either '
     'uint8 or floats from 0 to 1; or several of them as a list, a tuple or an array [B,H,W,C]'
 )
 
@@ -181,7 +181,7 @@ def open_store(runs: Sequence[Run], store: str = '') -> Store:
     for r in runs:
         if r.facts.mean.shape[0] != opened.size:
             raise UserError(
-                f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel pictures, but '
+                f'{r.path}: trained on {r.facts.mean.shape[0]}-pixel images, but '
                 f'{opened.path} has {opened.size}-pixel ones'
             )
     if not store:  # other images of the same classes are allowed only on request
@@ -199,7 +199,7 @@ def predictor(trained: Run, mesh: Mesh, views: str) -> Predict:
 def make_features(
     trained: Run, mesh: Mesh, layer: str | None = None
 ) -> Callable[[Batch], np.ndarray]:
-    """Makes features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,...], of pictures with mask 1.
+    """Makes features({'image': u8[B,S,S,3], 'mask': f32[B]}) -> f32[b,...], of images with mask 1.
 
     layer: see `steps.make_features`, which also has the shapes. Raises UserError for a wrong layer; the
     returned function raises it for features that are not finite.
@@ -221,7 +221,7 @@ def make_features(
 
 
 def padded(images: np.ndarray, batch: int) -> Iterator[Batch]:
-    """Yields pictures u8[N,S,S,3] in batches of equal size, padded, for `make_features`."""
+    """Yields images u8[N,S,S,3] in batches of equal size, padded, for `make_features`."""
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
         missing = batch - len(part)
@@ -234,7 +234,7 @@ def padded(images: np.ndarray, batch: int) -> Iterator[Batch]:
 class Classifier:
     """What `alexnet_jax.load` returns: images -> probabilities, with `names`, one per class.
 
-    An image is a path, a PIL picture, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4]:
+    An image is a path, a PIL image, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4]:
     uint8, or floats from 0 to 1, which are rounded to multiples of 1/255. They can have any size, and are
     read like training images: rotated by their EXIF orientation if those were, without alpha channel
     (dropped, not composited), the central square resized. Several images are a list, a tuple, or an array
@@ -294,7 +294,7 @@ class Classifier:
         try:
             return pictures.square(image, self.size, exif=exif)
         except pictures.Undecodable as error:
-            raise InputError(f'this PIL picture cannot be used ({error}): {ACCEPTED}') from error
+            raise InputError(f'this PIL image cannot be used ({error}): {ACCEPTED}') from error
 
 
 def _levels(image) -> np.ndarray:

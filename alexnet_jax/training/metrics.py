@@ -12,9 +12,9 @@ import numpy as np
 
 TEXT = {  # name of a value: (text in the log, column heading in the table of `evaluate`)
     'loss': ('loss {:.4f}', ''),
-    'top1_error': ('top-1 error {:.2f} %', 'Top-1'),
-    'top5_error': ('top-5 error {:.2f} %', 'Top-5'),
-    'class_error': ('mean per-class error {:.2f} %', 'Per-class'),
+    'top1_error': ('top-1 error {:.2f}%', 'Top-1'),
+    'top5_error': ('top-5 error {:.2f}%', 'Top-5'),
+    'class_error': ('mean per-class error {:.2f}%', 'Per-class'),
 }
 # Of the errors shown beside the main ones: those of the moving average, or of the last parameters.
 PREFIXES = ('ema_', 'last_')

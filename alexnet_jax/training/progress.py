@@ -159,7 +159,7 @@ def line(
     return (
         f'step {step:,}/{total:,}  epoch {values["epoch"]:.2f}  {metrics.line(values, classes)}  '
         f'rate {values["weights"]:.2g}  {values["images_per_second"]:,.0f} images/s  '
-        f'waiting {100 * values["waiting"]:.0f} %  {_to_go((total - step) * batch, steady)}'
+        f'waiting {100 * values["waiting"]:.0f}%  {_to_go((total - step) * batch, steady)}'
     )
 
 

@@ -35,7 +35,7 @@ COMPRESSED = 'model.compressed'
 FORMAT = 1
 OURS = {'format': 'alexnet_jax'}  # metadata of our .safetensors
 LARGEST = 4096  # pixels, side of images
-TEXTS = ('title', 'source', 'url', 'sha256', 'licence', 'data', 'made')  # facts of the card
+TEXTS = ('title', 'source', 'url', 'sha256', 'license', 'data', 'made')  # facts of the card
 METRICS = {'top1_error': 'top-1 error', 'top5_error': 'top-5 error'}  # in percent
 
 
@@ -239,9 +239,9 @@ def card(bundle: Bundle) -> str:
     """The model card: Markdown, with the header that the Hugging Face hub reads."""
     facts = bundle.card
     title, data = facts.get('title', bundle.config['model']['net']), facts.get('data', 'unknown')
-    licence = facts.get('licence', 'unknown')
+    license = facts.get('license', 'unknown')
     header = {
-        'license': licence.lower() if ' ' not in licence else 'other',
+        'license': license.lower() if ' ' not in license else 'other',
         'library_name': 'alexnet_jax',
         'pipeline_tag': 'image-classification',
         'tags': ['image-classification', 'jax', bundle.config['model']['net']],
@@ -276,7 +276,7 @@ def card(bundle: Bundle) -> str:
         ('Compressed', compression(facts.get('compression'))),
         ('Made by', f'`{facts["made"]}`' if facts.get('made') else None),
         ('Batch normalization', 'folded into the layers' if facts.get('folded') else None),
-        ('License', licence),
+        ('License', license),
     ]
     lines += ['| | |', '|---|---|', *(f'| {name} | {text} |' for name, text in rows if text)]
     lines += ['', '```python', 'import alexnet_jax', '']
@@ -286,17 +286,17 @@ def card(bundle: Bundle) -> str:
 
 
 def compression(facts: dict | None) -> str:
-    """'28.9 times smaller; 11.4 % of the weights are left', or '' if a network is not compressed."""
+    """'28.9 times smaller; 11.4% of the weights are left', or '' if a network is not compressed."""
     if not facts:
         return ''
-    return f'{facts["times"]:.1f} times smaller; {facts["kept"]:.1f} % of the weights are left'
+    return f'{facts["times"]:.1f} times smaller; {facts["kept"]:.1f}% of the weights are left'
 
 
 def errors(found: dict | None) -> str:
-    """'top-1 error 43.48 %, top-5 error 20.93 % (ImageNet, center crop)', or '' if nothing is known."""
+    """'top-1 error 43.48%, top-5 error 20.93% (ImageNet, center crop)', or '' if nothing is known."""
     if not found:
         return ''
-    text = ', '.join(f'{METRICS[key]} {found[key]:.2f} %' for key in METRICS if key in found)
+    text = ', '.join(f'{METRICS[key]} {found[key]:.2f}%' for key in METRICS if key in found)
     return f'{text} ({found["on"]})' if found.get('on') else text
 
 

@@ -155,7 +155,7 @@ def facts(entry: Entry) -> dict:
         'title': entry.title,
         'source': entry.page,
         'url': entry.url,
-        'licence': entry.licence,
+        'license': entry.license,
         'data': 'ImageNet (ILSVRC-2012)',
         'published': entry.published,
         'measured': entry.measured,

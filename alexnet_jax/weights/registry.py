@@ -24,7 +24,7 @@ class Entry(NamedTuple):
     url: str
     preset: str  # the config of the network, such as 'squeezenet:1.1'
     size: int | None  # bytes; of torchvision's files within 1 kB; None: not published
-    licence: str
+    license: str
     checksum: tuple[str, str] | None
     theirs: bool = True
     published: dict = {}  # `bundle.METRICS` in percent, and 'on'
@@ -44,7 +44,7 @@ def _torchvision(title, file, preset, mib, top1, top5) -> Entry:
         url=f'{TORCH}{file}.pth',
         preset=preset,
         size=round(mib * 2**20),
-        licence='not stated for the weights (torchvision itself: BSD-3-Clause)',
+        license='not stated for the weights (torchvision itself: BSD-3-Clause)',
         checksum=('sha256', file.rpartition('-')[2]),  # how torch.hub checks it, too
         published=errors(top1, top5),
         page='https://docs.pytorch.org/vision/stable/models.html',
@@ -57,7 +57,7 @@ def _caffe(title, name, preset, sha1, top1, top5) -> Entry:
         url=f'{CAFFE}{name}.caffemodel',
         preset=preset,
         size=None,
-        licence='unrestricted use',
+        license='unrestricted use',
         checksum=('sha1', sha1),
         published=errors(top1, top5),
         page=f'https://github.com/BVLC/caffe/tree/master/models/{name}',
@@ -70,7 +70,7 @@ def _keras(title, file, preset, size, published) -> Entry:
         url=f'{KERAS}{file}.h5',
         preset=preset,
         size=size,
-        licence='not stated for the weights (Keras itself: Apache-2.0)',
+        license='not stated for the weights (Keras itself: Apache-2.0)',
         checksum=None,
         published=published,
         page='https://keras.io/api/applications/mobilenet/',
@@ -83,7 +83,7 @@ def _coral(title, file, preset, size, sha256, published, measured) -> Entry:
         url=f'{CORAL}{file}_quant.tflite',
         preset=preset,
         size=size,
-        licence='Apache-2.0',
+        license='Apache-2.0',
         checksum=('sha256', sha256),
         theirs=False,
         published=errors(*published, f'{ALL}, with 8-bit activations'),
@@ -98,7 +98,7 @@ ENTRIES = {
         url=f'{HAN}compressed_SqueezeNet.net',
         preset='squeezenet',
         size=675_763,
-        licence='BSD-2-Clause',
+        license='BSD-2-Clause',
         checksum=('sha256', 'e4ab6960ae8cd81505e1c2136921201507e930966c53deaf15862a395b3a3261'),
         theirs=False,
         published=errors(57.5, 80.3),

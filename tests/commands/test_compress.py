@@ -59,7 +59,7 @@ def test_a_run(run, tmp_path, monkeypatch, capsys):
     assert np.abs(mean - run.mean).max() <= 0.5 and (mean == np.rint(mean)).all()
 
     call(monkeypatch, evaluate, 'small', f'--store={run.store}', '--views=center', '--batch=4')
-    assert f'{card["measured"]["top1_error"]:.2f} %' in capsys.readouterr().out
+    assert f'{card["measured"]["top1_error"]:.2f}%' in capsys.readouterr().out
     options = ('--output=again', '--rounds=1', '--epochs=0', '--tune=0', '--batch=4')
     call(monkeypatch, compress, 'small', f'--store={run.store}', *options)
     assert bundle.is_bundle('again')

@@ -1,4 +1,4 @@
-"""The confusion matrix counts every picture once, and agrees with the errors."""
+"""The confusion matrix counts every image once, and agrees with the errors."""
 
 import csv
 import shutil
@@ -18,7 +18,7 @@ NAMES = [f'class {k}' for k in range(CLASSES)]
 def test_a_class_without_images_has_no_error():
     sums = {'class_count': np.array([2.0, 0.0]), 'class_top1': np.array([1.0, 0.0])}
     *_, bee, cat = evaluation.class_table({('net', 'ten'): sums}, ['bee', 'cat']).splitlines()
-    assert bee.split()[1:] == ['50.0', '%', '2'] and cat.split()[1:] == ['–', '0']
+    assert bee.split()[1:] == ['50.0%', '2'] and cat.split()[1:] == ['–', '0']
 
 
 @pytest.mark.parametrize('classes', [5, 6])
@@ -26,7 +26,7 @@ def test_the_top_5_error_of_at_most_five_classes_is_left_out(classes):
     each = np.full(classes, 2.0)
     sums = {'count': 2.0 * classes, 'loss': 1.0, 'top1': classes, 'top5': classes}
     table = evaluation.table({('net', 'ten'): sums | {'class_count': each, 'class_top1': each / 2}})
-    assert ('Top-5' in table) == (classes > 5) and table.count('50.00 %') == 2 + (classes > 5)
+    assert ('Top-5' in table) == (classes > 5) and table.count('50.00%') == 2 + (classes > 5)
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +58,7 @@ def test_confusion(run, tmp_path, monkeypatch, capsys, split, prefix):
     np.testing.assert_array_equal([[int(x) for x in row[1:]] for row in found], matrix)
     assert matrix.sum() == len(run.pictures[split]) and (matrix != np.diag(np.diag(matrix))).any()
     head, *found = rows(run.path / f'{prefix}per_class.csv')
-    assert head[:2] == ['class', 'pictures'] and head[3].endswith(', ten')
+    assert head[:2] == ['class', 'images'] and head[3].endswith(', ten')
     for k, (name, count, _, error) in enumerate(found):
         assert (name, int(count)) == (NAMES[k], matrix[k].sum())
         assert (
@@ -99,7 +99,7 @@ def test_the_test_split_is_evaluated(run, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     matrix = expected(run, 'test', 'center')
     wrong = 100 * (TEST - np.trace(matrix)) / TEST
-    assert f'{wrong:.2f} %' in said[2] and said[2].split()[-1] == str(TEST)
+    assert f'{wrong:.2f}%' in said[2] and said[2].split()[-1] == str(TEST)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_figure(classes):
     matrix = np.random.default_rng(0).integers(0, 9, (classes, classes)) + np.eye(
         classes, dtype=int
     )
-    matrix[1] = 0  # a class without pictures
+    matrix[1] = 0  # a class without images
     names = [*(f'name {k}' for k in range(classes - 1)), '$_{e$' + 'W' * 40]
     drawn = evaluate.figure(matrix, names)
     drawn.draw_without_rendering()

@@ -147,14 +147,14 @@ def test_tolerances(kind, difference, exact, message, made, monkeypatch, tmp_pat
 
 
 def test_the_range_and_the_classes_of_validation_images():
-    """An offset of all logits does not count; 95 % of real images must keep their class."""
+    """An offset of all logits does not count; 95% of real images must keep their class."""
     rng = np.random.default_rng(0)
     ours = rng.uniform(size=(100, 4)).astype(np.float32) + 1000
     labels = np.zeros(100, int)
     with pytest.raises(UserError, match='more than 0.1 of the range'):
         export._compare('onnx', ours, ours + 0.2, labels, 0.1)
     close = np.zeros((100, 2)) + [0.5, 0.50001] + rng.uniform(size=(100, 1))
-    with pytest.raises(UserError, match='the same class for 90.0 %; less than 95 %'):
+    with pytest.raises(UserError, match='the same class for 90.0%; less than 95%'):
         export._compare(
             'onnx',
             close,

@@ -58,7 +58,7 @@ def test_files(run, expected, tmp_path, monkeypatch, capsys):
     for record, name in enumerate(('in/class 4/a.png', 'in/x.png', 'b.png')):
         Image.fromarray(run.pictures['test'][record]).save(tmp_path / name)
     (tmp_path / 'in/bad.jpg').write_text('no picture')
-    with pytest.raises(UserError, match='1 of 4 pictures could not be read; they are listed above'):
+    with pytest.raises(UserError, match='1 of 4 images could not be read; they are listed above'):
         call(monkeypatch, features, run.path, 'in', 'b.png', '--batch=2', '--output=f.npz')
     said = capsys.readouterr()
     assert said.out.endswith('wrote f.npz\n') and said.err.startswith(
@@ -102,15 +102,15 @@ def test_too_many_activations(run, tmp_path, monkeypatch):
     ('arguments', 'message'),
     [
         (['nowhere', '--split=val'], 'nowhere: not a run directory'),
-        (['RUN'], 'give either pictures, folders or --list=FILE, or --split=val'),
-        (['RUN', 'text.jpg', '--split=val'], 'give either pictures'),
+        (['RUN'], 'give either images, folders or --list=FILE, or --split=val'),
+        (['RUN', 'text.jpg', '--split=val'], 'give either images'),
         (['RUN', '--split=all'], 'invalid choice'),
         (['RUN', '--split=val', '--layer=fc9'], "--layer='fc9': choose one of conv1, .*, fc7, fc8"),
         (['RUN', '--split=val', '--output=f.png'], 'features are written as NPZ; end the name in'),
         (['RUN', '--split=val', '--threads=-1'], '--threads=-1'),
         (['RUN', '--split=val', '--batch=0'], '--batch=0'),
         (['RUN', 'text.jpg'], 'text.jpg: cannot be decoded'),
-        (['RUN', 'text.jpg', 'gone.jpg'], '2 of 2 pictures could not be read'),
+        (['RUN', 'text.jpg', 'gone.jpg'], '2 of 2 images could not be read'),
     ],
 )
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):

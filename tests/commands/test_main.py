@@ -294,7 +294,7 @@ def test_wrong_arguments_of_the_other_commands(place, no_jax):
 # Values that exist but cannot be used
 
 VALUES = {
-    'crop larger than the pictures': (
+    'crop larger than the images': (
         {'augment.crop': 80},
         ['config.augment.crop=80', 'config.data.size=72'],
     ),
@@ -394,10 +394,10 @@ def test_pictures_that_cannot_be_prepared(place):
     fixtures.write_tree(tree / 'val', {'rose': 1, 'tulip': 1})
     prepared = ('prepare', '--source=flowers', '--size=32')
     (tree / 'train' / 'lily').mkdir()
-    place.refuses(prepared, 'flowers/train/lily', 'empty', 'put pictures there or remove it')
+    place.refuses(prepared, 'flowers/train/lily', 'empty', 'put images there or remove it')
     (tree / 'train' / 'lily').rmdir()
     command = ('-c', SMALL_DISK, '--source=flowers', '--size=512')
-    place.refuses(command, 'data/flowers-512-jpg', 'GB for 8 pictures', 'GB are free', '--store')
+    place.refuses(command, 'data/flowers-512-jpg', 'GB for 8 images', 'GB are free', '--store')
     bad = tree / 'train' / 'tulip' / '001.jpg'
     bad.write_bytes(bad.read_bytes()[:500])
     place.refuses(prepared, 'flowers: 1 of 8', 'train/tulip/001.jpg', 'cannot be decoded', 'repair')
@@ -561,20 +561,20 @@ SIDES = [(100, 80), (72, 72), (40, 90)]  # width and height
 
 
 def table(text):
-    """The rows of the printed table, {(name, crops): (top-1, top-5, per-class error, pictures)}."""
+    """The rows of the printed table, {(name, crops): (top-1, top-5, per-class error, images)}."""
     lines = text.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith('Model ')]
     assert lines[heads[0]].split() == [
-        *('Model', 'Crops', 'Top-1', 'Top-5', 'Per-class', 'Pictures')
+        *('Model', 'Crops', 'Top-1', 'Top-5', 'Per-class', 'Images')
     ], text
-    pattern = r'(.*?) +(1|10)' + r' +([\d.]+) %' * 3 + r' +(\d+)'
+    pattern = r'(.*?) +(1|10)' + r' +([\d.]+)%' * 3 + r' +(\d+)'
     matches = filter(None, (re.fullmatch(pattern, line) for line in lines[heads[0] + 1 :]))
     return {(m[1], int(m[2])): (*map(float, m.groups()[2:5]), int(m[6])) for m in matches}
 
 
 @pytest.mark.slow
 def test_evaluating_and_loading_agree(world):
-    """On 11 pictures in batches of 4: not a multiple, so that counting twice would show."""
+    """On 11 images in batches of 4: not a multiple, so that counting twice would show."""
     shutil.copytree(world.folder / 'run', world.folder / 'twin', dirs_exist_ok=True)
     try:
         said = world.succeeds(

@@ -36,7 +36,7 @@ def prediction():
 
 def test_describe(prediction):
     """Most probable first, ties in label order; the correct class is marked."""
-    expected = ['   40.0 %  b', '   30.0 %  f', '   20.0 %  e  <', '    5.0 %  a', '    5.0 %  d']
+    expected = ['   40.0%  b', '   30.0%  f', '   20.0%  e  <', '    5.0%  a', '    5.0%  d']
     lines = predict.describe(prediction, NAMES).splitlines()
     assert lines == ['x/y.png (correct: e)', *expected]
     lines = predict.describe(prediction._replace(label=None), NAMES).splitlines()
@@ -59,7 +59,7 @@ def test_figure(prediction):
         assert hatched == ([] if correct is None else [correct])
         assert len({bar.get_facecolor() for bar in bars}) == 1 + len(hatched)
         words = [t.get_text() for t in sorted(axes.texts, key=lambda t: t.get_position()[::-1])]
-        assert words == ['b', '40 %', 'f', '30 %', '$_{e$', '20 %', 'a', '5 %', 'd', '5 %']
+        assert words == ['b', '40%', 'f', '30%', '$_{e$', '20%', 'a', '5%', 'd', '5%']
 
 
 def parse(said):
@@ -67,7 +67,7 @@ def parse(said):
     found, title = {}, None
     for line in said.splitlines():
         if line.startswith('  '):
-            percent, _, name = line.partition(' %  ')
+            percent, _, name = line.partition('%  ')
             found[title].append((float(percent), name))
         elif not line.startswith('wrote '):
             title = line
@@ -133,7 +133,7 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
     pictures = run.pictures['val'][records]
     probabilities = np.concatenate([classify(pictures[:2]), classify(pictures[2:])])
     for (title, lines), record, p in zip(found.items(), records, probabilities, strict=True):
-        assert title == f'validation picture {record} (correct: class {record % CLASSES})'
+        assert title == f'validation image {record} (correct: class {record % CLASSES})'
         np.testing.assert_allclose([x for x, _ in lines], 100 * np.sort(p)[:0:-1], atol=0.051)
 
 
@@ -141,19 +141,19 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
     ('arguments', 'message'),
     [
         (['nowhere', 'text.jpg'], 'nowhere: not a run directory'),
-        (['RUN'], 'give either picture files or --val=N'),
-        (['RUN', 'text.jpg', '--val=1'], 'give either picture files or --val=N'),
-        (['RUN', '--val=0'], '--val=0: the validation split of .* has 12 pictures'),
-        (['RUN', '--val=13'], '--val=13: the validation split of .* has 12 pictures'),
+        (['RUN'], 'give either image files or --val=N'),
+        (['RUN', 'text.jpg', '--val=1'], 'give either image files or --val=N'),
+        (['RUN', '--val=0'], '--val=0: the validation split of .* has 12 images'),
+        (['RUN', '--val=13'], '--val=13: the validation split of .* has 12 images'),
         (['RUN', '--val=1', '--step=7'], 'no checkpoint of step 7'),
         (['RUN', 'nowhere.jpg'], 'nowhere.jpg: cannot be read: No such file'),
         (['RUN', '.'], './text.jpg: cannot be decoded'),
-        (['RUN', 'empty'], 'empty: no pictures in this folder'),
+        (['RUN', 'empty'], 'empty: no images in this folder'),
         (['RUN', '--list=nowhere'], '--list=nowhere: cannot be read: No such file'),
         (['RUN', '--list=empty'], '--list=empty: cannot be read: Is a directory'),
         (['RUN', '--list=blank'], '--list=blank: is empty'),
-        (['RUN', '--test=1', '--val=1'], 'give either picture files or --val=N'),
-        (['RUN', '--test=6'], '--test=6: the test split of .* has 5 pictures'),
+        (['RUN', '--test=1', '--val=1'], 'give either image files or --val=N'),
+        (['RUN', '--test=6'], '--test=6: the test split of .* has 5 images'),
         (['RUN', 'text.jpg', '--csv=-', '--json=-'], 'cannot share standard output'),
         (['RUN', 'text.jpg', '--csv=nowhere/t.csv'], '--csv=nowhere/t.csv: nowhere is not a wri'),
         (['RUN', 'text.jpg', '--json=empty'], '--json=empty: this is a folder'),
@@ -164,7 +164,7 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
         (['RUN', '--val=1', '--output=nowhere/p.png'], 'nowhere is not a writable folder'),
         (['RUN', '--val=1', '--views=two'], 'invalid choice'),
         # checked first
-        (['nowhere', 'text.jpg', '--output='], '--output=: pictures are written as PNG'),
+        (['nowhere', 'text.jpg', '--output='], '--output=: images are written as PNG'),
     ],
 )
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
@@ -177,7 +177,7 @@ def test_refusals(run, tmp_path, monkeypatch, arguments, message):
 
 
 def photos(folder, run, *names):
-    """Writes training pictures 1, 2, ... as PNGs of these names."""
+    """Writes training images 1, 2, ... as PNGs of these names."""
     for record, name in enumerate(names, start=1):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(run.pictures['train'][record]).save(folder / name, 'PNG')
@@ -260,7 +260,7 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path, monkeypatch, capsy
         )
     count = len(bad)
     assert str(error.value) == (
-        f'{count} of {3 + count} pictures could not be read; they are listed above'
+        f'{count} of {3 + count} images could not be read; they are listed above'
     )
     assert errors.end(error.value)[1] == 2
     said = capsys.readouterr()
@@ -271,7 +271,7 @@ def test_one_bad_file_does_not_stop_the_others(run, tmp_path, monkeypatch, capsy
     rows = [*csv.reader((tmp_path / 't.csv').read_text().splitlines())][1:]
     assert [row[0] for row in rows] == ['1.png', '2.png', '3.png']
     (tmp_path / 't.csv').write_text('an earlier result')
-    with pytest.raises(UserError, match='2 of 2 pictures could not be read'):
+    with pytest.raises(UserError, match='2 of 2 images could not be read'):
         call(
             monkeypatch, predict, run.path, 'text.jpg', 'gone.png', '--views=center', '--csv=t.csv'
         )
@@ -308,7 +308,7 @@ def test_the_test_split(run, tmp_path, monkeypatch, capsys):
     found = parse(capsys.readouterr().out)
     p = load(run.path, 'center', 'latest')(run.pictures['test'])
     for record in range(TEST):
-        lines = found[f'test picture {record} (correct: class {record % CLASSES})']
+        lines = found[f'test image {record} (correct: class {record % CLASSES})']
         np.testing.assert_allclose(
             [x for x, _ in lines], 100 * np.sort(p[record])[:0:-1], atol=0.051
         )
@@ -318,7 +318,7 @@ def test_the_test_split(run, tmp_path, monkeypatch, capsys):
         file.seek(0)
         file.write(bytes(x ^ 1 for x in before))
     try:
-        with pytest.raises(UserError, match='1 of 5 pictures could not be read'):
+        with pytest.raises(UserError, match='1 of 5 images could not be read'):
             call(monkeypatch, predict, run.path, f'--test={TEST}', '--views=center', '--csv=-')
     finally:
         with open(store.splits['test'].file, 'r+b') as file:

@@ -58,16 +58,16 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     found, distances = brute_force(fc7['val'], fc7['train'], 3)
     assert fc7['train'].shape == (TRAIN, 256) and np.ptp(distances) > 0
-    queries = [int(re.match(r'validation picture (\d+) ', line)[1]) for line in lines[:4]]
+    queries = [int(re.match(r'validation image (\d+) ', line)[1]) for line in lines[:4]]
     assert queries == figures.choose(np.arange(VAL) % CLASSES, 4, seed=1).tolist()
     same = 0
     picture = np.asarray(Image.open(output))
-    assert picture.shape == (4 * 172 + 4, 4 * 148 + 4 + 16, 3)  # pictures are enlarged to 144
+    assert picture.shape == (4 * 172 + 4, 4 * 148 + 4 + 16, 3)  # images are enlarged to 144
     captions = {}
     for i, (line, query) in enumerate(zip(lines, queries, strict=False)):
         nearest = zip(found[query], distances[query], strict=True)
         pairs = [f'class {r % CLASSES} {d:.4g}' for r, d in nearest]
-        assert line == f'validation picture {query} (class {query % CLASSES}): {", ".join(pairs)}'
+        assert line == f'validation image {query} (class {query % CLASSES}): {", ".join(pairs)}'
         same += sum(r % CLASSES == query % CLASSES for r in found[query])
         y = 4 + 172 * i
         for j, record in enumerate([query, *found[query]]):
@@ -79,16 +79,14 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
             assert captions.setdefault(record % CLASSES, caption) == caption
     assert len({*captions.values()}) == len(captions) > 2  # each class has its own
     words = 'neighbors share the class of their query'
-    assert lines[4] == f'{same} of 12 {words}: {100 * same / 12:.1f} %'
+    assert lines[4] == f'{same} of 12 {words}: {100 * same / 12:.1f}%'
     same = (found % CLASSES == np.arange(VAL)[:, None] % CLASSES).sum()
-    assert lines[5] == (
-        f'the whole validation split: {same} of 36 {words}: {100 * same / 36:.1f} %'
-    )
+    assert lines[5] == (f'the whole validation split: {same} of 36 {words}: {100 * same / 36:.1f}%')
     assert lines[6:] == [f'wrote {output}']
 
 
 def test_pictures_from_files(run, tmp_path, monkeypatch, capsys):
-    """A training picture finds itself; its class is known only from a folder named after a class."""
+    """A training image finds itself; its class is known only from a folder named after a class."""
     monkeypatch.chdir(tmp_path)
     for name, record in (('class 1/a.bin', 13), ('other/b.bin', 8)):
         (tmp_path / name).parent.mkdir()
@@ -107,7 +105,7 @@ def test_pictures_from_files(run, tmp_path, monkeypatch, capsys):
     assert found[0][:2] == ('class 1/a.bin (class 1)', 'class 1')
     assert found[1][:2] == ('other/b.bin', 'class 2')
     assert max(float(distance) for *_, distance in found) < 1e-4
-    assert share == '1 of 1 neighbors share the class of their query: 100.0 %'
+    assert share == '1 of 1 neighbors share the class of their query: 100.0%'
     pictures, names = run.pictures['train'][[13, 8]], [['class 1'] * 2, ['b.bin', 'class 2']]
     drawn = retrieve.draw(pictures, pictures[:, None], names)
     drawn_there = np.asarray(Image.open(run.path / 'neighbors.png'))
@@ -129,7 +127,7 @@ def test_names_stay_below_their_pictures():
         not (strip[[0, -1]] < 255).any()
         and not ink[[*range(4), *range(132, 152), *range(412, 416)]].any()
     )
-    # nearly as wide as the picture
+    # nearly as wide as the image
     assert (np.flatnonzero(ink[4:132])[[0, -1]] // 10).tolist() == [0, 12]
     np.testing.assert_array_equal(strip, below('W' * 50, '', 'two lines', 'three'))
     assert (strip != below('W' * 5, '', 'two lines', 'three')).any()
@@ -221,12 +219,12 @@ def test_the_folder_of_a_class():
     [
         (['nowhere'], 'nowhere: not a run directory'),
         (['RUN', '--step=7'], 'no checkpoint of step 7'),
-        (['RUN', '--neighbors=31'], '--neighbors=31: the training split of .* has 30 pictures'),
+        (['RUN', '--neighbors=31'], '--neighbors=31: the training split of .* has 30 images'),
         (['RUN', '--neighbors=0'], '--neighbors=0'),
-        (['RUN', '--neighbors=21'], '21 pictures are too many for one figure; give at most 20'),
-        (['RUN', '--queries=13'], '--queries=13: the validation split of .* has 12 pictures'),
+        (['RUN', '--neighbors=21'], '21 images are too many for one figure; give at most 20'),
+        (['RUN', '--queries=13'], '--queries=13: the validation split of .* has 12 images'),
         (['RUN', '--queries=0'], '--queries=0'),
-        (['RUN', '--queries=2', 'a.jpg'], '--queries picks validation pictures'),
+        (['RUN', '--queries=2', 'a.jpg'], '--queries picks validation images'),
         (['RUN', '--batch=0'], '--batch=0: must be at least 1'),
         (['RUN', '--threads=-1'], '--threads=-1'),
         (['RUN', '--seed=-1'], '--seed'),
@@ -235,9 +233,9 @@ def test_the_folder_of_a_class():
             ['RUN', 'text.jpg'],
             'text.jpg: cannot be decoded .not an image that Pillow can read.; repair',
         ),
-        (['RUN', *['text.jpg'] * 21], '21 pictures are too many'),
+        (['RUN', *['text.jpg'] * 21], '21 images are too many'),
         (['RUN', '--output=nowhere/n.png'], 'nowhere is not a writable folder'),
-        (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # checked first
+        (['nowhere', '--output='], '--output=: images are written as PNG'),  # checked first
     ],
 )
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):

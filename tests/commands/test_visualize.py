@@ -1,4 +1,4 @@
-"""The picture of conv1's kernels, weight by weight."""
+"""The image of conv1's kernels, weight by weight."""
 
 from types import SimpleNamespace
 
@@ -86,9 +86,9 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
             ['RUN', '--output=nowhere/k.png'],
             '--output=nowhere/k.png: nowhere is not a writable folder',
         ),
-        (['RUN', '--output=k.jpg'], '--output=k.jpg: pictures are written as PNG'),
+        (['RUN', '--output=k.jpg'], '--output=k.jpg: images are written as PNG'),
         (['RUN', '--output=folder.png'], '--output=folder.png: this is a folder'),
-        (['nowhere', '--output='], '--output=: pictures are written as PNG'),  # checked first
+        (['nowhere', '--output='], '--output=: images are written as PNG'),  # checked first
         (['RUN', '--scale=0'], '--scale=0: must be 1 to 100'),
         (['RUN', '--cpu_devices=-1'], '--cpu_devices'),
         (['RUN', '--unknown'], 'unrecognized arguments'),

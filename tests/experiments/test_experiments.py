@@ -251,7 +251,7 @@ def test_the_table_of_ablations():
     results['tanh-1']['train'] = losses(1.1, 1.05)
     table = ablations.report(results)
     assert (
-        '20 epochs, ten crops, 3 seeds: top-1 error 42.0 ± 2.0 %, top-5 error 21.0 ± 1.0 %' in table
+        '20 epochs, ten crops, 3 seeds: top-1 error 42.0 ± 2.0%, top-5 error 21.0 ± 1.0%' in table
     )
     assert (
         # 0.0351 by a table of Student's t, times 3, is less than tanh's 0.0303 times 4
@@ -328,7 +328,7 @@ def test_overlapping_pooling_and_the_gap():
 
 
 def test_how_much_faster_relu_learns():
-    """By hand: rows at epochs 5, 10, 15 and 20; 70 % lies in the middle of two of them."""
+    """By hand: rows at epochs 5, 10, 15 and 20; 70% lies in the middle of two of them."""
     results = ablated(reference=[40, 44, 42], tanh_at_its_best=[50, 50, 50])
     for seed, part in enumerate((20, 25, 20)):
         course(results[f'reference-{seed}'], [90, 75, 65, 60], [52])
@@ -373,7 +373,7 @@ def drawn(monkeypatch):
 
 def test_one_pair_has_no_bar_in_the_figure(drawn, tmp_path):
     ablations.plot(ablated(reference=[40, 44], no_norms=[43], tanh=[50, 53]), tmp_path / 'none.png')
-    one, several = 'measured, one pair', 'measured, 95 % interval over seeds'
+    one, several = 'measured, one pair', 'measured, 95% interval over seeds'
     (legend,), axes = drawn[0].legends, drawn[0].axes[0]
     assert {one, several} <= {text.get_text() for text in legend.get_texts()}
     bars = {container.get_label(): container.has_xerr for container in axes.containers}
@@ -412,9 +412,9 @@ def test_table_1():
     table = table1.report(
         {i: {'extra': extra, 'data': {'source': 'x'}} for i, extra in enumerate(runs)}
     )
-    assert '| CNN, one crop | 39.0 %, 18.3 % | 49.0 ± 1.4 %, 28.5 ± 2.1 % |' in table
-    assert '| CNN, ten crops | 37.5 %, 17.0 % | 46.5 ± 2.1 %, 26.0 ± 1.4 % |' in table
-    assert '| sparse coding | 47.1 %, 28.2 % |  |' in table
+    assert '| CNN, one crop | 39.0%, 18.3% | 49.0 ± 1.4%, 28.5 ± 2.1% |' in table
+    assert '| CNN, ten crops | 37.5%, 17.0% | 46.5 ± 2.1%, 26.0 ± 1.4% |' in table
+    assert '| sparse coding | 47.1%, 28.2% |  |' in table
     assert '2 seeds, plus 1 that diverged' in table
 
 
@@ -457,10 +457,10 @@ def test_which_networks_go_together(tmp_path, monkeypatch):
     results, again = run(6)
     assert again == [[*cnns, 'cnn-5'], ['star-1', *cnns, 'cnn-5']]
     table = table2.report(results)
-    assert '| SIFT + FVs | –, – | 26.2 % | not measured |  |' in table
-    assert '| 1 CNN | 40.7 %, 18.2 % | – | 40.0 ± 0.0 %, 20.0 ± 0.0 % | 5 |' in table
-    assert '| 4 CNNs |  |  | 40.0 %, 20.0 % | 1 |' in table
-    assert '| 5 CNNs | 38.1 %, 16.4 % | 16.4 % | 40.0 %, 20.0 % | 1 |' in table
+    assert '| SIFT + FVs | –, – | 26.2% | not measured |  |' in table
+    assert '| 1 CNN | 40.7%, 18.2% | – | 40.0 ± 0.0%, 20.0 ± 0.0% | 5 |' in table
+    assert '| 4 CNNs |  |  | 40.0%, 20.0% | 1 |' in table
+    assert '| 5 CNNs | 38.1%, 16.4% | 16.4% | 40.0%, 20.0% | 1 |' in table
     assert '2 runs diverged.' in table
 
 
@@ -548,8 +548,7 @@ def test_a_smoke_run_of_table_1(smoke, store):
     results, out = smoke('table1', *store)
     assert list(results) == ['CNN-0'] and len(results['CNN-0']['train']) == 4
     assert (
-        f'ten crops | 37.5 %, 17.0 % | {results["CNN-0"]["extra"]["ten"]["top1_error"]:.1f} %'
-        in out
+        f'ten crops | 37.5%, 17.0% | {results["CNN-0"]["extra"]["ten"]["top1_error"]:.1f}%' in out
     )
 
 
@@ -650,7 +649,7 @@ def test_the_table_of_compression():
     }
     table = compression.report(results)
     assert '| a net | 1 | 10.0 | 7,000 | 200 | 35.0 | 6.00 | 5.00 |' in table
-    over = '95 % interval over the 1,000 images (bootstrap): -2.'
+    over = '95% interval over the 1,000 images (bootstrap): -2.'
     assert f'a net: -1.00 (no spread) over 2 seeds; {over}' in table
     assert 'images changed between right and wrong, by seed: 30, 30\n' in table
     assert 'fc6' in table and '2.39' in table  # the paper's

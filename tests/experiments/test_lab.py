@@ -90,14 +90,14 @@ def test_the_ratio_and_the_best_rate():
     assert fig1_relu_tanh.best_rate(results, 'ReLU') == 0.004  # the best rate diverged
     table = fig1_relu_tanh.report(results)
     assert 'The paper does not name its network. Our choice' in table
-    # From 50 to 20 % the target is reached after 5/6 of an epoch: 3.8, 4.8; 11.8, 12.8. A row is an epoch.
+    # From 50 to 20% the target is reached after 5/6 of an epoch: 3.8, 4.8; 11.8, 12.8. A row is an epoch.
     for over in ('the last epoch', 'the last block'):
         assert (
             f'| ReLU | 0.004 (at the edge of the sweep) | {over} | 3.8, 4.8 | 4.3 ± 0.7 | 20.0, 20.0 |'
         ) in table
         # The geometric mean of 11.8 / 3.8 and 12.8 / 4.8, ± 12.7 times half the spread of their logarithms.
         assert (
-            f'By the error over {over}, tanh needs 2.9 times as many epochs as ReLU (95 %' in table
+            f'By the error over {over}, tanh needs 2.9 times as many epochs as ReLU (95%' in table
         )
     assert '0.002: diverged' in table
     single = {key: result for key, result in results.items() if key not in ('ReLU-1', 'tanh-1')}

@@ -160,7 +160,7 @@ def test_what_norms_bring_is_paired_by_seed():
     # Three seeds: 4.303 standard errors. Two tests: twice 0.074, and 1
     assert 'center crop: +2.00 (-0.48 to +4.48) points, 3 seeds, p = 0.15.' in table
     assert 'ten views: +0.00 (-4.97 to +4.97) points, 3 seeds, p = 1.' in table  # 0, 2 and -2
-    assert 'over images (bootstrap, center crop, 95 %): —.' in table
+    assert 'over images (bootstrap, center crop, 95%): —.' in table
     assert 'the effect of norms, one test per kind of view, 2 tests.' in table
     assert '| 11pct | 52 of 520 | 11 | 25.00 ± 12.91 | 24.00 ± 12.91 | 4 |' in table
     assert '| 11pct_plain | 52 of 520 |  | 22.00 ± 9.54 | 19.00 ± 9.17 | 4, 1 diverged |' in table
@@ -181,7 +181,7 @@ def test_the_figure_of_cifar_lrn(figure_of):
     ]
     (bar,) = (line for line in axes.lines if line not in curves)
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names == ['18 % network', '11 % network without norms'] and len(curves) == 4
+    assert names == ['18% network', '11% network without norms'] and len(curves) == 4
     assert [*curves[0].get_ydata()] == [30.0, 25.0] and [*curves[0].get_xdata()] == [26.0, 52.0]
     assert [*bar.get_ydata()] == [18, 18] and bar.get_color() == curves[0].get_color()
 
@@ -518,7 +518,7 @@ def test_a_report_of_some_results(page, tmp_path):
 
 
 def pair():
-    """Makes results of two seeds of the 11 % network with and without norms."""
+    """Makes results of two seeds of the 11% network with and without norms."""
     fingerprint = {'code': 'c0de', 'files': {}, 'config': {}, 'start': '', 'data': '0'}
     made = by_key(
         *(

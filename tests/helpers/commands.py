@@ -142,7 +142,7 @@ def environment(store) -> dict[str, str]:
 
 
 def make_store(path):
-    """Writes forty noise pictures for training and twelve for evaluation."""
+    """Writes forty noise images for training and twelve for evaluation."""
     rng = np.random.default_rng(0)
     pictures = {
         split: rng.integers(0, 256, (n, 72, 72, 3), dtype=np.uint8)

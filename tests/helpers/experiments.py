@@ -1,4 +1,4 @@
-"""Experiments on a handful of pictures, in this process: `in_process`, `make`."""
+"""Experiments on a handful of images, in this process: `in_process`, `make`."""
 
 import ast
 import json
@@ -17,7 +17,7 @@ def in_process(command, workdir, until):
 
 
 def leave(command, workdir, until):
-    """Leaves only the files that a start must leave. All starts have the same two pictures."""
+    """Leaves only the files that a start must leave. All starts have the same two images."""
     workdir.mkdir(parents=True)
     config, store = configured(command), workdir.parent.parent / 'pictures'
     config.data.store = str(store)

@@ -1,4 +1,4 @@
-"""Small sources of pictures for tests: encoded pictures, class folders, and miniature ImageNet tars."""
+"""Small sources of images for tests: encoded images, class folders, and miniature ImageNet tars."""
 
 import importlib.util
 import io
@@ -10,20 +10,20 @@ from PIL import Image
 
 
 def picture(seed: int, width: int = 60, height: int = 45) -> Image.Image:
-    """A smooth random RGB picture."""
+    """A smooth random RGB image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encode(image: Image.Image, format: str = 'JPEG') -> bytes:
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a file."""
     data = io.BytesIO()
     image.save(data, format)
     return data.getvalue()
 
 
 def write_tree(tree: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """Writes tree/CLASS/NUMBER.jpg, with `counts` pictures per class, in several sizes."""
+    """Writes tree/CLASS/NUMBER.jpg, with `counts` images per class, in several sizes."""
     for label, (name, count) in enumerate(counts.items()):
         (tree / name).mkdir(parents=True)
         for number in range(count):

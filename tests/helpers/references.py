@@ -12,7 +12,7 @@ import numpy as np
 
 
 def conv(x, kernel, bias, stride=1, padding=((0, 0), (0, 0))):
-    """x[B,H,W,C], kernel[k,k,C,O], bias[O] -> [B,H',W',O]; pixels outside the picture are zero."""
+    """x[B,H,W,C], kernel[k,k,C,O], bias[O] -> [B,H',W',O]; pixels outside the image are zero."""
     (top, bottom), (left, right) = padding
     batch, height, width, _ = x.shape
     k = kernel.shape[0]

@@ -27,7 +27,7 @@ SIZE, CROP, CLASSES, TRAIN, VAL, TEST, STEP = 72, 64, 6, 30, 12, 5, 3
 
 
 class TinyRun(NamedTuple):
-    """What `write_run` wrote: the folders, the pictures by split, the network and its parameters."""
+    """What `write_run` wrote: the folders, the images by split, the network and its parameters."""
 
     path: Path
     store: Path
@@ -105,7 +105,7 @@ def save_params(run: Path, step: int, params: dict) -> None:
 
 
 def without_tensorflow(monkeypatch) -> None:
-    """Reads pictures without TensorFlow, whose import would dominate a short test."""
+    """Reads images without TensorFlow, whose import would dominate a short test."""
     nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(batches, 'importlib', nothing)
 

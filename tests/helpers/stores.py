@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def encode(picture: np.ndarray) -> bytes:
-    """A picture u8[H,W,3] as a JPEG record."""
+    """An image u8[H,W,3] as a JPEG record."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, 'JPEG', quality=95)
     return buffer.getvalue()
@@ -32,9 +32,9 @@ def write_store(
     pictures: dict[str, np.ndarray] | None = None,
     labels: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Writes a store of smooth random pictures (or of `pictures` u8[N,size,size,3] by split).
+    """Writes a store of smooth random images (or of `pictures` u8[N,size,size,3] by split).
 
-    Returns the pictures by split as a reader must return them: decoded, for a JPEG store.
+    Returns the images by split as a reader must return them: decoded, for a JPEG store.
     """
     counts = {s: len(p) for s, p in pictures.items()} if pictures else counts or {}
     counts = counts or {'train': 20, 'val': 7}

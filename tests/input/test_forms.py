@@ -446,7 +446,7 @@ def test_what_is_wrong_with_shards(tree, tmp_path):
         root
     )
     write_members(root / 'x-train.tar', {'a/0.jpg': b'x', 'b/0.jpg': b'x'})
-    assert 'x-train.tar: holds folders of pictures without KEY.cls' in refused(root)
+    assert 'x-train.tar: holds folders of images without KEY.cls' in refused(root)
 
 
 def write_members(path, members):
@@ -553,7 +553,7 @@ def test_repeated_lines_and_labels_that_are_the_same_number(tree):
     ]
     source = sources.open_source(str(write_list(tree, '\n'.join([*rows, *rows[:2]]))))
     assert source.class_names == ['001', '01', '1'] and sum(source.splits.values()) == 12
-    assert source.notes == ('2 lines repeat others: each picture counts once',)
+    assert source.notes == ('2 lines repeat others: each image counts once',)
 
 
 def test_lists_that_cannot_be_read(tree):

@@ -312,7 +312,7 @@ def test_sources_of_one_name_have_a_store_each(flowers, monkeypatch):
         'data/flowers-24-jpg',
         f'data/flowers-{digest}-24-jpg',
     )
-    shutil.rmtree(first.path)  # the second one keeps its place, with or without its pictures
+    shutil.rmtree(first.path)  # the second one keeps its place, with or without its images
     assert prepare.ensure(source='./flowers', size=24).path == second.path
     shutil.rmtree('flowers')
     assert prepare.ensure(source='flowers', size=24).path == second.path
@@ -728,13 +728,13 @@ def test_source_that_gives_too_few(tree, tmp_path, monkeypatch):
         return sources.Source('made', source.class_names, {'train': 13, 'val': 6}, source.read)
 
     monkeypatch.setattr(sources, 'open_source', counting_more)
-    with pytest.raises(UserError, match='made: val gave 5 pictures, not 6'):
+    with pytest.raises(UserError, match='made: val gave 5 images, not 6'):
         prepare.prepare(tree, store=str(tmp_path / 'store'), size=24)
 
 
 def test_says_how_much_disk_and_refuses_too_little(tree, tmp_path, monkeypatch, capsys):
     prepare.prepare(tree, store=str(tmp_path / 'store'), format='u8', size=24)
-    assert 'needs about 0.00 GB for 18 pictures' in capsys.readouterr().out
+    assert 'needs about 0.00 GB for 18 images' in capsys.readouterr().out
     needed = 18 * (24 * 24 * 3)
     usage = collections.namedtuple('usage', 'free')
     monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: usage(needed))

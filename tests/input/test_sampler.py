@@ -89,7 +89,7 @@ def test_color_noise_has_the_spread_of_the_source(many):
     ).T
     noise = 0.1 * (sigma * many.z) @ axes.T  # [n,3] levels of R, G, B
     np.testing.assert_allclose((noise @ axes).std(0), [12.2, 3.7, 2.0], rtol=0.02)
-    # 1 % is 4.5 standard deviations of a standard deviation estimated from this many draws.
+    # 1% is 4.5 standard deviations of a standard deviation estimated from this many draws.
     np.testing.assert_allclose(many.z.std(0), 1, atol=0.01)
 
 

@@ -91,11 +91,11 @@ def test_tiny_imagenet(tmp_path):
     for name, _, label in pictures:  # in CLASS/images
         assert figures.label_of(name, source.class_names) == label
     for listed, complaint in (
-        (f'{names[0]}\tn03\t0\n', 'val: has no pictures of the classes'),
+        (f'{names[0]}\tn03\t0\n', 'val: has no images of the classes'),
         (f'{names[0]} n01\n', 'val_annotations.txt: every line must be'),
         (
             f'{names[0]}\tn01\nx\tn01\ny\tn02\n',
-            'txt: 2 of 3 pictures listed in it are not in .*val/images',
+            'txt: 2 of 3 images listed in it are not in .*val/images',
         ),
         ('\udcff\n', 'val_annotations.txt: not UTF-8'),
     ):
@@ -440,11 +440,11 @@ def nothing(root):
         (val_and_test, 'has test/ and val/ but no train/'),
         (classes_and_test, 'has test/ beside a/... but no train/'),
         (two_names, 'val/ and valid/ mean the same split'),
-        (class_beside_train, 'c/ has pictures and is beside train/'),
+        (class_beside_train, 'c/ has images and is beside train/'),
         (only_text, 'train/c: the class folder is empty but for files that are not images \\(1\\)'),
         (archive, 'give a folder \\(unpack archives first\\), or a .csv or .tsv list'),
         (wrapped, 'found 1 \\(give .*/root/flowers, which has 2\\)'),
-        (too_few, 'val_fraction 0.1 of the 4 pictures'),
+        (too_few, 'val_fraction 0.1 of the 4 images'),
         (nothing, 'no such folder'),
         (
             data_sets,
@@ -457,9 +457,9 @@ def nothing(root):
         (split_inside, 'give .*/root/flowers, which has 1'),
         (
             flat,
-            'found 0, but 3 pictures directly in it: sort them into CLASS/ folders, or give a list',
+            'found 0, but 3 images directly in it: sort them into CLASS/ folders, or give a list',
         ),
-        (flat_class, 'found 0, but 2 pictures directly in it: .*, or give .*/root, or give a list'),
+        (flat_class, 'found 0, but 2 images directly in it: .*, or give .*/root, or give a list'),
         (flat_with_list, 'found 0, but the list list.csv: give .*/root/list.csv$'),
         (packed, 'found 0, but the archive flowers.TAR: unpack it$'),
         (circle, 'at least two class folders, found 1'),

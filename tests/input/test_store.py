@@ -160,7 +160,7 @@ BROKEN = {
     'labels short': (shrink('val.labels.npy'), 'val.labels.npy does not match .*: 6 values, not 7'),
     'offsets short': (shrink('val.offsets.npy'), 'val.offsets.npy .*: not 8 increasing offsets'),
     'offsets swapped': (swap_offsets, 'train.offsets.npy .*: not 21 increasing offsets'),
-    'count': (lambda p: edit(p, counts={'train': 20, 'val': 0}), "'val' has no pictures"),
+    'count': (lambda p: edit(p, counts={'train': 20, 'val': 0}), "'val' has no images"),
 }
 
 

@@ -14,7 +14,7 @@ SIZE = 40
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Ten smooth pictures of several shapes, with two classes."""
+    """Ten smooth images of several shapes, with two classes."""
     folder = tmp_path_factory.mktemp('pictures')
     rng = np.random.default_rng(0)
     for split, count in (('train', 8), ('val', 2)):

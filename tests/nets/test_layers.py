@@ -172,7 +172,7 @@ def test_norms_of_bfloat16_are_rounded_once(power):
 
 @pytest.mark.parametrize('form', [backend.GPU, backend.TPU], ids=['gpu', 'tpu'])
 def test_norms_of_bfloat16_on_accelerators(form):
-    """They are as close to float64 as the form on CPUs, within 15 %."""
+    """They are as close to float64 as the form on CPUs, within 15%."""
     x, g = 60 * normal(0, 9, 9, 9, 96), normal(1, 9, 9, 9, 96)
     x, g = (jnp.asarray(array, jnp.bfloat16) for array in (x, g))
     constants = {'alpha': 1e-4, 'k': 2.0, 'n': 5, 'beta': 0.75}

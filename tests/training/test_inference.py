@@ -1,4 +1,4 @@
-"""What `alexnet_jax.load` takes: every kind of picture gives what its file would."""
+"""What `alexnet_jax.load` takes: every kind of image gives what its file would."""
 
 import io
 
@@ -88,7 +88,7 @@ def test_a_picture_of_pil_is_decoded_like_its_file(classify, picture, mode):
 
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_orientation(classify, picture, tmp_path, orientation):
-    """A path and PIL's picture are turned, and PIL's is left as it was."""
+    """A path and PIL's image are turned, and PIL's is left as it was."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(picture).save(tmp_path / 'a.png', exif=exif)
@@ -129,7 +129,7 @@ def test_more_pictures_than_a_batch(classify, picture, monkeypatch):
         (np.full((64, 64, 3), 200.0), 'floats from 200 to 200'),
         (np.full((64, 64, 3), -0.5), 'floats from -0.5 to -0.5'),
         (np.full((64, 64, 3), np.nan), 'floats from nan to nan'),
-        (Image.new('F', (9, 9)), 'PIL picture cannot be used .floating-point pixels'),
+        (Image.new('F', (9, 9)), 'PIL image cannot be used .floating-point pixels'),
     ],
     ids=lambda x: x if isinstance(x, str) else '',
 )
@@ -140,6 +140,6 @@ def test_anything_else_is_one_value_error(classify, images, message, method):
     assert isinstance(error.value, UserError) and '\n' not in str(error.value)
     if 'cannot be read' not in message:
         accepted = (
-            'give a path, a PIL picture, or an array of shape [H,W], [H,W,1], [H,W,3] or [H,W,4]'
+            'give a path, a PIL image, or an array of shape [H,W], [H,W,1], [H,W,3] or [H,W,4]'
         )
         assert accepted in str(error.value)

@@ -50,4 +50,4 @@ def test_the_mean_of_the_classes_own_errors():
     np.testing.assert_array_equal(sums['class_top1'], [1, 0, 0])
     np.testing.assert_array_equal(metrics.class_errors(sums), [50, 100, np.nan])
     assert metrics.values(sums)['class_error'] == 75
-    assert metrics.line(metrics.values(sums), 3).endswith('mean per-class error 75.00 %')
+    assert metrics.line(metrics.values(sums), 3).endswith('mean per-class error 75.00%')

@@ -20,7 +20,7 @@ from tests.helpers.stores import write_store
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run without checkpoints on a folder of pictures that could be prepared."""
+    """A run without checkpoints on a folder of images that could be prepared."""
     monkeypatch.chdir(tmp_path)
     tree = fixtures.write_tree(tmp_path / 'tree', {f'class {k}': 3 for k in range(CLASSES)})
     write_store(tmp_path / 'made', size=SIZE, classes=CLASSES)
@@ -40,7 +40,7 @@ def changed(run, **data):
 
 @pytest.mark.parametrize('source', ['tree', 'alexnet_shapes', 'mnist', 'nothing'])
 def test_nothing_is_prepared_for_a_run(run, monkeypatch, source):
-    """Its store is gone: neither a folder of pictures nor a TFDS set is read."""
+    """Its store is gone: neither a folder of images nor a TFDS set is read."""
     for function in ('prepare', '_open'):
         monkeypatch.setattr(prepare, function, None)
     shutil.rmtree(run.parent / 'made')

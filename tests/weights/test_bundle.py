@@ -31,7 +31,7 @@ def made(**changes):
         mean=rng.uniform(0, 255, (8, 8, 3)).astype(np.float32),
         card={
             'title': 'A network',
-            'licence': 'MIT',
+            'license': 'MIT',
             'measured': {'top1_error': 12.5, 'on': 'val'},
         },
     )
@@ -54,9 +54,7 @@ def test_written_and_read_back(tmp_path):
     assert_same(bundle.read(tmp_path / 'a'), expected)
     assert [*tmp_path.iterdir()] == [tmp_path / 'a']
     card = (tmp_path / 'a' / 'README.md').read_text()
-    assert (
-        '# A network' in card and 'top-1 error 12.50 % (val)' in card and '"value": 0.875' in card
-    )
+    assert '# A network' in card and 'top-1 error 12.50% (val)' in card and '"value": 0.875' in card
     with pytest.raises(UserError, match='exists'):
         bundle.write(tmp_path / 'a', expected)
 

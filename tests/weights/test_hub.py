@@ -327,7 +327,7 @@ def registered(web, published, monkeypatch):
         url='https://host/net.safetensors',
         preset='squeezenet:1.1',
         size=len(published),
-        licence='MIT',
+        license='MIT',
         checksum=('sha256', digest[:8]),
         published=registry.errors(60.0, 80.0),
         page='https://host',
@@ -345,14 +345,14 @@ def test_a_registered_network(web, registered, cache, capsys, monkeypatch):
     folder = f'host-net-{registered[:8]}'
     assert files(cache) == {folder, f'{folder}.safetensors'}
     card = bundle.read_config(cache / folder)[1]
-    assert (card['sha256'], card['licence'], card['title']) == (registered, 'MIT', 'A network')
+    assert (card['sha256'], card['license'], card['title']) == (registered, 'MIT', 'A network')
     again = alexnet_jax.load(hub.locate('hub:host/net'), views='center')
     np.testing.assert_array_equal(again(image), classify(image))
     assert web.paths() == ['/host/net.safetensors']
     call(monkeypatch, hub_command, 'list')
     assert 'host/net' in (said := capsys.readouterr().out) and ' 40.0 ' in said
     call(monkeypatch, hub_command, 'info', 'host/net')
-    assert 'top-1 error 40.00 %, top-5 error 20.00 %' in (said := capsys.readouterr().out)
+    assert 'top-1 error 40.00%, top-5 error 20.00%' in (said := capsys.readouterr().out)
     assert registered[:8] in said and str(cache / folder) in said
 
 
@@ -446,7 +446,7 @@ def test_names(tmp_path, monkeypatch):
 def test_every_entry_is_sound():
     for name, entry in registry.ENTRIES.items():
         config = configfile.load(entry.preset)
-        assert config.model.net and entry.url.startswith('http') and entry.licence and entry.title
+        assert config.model.net and entry.url.startswith('http') and entry.license and entry.title
         if entry.checksum:
             kind, digits = entry.checksum
             assert len(digits) == {'sha1': 40, 'sha256': 64}[kind] or name.startswith(
@@ -462,7 +462,7 @@ def test_every_entry_is_sound():
 @pytest.mark.parametrize('name', [name for name in hub.names() if name not in registry.ENTRIES])
 def test_our_own(name):
     found = bundle.read(hub.locate(name))
-    assert {'title', 'licence', 'data', 'measured', 'made'} <= {*found.card}
+    assert {'title', 'license', 'data', 'measured', 'made'} <= {*found.card}
     size = sum((hub.OWN / name / file).stat().length for file in bundle.files(hub.OWN / name))
     assert size <= 4e6
     net = build(classes=len(found.names), **found.config['model'])
@@ -631,7 +631,7 @@ def test_info_on_a_compressed_network(tmp_path, monkeypatch, capsys):
     found = found._replace(card={**found.card, 'compression': facts})
     bundle.write(tmp_path / 'a', found, compress=True)
     call(monkeypatch, hub_command, 'info', tmp_path / 'a')
-    text = '28.9 times smaller; 11.1 % of the weights are left'
+    text = '28.9 times smaller; 11.1% of the weights are left'
     assert f'compression {text}\n' in capsys.readouterr().out
     assert text in (tmp_path / 'a' / bundle.CARD).read_text()
 

@@ -22,7 +22,7 @@ from alexnet_jax.input.sources.source import (
 
 LIST = 'val_annotations.txt'  # Tiny ImageNet has it instead of class folders in val/
 ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.rar', '.7z')
-LAYOUT = 'the layout is train/CLASS/PICTURE and val/CLASS/PICTURE, or CLASS/PICTURE'
+LAYOUT = 'the layout is train/CLASS/IMAGE and val/CLASS/IMAGE, or CLASS/IMAGE'
 
 
 def recognizes(name: str) -> bool:
@@ -83,7 +83,7 @@ def open_source(path: str, *, data_dir: str | None, val_fraction: float, seed: i
             entries[split] = _entries(path, folder, found, class_names, skipped)
             notes += _loose(folder, loose)
         if not entries[split]:
-            raise UserError(f'{folder}: has no pictures of the classes in {tree}: {LAYOUT}')
+            raise UserError(f'{folder}: has no images of the classes in {tree}: {LAYOUT}')
     return from_entries(
         path,
         class_names,
@@ -160,7 +160,7 @@ def _unused(path: str, folders: list[str], splits: dict[str, str]) -> list[str]:
         _, files = list_folder(os.path.join(path, name), collections.Counter())
         if any(is_image(file) for file in files):
             raise UserError(
-                f'{path}: {name}/ has pictures and is beside {train}/: move it into {train}/ if it is a '
+                f'{path}: {name}/ has images and is beside {train}/: move it into {train}/ if it is a '
                 'class, or out of this folder'
             )
     return [not_used([f'{name}/' for name in others])] if others else []
@@ -183,7 +183,7 @@ def _hint(tree: str, folders: list[str], loose: list[str]) -> str:
     pictures = [name for name in loose if is_image(name)]
     parent = os.path.dirname(os.path.abspath(tree))
     if pictures and not folders:
-        count = f'{len(pictures):,} picture{"s" * (len(pictures) > 1)}'
+        count = f'{len(pictures):,} image{"s" * (len(pictures) > 1)}'
         beside, _ = list_folder(parent, collections.Counter())
         up = f', or give {parent}' if 1 < len(beside) <= 2000 and _all_hold(parent, beside) else ''
         return (
@@ -194,7 +194,7 @@ def _hint(tree: str, folders: list[str], loose: list[str]) -> str:
 
 
 def _all_hold(parent: str, folders: list[str]) -> bool:
-    """Returns whether all folders hold pictures, so that they may be classes."""
+    """Returns whether all folders hold images, so that they may be classes."""
     return all(
         any(map(is_image, list_folder(os.path.join(parent, name), collections.Counter())[1]))
         for name in folders
@@ -227,7 +227,7 @@ def _entries(
         if not found and not empty:
             others = skipped.total() - before
             but = f' but for files that are not images ({others})' if others else ''
-            empty = f'{folder}: the class folder is empty{but}: put pictures there or remove it'
+            empty = f'{folder}: the class folder is empty{but}: put images there or remove it'
         entries += [Entry(file, 0, None, file, labels[name]) for file in found]
     if empty:
         raise UserError(empty)
@@ -261,14 +261,14 @@ def _listed(val: str, class_names: list[str]) -> list[Entry]:
     except ValueError as error:
         raise UserError(f'{path}: not UTF-8 ({error}): convert it') from error
     if any(len(row) != 2 for row in rows):
-        raise UserError(f'{path}: every line must be PICTURE, tab, CLASS')
+        raise UserError(f'{path}: every line must be IMAGE, tab, CLASS')
     labels = {name: label for label, name in enumerate(class_names)}
     files = [(os.path.join(images, name), labels[wnid]) for name, wnid in rows if wnid in labels]
     there = {*os.listdir(images)} if os.path.isdir(images) else set()
     missing = sum(os.path.basename(file) not in there for file, _ in files)
     if missing:
         raise UserError(
-            f'{path}: {missing:,} of {len(files):,} pictures listed in it are not in {images}: unpack the '
+            f'{path}: {missing:,} of {len(files):,} images listed in it are not in {images}: unpack the '
             'set again'
         )
     return [Entry(file, 0, None, file, label) for file, label in files]

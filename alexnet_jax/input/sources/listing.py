@@ -119,7 +119,7 @@ def _unique(path: str, rows: list[tuple]) -> tuple[list[tuple], list[str]]:
     if not repeated:
         return rows, []
     lines = '1 line repeats another one' if repeated == 1 else f'{repeated} lines repeat others'
-    return unique, [f'{lines}: each picture counts once']
+    return unique, [f'{lines}: each image counts once']
 
 
 def _extension(name: str) -> str:

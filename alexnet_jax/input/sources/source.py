@@ -413,7 +413,7 @@ def split_off(
     held_out = round(count * fraction)
     if not 0 < held_out < count:
         raise UserError(
-            f'val_fraction {fraction} of the {count} pictures of {name} leaves '
+            f'val_fraction {fraction} of the {count} images of {name} leaves '
             f'{count - held_out} for training and {held_out} for validation: give another '
             '--val_fraction, or a val/ split'
         )

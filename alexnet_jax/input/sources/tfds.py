@@ -134,7 +134,7 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     root = data_root(name, data_dir)
     builder = _builder(name, root)
     if not builder.is_prepared() and name == EMBEDDED:
-        say('rendering the embedded pictures')
+        say('rendering the embedded images')
         with contextlib.redirect_stdout(None):  # TFDS would claim to be downloading something
             _build(builder, name, root)
     elif not builder.is_prepared():
@@ -167,13 +167,13 @@ def _source(builder, name: str, val_fraction: float, seed: int) -> Source:
         or not isinstance(features[keys[0]], tfds.features.Image)
         or not isinstance(features[keys[1]], tfds.features.ClassLabel)
     ):
-        raise UserError(f'{name}: not a set of pictures with one class label each')
+        raise UserError(f'{name}: not a set of images with one class label each')
     image, label = keys
     dtype = np.dtype(features[image].np_dtype)
     if dtype not in (np.uint8, np.uint16):
         raise UserError(
             f'{name}: its images are {dtype.name}, without a known range: only sets of uint8 or uint16 '
-            'images can be used; convert it to a folder of pictures'
+            'images can be used; convert it to a folder of images'
         )
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     notes = ()

@@ -149,7 +149,7 @@ def _entries(path: str, shard: str, skipped: collections.Counter, *, labeled: bo
     missing = [key for key in images if key not in labels]
     if missing and not labels and all(map(os.path.dirname, images)):
         raise UserError(
-            f'{file}: holds folders of pictures without KEY.cls, so it is not a WebDataset shard: unpack it, '
+            f'{file}: holds folders of images without KEY.cls, so it is not a WebDataset shard: unpack it, '
             'and give the folder'
         )
     if missing:
