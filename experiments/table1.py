@@ -32,7 +32,7 @@ plot = None
 
 def run(lab):
     changes, part = SCALES[lab.scale]
-    if part < 1:
+    if lab.scale != 'full':
         changes = {**changes, **labs.shortened(CONFIG, part)}
     for seed in range(lab.seeds):
         lab.run('CNN', seed, CONFIG, changes, after=ablations.errors)

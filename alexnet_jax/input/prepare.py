@@ -20,6 +20,7 @@ from alexnet_jax.common.errors import UserError, choose, say
 from alexnet_jax.input import buckets, sources, store_writer
 from alexnet_jax.input import store as stores
 from alexnet_jax.input.images import FILTER
+from alexnet_jax.input.sources.source import HELD_OUT
 
 COMMAND = 'python -m alexnet_jax.prepare'
 FIELDS = '(source|dir|store|format|size|val_fraction|exif)'  # of `config.data`, and flags here
@@ -278,6 +279,8 @@ def _make(
         _check_same(path, begun or {}, known)
         if opened.content is not None:
             wanted['content'] = opened.content
+            if opened.validation == HELD_OUT:
+                wanted['held_out'] = 'by class'  # earlier versions: over all classes
         if opened.test:
             wanted['test'] = [*opened.test]
         for field in {'content', 'test'} & {*wanted} & {*(begun or {})}:
@@ -336,6 +339,9 @@ def _check_source(path: str, source: str, dir: str | None, val_fraction: float) 
         what = f'{abs(more):,} {"more" if more > 0 else "fewer"} image{"s" * (abs(more) != 1)} than'
     elif now[:4] != then[:4]:
         what = 'different images from'
+    elif now == then and there.get('validation') == HELD_OUT and 'held_out' not in there:
+        say(f'{path}: keeps the validation images that an earlier version chose')
+        return
     elif opened.content != there.get('content', opened.content) or now != then:
         what = 'different labels or class names from'
     else:

@@ -178,7 +178,7 @@ def table(results: dict[tuple[str, str], dict]) -> str:
         found = metrics.values(sums)
         crops = {'center': 1, 'ten': 10}[view]
         errors = '  '.join(
-            f'{found[column]:{max(7, len(head)) - 2}.2f}%' for column, head in columns.items()
+            f'{found[column]:{max(7, len(head)) - 1}.2f}%' for column, head in columns.items()
         )
         lines.append(f'{name:{width}}  {crops:5}  {errors}  {sums["count"]:8,.0f}')
     return '\n'.join(lines)
@@ -194,7 +194,7 @@ def class_table(results: dict[tuple[str, str], dict], names: Sequence[str]) -> s
     lines += ['Top-1 errors:', f'{"Class":{width}}  {heads}    Images']
     for k, name in enumerate(names):
         row = '  '.join(
-            f'{"–":>7}' if np.isnan(error[k]) else f'{error[k]:5.1f}%' for error in errors
+            f'{"–":>7}' if np.isnan(error[k]) else f'{error[k]:6.1f}%' for error in errors
         )
         lines.append(f'{name:{width}}  {row}  {sums[0]["class_count"][k]:8,.0f}')
     return '\n'.join(lines)

@@ -394,9 +394,10 @@ class Loop:
                 log.info(line)
             if (step + 1) % self.config.log_every == 0:
                 self.write_row(step, rates)
-            elif steady := self.clock.overdue(self.images, (step + 1) / self.config.log_every % 1):
-                total, batch = self.setup.total, self.setup.config.train.batch
-                log.info(progress.short_line(step + 1, total, batch, steady))
+        total, batch = self.setup.total, self.setup.config.train.batch
+        left = -(step + 1) % self.config.log_every * batch
+        if left and (steady := self.clock.overdue(self.images, left)):
+            log.info(progress.short_line(step + 1, total, batch, steady))
 
     def write_row(self, step: int, rates: dict[str, float]) -> None:
         """Ends an interval of `log_every` steps: writes its row and its log line."""

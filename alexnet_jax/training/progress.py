@@ -108,14 +108,16 @@ class Clock:
         """Excludes a block that is not training."""
         start = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - start
+        self._said = time.perf_counter()  # evaluations have their own line
+        self._paused += self._said - start
 
     @contextlib.contextmanager
     def once(self):
         """Times a block that will not be repeated, such as compilation; yields its list of seconds."""
         start, seconds = time.perf_counter(), []
         yield seconds
-        seconds.append(time.perf_counter() - start)
+        self._said = time.perf_counter()
+        seconds.append(self._said - start)
         self._once += seconds[0]
 
     def interval(self, images: float) -> tuple[dict[str, float], float]:
@@ -129,19 +131,17 @@ class Clock:
         self._reset()
         return values, steady
 
-    def overdue(self, images: float, done: float) -> float:
+    def overdue(self, images: float, left: int) -> float:
         """Returns images/s so far, without one-time costs, if a line is due; else 0.
 
-        One is due if neither the last line nor the next is within `QUIET` seconds.
-
-        done: the fraction of the interval that has passed.
+        One is due if neither the last line nor the next, after `left` more images, is within `QUIET` seconds.
         """
         now = time.perf_counter()
-        left = (now - self._start) * (1 - done) / done
-        if min(now - self._said, left) < QUIET:
+        steady = images / max(now - self._start - self._paused - self._once, 1e-9)
+        if min(now - self._said, left / steady) < QUIET:
             return 0.0
         self._said = now
-        return images / max(now - self._start - self._paused - self._once, 1e-9)
+        return steady
 
 
 def first_line(step: int, total: int, loss: float, compiled: float) -> str:

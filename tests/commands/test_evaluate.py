@@ -17,7 +17,8 @@ NAMES = [f'class {k}' for k in range(CLASSES)]
 
 def test_a_class_without_images_has_no_error():
     sums = {'class_count': np.array([2.0, 0.0]), 'class_top1': np.array([1.0, 0.0])}
-    *_, bee, cat = evaluation.class_table({('net', 'ten'): sums}, ['bee', 'cat']).splitlines()
+    *_, head, bee, cat = evaluation.class_table({('net', 'ten'): sums}, ['bee', 'cat']).splitlines()
+    assert len(head) == len(bee) == len(cat)
     assert bee.split()[1:] == ['50.0%', '2'] and cat.split()[1:] == ['–', '0']
 
 
@@ -27,6 +28,8 @@ def test_the_top_5_error_of_at_most_five_classes_is_left_out(classes):
     sums = {'count': 2.0 * classes, 'loss': 1.0, 'top1': classes, 'top5': classes}
     table = evaluation.table({('net', 'ten'): sums | {'class_count': each, 'class_top1': each / 2}})
     assert ('Top-5' in table) == (classes > 5) and table.count('50.00%') == 2 + (classes > 5)
+    _, head, row = table.splitlines()
+    assert len(head) == len(row)
 
 
 @pytest.fixture(scope='module')

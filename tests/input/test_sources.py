@@ -283,6 +283,9 @@ def test_every_class_gives_its_share(fraction):
         assert (np.abs(held - fraction * sizes) <= 1).all() and (held[:5] < sizes[:5]).all()
         if fraction < 0.9:  # there, a class of two keeps one
             assert len(split['val']) == round(63 * fraction)
+    balanced = np.repeat(np.arange(20), 15)  # half of the classes give two, and not always the same
+    held = [np.bincount(balanced[split_off(300, 0.1, s, '', balanced)['val']]) for s in (0, 1)]
+    assert {*held[0]} == {*held[1]} == {1, 2} and held[0].tolist() != held[1].tolist()
     first, second = (split_off(63, fraction, seed, '', labels)['val'] for seed in (0, 1))
     assert first.tolist() != second.tolist()
     plain = split_off(63, fraction, 0, '')  # of unknown labels: any
@@ -293,15 +296,19 @@ def test_an_incomplete_imagenet_is_noted():
     names = [f'n{i:08}' for i in range(1000)]
     whole = np.arange(1_281_167) % 1000, np.arange(50_000) % 1000
     few = {'train': np.arange(13_000) % 1000, 'val': whole[1]}
-    for labels in (dict(zip(('train', 'val'), whole, strict=True)), {'train': whole[0]}, few):
+    both = dict(zip(('train', 'val'), whole, strict=True))
+    held_out = {'train': whole[0][:-50_000], 'val': whole[0][-50_000:]}
+    older, other_val = {**both, 'train': whole[0][:1_261_406]}, {**both, 'val': whole[1][:10_000]}
+    for labels in (both, {'train': whole[0]}, held_out, older, other_val, few):
         assert not class_notes(names, labels)
     (note,) = class_notes(names, {'train': whole[0], 'val': whole[1][:-1]})
-    assert note.startswith(
-        'found 1,000 classes and 1,331,166 images; ILSVRC-2012 has 1,000 classes'
+    assert (
+        'it is incomplete: 1,000 classes, 1,281,167 training and 49,999 validation images' in note
     )
+    assert class_notes(names, {**both, 'train': whole[0][1:]})
     assert not class_notes([f'class {i}' for i in range(1000)], {'train': whole[0][1:]})
     labels = {split: x[x != 999] for split, x in zip(('train', 'val'), whole, strict=True)}
-    assert 'found 999 classes' in class_notes(names[:-1], labels)[0]
+    assert 'it is incomplete: 999 classes' in class_notes(names[:-1], labels)[0]
 
 
 def test_labels_of_val_are_those_of_train_where_a_class_has_no_pictures(tmp_path):

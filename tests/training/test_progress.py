@@ -137,12 +137,17 @@ def test_a_long_interval_says_how_long_it_will_take(monkeypatch):
     clock = progress.Clock()
     with clock.once():
         now[0] += 10
-    now[0] += progress.QUIET - 10.1
-    assert not clock.overdue(100, 0.1)
+    now[0] += progress.QUIET - 0.1
+    assert not clock.overdue(300, 1000)
     now[0] += 0.1
-    assert not clock.overdue(100, 0.6)  # the next line comes soon
-    assert clock.overdue(100, 0.1) == 5 and not clock.overdue(100, 0.1)
+    assert not clock.overdue(300, 290)  # the next line comes soon
+    assert clock.overdue(300, 300) == 10 and not clock.overdue(300, 300)
     now[0] += progress.QUIET
-    assert clock.overdue(100, 0.1) == 2
+    assert clock.overdue(300, 300) == 5
+    with clock.paused():
+        now[0] += 100
+    assert not clock.overdue(300, 300)  # the evaluation has just been logged
+    now[0] += progress.QUIET
+    assert clock.overdue(900, 300) == 10
     assert progress.short_line(3, 1003, 36, 2.0) == 'step 3/1,003  2 images/s  5h00m to go'
-    assert clock.interval(100)[0]['images_per_second'] == 100 / (2 * progress.QUIET)
+    assert clock.interval(100)[0]['images_per_second'] == 100 / (10 + 3 * progress.QUIET)

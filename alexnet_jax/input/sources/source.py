@@ -55,7 +55,7 @@ class Entry(NamedTuple):
 
 WNID = re.compile(r'n\d{8}')  # a WordNet ID, ImageNet's name of a class
 SPLITS = ('train', 'val', 'test')
-ILSVRC2012 = 1000, 1_281_167, 50_000  # classes, training and validation images
+TRAIN_IMAGES, VAL_IMAGES = (1_281_167, 1_261_406), 50_000  # of ILSVRC-2012 and -2010
 HELD_OUT = 'a part of the training images that is held out'
 PICTURE_BYTES = 100_000  # rough size of a photograph's file; ImageNet's average 110 kB
 
@@ -286,15 +286,15 @@ def class_notes(class_names: Sequence[str], labels: dict[str, np.ndarray]) -> tu
             subject = '1 class has' if single.size == 1 else f'{single.size} classes have'
             names = _first([class_names[label] for label in single])
             notes.append(f'{subject} a single image, which is in {split}: {names}')
-    classes, train, val = ILSVRC2012
-    found = len(class_names), sum(int(c.sum()) for split, c in counts.items() if split != 'test')
-    whole = found in ((classes, train), (classes, train + val))
-    near = 0.9 * classes <= found[0] <= classes and 0.9 * train <= found[1] <= train + val
-    if near and not whole and is_imagenet(class_names):
-        notes.append(
-            f'found {found[0]:,} classes and {found[1]:,} images; ILSVRC-2012 has {classes:,} classes, '
-            f'{train:,} training and {val:,} validation images, so this copy is incomplete'
-        )
+    train, val = (int(counts[split].sum()) if split in counts else 0 for split in ('train', 'val'))
+    if 990 <= len(class_names) <= 1000 and is_imagenet(class_names):
+        whole = {train, train + val} & {*TRAIN_IMAGES}  # the sum, if val is held out
+        short = not whole and 0.9 * TRAIN_IMAGES[0] <= train + val and train < TRAIN_IMAGES[0]
+        if short or 0.9 * VAL_IMAGES <= val < VAL_IMAGES or len(class_names) < 1000 and train > 1e6:
+            notes.append(
+                f'if this is ILSVRC-2012, it is incomplete: {len(class_names):,} classes, {train:,} training '
+                f'and {val:,} validation images, not 1,000, {TRAIN_IMAGES[0]:,} and {VAL_IMAGES:,}'
+            )
     return tuple(notes)
 
 
@@ -407,8 +407,8 @@ def split_off(
 ) -> dict[str, np.ndarray]:
     """Splits records 0..count-1 at random -> {'train': i64[N], 'val': i64[M]}, each ascending.
 
-    If labels are given, every class contributes its share, up to rounding, and a class of two records or
-    more keeps at least one for training.
+    If labels are given, every class contributes its share, up to rounding, but keeps at least one record for
+    training if it has two, so fewer may be held out. Classes of one record are the last to contribute.
     """
     held_out = round(count * fraction)
     if not 0 < held_out < count:
@@ -422,9 +422,10 @@ def split_off(
     most = np.maximum(sizes - 1, 1)
     exact = sizes * (held_out / count)
     quota = np.minimum(exact.astype(np.int64), most)
-    largest = np.argsort(quota - exact, kind='stable')  # the largest remainders first
+    rng = np.random.default_rng(seed)
+    order, ties = rng.permutation(count), rng.permutation(len(sizes))
+    largest = np.lexsort((ties, np.round(quota - exact, 9), sizes == 1))  # remainders, that is
     quota[largest[quota[largest] < most[largest]][: held_out - quota.sum()]] += 1
-    order = np.random.default_rng(seed).permutation(count)
     order = order[np.argsort(labels[order], kind='stable')]  # by class, at random within it
     place = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     held = place < np.repeat(quota, sizes)
