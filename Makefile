@@ -1,4 +1,4 @@
-# make quickstart   install, train a small net on the embedded pictures, evaluate it (about 3 minutes)
+# make quickstart   install, train a small net on the embedded images, evaluate it (about 3 minutes)
 # make test         the tests (6 minutes on 2 cores)
 # make test-fast    without the slow tests
 # make test-all     with the end-to-end checks to run before a release (15 minutes)

@@ -1,4 +1,4 @@
-"""Converts another program's weight file to a bundle, for load, evaluate, predict and init_from.
+"""Converts another framework's weight file to a bundle, for load, evaluate, predict and init_from.
 
 Reads the networks listed in docs/weights.md from files of PyTorch (.pth, .safetensors), Caffe (.caffemodel),
 ONNX, Keras (.h5), TensorFlow Lite and Deep Compression (.net). Their input scale is folded into the first

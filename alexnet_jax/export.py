@@ -1,4 +1,4 @@
-"""Exports a trained network to other programs.
+"""Exports a trained network to other frameworks.
 
     python -m alexnet_jax.export RUN --format=onnx
     python -m alexnet_jax.export RUN --format=tflite-int8 --output=phone/alexnet.tflite
@@ -242,7 +242,7 @@ def _compare(
     images = f'{len(ours):,} {"random" if labels is None else "validation"} images'
     text = (
         f'largest logit difference on {images}: {difference:.2g}, of a range of {scale:.3g} '
-        f'({difference / scale:.1e}); the same class for {same:.1f}%'
+        f'({difference / scale:.1e}); same class for {same:.1f}%'
     )
     wrong = ''
     if not difference <= tolerance * scale:  # also true for NaN

@@ -5,7 +5,7 @@
 
 Activations are those of the center crop at test time. The file has `features` f32[N,F] (for
 convolutions f32[N,H,W,C], with the channels of all towers in order), `labels` i32[N] (-1: unknown),
-`paths` (for a split, `records`: their numbers), `names`, `layer` and `step`. An image is labeled if its
+`paths` (for a split, `records`: their indices), `names`, `layer` and `step`. An image is labeled if its
 folder, or the folder above, is named after a class. Images that cannot be read are reported and left
 out, and the exit code is then 2.
 """
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def _batches(pictures: figures.Pictures, size: int, numbers: list[int]) -> Iterator[Batch]:
-    """Yields padded batches of the images that can be read, and appends their numbers."""
+    """Yields padded batches of the images that can be read, and appends their indices."""
     for some, squares in pictures.batches(size):
         numbers += some
         yield from inference.padded(squares, size)

@@ -168,7 +168,7 @@ class Pictures:
         self._failed = []
 
     def batches(self, size: int) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yields (numbers of images, squares u8[n,S,S,3]), `size` at a time."""
+        """Yields (image indices, squares u8[n,S,S,3]), `size` at a time."""
         numbers, squares = [], []
         found = ordered_map(
             self._try, range(self._count), threads=self._threads, ahead=size + self._threads

@@ -39,7 +39,7 @@ def make_features(trained: inference.Run, mesh: Mesh) -> Callable[[Batch], np.nd
 def nearest(
     queries: np.ndarray, batches: Iterable[np.ndarray], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the rows nearest to each query -> (row numbers i64[N,count], distances f64[N,count]).
+    """Finds the rows nearest to each query -> (row indices i64[N,count], distances f64[N,count]).
 
     queries: f32[N,F]; batches: all rows, f32[b,F] at a time; only the nearest stay in memory.
     The nearest row comes first; among equal distances, the earlier row.

@@ -2,8 +2,8 @@
 
     python -m alexnet_jax.main --config=configs/alexnet_bn.py
 
-Every convolution and hidden layer is followed by batch normalization and ReLU; dropout is inverted. Initial
-kernels are He's, and the rate drops at fixed epochs. Not run on ImageNet here.
+Every convolution and hidden layer is followed by batch normalization and ReLU; dropout is inverted. Kernels
+use He initialization, and the rate drops at fixed epochs. Not run on ImageNet here.
 """
 
 from ml_collections import ConfigDict

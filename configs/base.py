@@ -123,8 +123,8 @@ def get_config() -> ConfigDict:
             'ema': 0.0,
             'ema_used': False,  # the average decides the best checkpoint, and is what `load` returns
             'smoothing': 0.0,  # label smoothing: part of the target spread evenly over all classes
-            # Training images over which batch normalization's statistics are recomputed at the end, at
-            # most all of them; 0: none
+            # Training images used to recompute batch normalization's statistics at the end (capped at all
+            # of them); 0: none
             'recompute': 0,
             'freeze': (),  # layers whose parameters do not change, for example ('conv1',)
         }

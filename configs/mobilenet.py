@@ -7,7 +7,7 @@ Published top-1 error: v2 28.12% (torchvision: batch 256, rate 0.045, times 0.98
 epochs, weight decay on all parameters), v1 29.1% (TensorFlow's slim). v1 has the rates of slim's
 mobilenet_v1_train.py, times 0.94 every 2.5 epochs, and its weight decay, on all kernels but the depthwise
 ones. Departures from that script: momentum 0.9 (none there), batch 256 (64), running statistics that keep
-0.99 per step (0.9997), 250 epochs (no end), He's initial kernels, and no color distortion. `v1-rmsprop`
+0.99 per step (0.9997), 250 epochs (no end), He initialization, and no color distortion. `v1-rmsprop`
 has the optimizer of slim's train_image_classifier.py. Not run on ImageNet here.
 """
 

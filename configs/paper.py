@@ -7,8 +7,9 @@ validation error stops improving. In the paper: 90 epochs, five to six days on t
 top-1/top-5 error 40.7/18.2% with ten crops. Not yet run in full here.
 
 One number is the source's: the standard deviation of the initial kernels of conv3 to conv5, 0.03. With
-the text's 0.01 the loss stays at chance level longer, the more so with more classes: on the 200 classes of
-Tiny ImageNet, at a quarter of its width, for 3,430 steps instead of 590 (`experiments/text_init.py`).
+the text's 0.01 the loss stays at chance level longer, the more so with more classes: with the 200
+classes of Tiny ImageNet and a quarter-width network, for 3,430 steps instead of 590
+(`experiments/text_init.py`).
 
 Variants: `paper.py:text`, the text literally; `paper.py:tanh`, tanh units (§3.1). The paper gives no initial
 values or rate for those. With its biases of 1 they stay at chance level, and at ReLU's rate they learn

@@ -5,7 +5,7 @@
 Published: top-1/top-5 error 42.5/19.7% (DeepScale/SqueezeNet at 264e225, solver.prototxt and
 train_val.prototxt: batch 512, rate 0.04, falling linearly to 0 over 170,000 steps, weight decay 0.0002;
 biases learn at twice the rate and do not decay). Departures: v1.0's conv10 has no padding (1 pixel there),
-pixels are divided by 57, and the initial kernels are He's. Not run on ImageNet here.
+pixels are divided by 57, and kernels use He initialization. Not run on ImageNet here.
 """
 
 from ml_collections import ConfigDict

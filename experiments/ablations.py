@@ -265,7 +265,7 @@ def of_training(results) -> list[str]:
     lines += [
         '',
         'Reference: mean ± standard deviation over the seeds; other rows: difference from it. Training: mean '
-        "over the last tenth of the run, with dropout's masks, so `no dropout` cannot be compared. "
+        'over the last tenth of the run, with dropout active, so `no dropout` cannot be compared. '
         'Validation: center crop, at the end. Gap: validation minus training. A run has converged at the '
         f'first evaluation within {POINT:g} point of its lowest error. Evaluations are {every:,} '
         'steps apart, and the learning rates drop at the same steps in all runs.',
@@ -347,7 +347,7 @@ def theirs(values: tuple, digits: int) -> str:
 def report(results) -> str:
     reference = [[*of_seeds(results, REFERENCE, error, 'ten').values()] for error in ERRORS]
     if not reference[0]:
-        return 'The reference has not been run, or diverged with every seed.'
+        return 'The reference has not been run, or diverged for every seed.'
     epochs = max(
         run['train'][-1]['epoch'] for run in labs.named(results, REFERENCE) if run['train']
     )

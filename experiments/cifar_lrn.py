@@ -168,7 +168,9 @@ def report(results) -> str:
         )
     if differences['ten']:
         over = statistics.over_pictures(*(labs.named(results, net) for net in PAIR))
-        lines.append(f'- The same over images (bootstrap, center crop, 95%): {over}.')
+        lines.append(
+            f'- The same effect, interval over images (bootstrap, center crop, 95%): {over}.'
+        )
     else:
         lines.append('- Effect of norms alone: not run.')
     lines.append(

@@ -124,8 +124,8 @@ def difference(results: list[dict]) -> str:
     changed = ', '.join(map(str, (own != reference).sum(1)))
     return (
         f'{statistics.interval(statistics.paired(errors))} over {labs.count(len(pairs), "seed")}; 95% '
-        f'interval over the {count:,} images (bootstrap): {over}; images changed between right and wrong, '
-        f'by seed: {changed}'
+        f'interval over the {count:,} images (bootstrap): {over}; images flipped between correct and '
+        f'incorrect, by seed: {changed}'
     )
 
 

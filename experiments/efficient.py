@@ -6,8 +6,8 @@
 parameters and reduced training time": each network is trained on the same number of images, with its own
 recipe (its preset) and with that of `original` (its `optim`, `augment` and `colour`). Batches have 128
 images, and published learning rates are scaled in proportion; they change at the same fractions of training,
-and the moving average covers the same fraction of the steps. A cosine replaces the MobileNets' exponential
-schedules, whose 500-fold decay would leave too few steps at useful rates.
+and the moving average covers the same fraction of the steps. A cosine schedule replaces the MobileNets'
+exponential ones, whose 500-fold decay would leave too few steps at useful rates.
 
 Times are measured after training: steps and predictions of the network and of `original`, at batch 128 on
 the same device, alternate. They exclude the input pipeline.
@@ -40,8 +40,8 @@ BATCH = 128
 ROUNDS = 5
 NOTES = {
     'small': 'Trained for 20 epochs on 112-pixel crops of 128-pixel images. The width multipliers are '
-    '0.25 for the AlexNets, 0.5 for SqueezeNet, 0.25 for MobileNet v1 and 0.35 for v2. A cosine replaces '
-    "the MobileNets' exponential schedules."
+    '0.25 for the AlexNets, 0.5 for SqueezeNet, 0.25 for MobileNet v1 and 0.35 for v2. A cosine schedule '
+    "replaces the MobileNets' exponential ones."
 }
 
 

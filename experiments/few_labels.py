@@ -28,8 +28,9 @@ NOTES = {
     'full': 'With the learning rates that are best at the small scale.',
     'small': 'On 96-pixel crops of 112-pixel images. The pre-trained networks know these classes: '
     'they are among the thousand that they were trained on, with about 1,300 labels each; Tiny ImageNet '
-    'is a part of ImageNet, so some of these validation images may have been training images. From scratch, '
-    "runs are short (6 epochs with 500 images per class), and most of SqueezeNet's were near chance halfway.",
+    'is a subset of ImageNet, so some of these validation images may have been training images. From '
+    "scratch, runs are short (6 epochs with 500 images per class), and most of SqueezeNet's were near chance "
+    'halfway.',
 }
 
 

@@ -9,8 +9,8 @@ kind was employed." It does not say which network. We use cuda-convnet's 19% net
 the last layer, without weight decay, crops or flips (`docs/original.md` §8).
 
 For each activation, the learning rate in RATES with the lowest training error in the third epoch is chosen;
-then every seed trains with it until it reaches 25%. The training error is measured as the images are trained
-on, over the last epoch, and is updated every 78 batches, a fifth of an epoch. A single block of these 9,984
+then every seed trains with it until it reaches 25%. The training error is accumulated during training,
+over the last epoch, and is updated every 78 batches, a fifth of an epoch. A single block of these 9,984
 images reaches 25% earlier (cuda-convnet printed the error of such blocks, of 10,000): every epoch has a new
 order here, so images at the start of an epoch were often seen recently, and their error is lower. The table
 shows both.
@@ -30,7 +30,7 @@ NETS = {'ReLU': 'configs/cifar10.py:fig1', 'tanh': 'configs/cifar10.py:fig1_tanh
 CHOICES = (
     'The paper does not name its network. Our choice is the 19% network of cuda-convnet, three '
     'convolutions and the last layer, without weight decay, crops or flips (`docs/original.md` §8). The '
-    'training error is measured as the images are trained on, computed after every block of 78 batches '
+    'training error is accumulated during training and computed after every block of 78 batches '
     '(a fifth of an epoch of CIFAR-10): over the whole preceding epoch, and over the block alone. The latter '
     'is lower at the start of an epoch, when many images have been seen recently. Between blocks it is '
     'interpolated linearly.'

@@ -471,7 +471,7 @@ def _origin(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _left(workdir: pathlib.Path, row: dict[str, Any]) -> float:
-    """Returns the seconds that a run still trains at the speed of a row."""
+    """Returns a run's remaining training time in seconds, at the speed of a row."""
     epochs = directory.read_config(workdir)['optim']['epochs'] - row['epoch']
     images = json.loads((workdir / 'store.json').read_text())['counts']['train']
     return max(epochs, 0) * images / row['images_per_second']

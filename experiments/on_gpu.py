@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 def steps(args) -> list[Step]:
-    """Returns the steps in their order, without those that lack a store; UserError for an invalid store.
+    """Returns the steps in order, without those that lack a store; UserError for an invalid store.
 
     Those before CIFAR-10 take at most 650 seconds, and the first five 400: 15 minutes minus the
     machine's start, in two parts.
@@ -162,7 +162,7 @@ def main() -> None:
             continue
         left = end - time.monotonic()
         if left < LEAST:
-            print(f'{step.name}: left out, {max(left, 0):.0f} s left', flush=True)
+            print(f'{step.name}: skipped, {max(left, 0):.0f} s left', flush=True)
             continue
         seconds = min(step.seconds, left)
         print(f'{step.name}, {seconds:.0f} s: python {shlex.join(step.command)}', flush=True)

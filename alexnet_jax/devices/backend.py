@@ -25,15 +25,15 @@ class Backend(NamedTuple):
     shifts: bool  # depthwise convolutions as shifted products, since XLA's are slow on CPUs
     products: bool  # 1 x 1 convolutions as matrix products, whose gradients are faster on CPUs
     keep_programs: bool  # cache compiled programs on disk; compiling for CPUs takes seconds
-    # the gradient of maximum pooling: 'interleaved' arrays, one per kind of pixel; the same arrays 'spread',
-    # with zeros between their pixels, and summed; or a sum of such arrays, one per place in the 'window'
+    # the gradient of max pooling: 'interleaved' arrays, one per kind of pixel; the same arrays 'spread',
+    # with zeros between their pixels, and summed; or a sum of such arrays, one per position in the 'window'
     pooling: str
     # sums over channels in bfloat16 networks as products with a band matrix, of terms rounded to bfloat16
     band: bool = False
     # the gradient of normalization recomputes the squares, which XLA would keep in float32 otherwise,
     # and rounds what it sums over channels to the dtype of the network
     barrier: bool = False
-    # maximum pooling as one operator, and hidden layers as one product per tower, as in other programs
+    # max pooling as one operator, and hidden layers as one product per tower, as in other frameworks
     operators: bool = False
     # local response normalization and sums over windows as one operator, too, which only ONNX has
     sums: bool = False
@@ -74,7 +74,7 @@ def using(backend: Backend) -> Iterator[None]:
 
 
 def portable(*, sums: bool = False) -> contextlib.AbstractContextManager:
-    """Networks traced in this context compute with the operators that other programs have."""
+    """Networks traced in this context compute with the operators that other frameworks have."""
     return using(PORTABLE._replace(sums=sums))
 
 

@@ -1,4 +1,4 @@
-"""Copies a store from a bucket to a disk, once per host: training reads stores from a disk.
+"""Copies a store from a bucket to a local disk, once per host: training reads stores from a local disk.
 
 A file gets its name once it is complete; store.json comes last and so marks a complete copy. Records
 are copied in parts, several at a time, and checked by their CRC-32s as they arrive. After a kill,

@@ -165,7 +165,7 @@ def _check_range(high: np.ndarray) -> None:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG file without its texts and color profile; b'' if there are none, or it is not a PNG."""
+    """A PNG file without its text chunks and color profile; b'' if there are none, or it is not a PNG."""
     if not data.startswith(b'\x89PNG\r\n\x1a\n'):
         return b''
     kept, start = [data[:8]], 8

@@ -86,7 +86,7 @@ def prepare(
     _check_options(format, size, val_fraction, exif)
     if store and '://' in store:
         raise UserError(
-            f'--store={store}: prepare writes to a disk: give a folder, and copy it with gcloud '
+            f'--store={store}: prepare writes to a local disk: give a folder, and copy it with gcloud '
             f'storage cp -r FOLDER {store}'
         )
     path, named = store or default_store(source, size, format), bool(store)

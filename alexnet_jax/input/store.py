@@ -189,7 +189,7 @@ def open_store(path: str | os.PathLike) -> Store:
         has the wrong size or fails its checksum, or a label is out of range.
     """
     if is_remote(path):
-        raise UserError(f'{path}: this needs a store on a disk: copy it there first')
+        raise UserError(f'{path}: this needs a store on a local disk: copy it there first')
     path = Path(path)
     try:
         info = _description(path)

@@ -140,7 +140,7 @@ class MobileNet(blocks.OneTower):
 
     @nn.nowrap
     def each(self, common: blocks.Common):
-        """The blocks in their order."""
+        """The blocks in order."""
         names = (f'block{i + 1}' for i in range(len(self.names)))
         if self.version == 1:
             for features, stride in V1:

@@ -68,7 +68,7 @@ class Facts(NamedTuple):
 
     names: list[str]  # class names, by label
     mean: np.ndarray  # f32[S,S,3]
-    exif: bool = False  # images are turned upright as their EXIF orientation says
+    exif: bool = False  # images are rotated by their EXIF orientation
 
 
 def read_config(path: str | os.PathLike) -> dict:

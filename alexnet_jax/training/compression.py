@@ -247,7 +247,7 @@ def keep_zeros(net: Network, inner):
 def share(inner, groups: dict[str, np.ndarray]):
     """Returns an optimizer that moves all weights of a group alike, by the sum of their gradients.
 
-    groups: the number of each weight's group, by the parameter's name; 0: pruned. As in Han et al. 2015,
+    groups: the index of each weight's group, by the parameter's name; 0: pruned. As in Han et al. 2015,
     "Deep Compression" (§3.3). For networks that the mesh does not divide.
     """
 
@@ -284,8 +284,8 @@ def layers(net: Network, variables: dict) -> list[dict]:
 
     Keys: layer, weights (of the kernels), kept (%), bits (of a weight's code), huffman (the same after
     Huffman coding), index (bits of the gaps per weight), index_huffman, size (bytes of float32), pq and pqh:
-    the size compressed in %, with fixed codes and with Huffman's. A layer without a shared kernel has None
-    for what it lacks.
+    the size compressed in %, with fixed codes and with Huffman codes. A layer without a shared kernel has
+    None for what it lacks.
     """
     arrays = fingerprint.named_leaves(variables)
     coded = compressed.described(compressed.encoded(arrays), '')

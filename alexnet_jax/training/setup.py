@@ -302,7 +302,7 @@ def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
     title, found = start.restore(kept)
     new = '' if order is None else ', with its classes in a different order'
     if not same:
-        new = ', with a new last layer, since the classes are not the same'
+        new = ', with a new last layer, since the classes differ'
     log.info('starting from %s%s', title, new)
     if same and order is not None:
         for name in head:

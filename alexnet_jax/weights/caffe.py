@@ -45,8 +45,8 @@ IN_GROUPS = ('conv2', 'conv4', 'conv5')  # of AlexNet
 class Graph(NamedTuple):
     """A network read from a file.
 
-    arrays: by layer and number, 0 for the kernel and 1 for the bias: ('conv1', 0); ops: 'LRN' and
-    'Pooling' in their order; norms: the fields of config.model that each normalization has; forms: by layer,
+    arrays: by layer and index, 0 for the kernel and 1 for the bias: ('conv1', 0); ops: 'LRN' and
+    'Pooling' in order; norms: the fields of config.model that each normalization has; forms: by layer,
     what the file says about `CONV` or, for max-pooling, of `POOL`.
     """
 

@@ -29,7 +29,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 class Coded(NamedTuple):
     """How an array is stored. For kinds other than 'shared', the numbers are 0, except `bits` for 'levels'.
 
-    kind: 'raw'; 'shared', values by number and gaps; or 'levels', whole numbers from 0 to 255, as
+    kind: 'raw'; 'shared', values by index and gaps; or 'levels', whole numbers from 0 to 255, as
     differences.
     """
 

@@ -1,8 +1,9 @@
-"""The released SqueezeNet v1.0 of "Deep Compression" (Han, Mao, Dally, 2016): 4.8 MB in 0.66 MB.
+"""The released SqueezeNet v1.0 of "Deep Compression" (Han, Mao, Dally, 2016): 4.8 MB compressed to 0.66 MB.
 
 `compressed_SqueezeNet.net` of github.com/songhan/SqueezeNet-Deep-Compression: u32 counts of the kept
-weights of all layers; then, layer by layer, 256 float32 centroids, the float32 biases, a centroid's number
-for each kept weight (u8), and the distances between kept weights minus 1 (4 bits each, low half first).
+weights of all layers; then, layer by layer, 256 float32 centroids, the float32 biases, the index of a
+centroid for each kept weight (u8), and the distances between kept weights minus 1 (4 bits each, low half
+first).
 """
 
 import numpy as np

@@ -62,7 +62,7 @@ class Table:
 
     def _number(self, code: str, at: int):
         if not 0 <= at <= len(self.data) - struct.calcsize('<' + code):
-            raise Damaged(f'it points to byte {at:,}, which it does not have')
+            raise Damaged(f'it points to byte {at:,}, which is outside the file')
         return struct.unpack_from('<' + code, self.data, at)[0]
 
 

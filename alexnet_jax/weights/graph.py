@@ -1,4 +1,4 @@
-"""A function of JAX as a graph of ONNX's operators, with its constants folded in.
+"""A JAX function as a graph of ONNX operators, with its constants folded in.
 
 The graph is read from the function's jaxpr, so any network can be exported whose test mode uses the
 primitives below. Images and maps get ONNX's order, [B,C,H,W], and are only transposed where a flattening
@@ -19,7 +19,7 @@ from jax.extend.core import Literal
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets.layers import LRN
 
-FLOAT = 1  # ONNX's number of float32
+FLOAT = 1  # ONNX's code for float32
 UNARY = {
     'tanh': 'Tanh',
     'logistic': 'Sigmoid',

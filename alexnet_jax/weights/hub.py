@@ -260,7 +260,7 @@ def _token() -> str:
         with contextlib.suppress(OSError), open(source, encoding='latin-1') as opened:
             token = opened.read().strip()
     if token and not re.fullmatch('[!-~]+', token):
-        raise UserError(f'{source}: has characters that no token has; copy it again')
+        raise UserError(f'{source}: has characters that are not allowed in a token; copy it again')
     return token
 
 
@@ -356,7 +356,7 @@ def _quoted(url: str, called: str) -> str:
         why = 'no host'
     except ValueError as error:
         why = one_line(error)
-    raise UserError(f'{called}: not an address on the web ({why}); check the URL')
+    raise UserError(f'{called}: not a valid web address ({why}); check the URL')
 
 
 @contextlib.contextmanager
@@ -534,7 +534,7 @@ def _check(url: str, part: str, called: str, checksum, size: int | None) -> None
     short = f'truncated: {here:,} of {size:,} bytes; ' if size and here < 0.999 * size else ''
     raise UserError(
         f'{called}: {url}: {short}{problem}: removed; try again; if this persists, the file has been '
-        'replaced, or a proxy changes it'
+        'replaced, or a proxy is altering it'
     )
 
 

@@ -1,6 +1,6 @@
 """Keras's MobileNets (.h5): weights, whole models, and Keras 3's .weights.h5. Needs h5py.
 
-Layers are matched in their order, as Keras does, since their names changed between versions.
+Layers are matched in order, as in Keras, since their names changed between versions.
 """
 
 import collections
@@ -125,7 +125,7 @@ def _legacy(h5py, opened) -> list[Layer]:
 
 
 def _modern(h5py, opened) -> list[Layer]:
-    """The layers of a .weights.h5 file, in no order."""
+    """The layers of a .weights.h5 file, in no particular order."""
     found = []
     for name in _inside(h5py, opened, 'layers'):
         group = _inside(h5py, opened, f'layers/{name}/vars')

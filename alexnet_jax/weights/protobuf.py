@@ -83,7 +83,7 @@ class Message:
             raise Damaged(f'a field of type {kind} at byte {self._at:,} of a message')
         size = self._varint() if kind == BYTES else 8 if kind == FIXED64 else 4
         if size > len(self._data) - self._at:
-            raise Damaged(f'a field ends {size - len(self._data) + self._at:,} bytes too late')
+            raise Damaged(f'a field ends {size - len(self._data) + self._at:,} bytes past the end')
         self._at += size
         return self._data[self._at - size : self._at]
 

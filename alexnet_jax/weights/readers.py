@@ -1,4 +1,4 @@
-"""Reads another program's weight file, in any supported format, as a bundle."""
+"""Reads another framework's weight file, in any supported format, as a bundle."""
 
 import hashlib
 import json

@@ -13,7 +13,7 @@ from alexnet_jax.weights import flatbuffer, variables
 from alexnet_jax.weights.flatbuffer import Table
 from alexnet_jax.weights.variables import Damaged, Weights
 
-# From TensorFlow's schema.fbs: numbers of operators, types and activations.
+# From TensorFlow's schema.fbs: codes of operators, types and activations.
 ADD, AVERAGE_POOL, CONV, DEPTHWISE, RESHAPE, SOFTMAX = 0, 1, 3, 4, 22, 25
 DTYPES = {2: np.int32, 3: np.uint8}
 SAME, LINEAR, RELU6 = 0, 0, 3
@@ -35,7 +35,7 @@ class Tensor(NamedTuple):
 
 class Op(NamedTuple):
     code: int
-    inputs: tuple[int, ...]  # numbers of tensors
+    inputs: tuple[int, ...]  # tensor indices
     output: int
     options: Table | None
 
@@ -121,7 +121,7 @@ def _tensor(table: Table) -> Tensor:
 
 def _item(items, index: int):
     if not 0 <= index < len(items):
-        raise Damaged(f'it refers to number {index} of {len(items)}')
+        raise Damaged(f'it refers to index {index} of {len(items)}')
     return items[index]
 
 
@@ -189,7 +189,7 @@ def _weights(net: MobileNet, model: Model) -> Weights:
     def convolve(layer: Layer, start: int, linear: bool) -> tuple[np.ndarray, np.ndarray, int]:
         """-> kernel in the network's layout, bias, the tensor that is the output."""
         op = follow(DEPTHWISE if layer.depthwise else CONV, {start}, layer.output)
-        first = 4 if layer.depthwise else 3  # the number of the option `fused_activation_function`
+        first = 4 if layer.depthwise else 3  # the index of the option `fused_activation_function`
         dilations = [op.options.number(first + i, 'i', 1) for i in (1, 2)]
         if op.options.number(0, 'b') != SAME and layer.kernel[0] > 1 or dilations != [1, 1]:
             raise Damaged("a convolution whose padding is not TensorFlow's")

@@ -106,7 +106,7 @@ def eight_bits(content: bytes, batches: Iterable[np.ndarray] | None) -> bytes:
     from onnxruntime import quantization
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        logging.disable(logging.WARNING)  # advice for models that other programs made
+        logging.disable(logging.WARNING)  # advice for models that other frameworks made
         stack.callback(logging.disable, logging.NOTSET)
         old, new = (os.path.join(folder, name) for name in ('float.onnx', 'int8.onnx'))
         with open(old, 'wb') as file:

@@ -21,7 +21,7 @@ def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
     """Returns the .tflite file of function(images [1,crop,crop,3]) -> f32[1,K].
 
     eight_bits: round weights to 8 bits; activations are rounded at run time ("dynamic range"). The
-    function must have been traced for other programs, see `backend.portable`.
+    function must have been traced for other frameworks, see `backend.portable`.
     """
     tf = import_tensorflow()
     from jax.experimental import jax2tf

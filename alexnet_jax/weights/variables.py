@@ -1,4 +1,4 @@
-"""Converts the arrays of another program's file to the variables of a network."""
+"""Converts the arrays of another framework's file to the variables of a network."""
 
 import functools
 import math

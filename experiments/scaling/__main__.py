@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _compile(config, args) -> None:
-    """Compiles one program for a topology of absent devices and prints what its compiler says."""
+    """Compiles a program for a topology of devices that are not present; prints what its compiler says."""
     _, chip, count = compilers.parse(args.topology)
     shape = args.mesh or (count, 1)
     net, crop = programs.make_net(config, args.classes), config.augment.crop
@@ -168,7 +168,7 @@ def _arguments():
         '--topology',
         default='',
         metavar='CHIP:SHAPE',
-        help="absent devices; '': virtual CPU devices",
+        help="devices that are not present; '': virtual CPU devices",
     )
     parser.add_argument(
         '--mesh',

@@ -1,4 +1,5 @@
-"""XLA's own compilers for TPUs and NVIDIA GPUs, which need no device: chips, and meshes of absent devices.
+"""XLA's own compilers for TPUs and NVIDIA GPUs, which need no device: chips, and meshes of devices that
+are not present.
 
 They are optional: `pip install -r requirements-compilers.txt`.
 """
@@ -112,7 +113,7 @@ def make_mesh(topology: str, shape: tuple[int, int]) -> Mesh:
     if not importlib.util.find_spec(MODULES[chip.platform]):
         raise UserError(
             f'--topology={topology}: needs {MODULES[chip.platform]}; install '
-            'requirements-compilers.txt, best in an environment of its own'
+            'requirements-compilers.txt, best in a separate environment'
         )
     options = {'topology_name': topology}
     if chip.platform == 'cuda':
@@ -132,7 +133,10 @@ def make_mesh(topology: str, shape: tuple[int, int]) -> Mesh:
 
 
 def compile(lowered: jax.stages.Lowered, topology: str) -> jax.stages.Compiled:
-    """Compiles a program for absent devices; UserError if the compiler cannot, for lack of memory for one."""
+    """Compiles a program for devices that are not present.
+
+    Raises UserError if the compiler cannot, for lack of memory, for example.
+    """
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

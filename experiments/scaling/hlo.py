@@ -54,7 +54,7 @@ class Collective(NamedTuple):
     kind: str
     dtype: str  # HLO's name, 'f32' or 'bf16'
     elements: int
-    groups: frozenset[frozenset[int]]  # device numbers, in the mesh's order
+    groups: frozenset[frozenset[int]]  # device indices, in the mesh's order
     name: str
 
 

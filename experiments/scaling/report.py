@@ -71,7 +71,7 @@ def count_lines(moved: list[Move], wanted: list[Move]) -> list[str]:
 def program_lines(
     compiled, text: str, chip: compilers.Chip, shape, net, images: int, flops: int
 ) -> list[str]:
-    """Describes a program for absent devices; flops: of training on one image, 0 if unknown.
+    """Describes a program for devices that are not present; flops: of training on one image, 0 if unknown.
 
     compiled: for its memory only; images: per device, of whose towers each computes 1 / shape[1].
     """

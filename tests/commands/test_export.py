@@ -1,4 +1,4 @@
-"""Tests python -m alexnet_jax.export, with formats that need no other program."""
+"""Tests python -m alexnet_jax.export, with formats that need no other framework."""
 
 import json
 import re
@@ -154,7 +154,7 @@ def test_the_range_and_the_classes_of_validation_images():
     with pytest.raises(UserError, match='more than 0.1 of the range'):
         export._compare('onnx', ours, ours + 0.2, labels, 0.1)
     close = np.zeros((100, 2)) + [0.5, 0.50001] + rng.uniform(size=(100, 1))
-    with pytest.raises(UserError, match='the same class for 90.0%; less than 95%'):
+    with pytest.raises(UserError, match='same class for 90.0%; less than 95%'):
         export._compare(
             'onnx',
             close,

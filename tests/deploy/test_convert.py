@@ -1,4 +1,4 @@
-"""Converted weights give the results of the programs that they come from, on the same pixels."""
+"""Converted weights give the results of the frameworks that they come from, on the same pixels."""
 
 import os
 import shutil
@@ -295,7 +295,7 @@ def test_keras(name, alpha, form, folder):
         if isinstance(layer, keras.layers.BatchNormalization):
             for v in layer.weights:
                 v.assign(random_norms(rng, v.name, v.numpy()))
-        elif layer.weights:  # He's, or images would hardly matter
+        elif layer.weights:  # He initialization, or images would hardly matter
             kernel = layer.weights[0]
             fan_in = 9 if 'Depthwise' in type(layer).__name__ else np.prod(kernel.shape[:-1])
             kernel.assign(rng.normal(0, (2 / fan_in) ** 0.5, kernel.shape))

@@ -1,4 +1,4 @@
-"""Exported networks in the programs that they are for: onnxruntime, LiteRT, JAX's export, PyTorch."""
+"""Exported networks in their target runtimes: onnxruntime, LiteRT, JAX's export, PyTorch."""
 
 import json
 import re

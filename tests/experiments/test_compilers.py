@@ -1,4 +1,4 @@
-"""Programs for absent TPUs and GPUs, by XLA's compilers; skipped where those are not installed."""
+"""Programs compiled for TPUs and GPUs that are not present; skipped without XLA's compilers for them."""
 
 import functools
 import importlib.util

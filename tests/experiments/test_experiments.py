@@ -651,7 +651,7 @@ def test_the_table_of_compression():
     assert '| a net | 1 | 10.0 | 7,000 | 200 | 35.0 | 6.00 | 5.00 |' in table
     over = '95% interval over the 1,000 images (bootstrap): -2.'
     assert f'a net: -1.00 (no spread) over 2 seeds; {over}' in table
-    assert 'images changed between right and wrong, by seed: 30, 30\n' in table
+    assert 'images flipped between correct and incorrect, by seed: 30, 30\n' in table
     assert 'fc6' in table and '2.39' in table  # the paper's
 
 

@@ -134,7 +134,7 @@ subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])
 
 def test_no_step_starts_without_time(call):
     ended, out = call(python('late', 'pass'), seconds=1)
-    assert ended == {} and 'late: left out, 1 s left' in out
+    assert ended == {} and 'late: skipped, 1 s left' in out
 
 
 def test_the_steps(tmp_path):

@@ -113,7 +113,7 @@ def test_the_bootstrap_against_brute_force(seeds, pictures):
 
 
 def test_the_bootstrap_of_large_splits_and_of_nothing():
-    """The interval is as wide as 50,000 images make it, and exactly 0 if no image changed."""
+    """The interval is as wide as expected for 50,000 images, and exactly 0 if no image changed."""
     own, reference = correlated(2, 50_000)
     each = 100 * (reference.mean(0) - own.mean(0))
     error = each.std() / 50_000**0.5

@@ -50,7 +50,8 @@ def write_imagenet_tars(
 ) -> dict:
     """Writes the two tars of a miniature ImageNet, with a CMYK and a PNG file among them.
 
-    Classes and files are in no order. Returns {'train': {file name: wnid}, 'val': {file name: wnid}}.
+    Classes and files are in no particular order.
+    Returns {'train': {file name: wnid}, 'val': {file name: wnid}}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train = {}

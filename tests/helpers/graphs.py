@@ -1,4 +1,4 @@
-"""Runs a graph of ONNX's operators with NumPy, as their specification says."""
+"""Runs a graph of ONNX operators with NumPy, as their specification says."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Writes weight files as other programs do: .pth, .caffemodel, .binaryproto, .onnx, .tflite."""
+"""Writes weight files as other frameworks do: .pth, .caffemodel, .binaryproto, .onnx, .tflite."""
 
 import io
 import math
@@ -17,7 +17,7 @@ STORAGE |= {np.dtype(np.float64): 'DoubleStorage', np.dtype(np.int64): 'LongStor
 
 
 def random_arrays(shapes, seed=0):
-    """He's weights for {name: shape}, [O,I,...]; vectors are small."""
+    """He-initialized weights for {name: shape}, [O,I,...]; vectors are small."""
     rng = np.random.default_rng(seed)
 
     def draw(shape):

@@ -239,7 +239,7 @@ def test_a_damaged_record_reaches_the_consumer_as_one_line(tmp_path, reader):
 
 @pytest.mark.parametrize('reader', ['tf', 'threads'])
 def test_a_sample_of_raw_records_is_checked(tmp_path, reader, monkeypatch):
-    """In training by position, so that every epoch checks different records; in evaluation by number."""
+    """In training by position, so that every epoch checks different records; in evaluation by index."""
     monkeypatch.setattr(batches, 'CHECK_EVERY', 3)
     write_store(tmp_path, format='u8', size=SIZE, counts={'train': COUNT, 'val': 10})
     store = open_store(tmp_path)

@@ -26,7 +26,7 @@ COPY = f'data/flowers-{hashlib.sha1(URL.encode()).hexdigest()[:8]}'
 
 @pytest.fixture(scope='module', params=['jpg', 'u8'])
 def made(request, tmp_path_factory):
-    """A store on a disk, of 18 and 5 images."""
+    """A store on a local disk, of 18 and 5 images."""
     folder = tmp_path_factory.mktemp('made')
     fixtures.write_tree(folder / 'tree' / 'train', {'ape': 9, 'bee': 9})
     fixtures.write_tree(folder / 'tree' / 'val', {'ape': 2, 'bee': 3}, seed=1000)
@@ -263,9 +263,9 @@ def test_another_size_is_refused(made, bucket):
 
 
 def test_prepare_writes_to_no_bucket(bucket):
-    with pytest.raises(UserError, match='prepare writes to a disk: .* gcloud storage cp -r FOLDER'):
+    with pytest.raises(UserError, match='writes to a local disk: .* gcloud storage cp -r FOLDER'):
         prepare.prepare('tree', store=URL)
-    with pytest.raises(UserError, match=f'{URL}: this needs a store on a disk'):
+    with pytest.raises(UserError, match=f'{URL}: this needs a store on a local disk'):
         store.open_store(URL)
     assert os.listdir() == []
 

@@ -106,7 +106,7 @@ def to_webdataset(tree, root):
 
 
 def to_list(tree, root):
-    """Lines in no order, images elsewhere, columns ordered by the header."""
+    """Lines in no particular order, images elsewhere, columns ordered by the header."""
     root.mkdir()
     lines = [
         f'{NAMES[example.label]},{split},"{os.path.relpath(example.name, root)}"\n'
@@ -430,7 +430,7 @@ def test_what_is_wrong_with_shards(tree, tmp_path):
     (root / 'classnames.txt').write_text('a\nb\n')
     assert 'label 2, but' in refused(root) and 'names only 2 classes' in refused(root)
     write_shard(root / 'x-train.tar', [(rows[0][0], 'dog')])
-    assert "000000.cls is b'dog', not the number of a class" in refused(root)
+    assert "000000.cls is b'dog', not a class index" in refused(root)
     write_shard(root / 'x-train.tar', rows, kinds=('jpg',))
     assert '15 images have no label; the first is 000000.jpg' in refused(root)
     write_shard(root / 'x-train.tar', rows, kinds=('cls',))

@@ -110,7 +110,7 @@ def test_an_image_has_other_color_noise_in_every_epoch(tmp_path):
     write_store(tmp_path, format='u8', size=8, counts={'train': 12, 'val': 1}, classes=12)
     kwargs = dict(seed=3, batch=12, stop=3, crop=8, chunk=32, random=True, reader='threads')
 
-    def noise():  # [epoch,image,3]; an image's label is its number, and a batch is an epoch
+    def noise():  # [epoch,image,3]; an image's label is its index, and a batch is an epoch
         steps = train_batches(open_store(tmp_path), **kwargs)
         return np.stack([step['z'][np.argsort(step['label'])] for step in steps])
 

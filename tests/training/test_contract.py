@@ -402,7 +402,7 @@ def test_as_many_other_classes_have_a_new_head(runs, folder, caplog, net):
     frozen = {'train.init_from': str(runs(net, (1, 1))), 'optim.rate': 0.0}
     with caplog.at_level(logging.INFO, 'alexnet_jax'):
         new = variables(train(folder, f'{net}-renamed', net, store='renamed', **frozen))
-    assert 'with a new last layer, since the classes are not the same' in caplog.text
+    assert 'with a new last layer, since the classes differ' in caplog.text
     kernels = [name for name in old if name.split('/')[1] == HEAD[net] and name.endswith('kernel')]
     assert kernels and not any(np.array_equal(new[name], old[name]) for name in kernels)
 

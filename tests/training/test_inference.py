@@ -88,7 +88,7 @@ def test_a_picture_of_pil_is_decoded_like_its_file(classify, picture, mode):
 
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_orientation(classify, picture, tmp_path, orientation):
-    """A path and PIL's image are turned, and PIL's is left as it was."""
+    """A path and a PIL image are both rotated; the PIL image itself is not modified."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(picture).save(tmp_path / 'a.png', exif=exif)

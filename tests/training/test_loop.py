@@ -356,7 +356,7 @@ def test_every_picture_counts_once_on_any_number_of_devices(tmp_path, monkeypatc
     )
     mesh = meshes.make((devices, 1), towers=1, batches={'batch': 8})
 
-    def predict(images):  # right if the image's number is below 30
+    def predict(images):  # right if the image's index is below 30
         number = images[:, 0, 0, 0].astype(int)
         return jax.nn.one_hot(jnp.where(number < 30, number, number + 1) % 3, 3)
 

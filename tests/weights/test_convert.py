@@ -1,4 +1,4 @@
-"""Weights of other programs, in files as they write them; malicious and damaged files are refused."""
+"""Weights of other frameworks, in files as they write them; malicious and damaged files are refused."""
 
 import os
 import pickle
@@ -174,7 +174,7 @@ TOWER = b')' + b'2\x86' * 60  # nested pairs, 60 levels deep
 
 
 def malicious(tmp_path):
-    """{name: (content, words of the error)}, each with a part that must not be believed."""
+    """{name: (content, words of the error)}, each with a part that must not be trusted."""
     state = torch_arrays(SMALL)
     whole, first = files.pth_of(state), files.tensor('0', np.float32, (2, 3))
 
@@ -470,7 +470,7 @@ def test_malicious_protobufs(tmp_path):
     long = files.field(7, files.field(1, b'\x01' * 200_000))
     for content, words in (
         (b'', 'no layers with weights'),
-        (files.varint(100 << 3 | 2) + files.varint(2**40) + b'x', 'bytes too late'),
+        (files.varint(100 << 3 | 2) + files.varint(2**40) + b'x', 'bytes past the end'),
         (b'\xff' * 15 + b'\x01', 'a number of more than 10 bytes'),
         (b'\x08\x80', 'ends within a number'),
         (b'\x0b', 'a field of type 3'),
@@ -553,7 +553,7 @@ def malicious_flatbuffers():
         )
 
     whole = files.flatbuffer(files.tflite_tables(tflite_net(), 32)[0])
-    enormous, outside, here = struct.pack('<I', 2**32 - 1), ('I', 2**31), 'which it does not have'
+    enormous, outside, here = struct.pack('<I', 2**32 - 1), ('I', 2**31), 'is outside the file'
     vast = np.zeros(10**6, np.int32)
     return [
         (tflite.MAGIC, 'lacks the letters'),
@@ -567,30 +567,30 @@ def malicious_flatbuffers():
         ({1: struct.pack('<2I', 1, 2**32 - 1)}, here),
         ({1: [{}] * 10_001}, 'a vector of 10,001 numbers'),
         ({1: [], 2: []}, '0 graphs'),
-        ({1: [], 2: [{}]}, 'number 0 of 0'),
+        ({1: [], 2: [{}]}, 'index 0 of 0'),
         (shared(3, 1), 'a vector of 1,000,000 numbers'),
         (shared(3, 2), 'a vector of 1,000,000 numbers'),
         (shared(0, 0), 'a vector of 1,000,000 numbers'),
         (changed(lambda t, graph, *_: graph.update({1: vast})), 'a vector of 1,000,000 numbers'),
-        (changed(lambda t, graph, *_: graph.update({1: np.int32([-1])})), 'number -1 of'),
-        (changed(lambda t, graph, *_: graph.update({1: np.int32([999])})), 'number 999 of'),
+        (changed(lambda t, graph, *_: graph.update({1: np.int32([-1])})), 'index -1 of'),
+        (changed(lambda t, graph, *_: graph.update({1: np.int32([999])})), 'index 999 of'),
         (tensor(4, {2: np.zeros(10**6, np.float32)}), 'a scale of 0.0'),
         (tensor(4, {2: np.float32([np.nan])}), 'a scale of nan'),
         (tensor(4, {2: np.float32([1]), 3: np.int64([2**62])}), 'with one zero point'),
         (tensor(0, np.int32([-(2**31)] * 4)), 'but should be'),
         (tensor(0, np.int32([2**31 - 1] * 4)), 'but should be'),
         (tensor(1, ('b', 127)), 'a tensor should be int32'),
-        (tensor(2, ('I', 2**32 - 1)), 'number 4294967295 of'),
+        (tensor(2, ('I', 2**32 - 1)), 'index 4294967295 of'),
         (tensor(2, ('I', 0)), '0 bytes for a tensor'),
-        (op(0, ('I', 2**32 - 1)), 'number 4294967295 of 3'),
-        (op(1, np.int32([0, 2**31 - 1, 2])), 'number 2147483647 of'),
-        (op(1, np.int32([0, 1, -1])), 'number -1 of'),
-        (op(1, np.int32([0])), 'number 1 of 1'),
+        (op(0, ('I', 2**32 - 1)), 'index 4294967295 of 3'),
+        (op(1, np.int32([0, 2**31 - 1, 2])), 'index 2147483647 of'),
+        (op(1, np.int32([0, 1, -1])), 'index -1 of'),
+        (op(1, np.int32([0])), 'index 1 of 1'),
         (op(1, outside), here),
-        (op(2, np.int32([])), 'number 0 of 0'),
-        (op(2, np.int32([2**31 - 1])), 'number 2147483647 of'),
+        (op(2, np.int32([])), 'index 0 of 0'),
+        (op(2, np.int32([2**31 - 1])), 'index 2147483647 of'),
         (op(4, outside), here),
-        (op(1, np.int32([0, -5, 0]), number=1), 'number -5 of'),  # a depthwise convolution
+        (op(1, np.int32([0, -5, 0]), number=1), 'index -5 of'),  # a depthwise convolution
     ]
 
 

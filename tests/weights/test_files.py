@@ -24,7 +24,7 @@ TFLITE = {
 }
 SMALLEST = next(iter(TFLITE))
 NETS = {SQUEEZENET: ('squeezenet', {}), **TFLITE}
-SUIT = {457, 834}  # bow tie, suit: ILSVRC's numbers, of sorted WordNet IDs
+SUIT = {457, 834}  # bow tie, suit: ILSVRC's class indices, of sorted WordNet IDs
 UNIFORM = 652
 
 

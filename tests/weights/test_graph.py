@@ -1,4 +1,4 @@
-"""Networks as graphs of ONNX's operators. tests/deploy/test_export.py runs them in onnxruntime."""
+"""Networks as graphs of ONNX operators. tests/deploy/test_export.py runs them in onnxruntime."""
 
 import jax
 import jax.numpy as jnp

@@ -232,9 +232,9 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(web, checksum):
 @pytest.mark.parametrize(
     ('url', 'words'),
     [
-        ('http://[::1/x', 'not an address on the web'),
-        ('http://host:x/y', 'not an address on the web'),
-        ('http:///y', 'not an address on the web (no host)'),
+        ('http://[::1/x', 'not a valid web address'),
+        ('http://host:x/y', 'not a valid web address'),
+        ('http:///y', 'not a valid web address (no host)'),
         ('http://127.0.0.1:9/é ü\n.bin', 'cannot be reached ([Errno 111] Connection refused)'),
     ],
 )

@@ -391,7 +391,7 @@ def _in_folder(tree: str, skipped: collections.Counter) -> list[tuple]:
 
 
 def _labels(parts: Parts):
-    """Returns a function (number of a validation image, its name for messages) -> WordNet ID.
+    """Returns a function (number in a validation image's name, that name for messages) -> WordNet ID.
 
     From Kaggle's list if it is there, else from the one that TFDS ships: a WordNet ID per image.
     """

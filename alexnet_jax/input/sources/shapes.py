@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SEED = 2012
-SPLITS = {'train': (0, 2000), 'validation': (1, 1000)}  # name: (number of the split, images)
+SPLITS = {'train': (0, 2000), 'validation': (1, 1000)}  # name: (index of the split, images)
 
 SHORTER_SIDE = (96, 200)  # pixels, inclusive
 ASPECT = (1.0, 1.4)  # longer side / shorter side

@@ -299,7 +299,7 @@ def class_notes(class_names: Sequence[str], labels: dict[str, np.ndarray]) -> tu
 
 
 def number_names(largest: int, count: int, name: str) -> list[str]:
-    """Returns the names of classes that are known by number only.
+    """Returns the names of classes that are known by index only.
 
     Raises:
       UserError: `largest`, the largest label (of the image or file `name`), is absurd for `count` images.
@@ -307,7 +307,7 @@ def number_names(largest: int, count: int, name: str) -> list[str]:
     if largest >= 10 * count + 1000:
         raise UserError(
             f'{name}: label {largest}, but there are only {count} training images: labels must be '
-            'class numbers, starting at 0'
+            'class indices, starting at 0'
         )
     return [str(label) for label in range(largest + 1)]
 

@@ -167,9 +167,7 @@ def _entries(path: str, shard: str, skipped: collections.Counter, *, labeled: bo
             except ValueError:
                 label = -2
             if label < (0 if labeled else -1):
-                raise UserError(
-                    f'{file}: {labels[key].name} is {text[:20]!r}, not the number of a class'
-                )
+                raise UserError(f'{file}: {labels[key].name} is {text[:20]!r}, not a class index')
             entries.append(Entry(file, image.offset, image.size, f'{file}: {image.name}', label))
     return entries
 
