@@ -348,11 +348,11 @@ def report(results) -> str:
     reference = [[*of_seeds(results, REFERENCE, error, 'ten').values()] for error in ERRORS]
     if not reference[0]:
         return 'The reference has not been run, or diverged for every seed.'
-    epochs = max(
-        run['train'][-1]['epoch'] for run in labs.named(results, REFERENCE) if run['train']
-    )
+    first = next(run for run in labs.named(results, REFERENCE) if run['extra'])
+    stored = first.get('fingerprint', {}).get('config', {})
+    epochs = stored.get('config.optim.epochs', math.ceil(first['train'][-1]['epoch']))
     lines = [
-        f'Reference (`original`), {math.ceil(epochs)} epochs, ten crops, '
+        f'Reference (`original`), {epochs:g} epochs, ten crops, '
         f'{labs.count(len(reference[0]), "seed")}: top-1 error '
         f'{statistics.mean_std(reference[0])}%, top-5 error {statistics.mean_std(reference[1])}% (± '
         'standard deviation). Other rows: difference from the reference in percentage points (positive: '

@@ -69,7 +69,7 @@ CANNOT = {  # modules that cannot change a result, and why
 }
 PLACES = ('config.seed', 'config.data.dir', 'config.data.store', 'config.data.source')
 EARLIER = (
-    'Results from earlier versions of the code: rows of one table may come from different commits'
+    'Earlier versions and shorter schedules: rows of one table may come from different commits'
 )
 
 

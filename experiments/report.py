@@ -10,6 +10,7 @@ form a separate section at the end.
 
 import argparse
 import importlib
+import pathlib
 import re
 import shlex
 from types import ModuleType
@@ -50,7 +51,7 @@ changes ([provenance.py](provenance.py)). The tests of one table form a family, 
 only differences that survive get a verdict, and all have 95% intervals ([statistics.py](statistics.py)).
 Differences use the seeds that both rows have (*pairs*); *no spread*: all pairs are equal, so there is no
 interval. ±: sample standard deviation over seeds. *At chance*: the training loss over the last logged steps
-is above 0.95 ln(classes). Results that predate fingerprints are at the end.
+is above 0.95 ln(classes). Results from earlier versions, or from shorter schedules, are at the end.
 
 ## Datasets
 
@@ -103,9 +104,9 @@ this name.
 OLD = f"""## {provenance.EARLIER}
 
 These tables come from earlier versions of the code, or from shorter schedules, and stay here until they are
-measured again. Most of their runs stored no fingerprint, and some used uncommitted code (*dirty*). Those did
-not store which images were classified correctly either, so the interval over images is "—". Older runs did
-not record their processor (*not noted*).
+measured again; their commands now train with the present schedules. Most of their runs stored no fingerprint,
+and some used uncommitted code (*dirty*). Those did not store which images were classified correctly either,
+so the interval over images is "—". Older runs did not record their processor (*not noted*).
 """
 
 
@@ -127,7 +128,7 @@ def section(name: str) -> str:
             parts += shown(module, scale, there, f'{name}-{scale}')
         else:
             old = ' with this version of the code (see the end for earlier results)'
-            state = f'**Not run**{old}.' if kept(name, scale, labs.EARLIER) else '**Not run.**'
+            state = f'**Not run**{old}.' if earlier_files(name, scale) else '**Not run.**'
             parts.append(f'{state} To run it:\n\n```\n{usage(module, scale)}\n```')
     return '\n\n'.join(parts) + '\n'
 
@@ -135,7 +136,7 @@ def section(name: str) -> str:
 def earlier(name: str, scale: str) -> list[str]:
     """Returns a section for each earlier table of one experiment and scale, NAME-SCALE[-WORD].json."""
     module, sections = load(name), []
-    for file in sorted((labs.RESULTS / labs.EARLIER).glob(f'{name}-{scale}*.json')):
+    for file in earlier_files(name, scale):
         word = file.stem.removeprefix(f'{name}-{scale}').replace('-', ', ')
         parts = [f'### {module.TITLE}: {scale} scale{word}']
         parts += shown(module, scale, labs.read(file), f'{labs.EARLIER}/{file.stem}')
@@ -143,13 +144,18 @@ def earlier(name: str, scale: str) -> list[str]:
     return sections
 
 
+def earlier_files(name: str, scale: str) -> list[pathlib.Path]:
+    found = (labs.RESULTS / labs.EARLIER).glob(f'{name}-{scale}*.json')
+    return sorted(found, key=lambda file: file.stem)
+
+
 def load(name: str) -> ModuleType:
     return importlib.import_module(f'experiments.{name}')
 
 
-def kept(name: str, scale: str, folder: str = '') -> dict:
+def kept(name: str, scale: str) -> dict:
     """Returns the stored results of an experiment at a scale."""
-    return labs.read(labs.RESULTS / folder / f'{name}-{scale}.json')
+    return labs.read(labs.RESULTS / f'{name}-{scale}.json')
 
 
 def shown(module: ModuleType, scale: str, there: dict, stem: str) -> list[str]:

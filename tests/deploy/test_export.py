@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import alexnet_jax
 from alexnet_jax import export
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.input.images import square
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import steps
@@ -207,10 +207,11 @@ def docs_example(start, end):
     return code
 
 
-@pytest.mark.parametrize('size', [(300, 180), (90, 200)])
-def test_tflite_example_of_the_docs(size, bundles, monkeypatch, tmp_path):
+@pytest.mark.parametrize('size', [(500, 375), (90, 200), (20, 23)])
+@pytest.mark.parametrize('name', ['cifar10', 'caffe'])  # 32 to 24 pixels, and 256 to 227
+def test_tflite_example_of_the_docs(size, name, bundles, monkeypatch, tmp_path):
     pytest.importorskip('ai_edge_litert.interpreter', reason='needs ai-edge-litert')
-    folder, _, _ = bundles('cifar10')
+    folder, net, content = bundles(name)
     run(
         monkeypatch,
         folder,
@@ -224,9 +225,11 @@ def test_tflite_example_of_the_docs(size, bundles, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'argv', ['example', 'a.png'])
     scope = {}
     exec(docs_example('import json\nimport sys', '```'), scope)
-    probabilities = alexnet_jax.load(folder, views='center')('a.png')
-    found = np.exp(scope['logits'] - scope['logits'].max())
-    close(found / found.sum(), probabilities, 1e-5)
+    side, crop = content.config['data']['size'], content.config['augment']['crop']
+    squares = square((tmp_path / 'a.png').read_bytes(), side)[None]
+    expected = np.asarray(steps.center(squares, crop))[0]
+    assert np.abs(scope['pixels'].astype(int) - expected).max() <= 2  # rounding
+    close(scope['logits'], ours(net, content, scope['pixels'][None])[0], 2e-5)
 
 
 def docs_class():

@@ -927,6 +927,23 @@ def test_labels_that_change_are_noticed(flowers):
     assert prepare.prepare('list.csv', size=24, val_fraction=0.25, store=path)
 
 
+def test_an_earlier_store_keeps_its_held_out_images(flowers, capsys):
+    relabel()
+    path = prepare.prepare('list.csv', size=24, val_fraction=0.25).path
+    description = json.loads((path / 'store.json').read_text())
+    assert description.pop('held_out') == 'by class'
+    description['content'] ^= 1
+    store_writer.write_description(path, description)
+    assert prepare.prepare('list.csv', size=24, val_fraction=0.25)
+    assert (
+        f'{path}: keeps the validation images that an earlier version chose'
+        in capsys.readouterr().out
+    )
+    os.remove('flowers/ape/001.jpg')
+    with pytest.raises(UserError):
+        prepare.prepare('list.csv', size=24, val_fraction=0.25)
+
+
 def rename_an_image():
     os.rename('flowers/ape/001.jpg', 'flowers/ape/zz.jpg')
 
