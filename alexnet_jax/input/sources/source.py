@@ -424,7 +424,8 @@ def split_off(
     quota = np.minimum(exact.astype(np.int64), most)
     rng = np.random.default_rng(seed)
     order, ties = rng.permutation(count), rng.permutation(len(sizes))
-    largest = np.lexsort((ties, np.round(quota - exact, 9), sizes == 1))  # remainders, that is
+    # The largest remainders first, equal ones in random order.
+    largest = np.lexsort((ties, np.round(quota - exact, 9), sizes == 1))
     quota[largest[quota[largest] < most[largest]][: held_out - quota.sum()]] += 1
     order = order[np.argsort(labels[order], kind='stable')]  # by class, at random within it
     place = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
