@@ -1,10 +1,11 @@
 """Classifies images with a trained network and draws the result as in the paper's Figure 4, left.
 
-    python -m alexnet_jax.predict RUN a.jpg b.png photos/
+    python -m alexnet_jax.predict RUN a.jpg b.png
+    python -m alexnet_jax.predict RUN photos/ --top=1
     python -m alexnet_jax.predict RUN --list=paths.txt --csv=predictions.csv
     python -m alexnet_jax.predict RUN --val=8 --output=predictions.png
 
-Prints the five most probable classes of each image, or writes them to a table. An image is labeled if
+Prints the most probable classes of each image, or writes them to a table. An image is labeled if
 its folder, or the folder above, is named after a class. Images that cannot be read are reported and
 left out, and the exit code is then 2.
 """
@@ -26,6 +27,7 @@ from alexnet_jax.input import images
 from alexnet_jax.training import inference, steps
 
 COLUMNS, BATCH = 4, 20  # columns of a figure, as in the paper; images per batch
+TOP = 5  # most probable classes, as in the paper
 SPLITS = ('val', 'test')  # splits to draw images from
 # Safe for color-blind readers; in gray, lightness and hatching tell them apart.
 OTHER, CORRECT = '#a6cee3', '#e08214'
@@ -39,9 +41,9 @@ class Prediction(NamedTuple):
     picture: np.ndarray  # u8[S,S,3], the square that was classified
     probabilities: np.ndarray  # f32[K]
 
-    def top(self) -> np.ndarray:
-        """The labels of the five most probable classes, most probable first."""
-        return np.argsort(-self.probabilities, kind='stable')[:5]
+    def top(self, count: int = TOP) -> np.ndarray:
+        """The labels of the most probable classes, most probable first."""
+        return np.argsort(-self.probabilities, kind='stable')[:count]
 
 
 def predict(
@@ -69,14 +71,15 @@ def stream(
             yield Prediction(titles[i], labels[i], square, row)
 
 
-def describe(prediction: Prediction, names: Sequence[str]) -> str:
-    """The five most probable classes, one per line."""
+def describe(prediction: Prediction, names: Sequence[str], count: int = TOP) -> str:
+    """The most probable classes, one per line; a single one follows the title."""
     label, names = prediction.label, class_names.shown(names)
-    lines = [printable(prediction.title) + ('' if label is None else f' (correct: {names[label]})')]
-    for i in prediction.top():
+    title = printable(prediction.title) + ('' if label is None else f' (correct: {names[label]})')
+    lines = []
+    for i in prediction.top(count):
         mark = '  <' if i == label else ''
         lines.append(f'  {100 * prediction.probabilities[i]:5.1f}%  {names[i]}{mark}')
-    return '\n'.join(lines)
+    return f'{title}:{lines[0]}' if count == 1 else '\n'.join([title, *lines])
 
 
 def figure(predictions: Sequence[Prediction], names: Sequence[str]):
@@ -151,16 +154,16 @@ def csv_line(cells: Sequence) -> str:
     return buffer.getvalue()
 
 
-def cells(prediction: Prediction, names: Sequence[str]) -> list:
-    """The path, the correct class ('': unknown), and five classes with their probabilities."""
+def cells(prediction: Prediction, names: Sequence[str], count: int) -> list:
+    """The path, the correct class ('': unknown), and the top classes with their probabilities."""
     correct = '' if prediction.label is None else names[prediction.label]
-    best = [(names[k], f'{prediction.probabilities[k]:.6g}') for k in prediction.top()]
+    best = [(names[k], f'{prediction.probabilities[k]:.6g}') for k in prediction.top(count)]
     return [prediction.title, correct, *(cell for pair in best for cell in pair)]
 
 
-def as_json(prediction: Prediction, names: Sequence[str]) -> str:
+def as_json(prediction: Prediction, names: Sequence[str], count: int) -> str:
     """The content of `cells`, as a JSON object."""
-    title, correct, *best = cells(prediction, names)
+    title, correct, *best = cells(prediction, names, count)
     top = [{'class': c, 'probability': float(p)} for c, p in zip(*[iter(best)] * 2, strict=True)]
     return json.dumps({'path': title, 'correct': correct or None, 'top': top})
 
@@ -176,6 +179,13 @@ def main() -> None:
     for name in ('csv', 'json'):
         text = f'write a table as {name.upper()} instead of printing; -: to standard output'
         parser.add_argument(f'--{name}', metavar='FILE', help=text)
+    parser.add_argument(
+        '--top',
+        type=int,
+        default=TOP,
+        metavar='N',
+        help='classes per image in the output and in tables (default: %(default)s); 1: one line per image',
+    )
     parser.add_argument('--views', default='ten', choices=tuple(steps.VIEWS), help='crops (§4.1)')
     args = figures.start(parser)
     asked = [split for split in SPLITS if getattr(args, split) is not None]
@@ -190,6 +200,8 @@ def main() -> None:
     for name in ('csv', 'json'):
         if getattr(args, name) not in (None, '-'):
             figures.check_file(f'--{name}', getattr(args, name))
+    if args.top < 1:
+        raise UserError(f'--top={args.top}: must be at least 1')
     output = None if args.output is None else figures.output(args, 'predictions.png')
     titles = [] if asked else figures.files(args)
     classify = inference.load(args.run, args.views, args.step)
@@ -208,7 +220,9 @@ def main() -> None:
     tables: list[tuple[Table, Callable]] = []
     if args.csv:
         best = [
-            f'{word}{i + 1}' for i in range(min(5, len(names))) for word in ('class', 'probability')
+            f'{word}{i + 1}'
+            for i in range(min(args.top, len(names)))
+            for word in ('class', 'probability')
         ]
         tables.append(
             (
@@ -221,9 +235,9 @@ def main() -> None:
     pictures, drawn = figures.Pictures(len(titles), read), []
     for prediction in stream(classify, titles, labels, pictures):
         for table, row in tables:
-            table.add(row(prediction, names))
+            table.add(row(prediction, names, args.top))
         if not tables:
-            print(describe(prediction, names))
+            print(describe(prediction, names, args.top))
         if output:
             drawn.append(prediction)
     # If a table goes to standard output, nothing else does.

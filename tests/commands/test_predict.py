@@ -41,6 +41,11 @@ def test_describe(prediction):
     assert lines == ['x/y.png (correct: e)', *expected]
     lines = predict.describe(prediction._replace(label=None), NAMES).splitlines()
     assert lines == ['x/y.png', *(line.removesuffix('  <') for line in expected)]
+    assert predict.describe(prediction, NAMES, 2).splitlines() == [
+        'x/y.png (correct: e)',
+        *expected[:2],
+    ]
+    assert predict.describe(prediction, NAMES, 1) == 'x/y.png (correct: e):   40.0%  b'
 
 
 def test_figure(prediction):
@@ -163,6 +168,7 @@ def test_validation_pictures(run, tmp_path, monkeypatch, capsys):
         ),
         (['RUN', '--val=1', '--output=nowhere/p.png'], 'nowhere is not a writable folder'),
         (['RUN', '--val=1', '--views=two'], 'invalid choice'),
+        (['RUN', '--val=1', '--top=0'], '--top=0: must be at least 1'),
         # checked first
         (['nowhere', 'text.jpg', '--output='], '--output=: images are written as PNG'),
     ],
@@ -234,10 +240,11 @@ def test_tables(run, tmp_path, monkeypatch, capsys):
         assert (one['path'], one['correct']) == (name, correct or None)
         assert [x['class'] for x in one['top']] == row[2::2]
         assert [x['probability'] for x in one['top']] == [float(x) for x in row[3::2]]
-    options = ['--views=center', '--json=-', '--csv=again.csv']
+    options = ['--views=center', '--json=-', '--csv=again.csv', '--top=2']
     call(monkeypatch, predict, run.path, 'c.png', *options)
     (one,) = json.loads(capsys.readouterr().out)
-    assert one['top'][0]['class'] == told[2]['top'][0]['class']
+    assert one['top'] == told[2]['top'][:2]
+    assert (tmp_path / 'again.csv').read_text().count(',') == 2 * 5
 
 
 @pytest.mark.parametrize('bad', [['text.jpg', 'gone.png'], ['text.jpg']])
