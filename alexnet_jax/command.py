@@ -1,4 +1,4 @@
-"""Shared by the commands: arguments, start-up, and exit handling."""
+"""Shared by the commands: arguments, startup, and exit handling."""
 
 import argparse
 import difflib
@@ -185,7 +185,7 @@ def _is_unread() -> bool:
 
 
 def _use_utf8() -> None:
-    """Restarts Python in UTF-8 mode if the locale uses another encoding, also for file names.
+    """Restarts Python in UTF-8 mode, including for file names, if the locale uses another encoding.
 
     Otherwise paths stored in a run directory or a store would differ between locales.
     """

@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             'source': 'imagenet2012',  # a path, a TFDS name, ... (docs/data.md); 'alexnet_shapes': embedded
-            'dir': '',  # where TFDS keeps its data sets, or where imagenet2012 is; '': TFDS's default
-            'store': '',  # a prepared store, also gs://BUCKET/STORE; '': data/<source>-<size>-<format>
+            'dir': '',  # where TFDS keeps its datasets, or where imagenet2012 is; '': TFDS's default
+            'store': '',  # a prepared store, or gs://BUCKET/STORE; '': data/<source>-<size>-<format>
             # of the store: 'jpg' (38 GB for ImageNet), 'u8' (raw, 262 GB, faster), or 'whole' (as 'jpg', but
             # of whole images, for config.augment.area)
             'format': 'jpg',
@@ -121,10 +121,10 @@ def get_config() -> ConfigDict:
             # Moving average of parameters and statistics: the fraction kept per step, such as 0.9999;
             # 0: none. The log shows its error beside that of the last parameters.
             'ema': 0.0,
-            'ema_used': False,  # the average decides the best checkpoint, and is what `load` returns
+            'ema_used': False,  # the average determines the best checkpoint, and is what `load` returns
             'smoothing': 0.0,  # label smoothing: part of the target spread evenly over all classes
-            # Training images used to recompute batch normalization's statistics at the end (capped at all
-            # of them); 0: none
+            # Training images used to recompute batch normalization's statistics at the end (at most all of
+            # them); 0: none
             'recompute': 0,
             'freeze': (),  # layers whose parameters do not change, for example ('conv1',)
         }

@@ -3,7 +3,7 @@
     python -m alexnet_jax.main --config=configs/cnn_star.py --config.data.source=MORE --workdir=RUN
     python -m alexnet_jax.main --config=configs/cnn_star.py:finetune --config.train.init_from=RUN
 
-MORE is a data set with more classes (in the paper, the whole Fall 2011 release of ImageNet). `:finetune`
+MORE is a dataset with more classes (in the paper, the whole Fall 2011 release of ImageNet). `:finetune`
 then replaces the last layer and uses the rates of run 146-2012-2011 of the 2012 source code: top-1/top-5
 error 38.99/16.62% on ILSVRC-2012 with ten crops. Unlike here, that run trained the new last layer at
 0.01 from step 300 to epoch 9. The first command uses #145's rates; in 2012, it started from the

@@ -163,7 +163,7 @@ def report(results) -> str:
     differences = {view: gains(results, view) for view in VIEWS}
     for view, words in verdicts(differences).items():
         lines.append(
-            f'- Effect of norms alone in the 11% network (test error without norms minus with), '
+            f'- Effect of norms alone in the 11% network (test error without them minus with them), '
             f'{VIEWS[view]}: {words}.'
         )
     if differences['ten']:

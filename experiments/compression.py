@@ -52,8 +52,8 @@ NOTES = {
 }
 COLUMNS = (
     'Layers: weights kept; bits per weight, with fixed codes and with Huffman codes; bits of the gap to the '
-    "next weight, Huffman-coded; size in percent of float32's, pruned and quantized (P+Q), then "
-    "Huffman-coded, too (P+Q+H). Right: the paper's AlexNet."
+    "next weight, Huffman-coded; size in percent of float32's, pruned and quantized (P+Q), then also "
+    "Huffman-coded (P+Q+H). Right: the paper's AlexNet."
 )
 plot = None
 

@@ -9,8 +9,8 @@ images, and published learning rates are scaled in proportion; they change at th
 and the moving average covers the same fraction of the steps. A cosine schedule replaces the MobileNets'
 exponential ones, whose 500-fold decay would leave too few steps at useful rates.
 
-Times are measured after training: steps and predictions of the network and of `original`, at batch 128 on
-the same device, alternate. They exclude the input pipeline.
+Times are measured after training: steps and predictions of the network alternate with those of `original`,
+at batch 128 on the same device. They exclude the input pipeline.
 
 `modern` is also trained without each of its ingredients, with one seed, too few to rank them.
 """

@@ -132,7 +132,7 @@ def controls(train: Split, test: Split) -> list[tuple[str, float, float]]:
             error(nearest_neighbors(train.file, labels, test.file), test.labels),
         ),
         (
-            f"{NEIGHBORS} neighbors by the figure's place and size",
+            f"{NEIGHBORS} neighbors by the figure's position and size",
             80,
             error(nearest_neighbors(train.box, labels, test.box), test.labels),
         ),

@@ -8,8 +8,8 @@ command to continue: finished steps are not repeated, and training resumes. Each
 results in --out; `steps.json` says what ran, how it ended and how long it took.
 
 --store: folders written by `prepare`, of raw and JPEG images; --cifar: one of CIFAR-10. Steps that need
-one are skipped without it. --reference: a run of the command of `steps` on CPUs (JAX_PLATFORMS=cpu and
-another --workdir), whose losses are shown for comparison. PyTorch, if it is installed, is the peer.
+one are skipped without it. --reference: a run on CPUs of the command printed for `steps` (JAX_PLATFORMS=cpu
+and another --workdir), whose losses are shown for comparison. PyTorch, if it is installed, is the peer.
 """
 
 import contextlib
@@ -58,8 +58,8 @@ class Step(NamedTuple):
 def steps(args) -> list[Step]:
     """Returns the steps in order, without those that lack a store; UserError for an invalid store.
 
-    Those before CIFAR-10 take at most 650 seconds, and the first five 400: 15 minutes minus the
-    machine's start, in two parts.
+    Those before CIFAR-10 take at most 650 seconds, and the first five 400, so that they fit into 15
+    minutes, the machine's start included, in two commands.
     """
     torch = importlib.util.find_spec('torch') is not None
     peer = ['--peer=torch', '--peer_form=compile,channels_last'] if torch else []

@@ -1,4 +1,4 @@
-"""The fingerprint of a row: everything that determines its result. Rows of one table must match in it.
+"""The fingerprint of a row: everything that determines its result. Rows of one table must have matching ones.
 
     code    the files of `alexnet_jax` that can change a result, as syntax trees (comments, docstrings and
             formatting are ignored)

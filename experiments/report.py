@@ -104,7 +104,7 @@ this name.
 OLD = f"""## {provenance.EARLIER}
 
 These tables come from earlier versions of the code, or from shorter schedules, and stay here until they are
-measured again; their commands now train with the present schedules. Most of their runs stored no fingerprint,
+measured again; their commands now train with the current schedules. Most of their runs stored no fingerprint,
 and some used uncommitted code (*dirty*). Those did not store which images were classified correctly either,
 so the interval over images is "—". Older runs did not record their processor (*not noted*).
 """

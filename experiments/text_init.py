@@ -22,7 +22,7 @@ from alexnet_jax.common.errors import UserError
 from experiments import ablations, few_labels, statistics, table2
 from experiments import lab as labs
 
-TITLE = "How long the text's initial values stay at chance (§5)"
+TITLE = "How long the loss stays at chance with the text's initial values (§5)"
 NOTES = {
     'small': 'The networks are a quarter as wide unless noted, which doubles all standard deviations '
     'but that of conv1 (`config.model.width`), and train on 112-pixel crops of 128-pixel images.'

@@ -1,4 +1,4 @@
-"""Readable names for ImageNet's classes, which its data sets list by WordNet ID, such as n01440764.
+"""Readable names for ImageNet's classes, which its datasets list by WordNet ID, such as n01440764.
 
 `imagenet_words.txt` has the first word of each of the 1,000 synsets of ILSVRC-2012 (WordNet 3.0,
 copyright 2006 by Princeton University).
@@ -54,6 +54,6 @@ def checked(names: Sequence[str], source: str) -> list[str]:
         else:
             continue
         raise UserError(
-            f'{source}: the class name "{name}" {wrong}: rename it (the folder, or in the list)'
+            f'{source}: the class name "{name}" {wrong}: rename it (its folder or its label in the list)'
         )
     return names

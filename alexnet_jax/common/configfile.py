@@ -96,7 +96,7 @@ def _execute(file: str, *arguments: str) -> Any:
 def _check_fields(argument: str, config: ConfigDict) -> None:
     """Raises UserError unless a config has the fields of `configs/base.py`, with values of their types.
 
-    The fields of `config.model` but `net` are those of its network, which checks them.
+    The fields of `config.model` other than `net` are those of its network, which checks them.
     """
 
     def checked(config):

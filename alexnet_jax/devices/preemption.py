@@ -36,7 +36,7 @@ def watch(stop_after: str, start: int) -> Iterator[Callable[[int], str]]:
     """Yields stop(step) -> why to stop before this step, or ''. Call it at each dispatch from `start` on.
 
     In a multi-process run, any process can be asked to stop, and all stop at the same step: JAX's
-    preemption service coordinates them, even if one was asked during start-up. A second Ctrl-C raises
+    preemption service coordinates them, even if one was asked during startup. A second Ctrl-C raises
     KeyboardInterrupt immediately.
     """
     steps, seconds = parse(stop_after)

@@ -1,4 +1,4 @@
-"""Reads a store: a prepared data set of square images of one size, with one file per split.
+"""Reads a store: a prepared dataset of square images of one size, with one file per split.
 
     store.json              format, size, classes, counts, source, ..., complete (`docs/design.md` §5)
     {split}.jpg             concatenated JPEG records, with {split}.offsets.npy i64[N+1]
@@ -265,7 +265,7 @@ def verify(store: Store) -> None:
     if bad:
         shown = ', '.join(bad[:5]) + (', ...' if len(bad) > 5 else '')
         raise UserError(
-            f'{len(bad)} damaged records in {store.path} ({shown}): {_again(store.path)}'
+            f'damaged records in {store.path}: {len(bad)} ({shown}): {_again(store.path)}'
         )
 
 

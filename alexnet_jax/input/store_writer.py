@@ -152,7 +152,7 @@ def write_records(
 ) -> None:
     """Appends the records missing from `progress`; updates it and, in a long pass, its file.
 
-    Images that cannot be decoded are left out with `skip_bad`. Without, nothing of their split is
+    Images that cannot be decoded are left out with `skip_bad`. Without it, nothing of their split is
     written from the first of them on, so that the pass can resume when they are repaired, but all
     other images are checked.
 

@@ -75,8 +75,8 @@ def _shifts(x, kernel, stride: int, padding: Padding):
 _shifted = jax.custom_vjp(_shifts, nondiff_argnums=(2, 3))
 
 
-# The custom gradient sums the kernel's over a few images at a time, which stay in the cache: several times
-# as fast as over the whole batch, once per shift.
+# The custom gradient sums the gradient of the kernel over a few images at a time, which stay in the cache:
+# several times as fast as over the whole batch, once per shift.
 def _shifted_forward(x, kernel, stride, padding):
     return _shifted(x, kernel, stride, padding), (x, kernel)
 

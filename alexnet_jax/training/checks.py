@@ -1,4 +1,4 @@
-"""Checks of a training start, made before any data is read or anything is written."""
+"""Checks at the start of training, before any data is read or anything is written."""
 
 import math
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
         if config.run[field] % config.run.dispatch:
             raise UserError(
                 f'config.run.{field}={config.run[field]}: must be a multiple of '
-                f'config.run.dispatch={config.run.dispatch}, the number of steps made at once'
+                f'config.run.dispatch={config.run.dispatch}, the number of steps run at once'
             )
     if offset := jax.config.jax_random_seed_offset:
         raise UserError(f'JAX_RANDOM_SEED_OFFSET={offset}: would change all draws; set config.seed')
@@ -182,7 +182,7 @@ def schedule(
     """Checks that a run at `step` could have had the config's schedule from the start.
 
     Returns the changed fields, as in `directory.differences`, and the history without an evaluation
-    that was only made because an earlier schedule ended at `step`. Raises UserError if the rates of a
+    that ran only because an earlier schedule ended at `step`. Raises UserError if the rates of a
     completed step would differ.
     """
     config, examples = setup.config, setup.store.counts['train']

@@ -283,7 +283,7 @@ class Loop:
 
         def watch(done: int, of: int) -> None:
             nonlocal shown
-            if asked := stop(self.first):  # a number of steps to stop after doesn't stop it
+            if asked := stop(self.first):  # a stop_after in steps does not interrupt it
                 raise self.stopped(asked)
             if (tenth := 10 * done // of) > shown:
                 shown = tenth

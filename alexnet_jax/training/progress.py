@@ -39,7 +39,7 @@ def data_lines(store: Store, *, batch: int, total: int) -> list[str]:
 
 
 def data_warning(store: Store, *, batch: int) -> str:
-    """Returns what is unusual about a data set, '' if nothing is."""
+    """Returns what is unusual about a dataset, '' if nothing is."""
     counts = np.bincount(store.labels('train'), minlength=store.classes)
     images, few, many = store.counts['train'], int(counts.min()), int(counts.max())
     found = []

@@ -174,7 +174,7 @@ def _arguments():
         '--mesh',
         default='',
         metavar='DATA,MODEL',
-        help='with --topology: DATA,MODEL, the devices that split the batch and an image; '
+        help='with --topology: DATA,MODEL, the numbers of devices that split the batch and the towers; '
         "'': all split the batch",
     )
     parser.add_argument(

@@ -66,7 +66,7 @@ def no_jax(tmp_path_factory):
 
 
 class Place:
-    """A folder to start commands in, without any data set."""
+    """A folder to start commands in, without any dataset."""
 
     def __init__(self, folder, cache):
         self.folder, self.cache = folder, cache

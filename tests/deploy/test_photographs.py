@@ -72,7 +72,7 @@ def accuracy(scores, top):
 
 @pytest.mark.parametrize('name', NETS)
 def test_photographs(name, squares, tmp_path):
-    """The same first class as OpenCV on 97%; TensorFlow Lite, with 8-bit activations, within 3 points."""
+    """The same top class as OpenCV on 97%; TensorFlow Lite, with 8-bit activations, within 3 points."""
     weights, net = read(name, real(name)), net_of(name)
     images = crops(squares, weights.crop)
     if name == SQUEEZENET:

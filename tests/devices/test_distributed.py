@@ -145,7 +145,7 @@ ALL = (
 def test_two_processes_have_the_bits_of_one_whatever_happens_to_them(
     store, tmp_path, start_all, epochs, kills, starts, stops
 ):
-    """SIGTERM to one, kills while saving, a stop during start-up, Ctrl-C, a time limit, then to the end."""
+    """SIGTERM to one, kills while saving, a stop during startup, Ctrl-C, a time limit, then to the end."""
     line = command(
         tmp_path / 'alone', store, '--cpu_devices=4', MESH, EPOCHS.format(float(epochs)), *GROUPS
     )

@@ -57,7 +57,7 @@ def test_the_first_layer_that_is_there_needs_no_gradient_of_the_images():
 def test_operations_are_named_and_complete():
     names = [op.name for op in operations.operations(make_net(original), batch=2, crop=224)]
     assert names.count('conv1 conv') == names.count('conv3 conv') == 1  # the towers read the same
-    assert names.count('conv2 conv') == 2  # one a tower
+    assert names.count('conv2 conv') == 2  # one per tower
     assert names.count('fc6 dense') == names.count('fc8 dense') == 1  # both towers at once
     assert names.count('conv2 lrn') == names.count('conv2 map_norm') == 2
     assert [names.count(f'conv{i} max_pool') for i in (1, 2, 3, 4, 5)] == [2, 2, 0, 0, 2]
@@ -65,7 +65,7 @@ def test_operations_are_named_and_complete():
 
 
 def test_arithmetic_of_locally_connected_layers():
-    """9 pixels of 64 and 32 channels, 32 kernels, at 36 places."""
+    """9 pixels of 64 and 32 channels, 32 kernels, at 36 positions."""
     net = build(classes=10, **cifar10.get_config('13pct').model)
     found = {op.name: operations.flops(op) for op in operations.operations(net, batch=2, crop=24)}
     assert found['local3 local'] == 2 * 2 * 36 * 9 * 64 * 32

@@ -101,7 +101,7 @@ def test_does_it_train(tmp_path, store):
     assert 'original: the loss left ln(classes) in 0 of 1 seed within 4 steps.' in table
 
 
-def test_every_initialisation_builds():
+def test_every_initialization_builds():
     for *_, config, changes in does_it_train.RUNS.values():
         assert builds(f'configs/{config}', changes)
     assert {*does_it_train.STYLES} == {*does_it_train.RUNS}

@@ -282,7 +282,7 @@ def test_seeds_come_in_their_order():
     assert lab.named(results, 'a') == [results['a-0'], results['a-1'], results['a-2']]
 
 
-def test_a_run_that_never_learnt():
+def test_a_run_that_never_learned():
     def run(loss, diverged=False):
         return {
             'diverged': diverged,

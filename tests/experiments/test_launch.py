@@ -120,7 +120,7 @@ def test_tasks_without_gpus_have_the_settings_of_malloc(tmp_path, gpus):
     assert line.startswith('settings: glibc.malloc') == (not gpus)
 
 
-def test_a_cancelled_job_does_not_come_back(tmp_path):
+def test_a_canceled_job_does_not_come_back(tmp_path):
     slurm = Slurm(tmp_path)
     slurm.srun('kill -TERM $PPID; exit 75')
     slurm.command('squeue', 'echo COMPLETING')

@@ -121,7 +121,7 @@ def refuses(monkeypatch, tmp_path, module, run, arguments, message) -> None:
 
 
 def call(monkeypatch, module, *arguments) -> None:
-    """Calls a command's main() in this process, whose set-up stays."""
+    """Calls a command's main() in this process, whose setup stays."""
     without_tensorflow(monkeypatch)
     monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
     monkeypatch.setattr(sys, 'argv', [module.__name__, *map(str, arguments)])

@@ -234,7 +234,7 @@ def flatbuffer(root):
     """
     data, waiting, leaves = bytearray(4) + tflite.MAGIC, [(0, root)], {}
     for at, node in waiting:  # grows
-        if isinstance(node, np.ndarray | bytes):  # at the end, behind all offsets to it
+        if isinstance(node, np.ndarray | bytes):  # at the end, after all offsets to it
             leaves.setdefault(id(node), (node, []))[1].append(at)
             continue
         start = len(data)

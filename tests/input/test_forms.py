@@ -225,7 +225,7 @@ def test_what_is_wrong_with_parquet(tree, tmp_path):
     rows = rows_of(tree, 'train')
     path = tmp_path / 'set/train.parquet'
     write_parquet(path, [*rows, (rows[0][0], 3), (rows[0][0], -1)], features=FEATURES)
-    assert f'{path}: 2 rows have labels outside the 3 classes; the first is row 15' in (
+    assert f'{path}: rows with labels outside the 3 classes: 2; the first is row 15' in (
         refused(path.parent)
     )
     write_parquet(path, rows, label='a')
@@ -306,7 +306,7 @@ def test_labels_that_make_no_sense_in_parquet(tree, tmp_path):
     path, second = tmp_path / 'set/train-0.parquet', tmp_path / 'set/train-1.parquet'
     texts = [(data, NAMES[label]) for data, label in rows]
     write_parquet(path, [(rows[0][0], None), *texts])
-    assert f'{path}: 1 rows have labels outside' in refused(path.parent)
+    assert f'{path}: rows with labels outside the' in refused(path.parent)
     assert 'the first is row 0 (None)' in refused(path.parent)
     write_parquet(path, rows)
     write_parquet(second, texts)
@@ -442,8 +442,9 @@ def test_what_is_wrong_with_shards(tree, tmp_path):
     (root / 'classnames.txt').unlink()
     assert 'label 1000000, but there are only 16 training images' in refused(root)
     (root / 'x-train.tar').write_bytes(gzip.compress((root / 'x-train.tar').read_bytes()))
-    assert 'x-train.tar: compressed with gzip: call it x-train.tar.gz and gunzip it' in refused(
-        root
+    assert (
+        'x-train.tar: compressed with gzip: rename it to x-train.tar.gz and gunzip it'
+        in refused(root)
     )
     write_members(root / 'x-train.tar', {'a/0.jpg': b'x', 'b/0.jpg': b'x'})
     assert 'x-train.tar: holds folders of images without KEY.cls' in refused(root)
@@ -524,7 +525,10 @@ def test_splits_of_lists(tree):
         ('train/cat/000.jpg\tcat\tfoo\n', "line 1: split 'foo': give train, val or test"),
         ('train/cat/000.jpg\tcat\tval\n', 'has no images for training, only for val'),
         ('train/cat/000.jpg\tcat\n', 'needs at least two labels, found 1'),
-        ('train/cat/000.jpg,cat\n', 'line 1: needs a path and a label, separated by a tab; .csv:'),
+        (
+            'train/cat/000.jpg,cat\n',
+            'line 1: needs a path and a label, separated by a tab .in .csv:',
+        ),
         (
             'train/cat/000.jpg\tcat\ntrain/../train/cat/000.jpg\tdog\n',
             "lines 1 and 2: .*cat/000.jpg has two labels, 'cat' and 'dog'",

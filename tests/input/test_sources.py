@@ -455,7 +455,7 @@ def nothing(root):
         (nothing, 'no such folder'),
         (
             data_sets,
-            'root: cifar/ has train/ of its own: .* folder of data sets: give .*/root/cifar,',
+            'root: cifar/ has train/ of its own: .* folder of datasets: give .*/root/cifar,',
         ),
         (
             almost_splits,
@@ -581,7 +581,7 @@ def refused(name, root):
 
 
 def test_no_source():
-    with pytest.raises(UserError, match='^no images: name their folder or data set'):
+    with pytest.raises(UserError, match='^no images: name their folder or dataset'):
         sources.open_source('')
 
 

@@ -72,7 +72,7 @@ def test_a_damaged_test_split_is_found(tree, tmp_path):
     with open(made.splits['test'].file, 'r+b') as file:
         file.seek(2 * 24 * 24 * 3)
         file.write(b'torn')
-    with pytest.raises(UserError, match=r'1 damaged records in .*test.u8 2'):
+    with pytest.raises(UserError, match=r'damaged records in .*: 1 .*test.u8 2'):
         store.verify(made)
 
 

@@ -72,7 +72,7 @@ def test_a_damaged_record_is_named(tmp_path, format):
     with pytest.raises(UserError, match=named):
         store.records('val', [2, 3])
     with pytest.raises(
-        UserError, match=rf'1 damaged records .* \(val.{format} 3\): {again(tmp_path)}'
+        UserError, match=rf'damaged records in .*: 1 \(val.{format} 3\): {again(tmp_path)}'
     ):
         verify(store)
 
@@ -83,7 +83,7 @@ def test_verify_names_the_first_of_many(tmp_path):
     for i in range(8):
         damage(store.splits['train'].file, int(store.splits['train'].offsets[i + 1]) - 5)
     with pytest.raises(
-        UserError, match=r'8 damaged records.*\(train.jpg 0, .* train.jpg 4, \.\.\.\): '
+        UserError, match=r'damaged records in .*: 8 \(train.jpg 0, .* train.jpg 4, \.\.\.\): '
     ):
         verify(store)
 

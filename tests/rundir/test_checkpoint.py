@@ -44,8 +44,8 @@ def make_state(*, data=1, model=2, seed=0, step=0):
         'fc8': {'bias': random.normal(size=10).astype(np.float32)},
     }
     params['conv1']['bias'][0, :4] = [np.nan, -0.0, np.inf, 1e-42]
-    optimiser = optax.chain(optax.add_decayed_weights(5e-4), optax.trace(0.9))
-    velocity = optimiser.init(jax.tree.map(lambda x: x + 1, params))
+    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.trace(0.9))
+    velocity = optimizer.init(jax.tree.map(lambda x: x + 1, params))
     velocity = jax.tree.map(lambda x: x + random.normal(size=x.shape).astype(np.float32), velocity)
     state = State(np.int32(step), params, velocity)
     return jax.tree.map(lambda x: jax.device_put(x, sharding(np.ndim(x), data, model)), state)

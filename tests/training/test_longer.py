@@ -1,4 +1,4 @@
-"""A run continues with another schedule if that gives the same rates for the steps already made."""
+"""A run continues with another schedule if that gives the same rates for the steps already taken."""
 
 import json
 

@@ -20,7 +20,7 @@ FORMS = (imagenet, listing, parquet, webdataset, folder, tfds)
 def _form(name: str):
     """Returns the form of a source and its name with ~ expanded."""
     if not name:
-        raise UserError('no images: name their folder or data set, as in --source=FOLDER')
+        raise UserError('no images: name their folder or dataset, as in --source=FOLDER')
     name = os.path.expanduser(name) if is_path(name) else name
     if is_path(name):
         paths.check_links(name, paths.Path(name))

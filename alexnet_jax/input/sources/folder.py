@@ -243,7 +243,7 @@ def _refuse_splits(folder: str, files: list[str]) -> None:
         name = os.path.basename(folder)
         raise UserError(
             f'{os.path.dirname(folder)}: {name}/ has {splits[0]}/ of its own: this looks like a folder of '
-            f'data sets: give {folder}, or rename {name}/{splits[0]}/ if {name} is a class'
+            f'datasets: give {folder}, or rename {name}/{splits[0]}/ if {name} is a class'
         )
 
 

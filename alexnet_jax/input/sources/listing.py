@@ -170,7 +170,7 @@ def _columns(path: str, rows: list[tuple[int, list[str]]]) -> list[tuple[int, st
         if not (cells[0] and cells[1]):
             raise UserError(
                 f'{path}, line {number}: needs a path and a label, separated by '
-                f'{"a comma; .tsv: a tab" if _extension(path) == ".csv" else "a tab; .csv: a comma"}'
+                f'{"a comma (in .tsv: a tab)" if _extension(path) == ".csv" else "a tab (in .csv: a comma)"}'
             )
         found.append((number, *cells))
     return found

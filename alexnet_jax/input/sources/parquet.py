@@ -4,7 +4,7 @@
     train/0000.parquet, ...                                     or in a folder per split
 
 One column has encoded images (a struct with `bytes`, or binary); another has labels (integers, booleans,
-or strings, whose sorted values are the classes). The schema's metadata, if any, say which and name the
+or strings, whose sorted values are the classes). The schema's metadata, if any, says which and names the
 classes.
 """
 
@@ -302,7 +302,7 @@ def _choose(path: str, what: str, found: list[str], preferred: tuple, there: lis
 def _values(path: str, columns: Columns, first: str) -> list[int | str | None]:
     """Reads the labels of a file: integers or strings, None for null.
 
-    Integers become strings if the file's metadata name the classes differently from those of `first`.
+    Integers become strings if the file's metadata names the classes differently from that of `first`.
     """
     import pyarrow as pa
 
@@ -319,7 +319,7 @@ def _values(path: str, columns: Columns, first: str) -> list[int | str | None]:
         return values
     if columns.names is None:
         raise UserError(
-            f'{path}: its metadata name the classes, but those of {first} do not: write both the same way'
+            f'{path}: its metadata names the classes, but that of {first} does not: write both the same way'
         )
     known = range(len(names))
     return [names[v] if isinstance(v, int) and v in known else v for v in values]
@@ -330,7 +330,7 @@ def _labeled(parts: list[tuple[str, list]]) -> bool:
 
 
 def _class_names(values: dict[str, list[tuple[str, list]]]) -> list[str]:
-    """Returns the names of classes that no metadata name; UserError if the labels make no sense."""
+    """Returns the names of classes that no metadata lists; UserError if the labels make no sense."""
     kind = first = None
     for path, found in (part for parts in values.values() for part in parts):
         value = next((value for value in found if value is not None), None)
@@ -364,8 +364,8 @@ def _labels(parts: list[tuple[str, list]], names: list[str]) -> np.ndarray:
         bad = [i for i, v in enumerate(labels) if v is None or not 0 <= v < len(names)]
         if bad:
             raise UserError(
-                f'{path}: {len(bad)} rows have labels outside the {len(names)} classes; '
-                f'the first is row {bad[0]} ({values[bad[0]]!r}): remove these rows'
+                f'{path}: rows with labels outside the {len(names)} classes: {len(bad)}; '
+                f'the first is row {bad[0]} ({values[bad[0]]!r}): remove them'
             )
         found += labels
     return np.array(found, np.int64)
@@ -387,7 +387,7 @@ def _rows(paths: list[str], image: str, wanted: np.ndarray) -> Iterator[tuple[st
                         rows = _group(file, group, image, wanted[low:high] - first)
                         for row, (data, name) in rows:
                             where = f'{path}: row {first - begin + row}'
-                            # Null becomes a file without content: one more that does not decode.
+                            # Null becomes an empty file, which is then one more bad image.
                             yield f'{where} ({name})' if name else where, data or b''
                 except (OSError, pa.ArrowException) as error:
                     raise _unreadable(path, error) from error

@@ -2,7 +2,7 @@
 
 Everything that could give the class away without the shape is drawn independently of the class: the
 size of the image, the bounding box of the figure, colors, textures, clutter, noise and JPEG quality
-(and with it the size of the file). Every figure has a mirror axis, and tilts are symmetric, so a flip
+(and with it the size of the file). Every figure has an axis of symmetry, and tilts are symmetric, so a flip
 does not change the class.
 """
 

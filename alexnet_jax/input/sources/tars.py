@@ -62,7 +62,7 @@ def members(path: str, inside: Member | None = None) -> list[Member]:
             if window.read(2) == b'\x1f\x8b':
                 base = os.path.basename(path)
                 raise UserError(
-                    f'{name}: compressed with gzip: call it {base}.gz and gunzip it (or unpack it) first'
+                    f'{name}: compressed with gzip: rename it to {base}.gz and gunzip it (or unpack it) first'
                 )
             window.seek(0)
             with tarfile.open(fileobj=window, mode='r:') as tar:
