@@ -199,7 +199,7 @@ def _cell(errors: list[float], most: int) -> str:
 def plot(results, file):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.2), layout='constrained')
+    figure = Figure(figsize=(6, 4.6), layout='constrained')
     axes = figure.subplots()
     for net, color in zip(NETS.items(), '#0072b2 #d55e00 black black #009e73'.split(), strict=True):
         name, net = net
@@ -226,7 +226,7 @@ def plot(results, file):
         ylabel='top-1 error, center crop, % (± std over seeds)',
     )
     axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, fontsize='small')
+    figure.legend(loc='outside lower center', ncols=2, frameon=False, fontsize='small')
     figure.savefig(file, dpi=150)
 
 
