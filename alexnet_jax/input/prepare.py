@@ -281,6 +281,11 @@ def _make(
             wanted['content'] = opened.content
             if opened.validation == HELD_OUT:
                 wanted['held_out'] = 'by class'  # earlier versions: over all classes
+                if begun and _held_out_before(begun):
+                    raise UserError(
+                        f'{path}: an earlier version began this pass and chose other validation images: '
+                        f'remove {path} and run prepare again'
+                    )
         if opened.test:
             wanted['test'] = [*opened.test]
         for field in {'content', 'test'} & {*wanted} & {*(begun or {})}:
@@ -339,8 +344,15 @@ def _check_source(path: str, source: str, dir: str | None, val_fraction: float) 
         what = f'{abs(more):,} {"more" if more > 0 else "fewer"} image{"s" * (abs(more) != 1)} than'
     elif now[:4] != then[:4]:
         what = 'different images from'
-    elif now == then and there.get('validation') == HELD_OUT and 'held_out' not in there:
-        say(f'{path}: keeps the validation images that an earlier version chose')
+    elif (
+        now == then
+        and _held_out_before(there)
+        and opened.class_names == stores.open_store(path).names
+    ):
+        say(
+            f'{path}: keeps the validation images that an earlier version chose; changes of labels in the '
+            'source are not noticed'
+        )
         return
     elif opened.content != there.get('content', opened.content) or now != then:
         what = 'different labels or class names from'
@@ -358,6 +370,11 @@ def _open(source: str, dir: str | None, val_fraction: float) -> sources.Source:
         return sources.open_source(source, data_dir=dir, val_fraction=val_fraction)
     except OSError as error:
         raise UserError(f'{source}: cannot be read: {error.strerror or error}') from error
+
+
+def _held_out_before(description: dict) -> bool:
+    """Whether an earlier version chose a store's validation images, over all classes together."""
+    return description.get('validation') == HELD_OUT and 'held_out' not in description
 
 
 def _description(path: str) -> dict | None:

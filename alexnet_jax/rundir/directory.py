@@ -127,7 +127,12 @@ def differences(config, workdir: paths.Path) -> dict[str, str]:
     """What differs between a config and that of the run in `workdir`, in words, by the field's full name."""
     if not (workdir / 'config.json').exists():
         return {}
-    there, here = (configfile.fields(ConfigDict(c)) for c in (read_config(workdir), _plain(config)))
+    return compared(read_config(workdir), config)
+
+
+def compared(stored: dict, config, name: str = 'config') -> dict[str, str]:
+    """As `differences`, for a stored config, or the part of one that is called `name`."""
+    there, here = (configfile.fields(ConfigDict(c), name) for c in (stored, _plain(config)))
     return {
         name: f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
         for name in sorted({*there, *here})

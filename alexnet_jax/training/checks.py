@@ -30,6 +30,10 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
     net = build(classes=1, **config.model)
     mesh, shapes = _values(config, net)
     directory.check(config, workdir, free=SCHEDULE)
+    if not (config.data.source or config.data.store):
+        raise UserError(
+            'no images: name their folder or dataset, as in --config.data.source=FOLDER'
+        )
     _start(config, workdir, net, shapes)
     return mesh, net
 
@@ -169,8 +173,8 @@ def _start(config, workdir: paths.Path, net: Network, shapes: dict) -> None:
                 called = layer if kind == 'params' else name
                 found = 'missing' if other is None else list(other)
                 why = f'its {called} is {found}, expected {list(leaf.shape)}'
-                if start.net != config.model.net:
-                    why = f'{start.net} there, config.model.net={config.model.net} here'
+                if start.model['net'] != config.model.net:
+                    why = f'{start.model["net"]} there, config.model.net={config.model.net} here'
                 raise UserError(
                     f'config.train.init_from={config.train.init_from}: a run of another network: {why}'
                 )

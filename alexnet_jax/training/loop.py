@@ -392,6 +392,7 @@ class Loop:
                     self.compiled[len(done.rates)],
                 )
                 log.info(line)
+                self.clock.said()
             if (step + 1) % self.config.log_every == 0:
                 self.write_row(step, rates)
         total, batch = self.setup.total, self.setup.config.train.batch

@@ -108,7 +108,7 @@ class Clock:
         """Excludes a block that is not training."""
         start = time.perf_counter()
         yield
-        self._said = time.perf_counter()  # evaluations have their own line
+        self.said()  # evaluations have their own line
         self._paused += self._said - start
 
     @contextlib.contextmanager
@@ -116,9 +116,12 @@ class Clock:
         """Times a block that will not be repeated, such as compilation; yields its list of seconds."""
         start, seconds = time.perf_counter(), []
         yield seconds
-        self._said = time.perf_counter()
-        seconds.append(self._said - start)
+        seconds.append(time.perf_counter() - start)
         self._once += seconds[0]
+
+    def said(self) -> None:
+        """Notes that a line has just been logged."""
+        self._said = time.perf_counter()
 
     def interval(self, images: float) -> tuple[dict[str, float], float]:
         """Ends an interval of `images` images.

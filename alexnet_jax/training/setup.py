@@ -249,7 +249,7 @@ class Start(NamedTuple):
     """The network that `config.train.init_from` names."""
 
     path: paths.Path
-    net: str  # its config.model.net
+    model: dict  # its config.model
     names: list[str]  # its classes
     shapes: dict[str, tuple[int, ...]]  # by name, such as 'params/conv1/kernel'
     bundle: Bundle | None = None
@@ -263,12 +263,12 @@ class Start(NamedTuple):
             stored = bundles.read(path)
             leaves = fingerprint.named_leaves(stored.variables)
             found = {n: x.shape for n, x in leaves.items()}
-            return cls(path, stored.config['model']['net'], stored.names, found, stored)
+            return cls(path, stored.config['model'], stored.names, found, stored)
         config = directory.read_config(path)
         leaves = checkpoint.Checkpoints(path / 'checkpoints').shapes()
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
         names, average = directory.read_facts(path).names, config['train']['ema_used']
-        return cls(path, config['model']['net'], names, shapes, average=average)
+        return cls(path, config['model'], names, shapes, average=average)
 
     def restore(self, kept: dict) -> tuple[str, dict[str, jax.Array]]:
         """Returns (a description, arrays): those named in `kept`, with its shardings."""
@@ -304,6 +304,8 @@ def _variables_from(init_from: str, setup: Setup, target, state) -> dict:
     if not same:
         new = ', with a new last layer, since the classes differ'
     log.info('starting from %s%s', title, new)
+    for line in directory.compared(start.model, setup.config.model, 'config.model').values():
+        log.info('%s', line)
     if same and order is not None:
         for name in head:
             sharding = found[name].sharding  # classes are the last axis of every leaf

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -939,6 +940,11 @@ def test_an_earlier_store_keeps_its_held_out_images(flowers, capsys):
         f'{path}: keeps the validation images that an earlier version chose'
         in capsys.readouterr().out
     )
+    listed = pathlib.Path('list.csv').read_text()
+    pathlib.Path('list.csv').write_text(listed.replace(',a', ',ape'))
+    with pytest.raises(UserError, match='different labels or class names'):
+        prepare.prepare('list.csv', size=24, val_fraction=0.25)
+    pathlib.Path('list.csv').write_text(listed)
     os.remove('flowers/ape/001.jpg')
     with pytest.raises(UserError):
         prepare.prepare('list.csv', size=24, val_fraction=0.25)
@@ -952,8 +958,21 @@ def rename_a_class():
     os.rename('flowers/ape', 'flowers/zebra')
 
 
-@pytest.mark.parametrize('change', [rename_an_image, rename_a_class])
-def test_a_pass_does_not_resume_with_other_images(flowers, monkeypatch, change):
+def begin_with_an_earlier_version():
+    description = json.loads(pathlib.Path('data/flowers-24-jpg/store.json').read_text())
+    del description['held_out'], description['content']
+    store_writer.write_description('data/flowers-24-jpg', description)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (rename_an_image, 'images, labels or names of .* have changed since this pass began'),
+        (rename_a_class, 'images, labels or names of .* have changed since this pass began'),
+        (begin_with_an_earlier_version, 'an earlier version began this pass and chose other'),
+    ],
+)
+def test_a_pass_does_not_resume_with_other_images(flowers, monkeypatch, change, message):
     def killed(*args, **kwargs):
         source = real(*args, **kwargs)
         return dataclasses.replace(source, read=lambda *a: kill_after(4, source.read(*a)))
@@ -971,9 +990,7 @@ def test_a_pass_does_not_resume_with_other_images(flowers, monkeypatch, change):
             prepare.prepare('flowers', size=24)
     assert os.path.exists('data/flowers-24-jpg/progress.npz')
     change()
-    with pytest.raises(
-        UserError, match='images, labels or names of .* have changed since this pass began'
-    ):
+    with pytest.raises(UserError, match=message):
         prepare.prepare('flowers', size=24)
 
 

@@ -288,6 +288,8 @@ def test_every_class_gives_its_share(fraction):
     assert {*held[0]} == {*held[1]} == {1, 2} and held[0].tolist() != held[1].tolist()
     first, second = (split_off(63, fraction, seed, '', labels)['val'] for seed in (0, 1))
     assert first.tolist() != second.tolist()
+    last = split_off(20, 0.25, 0, '', [0] * 16 + [1, 2, 3, 4])  # of 4.0 and four shares of 0.25
+    assert (last['val'] < 16).all()
     plain = split_off(63, fraction, 0, '')  # of unknown labels: any
     assert len(plain['val']) == round(63 * fraction)
 
@@ -299,7 +301,8 @@ def test_an_incomplete_imagenet_is_noted():
     both = dict(zip(('train', 'val'), whole, strict=True))
     held_out = {'train': whole[0][:-50_000], 'val': whole[0][-50_000:]}
     older, other_val = {**both, 'train': whole[0][:1_261_406]}, {**both, 'val': whole[1][:10_000]}
-    for labels in (both, {'train': whole[0]}, held_out, older, other_val, few):
+    more = {**both, 'train': np.append(whole[0], 0)}
+    for labels in (both, {'train': whole[0]}, held_out, older, other_val, few, more):
         assert not class_notes(names, labels)
     (note,) = class_notes(names, {'train': whole[0], 'val': whole[1][:-1]})
     assert (

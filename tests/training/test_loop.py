@@ -469,6 +469,24 @@ def test_what_a_start_says_first_and_last(
     assert events[-2:] == [said[-1], 'save']
 
 
+def test_lines_in_a_long_interval(tmp_path, monkeypatch):
+    """Asked for after every step but 4 and 8, which have full lines, with the images until those."""
+    monkeypatch.setattr(loop.meshes, 'global_batches', lambda mesh, batch, local: local)
+    said, left = [], []
+    monkeypatch.setattr(loop.log, 'info', lambda text, *args: said.append(text))
+    one = Pretended(1)
+    state = loop.TrainState(step=0, params={}, batch_stats={}, opt_state=())
+    running = loop.Loop(one, tmp_path, one, one, state, {}, {})
+    monkeypatch.setattr(running.clock, 'overdue', lambda images, n: left.append(n) or images / 10)
+    with pytest.raises(Stopped):
+        running.run(lambda step: 'asked' if step == 7 else '')
+    assert left == [24, 16, 8, 24, 16, 8]
+    assert [line for line in said if 'epoch' not in line and 'to go' in line][:2] == [
+        'step 1/40  1 images/s  6m30s to go',
+        'step 2/40  2 images/s  3m10s to go',
+    ]
+
+
 def test_the_start_of_the_input_does_not_count(tmp_path, monkeypatch):
     """The import of TensorFlow, for one, must not lengthen the remaining time."""
     one, now = Pretended(), iter([100.0, 200.0, 200.5, 201.0])

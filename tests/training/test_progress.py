@@ -137,6 +137,7 @@ def test_a_long_interval_says_how_long_it_will_take(monkeypatch):
     clock = progress.Clock()
     with clock.once():
         now[0] += 10
+    clock.said()
     now[0] += progress.QUIET - 0.1
     assert not clock.overdue(300, 1000)
     now[0] += 0.1
@@ -151,3 +152,7 @@ def test_a_long_interval_says_how_long_it_will_take(monkeypatch):
     assert clock.overdue(900, 300) == 10
     assert progress.short_line(3, 1003, 36, 2.0) == 'step 3/1,003  2 images/s  5h00m to go'
     assert clock.interval(100)[0]['images_per_second'] == 100 / (10 + 3 * progress.QUIET)
+    with clock.once():  # such as a save, which logs nothing
+        now[0] += progress.QUIET - 5
+    now[0] += 5
+    assert clock.overdue(50, 1000) == 10

@@ -290,7 +290,7 @@ def class_notes(class_names: Sequence[str], labels: dict[str, np.ndarray]) -> tu
     if 990 <= len(class_names) <= 1000 and is_imagenet(class_names):
         whole = {train, train + val} & {*TRAIN_IMAGES}  # the sum, if val is held out
         short = not whole and 0.9 * TRAIN_IMAGES[0] <= train + val and train < TRAIN_IMAGES[0]
-        if short or 0.9 * VAL_IMAGES <= val < VAL_IMAGES or len(class_names) < 1000 and train > 1e6:
+        if short or 0.9 * VAL_IMAGES <= val < VAL_IMAGES:
             notes.append(
                 f'if this is ILSVRC-2012, it is incomplete: {len(class_names):,} classes, {train:,} training '
                 f'and {val:,} validation images, not 1,000, {TRAIN_IMAGES[0]:,} and {VAL_IMAGES:,}'
@@ -408,7 +408,7 @@ def split_off(
     """Splits records 0..count-1 at random -> {'train': i64[N], 'val': i64[M]}, each ascending.
 
     If labels are given, every class contributes its share, up to rounding, but keeps at least one record for
-    training if it has two, so fewer may be held out. Classes of one record are the last to contribute.
+    training if it has two, so fewer may be held out. Shares of classes of one record are rounded up last.
     """
     held_out = round(count * fraction)
     if not 0 < held_out < count:
@@ -421,7 +421,7 @@ def split_off(
     _, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     most = np.maximum(sizes - 1, 1)
     exact = sizes * (held_out / count)
-    quota = np.minimum(exact.astype(np.int64), most)
+    quota = exact.astype(np.int64)
     rng = np.random.default_rng(seed)
     order, ties = rng.permutation(count), rng.permutation(len(sizes))
     # The largest remainders first, equal ones in random order.
