@@ -98,14 +98,18 @@ def config_of(run, **changes):
 
 
 @pytest.mark.parametrize('mesh', [(1, 1), (2, 2)], ids=str)
-def test_training_starts_from_a_bundle_as_from_its_run(tiny, tmp_path, mesh):
+def test_training_starts_from_a_bundle_as_from_its_run(tiny, tmp_path, caplog, mesh):
     run, folder = tiny
+    caplog.set_level('INFO', 'alexnet_jax')
+    changes = {'model.activation': 'tanh'}
     found = [
-        start(config_of(run, **{'train.init_from': str(path)}), tmp_path / name, mesh)
+        start(config_of(run, **{**changes, 'train.init_from': str(path)}), tmp_path / name, mesh)
         for name, path in (('a', run.path), ('b', folder))
     ]
     same(*found)
     same(found[1]['params'], run.params)
+    assert caplog.text.count("config.model.activation: 'relu' there, 'tanh' here") == 2
+    assert caplog.text.count(' there, ') == 2
 
 
 def test_the_start_must_fit(tiny, tmp_path):
@@ -120,6 +124,9 @@ def test_the_start_must_fit(tiny, tmp_path):
     assert not (tmp_path / 'a').exists()
     config.train.init_from = 'hub:squeeznet'
     with pytest.raises(UserError, match='did you mean squeezenet'):
+        loop.train(config, tmp_path / 'a')
+    config.data.source = config.data.store = ''
+    with pytest.raises(UserError, match='^no images: name their folder'):
         loop.train(config, tmp_path / 'a')
 
 
