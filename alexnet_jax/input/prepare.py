@@ -274,18 +274,19 @@ def _make(
             'counts': opened.splits,
             'versions': {'pillow': PIL.__version__, 'numpy': np.__version__},
         }
+        by_class = opened.validation == HELD_OUT and opened.content is not None
+        if begun and by_class and _held_out_before(begun):
+            raise UserError(
+                f'{path}: an earlier version began this pass and chose other validation images: remove '
+                f'{path} and run prepare again'
+            )
         # A pass that an earlier version began has no test split yet.
         known = {**wanted, 'counts': {s: opened.splits.get(s) for s in (begun or wanted)['counts']}}
         _check_same(path, begun or {}, known)
         if opened.content is not None:
             wanted['content'] = opened.content
-            if opened.validation == HELD_OUT:
-                wanted['held_out'] = 'by class'  # earlier versions: over all classes
-                if begun and _held_out_before(begun):
-                    raise UserError(
-                        f'{path}: an earlier version began this pass and chose other validation images: '
-                        f'remove {path} and run prepare again'
-                    )
+        if by_class:
+            wanted['held_out'] = 'by class'  # earlier versions: over all classes
         if opened.test:
             wanted['test'] = [*opened.test]
         for field in {'content', 'test'} & {*wanted} & {*(begun or {})}:
@@ -344,16 +345,14 @@ def _check_source(path: str, source: str, dir: str | None, val_fraction: float) 
         what = f'{abs(more):,} {"more" if more > 0 else "fewer"} image{"s" * (abs(more) != 1)} than'
     elif now[:4] != then[:4]:
         what = 'different images from'
-    elif (
-        now == then
-        and _held_out_before(there)
-        and opened.class_names == stores.open_store(path).names
-    ):
-        say(
-            f'{path}: keeps the validation images that an earlier version chose; changes of labels in the '
-            'source are not noticed'
-        )
-        return
+    elif now == then and _held_out_before(there):
+        if opened.class_names == stores.open_store(path).names:
+            say(
+                f'{path}: keeps the validation images that an earlier version chose; changes in the labels '
+                'of a list are not noticed'
+            )
+            return
+        what = 'different class names from'
     elif opened.content != there.get('content', opened.content) or now != then:
         what = 'different labels or class names from'
     else:

@@ -477,10 +477,12 @@ def test_lines_in_a_long_interval(tmp_path, monkeypatch):
     one = Pretended(1)
     state = loop.TrainState(step=0, params={}, batch_stats={}, opt_state=())
     running = loop.Loop(one, tmp_path, one, one, state, {}, {})
+    monkeypatch.setattr(running.clock, 'said', lambda: said.append('first'))
     monkeypatch.setattr(running.clock, 'overdue', lambda images, n: left.append(n) or images / 10)
     with pytest.raises(Stopped):
         running.run(lambda step: 'asked' if step == 7 else '')
     assert left == [24, 16, 8, 24, 16, 8]
+    assert said[0].startswith('step 1 of 40') and said[1] == 'first' and 'first' not in said[2:]
     assert [line for line in said if 'epoch' not in line and 'to go' in line][:2] == [
         'step 1/40  1 images/s  6m30s to go',
         'step 2/40  2 images/s  3m10s to go',
