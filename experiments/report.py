@@ -10,7 +10,6 @@ form a separate section at the end.
 
 import argparse
 import importlib
-import pathlib
 import re
 import shlex
 from types import ModuleType
@@ -113,7 +112,7 @@ so the interval over images is "—". Older runs did not record their processor 
 def assemble() -> str:
     """Returns the page; UserError if rows of one table do not belong together."""
     parts = [INTRO, *map(section, EXPERIMENTS)]
-    if old := [text for name in EXPERIMENTS for scale in SCALES for text in earlier(name, scale)]:
+    if old := [*filter(None, (earlier(name, scale) for name in EXPERIMENTS for scale in SCALES))]:
         parts += [OLD, *old]
     return '\n'.join(parts)
 
@@ -128,34 +127,28 @@ def section(name: str) -> str:
             parts += shown(module, scale, there, f'{name}-{scale}')
         else:
             old = ' with this version of the code (see the end for earlier results)'
-            state = f'**Not run**{old}.' if earlier_files(name, scale) else '**Not run.**'
+            state = f'**Not run**{old}.' if kept(name, scale, labs.EARLIER) else '**Not run.**'
             parts.append(f'{state} To run it:\n\n```\n{usage(module, scale)}\n```')
     return '\n\n'.join(parts) + '\n'
 
 
-def earlier(name: str, scale: str) -> list[str]:
-    """Returns a section for each earlier table of one experiment and scale, NAME-SCALE[-WORD].json."""
-    module, sections = load(name), []
-    for file in earlier_files(name, scale):
-        word = file.stem.removeprefix(f'{name}-{scale}').replace('-', ', ')
-        parts = [f'### {module.TITLE}: {scale} scale{word}']
-        parts += shown(module, scale, labs.read(file), f'{labs.EARLIER}/{file.stem}')
-        sections.append('\n\n'.join(parts) + '\n')
-    return sections
-
-
-def earlier_files(name: str, scale: str) -> list[pathlib.Path]:
-    found = (labs.RESULTS / labs.EARLIER).glob(f'{name}-{scale}*.json')
-    return sorted(found, key=lambda file: file.stem)
+def earlier(name: str, scale: str) -> str:
+    """Returns the section of an experiment's earlier results at a scale, '' if there are none."""
+    module, there = load(name), kept(name, scale, labs.EARLIER)
+    if not there:
+        return ''
+    parts = [f'### {module.TITLE}: {scale} scale']
+    parts += shown(module, scale, there, f'{labs.EARLIER}/{name}-{scale}')
+    return '\n\n'.join(parts) + '\n'
 
 
 def load(name: str) -> ModuleType:
     return importlib.import_module(f'experiments.{name}')
 
 
-def kept(name: str, scale: str) -> dict:
-    """Returns the stored results of an experiment at a scale."""
-    return labs.read(labs.RESULTS / f'{name}-{scale}.json')
+def kept(name: str, scale: str, folder: str = '') -> dict:
+    """Returns the stored results of an experiment at a scale, in a subfolder of the results."""
+    return labs.read(labs.RESULTS / folder / f'{name}-{scale}.json')
 
 
 def shown(module: ModuleType, scale: str, there: dict, stem: str) -> list[str]:
