@@ -63,7 +63,7 @@ def make_parser(name: str, description: str) -> ArgumentParser:
 
 
 def config(file: str, arguments: list[str], known: Iterable[str] = ()) -> ConfigDict:
-    """Runs a config file, once, and sets fields of it, as in ['--config.model.width=0.5'].
+    """Runs a config file, once, and sets some of its fields, as in ['--config.model.width=0.5'].
 
     known: names of the command's other flags, which an error can suggest. Raises UserError if anything is
     wrong with the file or the arguments.
@@ -131,7 +131,7 @@ def add_devices(parser: argparse.ArgumentParser, *, distributed: bool = False) -
 
 
 def made(name: str) -> str:
-    """The command line of this call of NAME, with paths reduced to file names."""
+    """The command line of this invocation of NAME, with paths reduced to file names."""
     parts = [word.rpartition('=') for word in sys.argv[1:]]
     words = [f'{flag}{sign}{os.path.basename(value)}' for flag, sign, value in parts]
     return shlex.join(['python', '-m', f'alexnet_jax.{name}', *words])

@@ -105,7 +105,7 @@ def describe(name: str) -> None:
 
 
 def upload(name: str, target: str, args) -> None:
-    """Makes a bundle of a run, or takes one, and uploads it."""
+    """Turns a run into a bundle, or takes a bundle, and uploads it."""
     hub.check_target(target)
     command.start()
     from alexnet_jax.devices import mesh as meshes

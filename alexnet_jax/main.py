@@ -60,7 +60,7 @@ def main() -> None:
     command.start(args.cpu_devices, deterministic=args.config.run.deterministic, **args.processes)
     logging.getLogger('absl').setLevel(logging.WARNING)  # TFDS logs every file
 
-    # Imported late, so that errors in the flags appear at once.
+    # Imported late, so that errors in the flags appear immediately.
     from alexnet_jax.devices import distributed
     from alexnet_jax.training import loop
 

@@ -124,7 +124,7 @@ def _short(text: str) -> str:
 
 
 class Table:
-    """A table of predictions: lines for a file, or printed at once for '-'."""
+    """A table of predictions: lines for a file, or printed immediately for '-'."""
 
     def __init__(self, name: str, head: str, between: str = '', end: str = ''):
         self._name, self._next, self._between, self._end = name, head, between, end

@@ -12,7 +12,7 @@ classes of Tiny ImageNet and a quarter-width network, for 3,430 steps instead of
 (`experiments/text_init.py`).
 
 Variants: `paper.py:text`, the text literally; `paper.py:tanh`, tanh units (§3.1). The paper gives no initial
-values or rate for those. With its biases of 1 they stay at chance level, and at ReLU's rate they learn
+values or rate for tanh. With its biases of 1 these units stay at chance level, and at ReLU's rate they learn
 slowly; so the biases are 0 and the rate is 0.06 (`experiments/tanh_sweep.py`). conv1's standard deviation of
 0.001 keeps its units from starting saturated, which made little difference. `paper.py:tanh_literal` changes
 only the text's activation.

@@ -191,7 +191,7 @@ def courses(results, name: str) -> dict[int, Course]:
 def reached(rows: labs.Rows) -> float:
     """Returns the epoch at which the training error falls to SPEED, by linear interpolation between rows.
 
-    Infinite if it has not before the learning rate first changes.
+    Infinite if the learning rate changes before that.
     """
     before = (0.0, 100.0)
     for row in rows:
@@ -276,14 +276,11 @@ def of_training(results) -> list[str]:
             number = found[name]
             factor = FACTORS.get(name)
             shown = _ratio(number) if factor else statistics.interval(number)
-            least = (
-                f', and less than {factor:g} times'
-                if factor and number.high < math.log(factor)
-                else ''
-            )
+            short = factor and number.high < math.log(factor)
+            verdict = as_claimed(number.mean, corrected[name], factor if short else None)
             lines.append(
                 f'- The paper: {claim}. {value}: {shown}, {labs.count(len(claims[name]), "pair")}, '
-                f'p = {corrected[name]:.2g}; {as_claimed(number.mean, corrected[name])}{least}.'
+                f'p = {corrected[name]:.2g}; {verdict}.'
             )
     if 'no dropout' in found:
         gaps = ', '.join(f'{c.gap:.1f}' for c in courses(results, 'no dropout').values())
@@ -295,14 +292,21 @@ def of_training(results) -> list[str]:
     return [*lines, '', statistics.family(len(found), 'the values in this list')]
 
 
-def as_claimed(mean: float, corrected: float) -> str:
-    """Describes a value that is positive if the paper is right, given its corrected p value."""
-    if corrected < statistics.LEVEL:
-        return 'as the paper says' if mean > 0 else 'the opposite of what the paper says'
+def as_claimed(mean: float, corrected: float, short_of: float | None = None) -> str:
+    """Describes a value that is positive if the paper is right, given its corrected p value.
+
+    short_of: the paper's factor, if the interval is below it.
+    """
+    if corrected < statistics.LEVEL and mean < 0:
+        return 'the opposite of what the paper says'
+    if corrected < statistics.LEVEL and not short_of:
+        return 'as the paper says'
     if abs(mean) < statistics.EQUAL:
         return 'no difference'
-    whose = "the paper's" if mean > 0 else 'the opposite'
-    return f'{whose} sign, but not significant'
+    sign = "the paper's sign" if mean > 0 else 'the opposite sign'
+    doubts = ['not significant'] * (corrected >= statistics.LEVEL)
+    doubts += [f'less than {short_of:g} times'] if short_of else []
+    return f'{sign}, but {" and ".join(doubts)}'
 
 
 def _epochs(runs: dict[int, Course]) -> str:

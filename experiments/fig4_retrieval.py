@@ -7,10 +7,10 @@
 The paper shows eight test images with their labels, and five with the six training images whose activations
 in the last hidden layer are nearest in Euclidean distance. It says that these are "generally not close in L2"
 by pixels and show the same things. We measure this: of the six nearest neighbors of every validation image,
-how many have its class; the same for the six nearest by pixels (of the whole images, downscaled to 32 x 32);
+how many have its class; the same for the six nearest in pixel space (whole images, downscaled to 32 x 32);
 and the chance that two independently drawn images share a class. For up to 1,000 validation images, spread
 over the split, the pixel distances of the six nearest are compared with those of random training images and
-with the smallest possible ones; and we count how many training images are closer by pixels. (At full scale
+with the smallest possible; and we count how many training images are closer in pixel space. (At full scale
 all of this takes about 5e14 multiplications on the host.)
 
 The runs and scales are those of `fig3_filters`; whichever experiment runs first trains them.

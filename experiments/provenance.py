@@ -86,7 +86,7 @@ def code(package: pathlib.Path = PACKAGE) -> str:
 def normal(node: Any) -> Any:
     """Converts a syntax tree to lists, without docstrings; the result is the same on every Python version.
 
-    That of `ast.dump` is not: newer versions add fields. These are empty where the syntax is not used, so
+    `ast.dump`'s is not: newer versions add fields. These are empty where the syntax is not used, so
     empty fields are left out.
     """
     if isinstance(node, list):

@@ -103,9 +103,9 @@ this name.
 OLD = f"""## {provenance.EARLIER}
 
 These tables come from earlier versions of the code, or from shorter schedules, and stay here until they are
-measured again; their commands now train with the current schedules. Most of their runs stored no fingerprint,
-and some used uncommitted code (*dirty*). Those did not store which images were classified correctly either,
-so the interval over images is "—". Older runs did not record their processor (*not noted*).
+measured again; their commands now train with the current schedules. Their runs stored neither fingerprints of
+code and data nor which images were classified correctly, so the interval over images is "—". Some used
+uncommitted code (*dirty*), and older ones did not record their processor (*not noted*).
 """
 
 
@@ -125,6 +125,8 @@ def section(name: str) -> str:
         parts.append(f'### {scale.capitalize()} scale')
         if there := kept(name, scale):
             parts += shown(module, scale, there, f'{name}-{scale}')
+            if kept(name, scale, labs.EARLIER):
+                parts.append('The end of this page has results from earlier versions of the code.')
         else:
             old = ' with this version of the code (see the end for earlier results)'
             state = f'**Not run**{old}.' if kept(name, scale, labs.EARLIER) else '**Not run.**'

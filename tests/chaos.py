@@ -3,8 +3,8 @@ an uninterrupted run.
 
     python -m tests.chaos --kills=15
 
-A small network trains on synthetic images, with dropout, color noise and crops in chunks, started as a user
-would. It is killed at seeded random moments: while training, while writing a checkpoint, or before the first
+A small network trains on synthetic images, with dropout, color noise and crops in chunks, from the command
+line. It is killed at seeded random moments: while training, while writing a checkpoint, or before the first
 step of a start. The same command resumes it until it is done. The starts alternate between the values of
 `config.run.saves`: 'wait', 'background', 'wait', ...
 
@@ -19,8 +19,8 @@ steps since the last checkpoint was due or, if checkpoints are saved in the back
 it. No half-written folder may remain at the end. Exits with 1, and one line per broken promise.
 
 The network uses tanh. With ReLU, a unit that switches because of rounding makes gradients jump, and training
-amplifies this until a wrong batch is no further away than rounding. Measured over 744 steps at this learning
-rate: with ReLU d = 0.031, and 0.019 for one batch with wrong labels; with tanh 3e-8, and 2e-3.
+amplifies this until rounding moves the parameters as far as a wrong batch. Measured over 744 steps at this
+learning rate: with ReLU d = 0.031, and 0.019 for one batch with wrong labels; with tanh 3e-8, and 2e-3.
 """
 
 import argparse

@@ -111,7 +111,7 @@ def _check_fields(argument: str, config: ConfigDict) -> None:
     if lacking:
         more = f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''
         raise UserError(
-            f'--config={argument}: lacks {lacking[0]}{more} of the fields in configs/base.py; start from a '
+            f'--config={argument}: lacks fields of configs/base.py ({lacking[0]}{more}); start from a '
             'preset, as in `from configs import base`'
         )
     for name, value in there.items():

@@ -62,7 +62,7 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Prints a line at once, escaping what should not reach a terminal."""
+    """Prints a line immediately, escaping what should not reach a terminal."""
     print(printable(text), flush=True)
 
 

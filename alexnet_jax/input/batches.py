@@ -71,8 +71,8 @@ def train_batches(
       reader: 'tf' (tf.data), 'threads' (without TensorFlow) or 'auto' (tf.data if TensorFlow is
         installed). All readers give the same bytes.
     Raises:
-      UserError: the crop is larger than the images or, while iterating, a record is damaged: of
-        a JPEG store every record is checked, of a raw store every CHECK_EVERY-th position.
+      UserError: the crop is larger than the images or, while iterating, a record is damaged: in
+        a JPEG store every record is checked, in a raw store every CHECK_EVERY-th position.
     """
     if not 0 < crop <= store.size:
         raise UserError(
@@ -323,7 +323,7 @@ def _closed_at_exit(batches: Generator) -> Generator:
     TensorFlow's threads call into Python; if they do so during interpreter shutdown, it hangs or
     aborts, and nothing else closes a generator that is still referenced by then.
     """
-    # A weak reference, so that a reader that is no longer used is closed and forgotten at once.
+    # A weak reference, so that a reader that is no longer used is closed and forgotten immediately.
     weakref.finalize(batches, _close, weakref.ref(batches))
     return batches
 

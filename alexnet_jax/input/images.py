@@ -55,7 +55,7 @@ def decode(data: bytes | np.ndarray | Image.Image, *, exif: bool = False) -> Ima
     EXIF orientation. (TIFF and HEIF images are always upright.)
 
     Raises:
-      Undecodable: why not, and what to do if that is known.
+      Undecodable: the message says why and, if known, what to do.
     """
     if isinstance(data, np.ndarray):
         return _from_array(data)

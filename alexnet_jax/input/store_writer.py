@@ -50,7 +50,7 @@ TEMPORARY = (LOCK, *(f'{name}.tmp' for name in FILES))
 def locked(path: str, action: str = 'preparing') -> Iterator[None]:
     """Makes a store's folder and locks it, waiting for any other process that holds the lock.
 
-    On exit, removes those of the folders it made that are empty. The kernel releases the lock when
+    On exit, removes any empty folders that it made. The kernel releases the lock when
     the process ends, however it ends. Best effort: some network file systems have no locks.
     """
     name, made = os.path.join(path, LOCK), []

@@ -316,7 +316,7 @@ def _all_processes(good: bool) -> bool:
 
 
 def _raise_if_lost(error: Exception) -> None:
-    """Raises the cause of an error if that is the loss of another process, not this disk."""
+    """Raises the cause of an error if that is a lost process, rather than this disk."""
     while error is not None and jax.process_count() > 1:
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise error

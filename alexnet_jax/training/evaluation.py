@@ -76,7 +76,7 @@ def _of_batches(
 ) -> list:
     """Returns function(averaged probabilities, labels, mask) of each batch of a split, on the host."""
     rows = meshes.rows(mesh, batch)
-    # One program at a time if they cannot overlap; otherwise the next batch is read meanwhile.
+    # One program at a time if they cannot overlap; otherwise, read the next batch in the meantime.
     finish = (lambda x: x) if choices(mesh).overlap else jax.block_until_ready
     parts = []
     for local in eval_batches(store, split, batch=batch, rows=rows, threads=threads):
@@ -115,7 +115,7 @@ def compare(
     opened = open_store(runs, store)
     opened.check_split(split)
     runs = [restore_run(run, mesh, step) for run in runs]
-    # A training run may save a checkpoint meanwhile.
+    # A training run may have saved a checkpoint in the meantime.
     distributed.agree({f'the step of {r.path}': r.step for r in runs})
     results = {}
     for view in views:

@@ -207,7 +207,7 @@ class Loop:
             self.report()  # the previous dispatch, so that the device never waits for the host
             self.pending, self.step = sent, following
             if sent.step == self.first:
-                self.report()  # at once, for the log
+                self.report()  # immediately, for the log
             self.trace(self.step >= self.config.profile[1])
         self.trace(end=True)
         if not over:
@@ -243,7 +243,7 @@ class Loop:
             return local and meshes.global_batches(self.setup.mesh, batch, local)
 
     def warn_if_saturated(self, batch) -> None:
-        """Warns at the first start if most units begin at the bound of their outputs."""
+        """Warns on the first start if most units begin at the bound of their outputs."""
         if self.step == 0 and self.setup.saturated and batch:
             if self.setup.dispatched(0) > 1:
                 batch = jax.tree.map(lambda x: x[0], batch)

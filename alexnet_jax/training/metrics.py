@@ -85,7 +85,7 @@ def class_errors(sums: dict[str, Any]) -> np.ndarray:
 
 
 def shown(classes: int) -> list[str]:
-    """Returns the names of the values to print: without the top-5 error of at most five classes, always 0."""
+    """Returns the names of the values to print: no top-5 error for at most five classes, where it is 0."""
     return [name for name in TEXT if name != 'top5_error' or classes > 5]
 
 

@@ -309,7 +309,7 @@ def _input(bundle: Bundle) -> str:
     red, green, blue = bundle.mean.mean((0, 1), np.float64).tolist()
     return (
         f'RGB, 0 to 255, minus the mean ({red:.1f}, {green:.1f}, {blue:.1f} on average); crops of '
-        f'{crop} x {crop} pixels of the central square resized to {size} x {size}'
+        f'{crop} x {crop} pixels from the central square resized to {size} x {size}'
     )
 
 

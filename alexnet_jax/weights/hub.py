@@ -1,7 +1,7 @@
 """Networks by name: registered ones, files on the web, and repositories of the Hugging Face Hub.
 
 Downloads are kept in a cache: the published file as NAME-XXXXXXXX.EXT, with the first digits of its
-SHA-256, and the bundle made of it as NAME-XXXXXXXX. Environment variables:
+SHA-256, and the bundle made from it as NAME-XXXXXXXX. Environment variables:
 
     ALEXNET_JAX_CACHE     the cache; default: alexnet_jax in $XDG_CACHE_HOME or ~/.cache
     ALEXNET_JAX_MIRROR    a server that has https://HOST/PATH as MIRROR/HOST/PATH
@@ -180,7 +180,7 @@ def _from_url(text: str) -> str:
 
 
 def _converted(file: str, checksum, facts: dict, preset: str = '') -> str:
-    """Makes a bundle of a download -> its folder; removes a useless file that has no checksum."""
+    """Converts a download to a bundle -> its folder; removes a useless file that has no checksum."""
     folder = os.path.splitext(file)[0]
     digest = _digest(file, 'sha256')
     with _locked(folder):
@@ -413,7 +413,7 @@ def _fetch(
     tries: int = TRIES,
     most: int = variables.LARGEST,
 ) -> None:
-    """Downloads a file of at most `most` bytes to `part`, from where it ends if there is a checksum.
+    """Downloads a file of at most `most` bytes to `part`, resuming where it ends if there is a checksum.
 
     If the connection breaks, what was read stays there; a complete but wrong file is removed.
     """

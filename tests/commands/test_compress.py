@@ -67,7 +67,7 @@ def test_a_run(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_folded_normalizations_get_the_statistics_of_training_images(run, tmp_path):
-    """With the mean of the bundle, not of the store; the card drops what applies only to the original."""
+    """They use the bundle's mean, not the store's; the card drops what applies only to the original."""
     config, net, folded = write_folded(run, tmp_path / 'folded', published={'top1_error': 5.0})
     conv, fc = {'conv': 0.0, 'fc': 0.0}, {'conv': 8, 'fc': 8}
     settings = compression.Settings(conv, fc, 1, epochs=0, tune=0, rate=0.1, tune_rate=0.1)

@@ -107,7 +107,7 @@ def test_files(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('turned', [True, False, None])
 def test_a_phone_photo_is_turned_as_the_run_was_trained(run, tmp_path, monkeypatch, capsys, turned):
-    """And a name is printed without its escape codes."""
+    """Also, a name is printed without its escape codes."""
     shutil.copytree(run.path, tmp_path / 'run')
     told = json.loads((tmp_path / 'run' / 'store.json').read_text())
     told |= {} if turned is None else {'exif': turned}

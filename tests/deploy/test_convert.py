@@ -218,7 +218,7 @@ def alexnet(tmp_path_factory):
 
 @pytest.mark.parametrize('mistake', MISTAKES)
 def test_mistakes(mistake, alexnet):
-    """The tolerance is far below what each of the usual mistakes changes."""
+    """The tolerance is far below the error that each common mistake causes."""
     found, expected = alexnet
     wrong, changes = MISTAKES[mistake], {}
     found = found._replace(variables=jax.tree.map(np.copy, found.variables))

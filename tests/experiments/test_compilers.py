@@ -100,7 +100,7 @@ def test_training(topology, shape, size):
 
 
 def test_pooling_has_its_form_of_cpus_there():
-    """So the padded arrays above are those of pooling."""
+    """On CPUs nothing is padded, so the padded arrays above come from pooling."""
     config = configfile.load('configs/paper.py')
     config.augment.crop, config.model.width = 64, 0.125
     lowered = programs.train_step(config, 10, programs.make_mesh((1, 1)), 4)

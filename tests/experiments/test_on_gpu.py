@@ -52,7 +52,7 @@ def test_steps_end_and_are_not_repeated(call, tmp_path):
 
 
 def test_other_arguments_are_another_run(call, tmp_path):
-    """A rehearsal does not count as the real run, and is not lost by mistake either."""
+    """A rehearsal does not count as the real run, nor is it lost by mistake."""
     call(python('one', 'print(1)'))
     before = (tmp_path / 'steps.json').read_text(), (tmp_path / 'one.log').read_text()
     with pytest.raises(UserError, match='one ran with different arguments; give another folder'):

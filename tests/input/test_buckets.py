@@ -249,7 +249,7 @@ def test_another_store_under_the_same_url(made, bucket):
 
 
 def test_a_store_without_checksums(made, bucket, tmp_path):
-    """As earlier versions wrote it: the records have theirs."""
+    """As earlier versions wrote it: only the records have checksums."""
     write_store(tmp_path / 'old', format=made.format, size=24)
     bucket.put_folder('bucket/old', tmp_path / 'old')
     opened = ensure(made, 'gs://bucket/old')

@@ -170,7 +170,7 @@ def test_a_reason_has_no_object_addresses(monkeypatch):
 
 
 def test_heic_where_pillow_heif_is_installed(monkeypatch):
-    """Its opener is registered once; here it is one that reads any HEIC as black."""
+    """Its opener is registered once; the stand-in here reads any HEIC as black."""
 
     class Opener(Image.Image):
         def __init__(self, file, name):

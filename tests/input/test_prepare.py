@@ -388,7 +388,7 @@ def test_a_changed_source_is_noticed(flowers, monkeypatch, change, found):
     assert prepare.ensure(source='flowers', size=24, resuming=True).counts == made.counts
     assert prepare.ensure(source='flowers', size=24, store=path).counts == made.counts
     assert prepare.prepare('flowers', size=24, store=path).counts == made.counts
-    with monkeypatch.context() as patch:  # counting many takes too long at a start
+    with monkeypatch.context() as patch:  # counting many takes too long at startup
         patch.setattr(prepare, 'LARGE', 11)
         assert prepare.ensure(source='flowers', size=24).counts == made.counts
     shutil.rmtree(path)
@@ -948,7 +948,7 @@ def test_an_earlier_store_keeps_its_held_out_images(flowers, capsys):
         prepare.prepare('list.csv', size=24, val_fraction=0.25)
     pathlib.Path('list.csv').write_text(listed)
     os.remove('flowers/ape/001.jpg')
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match='has 1 fewer image than'):
         prepare.prepare('list.csv', size=24, val_fraction=0.25)
 
 

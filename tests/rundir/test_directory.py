@@ -142,7 +142,7 @@ def test_a_run_made_before_some_fields_were_there_goes_on(tmp_path):
 
 @pytest.mark.parametrize(('preset', 'refused'), [(paper, True), (original, False)])
 def test_under_the_plateau_rule_the_evaluations_decide(tmp_path, preset, refused):
-    """So their interval cannot change between starts; under other schedules it can."""
+    """Under it, `eval_every` cannot change between starts; under other schedules it can."""
     config = preset.get_config()
     (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
     config.run.eval_every = 2.0

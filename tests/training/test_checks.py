@@ -61,7 +61,7 @@ def check(changes, workdir):
 
 @pytest.mark.parametrize('kind', [int, float, str, bool, tuple])
 def test_every_field_with_hostile_values(tmp_path, kind):
-    """Each is refused in one line, or accepted at once; no other exception, and no large array."""
+    """Each is refused in one line or accepted immediately: no other exception, no large array."""
     fields = [name for name, value in FIELDS.items() if type(value) is kind]
     for name, value in itertools.product(fields, (*REFUSED.get(kind, ()), *TRIED[kind])):
         try:

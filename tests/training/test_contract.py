@@ -248,7 +248,7 @@ def test_a_modern_recipe_is_the_same_on_every_mesh_and_resumed(folder, net, shap
 
 @pytest.mark.parametrize(('net', 'shape'), [('nested', (1, 1)), ('towers', (2, 2))], ids=str)
 def test_recomputed_statistics_are_those_of_the_images(folder, caplog, net, shape):
-    """Those of the first layer, which are easily computed; the log compares the two modes before."""
+    """Checks the first layer's, which are easy to compute; the log compares the two modes first."""
     changes = {'optim.schedule': 'steps', 'augment.random': False, 'colour.std': 0.0}
     with caplog.at_level(logging.INFO, 'alexnet_jax'):
         run = train(folder, f'{net}-recomputed', net, shape, **changes, **{'train.recompute': 13})
@@ -288,7 +288,7 @@ def test_recomputed_statistics_are_those_of_the_images(folder, caplog, net, shap
 
 
 def test_recomputing_reads_at_most_an_epoch_and_can_be_stopped(folder, caplog):
-    """As with a preset whose number of images is ImageNet's, on a small folder."""
+    """Asks for as many images as ImageNet has, on a small folder, as a preset would."""
     changes = {'optim.schedule': 'steps', 'train.recompute': 1_281_167}
     caplog.set_level(logging.INFO, 'alexnet_jax')
     whole = train(folder, 'nested-whole', 'nested', **changes)

@@ -3,7 +3,7 @@
 The comparison is in float64. In float32, the order of a sum can change the last bit, and now and then
 that bit decides whether a hidden unit is on for an image. A single unit of fc7 then changes the gradients
 of all layers below by a percent, which says nothing about the meshes. (On photographs that differ more
-than windows of a single one do, float32 agrees just as well as long as no unit switches.)
+than windows of a single one do, float32 agrees equally well, as long as no unit switches.)
 """
 
 import pathlib

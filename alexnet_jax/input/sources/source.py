@@ -434,10 +434,10 @@ def split_off(
 
 
 def import_tensorflow():
-    """Imports TensorFlow, quiet and without accelerators; UserError if it is not installed."""
+    """Imports TensorFlow quietly and without accelerators; UserError if it is not installed."""
     # No notes about CPU features or missing GPUs.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    # Not needed here, and it prints a note at every start.
+    # Not needed here, and it prints a note on every start.
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     try:
         import tensorflow as tf
