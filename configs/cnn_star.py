@@ -12,8 +12,8 @@ convolutional layers of a network trained on the Fall 2009 release and stopped a
 `:fall2009` is the same network on the Fall 2009 release of ImageNet, with 10,184 classes and 8.9 million
 images; the paper trained on half of them and tested on the others: top-1/top-5 error 67.4/40.9%. It gives
 neither the split nor the rates, so here the half is random, and the rates are #145's. FALL2009 is a folder
-with a subfolder per class. The result can be fine-tuned with the second command above. None of this has been
-run here.
+with a subfolder per class. The result can be fine-tuned with the second command above.
+`experiments/fall2009.py` trains it and compares the errors. None of this has been run here.
 
     python -m alexnet_jax.prepare --source=FALL2009 --val_fraction=0.5
     python -m alexnet_jax.main --config=configs/cnn_star.py:fall2009 \\

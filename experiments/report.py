@@ -32,6 +32,7 @@ EXPERIMENTS = (
     'compression',
     'table1',
     'table2',
+    'fall2009',
     'fig3_filters',
     'fig4_retrieval',
 )

@@ -31,25 +31,35 @@ plot = None
 
 
 def run(lab):
+    train(lab, CONFIG)
+
+
+def train(lab, config: str):
+    """Trains one network per seed."""
     changes, part = SCALES[lab.scale]
     if lab.scale != 'full':
-        changes = {**changes, **labs.shortened(CONFIG, part)}
+        changes = {**changes, **labs.shortened(config, part)}
     for seed in range(lab.seeds):
-        lab.run('CNN', seed, CONFIG, changes, after=ablations.errors)
+        lab.run('CNN', seed, config, changes, after=ablations.errors)
 
 
 def report(results) -> str:
+    return table(results, PAPER, VIEWS)
+
+
+def table(results, paper: dict[str, tuple[float, float]], views: dict[str, str]) -> str:
+    """Returns a table of the paper's errors and, for the rows of `views`, ours."""
     runs = [result for result in results.values() if result['extra']]
     pictures = ', '.join(sorted({run['data']['source'] for run in runs}))
     lines = [
-        f'| model | the paper, ILSVRC-2010: top-1, top-5 error | ours, {pictures}: top-1, top-5 error |',
+        f'| model | the paper: top-1, top-5 error | ours, {pictures}: top-1, top-5 error |',
         '|---|---|---|',
     ]
-    for name, (first, fifth) in PAPER.items():
+    for name, (first, fifth) in paper.items():
         ours = ''
-        if runs and name in VIEWS:
+        if runs and name in views:
             ours = ', '.join(
-                f'{statistics.mean_std([run["extra"][VIEWS[name]][error] for run in runs])}%'
+                f'{statistics.mean_std([run["extra"][views[name]][error] for run in runs])}%'
                 for error in ablations.ERRORS
             )
         lines.append(f'| {name} | {first}%, {fifth}% | {ours} |')

@@ -23,6 +23,7 @@ from experiments import (
     does_it_train,
     efficient,
     embedded_controls,
+    fall2009,
     few_labels,
     lab,
     statistics,
@@ -421,6 +422,13 @@ def test_table_1():
     assert '2 seeds, plus 1 that diverged' in table
 
 
+def test_fall_2009():
+    results = {0: {'extra': {'ten': {'top1_error': 70, 'top5_error': 45}}, 'data': {'source': 'x'}}}
+    table = fall2009.report(results)
+    assert '| CNN, six convolutional layers | 67.4%, 40.9% | 70.0%, 45.0% |' in table
+    assert '| best published | 78.1%, 60.9% |  |' in table
+
+
 @pytest.mark.full
 def test_which_networks_go_together(tmp_path, monkeypatch):
     """Every run that did not diverge, even if the last one did; later, runs added since, too."""
@@ -547,12 +555,14 @@ def test_a_smoke_run_of_the_ablations(smoke, store, tmp_path):
 
 
 @pytest.mark.full
-def test_a_smoke_run_of_table_1(smoke, store):
-    results, out = smoke('table1', *store)
+@pytest.mark.parametrize(
+    ('name', 'paper'),
+    [('table1', 'ten crops | 37.5%, 17.0%'), ('fall2009', 'convolutional layers | 67.4%, 40.9%')],
+)
+def test_a_smoke_run_of_one_network(smoke, store, name, paper):
+    results, out = smoke(name, *store)
     assert list(results) == ['CNN-0'] and len(results['CNN-0']['train']) == 4
-    assert (
-        f'ten crops | 37.5%, 17.0% | {results["CNN-0"]["extra"]["ten"]["top1_error"]:.1f}%' in out
-    )
+    assert f'{paper} | {results["CNN-0"]["extra"]["ten"]["top1_error"]:.1f}%' in out
 
 
 @pytest.mark.full

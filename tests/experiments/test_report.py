@@ -474,7 +474,7 @@ def page(tmp_path, monkeypatch):
 
 def test_a_report_of_nothing(page, capsys):
     sections = page()
-    assert len(sections) == len(report.EXPERIMENTS) == 13  # and no section of earlier results
+    assert len(sections) == len(report.EXPERIMENTS) == 14  # and no section of earlier results
     assert capsys.readouterr().out.startswith('wrote ')
     for section in sections.values():
         assert section.count('**Not run.**') == 2 and 'Measured' not in section
