@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            'source': 'imagenet2012',  # a path, a TFDS name, ... (docs/data.md); 'alexnet_shapes': embedded
+            'source': 'imagenet2012',  # a path, a TFDS name, ... (docs/data.md); 'alexnet_shapes': built in
             'dir': '',  # where TFDS keeps its datasets, or where imagenet2012 is; '': TFDS's default
             'store': '',  # a prepared store, or gs://BUCKET/STORE; '': data/<source>-<size>-<format>
             # of the store: 'jpg' (38 GB for ImageNet), 'u8' (raw, 262 GB, faster), or 'whole' (as 'jpg', but

@@ -2,7 +2,7 @@
 
     python -m alexnet_jax.main --config=configs/quickstart.py --cpu_devices=2
 
-NOT the paper's recipe: the embedded set `alexnet_shapes` (2,000 training images, 10 classes),
+NOT the paper's recipe: the built-in dataset `alexnet_shapes` (2,000 training images, 10 classes),
 112-pixel crops of 128-pixel images, and learning rates for a run of a few minutes.
 """
 

@@ -65,7 +65,7 @@ ROWS = {
     'no weight decay': Row({'optim.decay': 0.0}),
     ONE_CROP: Row(paper=(1.5, 1.3), log=(1.55, 1.30)),  # uses the reference's runs
 }
-TINY = {  # smoke runs: two steps on the embedded set
+TINY = {  # smoke runs: two steps on the built-in dataset
     'data.source': 'alexnet_shapes',
     'data.size': 128,
     'data.format': 'u8',

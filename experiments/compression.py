@@ -20,7 +20,7 @@ from experiments import statistics
 
 TITLE = 'Deep Compression: smaller files at the same error'
 INDEPENDENT = True
-EMBEDDED = {
+BUILT_IN = {
     'data.source': 'alexnet_shapes',
     'data.size': 128,
     'data.format': 'u8',
@@ -36,7 +36,7 @@ SCALES = {  # name: preset, changes
         'alexnet_bn': (
             'configs/alexnet_bn.py',
             {
-                **EMBEDDED,
+                **BUILT_IN,
                 'model.width': 0.125,
                 'optim.rate': 0.02,
                 'optim.epochs': 36.0,
@@ -47,8 +47,8 @@ SCALES = {  # name: preset, changes
     'full': {'original': ('configs/original.py', {})},
 }
 NOTES = {
-    'small': 'On the embedded set of rendered images: the quickstart, and `alexnet_bn` at an eighth of its '
-    'width with its schedule.'
+    'small': 'On the built-in dataset of rendered images: the quickstart, and `alexnet_bn` at an eighth of '
+    'its width with its schedule.'
 }
 COLUMNS = (
     'Layers: weights kept; bits per weight, with fixed codes and with Huffman codes; bits of the gap to the '

@@ -12,7 +12,7 @@ its last layer is replaced and all layers are trained on the classes of the tabl
 the 2012 source code (`:finetune`). At the small scale (that of `experiments/ablations.py`) FOLDER is the
 larger set, and the table uses the first half of its classes, through a folder of links created here. So
 unlike in the paper, CNN* sees the same images of these classes as the CNNs do, plus those of the other half,
-for more epochs. The smoke scale does the same with sixty images of the embedded set. At full scale the table
+for more epochs. The smoke scale does the same with sixty of the built-in images. At full scale the table
 uses ILSVRC-2012, and the pre-trained networks must exist for seeds 0 and 1. With the larger set in FALL2011:
 
     python -m alexnet_jax.prepare --source=FALL2011
@@ -44,7 +44,7 @@ PAPER = {  # ILSVRC-2012: top-1 and top-5 validation error, top-5 test error
     '1 CNN*': ('39.0%', '16.6%', '–'),
     '7 CNNs*': ('36.7%', '15.4%', '15.3%'),
 }
-SHAPES = {'train': 40, 'validation': 20}  # images of the embedded set in a smoke run
+SHAPES = {'train': 40, 'validation': 20}  # images of the built-in dataset in a smoke run
 NOTES = ablations.NOTES
 plot = None
 
@@ -121,7 +121,7 @@ def alone(label: str, workdir) -> dict:
 
 
 def draw(folder: pathlib.Path) -> str:
-    """Writes some images of the embedded set to a folder."""
+    """Writes some images of the built-in dataset to a folder."""
     for split, count in SHAPES.items():
         for index in range(count):
             data, label, _ = shapes.render(shapes.SEED, shapes.SPLITS[split][0], index)

@@ -19,10 +19,10 @@ from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from experiments import (
     ablations,
+    built_in_controls,
     compression,
     does_it_train,
     efficient,
-    embedded_controls,
     fall2009,
     few_labels,
     lab,
@@ -613,7 +613,7 @@ def test_the_intervals_of_steps_and_the_p_of_the_controls():
     """Checks README's 2.4 (1.3 to 3.5), p = 0.024, and the steps relative to `paper`, by seed."""
     quick, plain = 'the quickstart', 'without crops and flips'
     frozen = {'its conv layers frozen': [89.8, 81.8, 83.2]}
-    p = embedded_controls.corrected(
+    p = built_in_controls.corrected(
         {
             'center': {quick: [2.6, 1.7, 2.1], plain: [4.5, 4.2, 4.9], **frozen},
             'ten': {quick: [1.2, 0.6, 0.9], plain: [1.5, 2.0, 1.8], **frozen},

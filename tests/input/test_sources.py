@@ -1,4 +1,4 @@
-"""Image sources: folders, TFDS sets, the embedded set."""
+"""Image sources: folders, TFDS sets, the built-in dataset."""
 
 import collections
 import io
@@ -519,7 +519,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         sources.open_source('~/gone')
 
 
-# The embedded set
+# The built-in dataset
 
 
 def test_figures_are_a_function_of_their_place_and_balanced():
@@ -544,15 +544,15 @@ def test_figure_fills_the_same_box_whatever_its_class(label):
 
 
 @pytest.fixture
-def small_embedded(monkeypatch):
+def small_built_in(monkeypatch):
     def make(**splits):
         monkeypatch.setattr(shapes, 'SPLITS', splits)
 
     return make
 
 
-def test_embedded_set_goes_through_tfds(tmp_path, small_embedded):
-    small_embedded(train=(0, 30), validation=(1, 20))
+def test_built_in_dataset_goes_through_tfds(tmp_path, small_built_in):
+    small_built_in(train=(0, 30), validation=(1, 20))
     source = sources.open_source('alexnet_shapes', data_dir=str(tmp_path))
     assert source.class_names == shapes.NAMES
     assert source.splits == {'train': 30, 'val': 20}
@@ -565,8 +565,8 @@ def test_embedded_set_goes_through_tfds(tmp_path, small_embedded):
         assert read(source, split, 13) == examples[13:]
 
 
-def test_tfds_set_without_validation_holds_out_a_fraction(tmp_path, small_embedded):
-    small_embedded(train=(0, 20))
+def test_tfds_set_without_validation_holds_out_a_fraction(tmp_path, small_built_in):
+    small_built_in(train=(0, 20))
     source = sources.open_source('alexnet_shapes', data_dir=str(tmp_path), val_fraction=0.3)
     assert source.splits == {'train': 14, 'val': 6}
     train, val = read(source, 'train'), read(source, 'val')
@@ -657,8 +657,8 @@ def test_tfds_sets_that_cannot_be_built(tmp_path, monkeypatch, number):
     assert f'could not build it in {tmp_path} ({type(failure).__name__}: two lines): ' in message
 
 
-def test_damaged_tfds_records(tmp_path, small_embedded):
-    small_embedded(train=(0, 30), validation=(1, 20))
+def test_damaged_tfds_records(tmp_path, small_built_in):
+    small_built_in(train=(0, 30), validation=(1, 20))
     sources.open_source('alexnet_shapes', data_dir=str(tmp_path))
     for file in tmp_path.rglob('*train.tfrecord*'):
         data = bytearray(file.read_bytes())

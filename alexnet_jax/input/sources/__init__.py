@@ -1,4 +1,4 @@
-"""Sources of labeled images: ImageNet, lists, Parquet, WebDataset, folders, TFDS sets, the embedded set.
+"""Sources of labeled images: ImageNet, lists, Parquet, WebDataset, folders, TFDS sets, the built-in dataset.
 
 Each form is a module with `recognizes(name)`, `open_source(name, ...)` and `is_large(name, ...)`.
 """
@@ -45,7 +45,7 @@ def open_source(
 ) -> Source:
     """Opens a folder, a list, a TFDS set, `imagenet2012`, or hf://datasets/OWNER/NAME.
 
-    If a TFDS set does not exist yet, TFDS builds it first (`alexnet_shapes`, the embedded set: half a
+    If a TFDS set does not exist yet, TFDS builds it first (`alexnet_shapes`, the built-in dataset: half a
     minute, without a download).
 
     Args:

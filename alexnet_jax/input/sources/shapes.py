@@ -1,4 +1,4 @@
-"""Renders the embedded set: one of ten figures per image, anywhere, in any colors, amid clutter.
+"""Renders the built-in dataset: one of ten figures per image, anywhere, in any colors, amid clutter.
 
 Everything that could give the class away without the shape is drawn independently of the class: the
 size of the image, the bounding box of the figure, colors, textures, clutter, noise and JPEG quality

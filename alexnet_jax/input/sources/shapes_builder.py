@@ -1,4 +1,4 @@
-"""The embedded set as a TFDS builder, `alexnet_shapes`: rendered locally, with nothing to download.
+"""The built-in dataset as a TFDS builder, `alexnet_shapes`: rendered locally, with nothing to download.
 
 Imported only when a TFDS set is opened, because it needs TFDS to define its class.
 """

@@ -1,4 +1,4 @@
-"""TFDS sets by name, including the embedded set, and ImageNet if TFDS has built it."""
+"""TFDS sets by name, including the built-in dataset, and ImageNet if TFDS has built it."""
 
 import contextlib
 import logging
@@ -19,14 +19,14 @@ from alexnet_jax.input.sources.source import (
     unlabeled,
 )
 
-EMBEDDED = 'alexnet_shapes'
+BUILT_IN = 'alexnet_shapes'
 
 
 def data_root(name: str, data_dir: str | None) -> str:
-    """Returns the folder where TFDS keeps a set; the embedded set stays beside the stores."""
+    """Returns the folder where TFDS keeps a set; the built-in dataset stays beside the stores."""
     if not data_dir:
         default = os.environ.get('TFDS_DATA_DIR', os.path.join('~', 'tensorflow_datasets'))
-        data_dir = os.path.join('data', 'tfds') if name == EMBEDDED else default
+        data_dir = os.path.join('data', 'tfds') if name == BUILT_IN else default
     return os.path.abspath(os.path.expanduser(data_dir))
 
 
@@ -51,7 +51,7 @@ def _builder(name: str, root: str):
     try:
         import tensorflow_datasets as tfds
 
-        known = name == EMBEDDED or _is_known(name, root)
+        known = name == BUILT_IN or _is_known(name, root)
         if known:
             import_tensorflow()  # takes seconds
     except (UserError, ImportError) as error:
@@ -64,7 +64,7 @@ def _builder(name: str, root: str):
     if not known:
         raise UserError(unknown)
     logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS warns about sets it is about to build
-    if name == EMBEDDED:
+    if name == BUILT_IN:
         from alexnet_jax.input.sources import shapes_builder  # noqa: F401  registers the builder
 
         tfds.disable_progress_bar()  # rendering takes only seconds
@@ -133,8 +133,8 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
     """
     root = data_root(name, data_dir)
     builder = _builder(name, root)
-    if not builder.is_prepared() and name == EMBEDDED:
-        say('rendering the embedded images')
+    if not builder.is_prepared() and name == BUILT_IN:
+        say('rendering the built-in images')
         with contextlib.redirect_stdout(None):  # TFDS would claim to be downloading something
             _build(builder, name, root)
     elif not builder.is_prepared():

@@ -1,7 +1,7 @@
-"""Shows that the embedded set needs a network: simpler classifiers fail on it.
+"""Shows that the built-in dataset needs a network: simpler classifiers fail on it.
 
-    python -m experiments.embedded_controls              # twenty minutes on two cores
-    python -m experiments.embedded_controls --seeds=0    # without the networks: two minutes
+    python -m experiments.built_in_controls              # twenty minutes on two cores
+    python -m experiments.built_in_controls --seeds=0    # without the networks: two minutes
 
 Each control is trained on the 2000 training images and tested on the other 1000; chance is 90%. The error
 of a control must exceed its bound. The networks are variants of the quickstart, with several seeds. If
@@ -37,7 +37,7 @@ class Split(NamedTuple):
 
 
 def load(name: str) -> Split:
-    """Renders a split of the embedded set."""
+    """Renders a split of the built-in dataset."""
     number, count = shapes.SPLITS[name]
     rows = []
     for index in range(count):
@@ -184,13 +184,13 @@ def corrected(of_views: dict[str, dict[str, list[float]]]) -> dict[tuple[str, st
 
 def main() -> None:
     parser = ArgumentParser(
-        prog='python -m experiments.embedded_controls', description=__doc__, formatter_class=Help
+        prog='python -m experiments.built_in_controls', description=__doc__, formatter_class=Help
     )
     parser.add_argument('--seeds', type=int, default=3, help='seeds per network; 0: no networks')
     parser.add_argument(
         '--workdir',
         type=pathlib.Path,
-        default=pathlib.Path('runs/embedded_controls'),
+        default=pathlib.Path('runs/built_in_controls'),
         help='folder for the runs',
     )
     args = parser.parse_args()
