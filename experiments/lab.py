@@ -378,6 +378,10 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
             process.send_signal(signal.SIGTERM)  # it saves a checkpoint and exits
             process.wait()
             raise Stopped(f'{workdir}: stopped; repeat the command to resume') from None
+        finally:
+            if process.poll() is None:  # an error here must not leave it training
+                process.terminate()
+                process.wait()
     last = log.read_text(errors='replace').strip().rpartition('\n')[2]
     if process.returncode == MISTAKE and NOT_FINITE in last:
         return True

@@ -35,7 +35,7 @@ class InputError(UserError, ValueError):
 def choose(name: str, value, choices) -> None:
     """Raises UserError if a field's value is not one of the choices."""
     if value not in [*choices]:  # not hashed: it can be a list
-        raise UserError(f'{name}={value!r}: choose one of {", ".join(choices)}')
+        raise UserError(f'{name}={value!r}: choose one of {", ".join(map(str, choices))}')
 
 
 def one_each(name: str, values, layers: int) -> None:

@@ -4,6 +4,7 @@ Both are `etils.epath` paths, with pathlib's methods. Objects in a bucket cannot
 or renamed, but each appears whole or not at all.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -105,14 +106,19 @@ def replace(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], None]
         Path(path).write_bytes(content)
         return
     temporary = f'{os.fspath(path)}.tmp'
-    with open(temporary, 'wb') as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # part of a file would keep a full disk full
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def failures(path: Path) -> type[Exception]:

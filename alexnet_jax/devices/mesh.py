@@ -149,12 +149,16 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
                 f'{field}={batch} cannot be divided over {data} devices along data; '
                 f'choose a multiple of {data} or another config.run.mesh'
             )
+    used = jax.devices()[: data * model]
+    working, processes = len({device.process_index for device in used}), jax.process_count()
+    if working < processes:
+        raise UserError(
+            f'config.run.mesh: {data} x {model} leaves {processes - working} of {processes} processes '
+            f'without a device; start only {working}, or choose a batch that more devices divide'
+        )
     keep_programs()
     return jax.make_mesh(
-        (data, model),
-        ('data', 'model'),
-        axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices()[: data * model],
+        (data, model), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=used
     )
 
 

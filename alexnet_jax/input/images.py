@@ -17,6 +17,7 @@ from alexnet_jax.common.errors import InputError, one_line, reason
 FILTER = 'antialiased bilinear down, bicubic up'
 # In pixels: larger images are decoded one at a time, or rejected.
 LARGE, LARGEST = 50_000_000, 500_000_000
+LONGEST = 65_500  # side of a JPEG, by its library
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = dict(  # what undoes each orientation
     enumerate(
@@ -237,9 +238,17 @@ def square(data: bytes | np.ndarray | Image.Image, size: int, *, exif: bool = Fa
 
 
 def whole(data: bytes | np.ndarray | Image.Image, size: int, *, exif: bool = False) -> np.ndarray:
-    """Resizes the shorter side to `size`, as `square` does, but keeps all of the image -> u8[H,W,3]."""
+    """Resizes the shorter side to `size`, as `square` does, but keeps all of the image -> u8[H,W,3].
+
+    Raises Undecodable if the longer side would be longer than JPEG allows.
+    """
     image = decode(data, exif=exif)
-    return np.asarray(image.resize(_sides(image, size), _filter(min(image.size), size)))
+    sides = _sides(image, size)
+    if max(sides) > LONGEST:
+        raise Undecodable(
+            f'{image.width} x {image.height} pixels: too long to be kept whole at {size} pixels'
+        )
+    return np.asarray(image.resize(sides, _filter(min(image.size), size)))
 
 
 def central(image: np.ndarray, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 
 from alexnet_jax.common import paths
-from alexnet_jax.common.errors import UserError, choose, say
+from alexnet_jax.common.errors import UserError, choose, reason, say
 from alexnet_jax.input import buckets, sources, store_writer
 from alexnet_jax.input import store as stores
 from alexnet_jax.input.images import FILTER
@@ -110,7 +110,7 @@ def prepare(
                     path, wanted, source, dir, limit, advice, skip_bad
                 )
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be written: {reason(error)}') from error
     # That process made the store of another source, so this one's is elsewhere.
     return prepare(
         source,
@@ -368,7 +368,7 @@ def _open(source: str, dir: str | None, val_fraction: float) -> sources.Source:
     try:
         return sources.open_source(source, data_dir=dir, val_fraction=val_fraction)
     except OSError as error:
-        raise UserError(f'{source}: cannot be read: {error.strerror or error}') from error
+        raise UserError(f'{source}: cannot be read: {reason(error)}') from error
 
 
 def _held_out_before(description: dict) -> bool:
@@ -389,7 +389,7 @@ def _description(path: str) -> dict | None:
         return None
     except OSError as error:
         raise UserError(
-            f'{path}: cannot be read as a store: {error.strerror}: give another --store'
+            f'{path}: cannot be read as a store: {reason(error)}: give another --store'
         ) from error
     except (ValueError, TypeError) as error:
         raise UserError(

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.common.paths import Path, is_remote
 from alexnet_jax.devices.cpu import cores
 from alexnet_jax.input.images import central
@@ -104,7 +104,7 @@ class Store:
                     for i in indices
                 ]
         except OSError as error:
-            raise UserError(f'cannot read {part.file}: {error.strerror}') from error
+            raise UserError(f'cannot read {part.file}: {reason(error)}') from error
         for i, record in zip(indices, records, strict=True):
             self.check(split, i, record)
         return records

@@ -228,9 +228,6 @@ def _write_split(path, source, split, *, size, format, progress, began, exif, sk
 
     number = SPLITS.index(split)
     written, bad = progress['written'][number], []
-    files = [open(os.path.join(path, f'{split}.{kind}'), 'ab') for kind in (format, 'index')]
-    for file, length in zip(files, written[1:], strict=True):
-        file.truncate(length)
 
     def flush():
         for file in files:
@@ -247,7 +244,12 @@ def _write_split(path, source, split, *, size, format, progress, began, exif, sk
         ahead=4 * cores(),
     )
     flushed, count = began, start
-    try:
+    with contextlib.ExitStack() as stack:
+        names = [os.path.join(path, f'{split}.{kind}') for kind in (format, 'index')]
+        files = [stack.enter_context(open(name, 'ab')) for name in names]
+        stack.callback(records.close)
+        for file, length in zip(files, written[1:], strict=True):
+            file.truncate(length)
         for record in tqdm(records, split, total, initial=start, unit=' images', disable=None):
             count += 1
             if isinstance(record, Bad) and skip_bad:
@@ -271,10 +273,6 @@ def _write_split(path, source, split, *, size, format, progress, began, exif, sk
         if count != total:
             raise UserError(f'{source.name}: {split} gave {count} images, not {total}')
         flush()
-    finally:
-        records.close()
-        for file in files:
-            file.close()
     return bad
 
 

@@ -19,6 +19,7 @@ from alexnet_jax.input import buckets, prepare
 from alexnet_jax.input import images as pictures
 from alexnet_jax.input import store as stores
 from alexnet_jax.input.batches import Batch
+from alexnet_jax.input.sources import is_path
 from alexnet_jax.input.store import Store
 from alexnet_jax.nets.build import build
 from alexnet_jax.nets.network import Network
@@ -87,9 +88,11 @@ def restore_run(run: Run, mesh: Mesh, step: str | int = 'latest') -> Run:
         variables = placed(run.path, run.bundle.variables, target)
         return run._replace(variables=variables, bundle=run.bundle._replace(variables={}))
     checkpoints = checkpoint.Checkpoints(run.path / 'checkpoints')
-    wanted = {'best': checkpoints.best_step(), 'latest': None}.get(step, step)
-    if step == 'best' and wanted is None:
-        raise UserError(f'{run.path}: no evaluated checkpoint here, so no best one; use latest')
+    wanted = None if step == 'latest' else step
+    if step == 'best':
+        wanted = checkpoints.best_step()
+        if wanted is None:
+            raise UserError(f'{run.path}: no evaluated checkpoint here, so no best one; use latest')
     average = run.config['train']['ema_used']
     found, restored, _ = checkpoints.restore_part({'ema': target} if average else target, wanted)
     return run._replace(step=found, variables=restored['ema'] if average else restored)
@@ -120,16 +123,17 @@ def placed(path: str | os.PathLike, variables: dict, target: dict) -> dict:
 def as_bundle(run: Run, **card) -> Bundle:
     """Returns a restored run as a bundle, without the paths of this machine; card: facts to add."""
     data, train = run.config['data'], run.config['train']
+    start = train['init_from']
     config = {
         **run.config,
         'data': {
             **data,
-            'source': _without_folder(data['source']),
+            'source': _last(data['source']) if is_path(data['source']) else data['source'],
             'dir': '',
             'store': '',
             'exif': 'on' if run.facts.exif else 'off',
         },
-        'train': {**train, 'init_from': _without_folder(train['init_from'])},
+        'train': {**train, 'init_from': _last(start) if hub.is_folder(start) else start},
     }
     facts = {'title': run.path.name, 'data': config['data']['source']}
     facts = run.bundle.card if run.bundle else facts
@@ -137,10 +141,9 @@ def as_bundle(run: Run, **card) -> Bundle:
     return Bundle(config, variables, run.facts.names, run.facts.mean, facts | card)
 
 
-def _without_folder(name: str) -> str:
-    """The last part of a path; names that are not paths are unchanged."""
-    local = '://' not in name and not name.startswith(hub.PREFIX)
-    return os.path.basename(os.path.normpath(name)) if name and local else name
+def _last(path: str) -> str:
+    """The last part of a path, '' for ''."""
+    return path and os.path.basename(os.path.normpath(path))
 
 
 def open_run(

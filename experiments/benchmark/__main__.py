@@ -28,7 +28,7 @@ from importlib.metadata import version
 
 from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.common import configfile
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.devices import cpu
 from alexnet_jax.input.store import open_store
 from alexnet_jax.rundir import directory
@@ -221,7 +221,7 @@ def _folder(name: str) -> pathlib.Path:
         out.mkdir(parents=True, exist_ok=True)
         (out / 'benchmark.json').touch()
     except OSError as error:
-        raise UserError(f'--out={out}: cannot write there: {error.strerror}') from error
+        raise UserError(f'--out={out}: cannot write there: {reason(error)}') from error
     if (out / 'benchmark.json').stat().st_size:
         raise UserError(
             f'--out={out}: holds the results of an earlier command; choose another folder, or '

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from alexnet_jax import command
-from alexnet_jax.common import errors
+from alexnet_jax.common import errors, paths
 from experiments import lab
 
 
@@ -52,6 +52,17 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch, encoding):
     command.run(lambda: print('Möwe 🐦 \udcff'))
     shown = raw.getvalue().decode(encoding)
     assert shown.replace('\\xf6', 'ö').replace('\\U0001f426', '🐦') == 'Möwe 🐦 \\udcff\n'
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    def fill(file):
+        file.write(b'new')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    paths.replace(tmp_path / 'file', b'old')
+    with pytest.raises(OSError, match='No space left'):
+        paths.replace(tmp_path / 'file', fill)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'old']
 
 
 def test_a_full_disk_is_one_line():

@@ -64,6 +64,12 @@ def test_a_plugin_that_fails_takes_one_line(caplog):
     assert not caplog.records[0].exc_info
 
 
+def test_every_process_needs_a_device(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 3)
+    with pytest.raises(UserError, match='leaves 2 of 3 processes without a device; start only 1'):
+        mesh.make((0, 0), towers=1, batches={'--batch': 8})
+
+
 def test_idle_devices_are_named():
     count = jax.device_count()
     made = mesh.make((0, 0), towers=1, batches={'--batch': 1})

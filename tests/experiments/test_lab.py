@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -235,6 +237,20 @@ def test_a_run_is_stopped_when_it_may_be_and_a_failed_one_is_named(tmp_path, sto
     with pytest.raises(UserError, match=r'fails-0: the run exited with 2 \(error: .*norm_n'):
         trial.run('fails', 0, 'configs/cifar10.py:fig1', {'model.norm_n': 2})
     assert list(trial.results) == ['stops-0', 'diverges-0']
+
+
+def test_an_error_does_not_leave_the_run_training(tmp_path, monkeypatch):
+    started, rows, popen = [], iter([[]]), subprocess.Popen
+
+    def start(_, **options):
+        started.append(popen([sys.executable, '-c', 'import time; time.sleep(60)'], **options))
+        return started[0]
+
+    monkeypatch.setattr(lab.subprocess, 'Popen', start)
+    monkeypatch.setattr(lab, '_rows', lambda *_: next(rows))
+    with pytest.raises(StopIteration):
+        lab.in_new_process([], tmp_path / 'run', None)
+    assert started[0].poll() == -signal.SIGTERM
 
 
 def test_a_stop_whose_exception_was_lost_still_stops(tmp_path, store, monkeypatch):

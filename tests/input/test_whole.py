@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.input import batches, prepare, sampler
+from alexnet_jax.input import batches, images, prepare, sampler
 from alexnet_jax.input import store as stores
 
 SIZE = 40
@@ -44,6 +44,17 @@ def test_a_store_of_whole_images(folder, store):
     stores.verify(store)
     (batch,) = batches.eval_batches(store, 'val', batch=2, rows=range(2), threads=1)
     np.testing.assert_array_equal(batch['image'][0], store.pictures('val')[0])
+
+
+def test_an_image_that_is_too_long_for_a_jpeg():
+    """Its square is fine."""
+    long = np.zeros((4, 1100, 3), np.uint8)
+    assert images.square(long, 256).shape == (256, 256, 3)
+    assert images.whole(long, 238).shape == (238, 65450, 3)
+    with pytest.raises(
+        images.Undecodable, match='1100 x 4 pixels: too long to be kept whole at 256'
+    ):
+        images.whole(long, 256)
 
 
 def test_boxes():

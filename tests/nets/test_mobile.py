@@ -179,6 +179,7 @@ def test_every_mesh_computes_the_same(preset, shape):
         ('squeezenet', {'version': '1.2'}, "version='1.2': choose one of 1.0, 1.1"),
         ('squeezenet', {'width': 0.01}, 'width=0.01: leaves a fire module without kernels'),
         ('mobilenet', {'padding': 'keras'}, "padding='keras': choose one of tensorflow, torch"),
+        ('mobilenet', {'version': 3}, 'version=3: choose one of 1, 2'),
         ('mobilenet', {'norm_momentum': 1.0}, 'norm_momentum=1.0: must be at least 0 and below 1'),
         ('mobilenet:v1', {'width': 0.03}, 'width=0.03: leaves no kernels; give at least 1/32'),
         ('mobilenet', {'dropout': 1.0}, 'dropout=1.0: must be at least 0 and below 1'),

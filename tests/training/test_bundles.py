@@ -53,6 +53,18 @@ def test_a_bundle_has_no_paths_of_this_machine(tiny):
     assert not [file for file in files if str(run.path.parent) in file.read_text()]
     card = bundle.read_config(folder)[1]
     assert card == {'title': 'run', 'data': 'made_up', 'made': 'x'}
+    described = inference.describe_run(run.path)
+    for source, start, expected in (
+        ('/data/flowers/', '/runs/first', ('flowers', 'first')),
+        ('imagenet_resized/32x32', 'torchvision/alexnet', None),
+        ('hf://datasets/a/b', 'hub:quickstart', None),
+        ('flowers', 'runs/first', ('flowers', 'first')),
+    ):
+        config = {**described.config, 'data': {**described.config['data'], 'source': source}}
+        config['train'] = {**config['train'], 'init_from': start}
+        found = inference.as_bundle(described._replace(config=config)).config
+        names = found['data']['source'], found['train']['init_from']
+        assert names == (expected or (source, start))
 
 
 def test_commands(tiny, tmp_path, monkeypatch, capsys):

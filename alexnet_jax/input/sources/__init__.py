@@ -7,7 +7,7 @@ import dataclasses
 import os
 
 from alexnet_jax.common import class_names, paths
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.input.sources import folder, imagenet, listing, parquet, tfds, webdataset
 from alexnet_jax.input.sources.source import Example, Source, import_tensorflow, is_path
 
@@ -27,7 +27,7 @@ def _form(name: str):
     try:
         return next(form for form in FORMS if form.recognizes(name)), name
     except OSError as error:  # a folder that may not be read
-        raise UserError(f'{error.filename or name}: cannot be read: {error.strerror}') from error
+        raise UserError(f'{error.filename or name}: cannot be read: {reason(error)}') from error
 
 
 def is_large(name: str, *, data_dir: str | None = None, pictures: int) -> bool:

@@ -3,7 +3,7 @@
 import collections
 import os
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.input.sources.source import (
     Entry,
     Source,
@@ -257,7 +257,7 @@ def _listed(val: str, class_names: list[str]) -> list[Entry]:
         with open(path, encoding='utf-8-sig') as file:
             rows = sorted(line.rstrip('\n').split('\t')[:2] for line in file if line.strip())
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be read: {reason(error)}') from error
     except ValueError as error:
         raise UserError(f'{path}: not UTF-8 ({error}): convert it') from error
     if any(len(row) != 2 for row in rows):

@@ -18,7 +18,7 @@ import os
 import re
 from typing import NamedTuple
 
-from alexnet_jax.common.errors import UserError, say
+from alexnet_jax.common.errors import UserError, reason, say
 from alexnet_jax.input.sources import folder, tars, tfds
 from alexnet_jax.input.sources.source import (
     PICTURE_BYTES,
@@ -428,7 +428,7 @@ def _solution(path: str) -> dict[int, str]:
         with open(path, encoding='utf-8-sig', newline='') as file:
             rows = [row for row in csv.reader(file) if row and row[0] != 'ImageId']
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be read: {reason(error)}') from error
     except (ValueError, csv.Error) as error:
         raise UserError(f'{path}: not a list in UTF-8 ({error}): download it again') from error
     table = {}

@@ -8,7 +8,7 @@ numbers.
 import csv
 import os
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, reason
 from alexnet_jax.input.sources.source import Entry, Source, from_entries, split_of, unlabeled
 
 DELIMITERS = {'.csv': ',', '.tsv': '\t'}
@@ -133,7 +133,7 @@ def _rows(path: str) -> list[tuple[int, list[str]]]:
             reader = csv.reader(file, delimiter=DELIMITERS[_extension(path)])
             rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be read: {reason(error)}') from error
     except ValueError as error:
         raise UserError(f'{path}: not UTF-8 ({error}): convert it') from error
     except csv.Error as error:

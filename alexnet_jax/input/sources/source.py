@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, reason
 
 
 class Example(NamedTuple):
@@ -120,7 +120,7 @@ def scan(folder: str) -> list[tuple[os.DirEntry, bool | None]]:
         with os.scandir(folder) as found:
             return [(item, _is_folder(item)) for item in found]
     except OSError as error:
-        raise UserError(f'{folder}: cannot be read: {error.strerror}') from error
+        raise UserError(f'{folder}: cannot be read: {reason(error)}') from error
 
 
 def _is_folder(item: os.DirEntry) -> bool | None:
@@ -247,7 +247,7 @@ def fingerprint(root: str, files: Iterable[tuple[str, int | None]], count: int) 
         try:
             size = os.stat(name).st_size if size is None else size
         except OSError as error:
-            raise UserError(f'{name}: cannot be read: {error.strerror}') from error
+            raise UserError(f'{name}: cannot be read: {reason(error)}') from error
         lines.append(f'{name.removeprefix(root).lstrip(os.sep)}\0{size}\n')
     return count, zlib.crc32(''.join(sorted(lines)).encode('utf-8', 'surrogateescape'))
 
@@ -329,7 +329,7 @@ def read_entries(entries: Iterable[Entry]) -> Iterator[Example]:
                 file.seek(entry.offset)
                 data = file.read() if entry.size is None else file.read(entry.size)
             except OSError as error:
-                raise UserError(f'{entry.file}: cannot be read: {error.strerror}') from error
+                raise UserError(f'{entry.file}: cannot be read: {reason(error)}') from error
             if entry.size is not None and len(data) != entry.size:
                 raise UserError(f'{entry.file}: has become shorter: run the same command again')
             yield Example(entry.name, data, entry.label)

@@ -5,7 +5,7 @@ import os
 import tarfile
 from typing import NamedTuple
 
-from alexnet_jax.common.errors import UserError
+from alexnet_jax.common.errors import UserError, reason
 
 
 class Member(NamedTuple):
@@ -82,7 +82,7 @@ def members(path: str, inside: Member | None = None) -> list[Member]:
                         f'not at {tar.offset:,}: download or copy the tar again'
                     )
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be read: {reason(error)}') from error
     except tarfile.TarError as error:
         raise UserError(
             f'{name}: not an uncompressed tar, or a damaged one ({error}): download or copy it again'
