@@ -31,6 +31,11 @@ DISTRIBUTED = {
     'connect_timeout': (120, 'seconds to wait for all processes to connect'),
 }
 
+STEP = {  # the argument --step
+    'default': 'latest',
+    'help': "checkpoint: 'best', 'latest' or a step",
+    'type': lambda text: int(text) if text.isdecimal() else text,
+}
 PREPARE = ('skip_bad', 'verify')  # flags that only `prepare` has
 
 

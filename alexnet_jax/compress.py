@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         '--output', metavar='DIR', default='', help='the folder to write; by default RUN-compressed'
     )
-    parser.add_argument('--step', default='latest', help="checkpoint: 'best', 'latest' or a step")
+    parser.add_argument('--step', **command.STEP)
     parser.add_argument('--store', default='', help='path of the store, if it has moved')
     parser.add_argument('--batch', type=int, default=100, help='images per step of evaluation')
     default = compression.DEFAULTS
@@ -68,9 +68,8 @@ def main() -> None:
     logging.getLogger(compression.__name__).setLevel(logging.INFO)
     command.start(args.cpu_devices)
     output = args.output or f'{os.path.normpath(args.run)}-compressed'
-    step = int(args.step) if args.step.isdigit() else args.step
     options = {
-        'step': step,
+        'step': args.step,
         'store': args.store,
         'batch': args.batch,
         'made': command.made('compress'),

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories')
     parser.add_argument('--split', default='val', choices=('val', 'train', 'test'))
     parser.add_argument('--views', default='both', choices=('both', *steps.VIEWS))
-    parser.add_argument('--step', default='latest', help="checkpoint: 'best', 'latest' or a step")
+    parser.add_argument('--step', **command.STEP)
     parser.add_argument('--store', default='', help='path of the store, if it has moved')
     parser.add_argument('--batch', type=int, default=100, help='images per step')
     parser.add_argument('--threads', type=int, default=0, help='reader threads; 0: one per core')
@@ -65,7 +65,7 @@ def main() -> None:
             args.runs,
             views=tuple(steps.VIEWS) if args.views == 'both' else (args.views,),
             split=args.split,
-            step=int(args.step) if args.step.isdigit() else args.step,
+            step=args.step,
             store=args.store,
             batch=args.batch,
             threads=args.threads,
@@ -105,10 +105,10 @@ def write_confusion(
     figures.write(f'{prefix}confusion.png', buffer.getvalue())
 
 
-def most_confused(matrix: np.ndarray, count: int = 5) -> list[tuple[int, int, int]]:
-    """The largest entries of i64[K,K] off the diagonal -> (images, true class, predicted class)."""
+def most_confused(matrix: np.ndarray) -> list[tuple[int, int, int]]:
+    """The five largest entries of i64[K,K] off the diagonal -> (images, true class, predicted class)."""
     off = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
-    order = np.argsort(-off, axis=None, kind='stable')[:count]
+    order = np.argsort(-off, axis=None, kind='stable')[:5]
     places = zip(*np.unravel_index(order, off.shape), strict=True)
     return [(int(off[i, j]), int(i), int(j)) for i, j in places if off[i, j]]
 

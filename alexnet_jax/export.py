@@ -35,6 +35,7 @@ from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError, choose, say
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.images import central
 from alexnet_jax.nets import network
 from alexnet_jax.rundir import fingerprint
 from alexnet_jax.training import inference, steps
@@ -183,7 +184,7 @@ def _source(args) -> Source:
         if not np.isfinite(x).all():
             raise UserError(f'{args.run}: {name} is not finite; give another --step')
     crop = run.config['augment']['crop']
-    mean = np.asarray(steps.window_mean(run.facts.mean, crop))
+    mean = np.asarray(central(run.facts.mean, crop))
     mean = mean[:1, :1] if (mean == mean[:1, :1]).all() else mean
     pixels = args.preprocess != 'json' and args.format not in WEIGHTS
     return Source(run, net, arrays, crop, mean, pixels)
@@ -205,7 +206,7 @@ def _crops(source: Source, store, split: str, count: int) -> tuple[np.ndarray, n
     labels = store.labels(split)
     records = np.sort(figures.choose(labels, count, seed=0))
     squares = figures.squares(store, split, records)
-    return np.asarray(steps.center(squares, source.crop)), labels[records]
+    return np.asarray(central(squares, source.crop)), labels[records]
 
 
 def _images(source: Source, args) -> tuple[np.ndarray, np.ndarray | None]:

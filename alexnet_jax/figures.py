@@ -35,12 +35,7 @@ def parser(name: str, description: str, *, output: str) -> argparse.ArgumentPars
     """Makes a parser with the common arguments; output: what --output is and its default."""
     made = command.make_parser(name, description)
     made.add_argument('run', metavar='RUN', help='run directory')
-    made.add_argument(
-        '--step',
-        default='latest',
-        help="checkpoint: 'best', 'latest' or a step",
-        type=lambda text: int(text) if text.isdigit() else text,
-    )
+    made.add_argument('--step', **command.STEP)
     made.add_argument('--output', metavar='FILE', help=output)
     command.add_devices(made)
     return made

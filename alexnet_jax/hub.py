@@ -25,9 +25,7 @@ def main() -> None:
     parser = command.make_parser('hub', __doc__)
     parser.add_argument('action', choices=ACTIONS, metavar='ACTION', help=', '.join(ACTIONS))
     parser.add_argument('names', nargs='*', metavar='NAME', help='the network, as above')
-    parser.add_argument(
-        '--step', default='latest', help="push: 'best', 'latest' or a step of a run"
-    )
+    parser.add_argument('--step', **{**command.STEP, 'help': f'push: {command.STEP["help"]}'})
     parser.add_argument('--title', default='', help='push: title of the model card')
     parser.add_argument(
         '--license', default='', help='push: license of the weights, such as apache-2.0'
@@ -111,8 +109,7 @@ def upload(name: str, target: str, args) -> None:
     from alexnet_jax.devices import mesh as meshes
     from alexnet_jax.training import inference
 
-    step = int(args.step) if args.step.isdigit() else args.step
-    run = inference.open_run(name, meshes.make((1, 1), towers=1, batches={}), step)
+    run = inference.open_run(name, meshes.make((1, 1), towers=1, batches={}), args.step)
     card = {'title': args.title, 'license': args.license}
     made = inference.as_bundle(run, **{key: value for key, value in card.items() if value})
     with tempfile.TemporaryDirectory() as folder:

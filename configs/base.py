@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     )
     config.model = ConfigDict(
         {
-            'net': 'alexnet',  # 'cuda_convnet' has its own fields, see `cifar10.py`
+            'net': 'alexnet',  # presets of other networks list their own fields
             'towers': 2,
             'kernels': (96, 256, 384, 384, 256),  # of conv1 to conv5 (or conv6), over all towers
             'hidden': (4096, 4096),  # units of fc6 and fc7, over all towers

@@ -109,5 +109,5 @@ def get_config(variant: str = '18pct'):
             'epochs': 140.0,
         }
     )
-    config.run.update({'eval_batch': 125, 'checkpoint_every': 2000, 'log_every': 50})
+    config.run.update({'eval_batch': 125, 'checkpoint_every': 2000})
     return base.with_variant(config, VARIANTS, variant)

@@ -27,6 +27,7 @@ import numpy as np
 
 from alexnet_jax import figures
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.images import central
 from alexnet_jax.nets import network
 from alexnet_jax.rundir import checkpoint
 from alexnet_jax.training import inference, steps
@@ -122,7 +123,7 @@ def look(workdir) -> dict:
     chosen = np.linspace(0, count - 1, min(count, PICTURES)).astype(int)
     images = figures.squares(store, 'val', chosen)
     crop = trained.config['augment']['crop']
-    x = steps.normalize(steps.center(images, crop), steps.window_mean(trained.facts.mean, crop))
+    x = steps.normalize(central(images, crop), central(trained.facts.mean, crop))
     key = jax.random.key(trained.config['seed'])
     first = jax.jit(lambda: network.init(trained.net, key, crop))()
     measure = jax.jit(lambda variables: activations(trained.net, variables, x))

@@ -19,6 +19,7 @@ from alexnet_jax import figures
 from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.images import central
 from alexnet_jax.nets import network
 from alexnet_jax.training import inference, steps
 
@@ -50,10 +51,10 @@ def batches(trained: inference.Run, store, images: int) -> Iterator[jax.Array]:
     """Yields normalized center crops of validation images spread over the split, f32[B,H,W,3]."""
     crop, count = trained.config['augment']['crop'], store.counts['val']
     chosen = np.linspace(0, count - 1, min(count, images)).astype(int)
-    mean = steps.window_mean(trained.facts.mean, crop)
+    mean = central(trained.facts.mean, crop)
     for start in range(0, len(chosen), BATCH):
         squares = figures.squares(store, 'val', chosen[start : start + BATCH])
-        yield steps.normalize(steps.center(squares, crop), mean)
+        yield steps.normalize(central(squares, crop), mean)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from alexnet_jax.command import ArgumentParser, Help, run
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import sampler
 from alexnet_jax.input.batches import eval_batches, train_batches
+from alexnet_jax.input.images import central
 from alexnet_jax.input.store import Store, open_store
 from alexnet_jax.training import steps
 
@@ -26,7 +27,7 @@ def training_views(
 
     seed, chunk and std are `config.seed`, `config.augment.chunk` and `config.colour.std`.
     """
-    mean = steps.window_mean(store.mean, crop)
+    mean = central(store.mean, crop)
     total, room = store.counts['train'], store.size - crop
     views = []
     for epoch in range(epochs):

@@ -251,10 +251,10 @@ def whole(data: bytes | np.ndarray | Image.Image, size: int, *, exif: bool = Fal
     return np.asarray(image.resize(sides, _filter(min(image.size), size)))
 
 
-def central(image: np.ndarray, size: int) -> np.ndarray:
-    """Returns the central square of u8[H,W,3], whose shorter side is `size` -> u8[size,size,3]."""
-    y, x = ((side - size) // 2 for side in image.shape[:2])
-    return image[y : y + size, x : x + size]
+def central(images, size: int):
+    """Returns the central squares of images [...,H,W,3] -> [...,size,size,3]; of a mean image, too."""
+    y, x = ((side - size) // 2 for side in images.shape[-3:-1])
+    return images[..., y : y + size, x : x + size, :]
 
 
 def _sides(image: Image.Image, size: int) -> list[int]:

@@ -46,7 +46,7 @@ def draws(seed: int, first: int, count: int, *, room: int, chunk: int = 1) -> Dr
     # The remainder of a 64-bit word is uniform to 1 part in 10^17.
     y, x = (crop[:, :2] % np.uint64(room + 1)).astype(np.int32).T
     # Box-Muller: four uniforms give four normals; three of them are used.
-    u = (_words(seed, COLOR, first, count) >> np.uint64(11)) * 2.0**-53  # [0, 1)
+    u = _uniform(_words(seed, COLOR, first, count))
     radius = np.sqrt(-2 * np.log1p(-u[:, :2]))
     angle = 2 * np.pi * u[:, 2:]
     z = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)
@@ -57,14 +57,14 @@ def shares(seed: int, first: int, count: int, alpha: float) -> np.ndarray:
     """Returns mixup's shares of positions first .. first + count - 1, f32[count] of Beta(alpha, alpha)."""
     from scipy.special import betaincinv
 
-    uniform = (_words(seed, MIXUP, first, count)[:, 0] >> np.uint64(11)) * 2.0**-53
+    uniform = _uniform(_words(seed, MIXUP, first, count)[:, 0])
     return betaincinv(alpha, alpha, uniform).astype(np.float32)
 
 
 def resized(seed: int, first: int, count: int) -> np.ndarray:
     """Returns what `box` needs for positions first .. first + count - 1: f64[count,TRIES,4] in [0, 1)."""
     words = _words(seed, RESIZED, TRIES * first, TRIES * count)
-    return (words.reshape(count, TRIES, 4) >> np.uint64(11)) * 2.0**-53
+    return _uniform(words.reshape(count, TRIES, 4))
 
 
 def box(
@@ -90,7 +90,7 @@ def box(
 
 def jitters(seed: int, first: int, count: int, strength: float) -> np.ndarray:
     """Returns factors of brightness, contrast and saturation, uniform over 1 ± strength: f32[count,3]."""
-    uniform = (_words(seed, JITTER, first, count)[:, :3] >> np.uint64(11)) * 2.0**-53
+    uniform = _uniform(_words(seed, JITTER, first, count)[:, :3])
     return (1 + strength * (2 * uniform - 1)).astype(np.float32)
 
 
@@ -103,3 +103,8 @@ def _words(seed: int, salt: int, first: int, count: int) -> np.ndarray:
     """Returns random words u64[count,4] for counters first .. first + count - 1."""
     generator = np.random.Philox(key=np.array([seed, salt], np.uint64), counter=first)
     return generator.random_raw(4 * count).reshape(count, 4)
+
+
+def _uniform(words: np.ndarray) -> np.ndarray:
+    """Returns f64 numbers in [0, 1) from random words u64."""
+    return (words >> np.uint64(11)) * 2.0**-53

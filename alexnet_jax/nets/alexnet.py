@@ -83,7 +83,8 @@ class AlexNet(network.Network):
     def names(self) -> list[str]:
         names = []
         for i in range(len(self.kernels)):
-            names += [f'conv{i + 1}', *(f'{op}{i + 1}' for op in self.ops(i))]
+            conv = f'conv{i + 1}'
+            names += [conv] * (conv != self.remove) + [f'{op}{i + 1}' for op in self.ops(i)]
         return [*names, *(f'fc{i + 6}' for i in range(len(self.hidden))), 'fc8']
 
     @property
@@ -120,7 +121,6 @@ class AlexNet(network.Network):
             if name in self.exchange:
                 xs = self._exchange(xs)
             if name == self.remove:
-                after = [op for op in after if op == 'pool']
                 if i == 0:
                     xs = tuple(self._centers(x) for x in xs)
             else:
@@ -167,9 +167,13 @@ class AlexNet(network.Network):
 
     @nn.nowrap
     def ops(self, i: int) -> list[str]:
-        """The operations after conv{i + 1}, without the norms that `norms` leaves out."""
+        """The operations after conv{i + 1}, without the norms that `norms` leaves out.
+
+        Of a removed layer, only the pooling is left.
+        """
         kept = {'all': True, 'first': i == 0, 'none': False}[self.norms]
-        return [op for op in self.after[i].split() if kept or 'norm' not in op]
+        ops = [op for op in self.after[i].split() if kept or 'norm' not in op]
+        return [op for op in ops if op == 'pool'] if f'conv{i + 1}' == self.remove else ops
 
     @nn.nowrap
     def per_tower(self, channels: int) -> int:

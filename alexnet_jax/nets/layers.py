@@ -428,6 +428,7 @@ class BatchNorm(nn.Module):
     data_axis: the mesh axis that shards the batch; None if each device has the whole batch.
     """
 
+    # Not nn.BatchNorm, which has no axis for towers, no frozen layers, and a momentum that cannot change.
     data_axis: str | None = None
     momentum: float = 0.9
     epsilon: float = 1e-5

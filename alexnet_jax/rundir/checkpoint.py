@@ -65,9 +65,9 @@ class Checkpoints:
         """The step with the lowest error; None if no step was evaluated."""
         return _best({step: self._error(step) for step in self.steps()})
 
-    def shapes(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every leaf of a step (None: the latest readable one), by name."""
-        _, record = self._first_good(step, self._agreed_record)
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every leaf of the latest readable step, by name."""
+        _, record = self._first_good(None, self._agreed_record)
         return {
             name: jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'])
             for name, leaf in record['leaves'].items()
@@ -126,8 +126,7 @@ class Checkpoints:
         checkpoint, if none (or not the requested one) is intact, or if names, shapes or dtypes
         differ from those of `target`, which means another model.
         """
-        step, state, record = self._restore(target, step, whole=True)
-        return step, state, record['meta']
+        return self._restore(target, step, whole=True)
 
     def restore_part(self, target: dict, step: int | None = None) -> tuple[int, Any, dict]:
         """Restores some leaves of a saved state, by name -> (step, leaves, meta).
@@ -135,8 +134,7 @@ class Checkpoints:
         Like `restore`, but `target` is nested ({'params': {'conv1': ...}}) or flat
         ({'params/conv1/kernel': ...}), and leaves that it omits are not read.
         """
-        step, state, record = self._restore(target, step, whole=False)
-        return step, state, record['meta']
+        return self._restore(target, step, whole=False)
 
     def wait(self) -> None:
         """Waits until the current save is on disk; SaveError if it could not be written."""
@@ -184,10 +182,10 @@ class Checkpoints:
             record = self._agreed_record(step)
             leaves = record['leaves']
             fingerprint.check_same_model(self._at(step), leaves, target, whole=whole)
-            return self._load(step, record, target), record
+            return self._load(step, record, target), record['meta']
 
-        step, (state, record) = self._first_good(step, load)
-        return step, state, record
+        step, (state, meta) = self._first_good(step, load)
+        return step, state, meta
 
     def _first_good(self, step: int | None, load: Callable[[int], Any]) -> tuple[int, Any]:
         """(step, load(step)) for `step`, or for the latest one that `load` finds undamaged."""

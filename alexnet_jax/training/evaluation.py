@@ -137,33 +137,22 @@ def compare(
 
 
 @meshes.settings()
-def hits(
-    run_dir: str | os.PathLike,
-    *,
-    views: str = 'center',
-    split: str = 'val',
-    step: str | int = 'latest',
-    store: str = '',
-    batch: int = 100,
-    threads: int = 0,
-    build: Callable = build,
-) -> np.ndarray:
-    """Returns whether a run's top-1 prediction is right for each image of a split, in order, bool[N].
+def hits(run_dir: str | os.PathLike, *, store: str = '', batch: int = 100) -> np.ndarray:
+    """Returns whether a run's prediction is right for each validation image, center crop, bool[N].
 
     Arguments and errors: see `compare`.
     """
-    trained = describe_run(run_dir, build)
+    trained = describe_run(run_dir)
     mesh = meshes.make((0, 0), towers=trained.net.towers, batches={'--batch': batch})
     opened = open_store([trained], store)
-    opened.check_split(split)
-    trained = restore_run(trained, mesh, step)
-    predict = predictor(trained, mesh, views)
+    trained = restore_run(trained, mesh)
+    predict = predictor(trained, mesh, 'center')
     right = jax.jit(
         lambda p, labels, mask: metrics.rank(p, labels) < 1,
         out_shardings=NamedSharding(mesh, P()),
     )
-    parts = _of_batches(right, [predict], mesh, opened, split=split, batch=batch, threads=threads)
-    return np.concatenate(parts)[: opened.counts[split]]
+    parts = _of_batches(right, [predict], mesh, opened, split='val', batch=batch, threads=0)
+    return np.concatenate(parts)[: opened.counts['val']]
 
 
 def table(results: dict[tuple[str, str], dict]) -> str:

@@ -37,12 +37,15 @@ def make(
     freeze: tuple[str, ...] = (),
     axis: str | None = None,
 ):
-    """Returns the optimizer `config.optim.name` for a network's parameters.
+    """Returns the optimizer `config.optim.name` for a network's parameters; 'sgd' is that of §5:
 
-    Its update takes the rates of `make_rates`, at least 'weights', 'biases' and 'conv1', as `rates`.
-    decay_roles: the roles of parameters with weight decay; decays: ((layer, decay), ...) for layers
-    with their own; freeze: layers that do not change. axis: the mesh axis that divides the network;
-    None if each device has all of it.
+        v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v
+
+    The rate is inside the velocity, so a new rate does not rescale it. The update takes the rates of
+    `make_rates`, at least 'weights', 'biases' and 'conv1', as `rates`; at rate 0, and in the layers of
+    `freeze`, neither parameter nor velocity changes. decay_roles: the roles of parameters with weight
+    decay; decays: ((layer, decay), ...) for layers with their own. axis: the mesh axis that divides the
+    network; None if each device has all of it.
     """
     betas = functools.partial(_betas, net, decay, decays, decay_roles)
     parts = [_clip(net, clip, freeze, axis)] if clip else []
@@ -83,14 +86,7 @@ def _squares(net, path, x, axis):
 
 
 def _add_decay(betas):
-    """Adds weight decay. With the rates and momentum that `make` chains to it, the update is that of §5:
-
-        v <- momentum * v - decay * rate * w - rate * gradient;  w <- w + v
-
-    The rate is inside the velocity, so a new rate does not rescale it. Kernels decay, biases do not
-    (`docs/original.md` §4). rates: {'weights', 'biases', 'conv1'}, f32 scalars; at rate 0 (and in the
-    layers of `freeze`) neither parameter nor velocity changes.
-    """
+    """Adds weight decay to the gradients. Kernels decay, biases do not (`docs/original.md` §4)."""
 
     def add(gradients, params):
         return jax.tree.map(
@@ -173,7 +169,7 @@ def _hold_where_rate_is_zero(net, inner, freeze):
 
         new_updates, new_state = inner.update(updates, state, params, rates=rates)
         new_updates = choose(new_updates, jax.tree.map(jnp.zeros_like, updates))
-        # Hold every part of the state that is shaped like the parameters: here, the velocity.
+        # Hold every part of the state that is shaped like the parameters, such as the velocity.
         new_state = jax.tree.map(
             lambda new, old: choose(new, old) if _like(new, params) else new,
             new_state,

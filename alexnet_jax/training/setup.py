@@ -15,6 +15,7 @@ from alexnet_jax.common import paths
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input import batches
+from alexnet_jax.input.images import central
 from alexnet_jax.input.store import Store
 from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
@@ -69,7 +70,7 @@ class Setup:
         examples, crop = store.counts['train'], config.augment.crop
         _check_intervals(config, examples)
         inputs_of = {
-            'mean': steps.window_mean(store.mean, crop),
+            'mean': central(store.mean, crop),
             'eigenvectors': store.eigenvectors,
             'sigma': store.sigma,
             **config.colour,
@@ -335,7 +336,7 @@ def unfolded(config, store: Store, net: Network, tree: dict) -> dict:
     log.info(
         'its batch normalization gets the statistics of %s training images', f'{count * batch:,}'
     )
-    mean = steps.window_mean(store.mean, crop)
+    mean = central(store.mean, crop)
     images = batches.train_batches(
         store,
         seed=config.seed,

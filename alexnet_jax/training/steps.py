@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from alexnet_jax.common.errors import choose
 from alexnet_jax.devices import backend
 from alexnet_jax.devices import mesh as meshes
+from alexnet_jax.input.images import central
 from alexnet_jax.nets import network
 from alexnet_jax.nets.network import Network
 from alexnet_jax.training import metrics
@@ -47,18 +48,6 @@ class TrainState:
     def variables(self) -> dict:
         """The variables that `network.apply` takes."""
         return {'params': self.params, 'batch_stats': self.batch_stats}
-
-
-def window_mean(mean: np.ndarray, crop: int) -> np.ndarray:
-    """Returns the central window of the mean image f32[S,S,3], used for every crop at any offset."""
-    start = (mean.shape[0] - crop) // 2
-    return mean[start : start + crop, start : start + crop]
-
-
-def center(images, crop: int):
-    """Returns the central windows of images [B,S,S,3] -> [B,crop,crop,3]."""
-    start = (images.shape[1] - crop) // 2
-    return images[:, start : start + crop, start : start + crop]
 
 
 def noise_axes(eigenvectors: np.ndarray, sigma: np.ndarray, std: float) -> np.ndarray:
@@ -206,9 +195,9 @@ def make_train_step(
     """Returns step(state, batch, rates) -> (state, sums), one update on a global batch.
 
     batch: {'image': u8[B,H,W,3], 'z': f32[B,3], 'label': i32[B]}, divided over `data`, and perhaps
-    'mix' (`make_inputs`); rates: f32 scalars by name. sums: those of `metrics.count` over the batch, in
-    training mode, for the images' own labels. If the loss is not finite, nothing is updated, so that
-    `diagnosis` can find the cause. The state is donated, except on CPUs.
+    'mix' and 'jitter' (`make_inputs`); rates: f32 scalars by name. sums: those of `metrics.count` over
+    the batch, in training mode, for the images' own labels. If the loss is not finite, nothing is
+    updated, so that `diagnosis` can find the cause. The state is donated, except on CPUs.
 
     Args:
       freeze: layers whose running statistics do not change; the optimizer freezes their parameters.
@@ -370,7 +359,7 @@ def make_predict(net: Network, mesh: Mesh, *, mean: np.ndarray, views: str, crop
     one view at a time.
     """
     local = net.local(mesh.shape['model'], 'data')
-    window = window_mean(mean, crop)
+    window = central(mean, crop)
 
     def predict(variables, images):
         room = images.shape[1] - crop
@@ -428,13 +417,12 @@ def make_features(
     """
     there = activations(net, crop)
     layer = layer or [*there][-1]
-    if layer not in there:
-        choose('layer', layer, [*there, net.names[-1]])
+    choose('layer', layer, [*there, net.names[-1]])
     local = net.local(mesh.shape['model'], 'data')
-    window = window_mean(mean, crop)
+    window = central(mean, crop)
 
     def features(variables, images):
-        logits, out, _ = network.apply(local, variables, normalize(center(images, crop), window))
+        logits, out, _ = network.apply(local, variables, normalize(central(images, crop), window))
         values = out.get(layer, logits)
         values = values if isinstance(values, tuple) else (values,)
         return jnp.concatenate(values, axis=-1).astype(jnp.float32)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.nets.alexnet import GROUPED
 from alexnet_jax.nets.network import Network
 from alexnet_jax.weights import variables
 from alexnet_jax.weights.protobuf import Message
@@ -39,7 +40,6 @@ CONV = {
 }
 POOL = {'kernel': ((2, 5, 6), 0), 'stride': ((3, 7, 8), 1), 'pad': ((4, 9, 10), 0)}
 MAX = 0  # the method of pooling
-IN_GROUPS = ('conv2', 'conv4', 'conv5')  # of AlexNet
 
 
 class Graph(NamedTuple):
@@ -122,7 +122,7 @@ def _check_forms(graph: Graph, fires: bool) -> None:
                 'stride': (2 if fires else 4) if first else 1,
                 'pad': 0 if first else side // 2,
             }
-            wanted |= {'group': 2 if name in IN_GROUPS and not fires else 1, 'dilation': 1}
+            wanted |= {'group': 2 if name in GROUPED and not fires else 1, 'dilation': 1}
         else:
             continue
         for key, values in found.items():

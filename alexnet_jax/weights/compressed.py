@@ -64,14 +64,12 @@ class Coded(NamedTuple):
         return sum(self.parts)
 
 
-def encoded(
-    arrays: dict[str, np.ndarray], *, index_bits: int = INDEX_BITS, huffman: bool = True
-) -> bytes:
+def encoded(arrays: dict[str, np.ndarray], *, huffman: bool = True) -> bytes:
     """The content of a file; each array in the smallest form that keeps all its bits.
 
-    index_bits: of a gap, 2 to 8; huffman: whether frequent symbols get shorter codes.
+    huffman: whether frequent symbols get shorter codes.
     """
-    found = [_encode(name, np.asarray(x), index_bits, huffman) for name, x in arrays.items()]
+    found = [_encode(name, np.asarray(x), huffman) for name, x in arrays.items()]
     text = json.dumps([[*coded] for coded, _ in found], separators=(',', ':'))
     header = zlib.compress(text.encode(), 9)
     start = struct.pack('<8sII', MAGIC, FORMAT, len(header))
@@ -152,7 +150,7 @@ def _checked(row: Coded) -> Coded:
     return coded
 
 
-def _encode(name: str, x: np.ndarray, index_bits: int, huffman: bool) -> tuple[Coded, list[bytes]]:
+def _encode(name: str, x: np.ndarray, huffman: bool) -> tuple[Coded, list[bytes]]:
     """The smallest form of an array, and its parts."""
     x = x.astype(x.dtype.newbyteorder('<'), copy=False)
     if x.dtype not in CODES:
@@ -160,26 +158,26 @@ def _encode(name: str, x: np.ndarray, index_bits: int, huffman: bool) -> tuple[C
     raw = Coded(name, 'raw', CODES[x.dtype], x.shape)
     forms = [(raw, [x.tobytes()])]
     if x.dtype == np.float32:
-        forms += _shared(raw, x, index_bits, huffman)
+        forms += _shared(raw, x, huffman)
         forms += _levels(raw, x, huffman)
     return min(forms, key=lambda form: form[0].size)
 
 
-def _shared(raw: Coded, x: np.ndarray, index_bits: int, huffman: bool) -> list:
+def _shared(raw: Coded, x: np.ndarray, huffman: bool) -> list:
     words = np.ascontiguousarray(x).reshape(-1).view(np.uint32)  # so that -0 and NaN are kept, too
     places = np.flatnonzero(words)
     values, numbers = np.unique(words[places], return_inverse=True)
     if len(values) > MOST:
         return []
-    gaps = _gaps(places, index_bits)
+    gaps = _gaps(places, INDEX_BITS)
     code, lengths, bits = _stream(numbers, len(values), huffman)
-    gap_code, gap_lengths, gap_bits = _stream(gaps, 2**index_bits, huffman)
+    gap_code, gap_lengths, gap_bits = _stream(gaps, 2**INDEX_BITS, huffman)
     coded = raw._replace(
         kind='shared',
         kept=len(places),
         gaps=len(gaps),
         values=len(values),
-        index_bits=index_bits,
+        index_bits=INDEX_BITS,
         bits=bits,
         gap_bits=gap_bits,
     )

@@ -51,7 +51,7 @@ def mobilenet(net: MobileNet, file: str) -> Weights:
     """Reads the weights of a MobileNet from a .tflite file with 8-bit weights.
 
     In place of normalization, the layers have a bias (`variables.without_norm`); to train further,
-    see `unfolded`. TensorFlow's files have a class 0, background, which is dropped for a network
+    see `folded.unfolded`. TensorFlow's files have a class 0, background, which is dropped for a network
     with one class fewer. Weights are exact; TensorFlow Lite also rounds every activation to 8 bits. Raises
     UserError if the file is damaged, not such a network, or a network with different fields.
     """

@@ -145,12 +145,11 @@ class _Reader:
         return None if batch is None else {'images': batch}
 
 
-def session(content: bytes, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """A model on the CPU, as a function from images to logits f32[B,K]; threads: 0 means one per core."""
+def session(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    """A model on the CPU, as a function from images to logits f32[B,K]."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
         made = onnxruntime.InferenceSession(content, options, ['CPUExecutionProvider'])

@@ -43,12 +43,12 @@ def model(function: Callable, crop: int, dtype, *, eight_bits: bool) -> bytes:
         ) from error
 
 
-def runner(content: bytes, threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+def runner(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
     """A model on the CPU, as a function from images, one by one, to logits f32[B,K]."""
     tf = import_tensorflow()
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # it has moved to the package ai-edge-litert
-        interpreter = tf.lite.Interpreter(model_content=content, num_threads=threads)
+        interpreter = tf.lite.Interpreter(model_content=content)
         interpreter.allocate_tensors()
     (start,), (end,) = interpreter.get_input_details(), interpreter.get_output_details()
 

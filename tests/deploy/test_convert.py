@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from alexnet_jax.common.errors import UserError
+from alexnet_jax.input.images import central
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
-from alexnet_jax.training import steps
 from alexnet_jax.weights import readers, variables
 from alexnet_jax.weights.variables import Options
 from tests.deploy.test_parity import import_torchvision, random_norms
@@ -53,7 +53,7 @@ def logits(found, images, **changes):
     with jax.enable_x64(True):
         model = {**config['model'], 'dtype': 'float64', **changes}
         net = build(classes=len(found.names), **model)
-        mean = np.float64(steps.window_mean(found.mean, crop))
+        mean = np.float64(central(found.mean, crop))
         x = center(images, crop) - mean
         run = jax.jit(lambda tree, x: network.apply(net, tree, x)[0])
         return np.asarray(run(jax.tree.map(np.float64, found.variables), x))

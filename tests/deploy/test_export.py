@@ -12,7 +12,7 @@ from PIL import Image
 from alexnet_jax import export
 from alexnet_jax.common import configfile
 from alexnet_jax.common.errors import UserError
-from alexnet_jax.input.images import square
+from alexnet_jax.input.images import central, square
 from alexnet_jax.nets import network
 from alexnet_jax.nets.build import build
 from alexnet_jax.training import steps
@@ -96,7 +96,7 @@ def run(monkeypatch, *arguments):
 
 
 def ours(net, content, images):
-    mean = steps.window_mean(content.mean, images.shape[1])
+    mean = central(content.mean, images.shape[1])
     apply = jax.jit(lambda x: network.apply(net, content.variables, steps.normalize(x, mean))[0])
     return np.asarray(apply(images))
 
@@ -227,7 +227,7 @@ def test_tflite_example_of_the_docs(size, name, bundles, monkeypatch, tmp_path):
     exec(docs_example('import json\nimport sys', '```'), scope)
     side, crop = content.config['data']['size'], content.config['augment']['crop']
     squares = square((tmp_path / 'a.png').read_bytes(), side)[None]
-    expected = np.asarray(steps.center(squares, crop))[0]
+    expected = np.asarray(central(squares, crop))[0]
     assert np.abs(scope['pixels'].astype(int) - expected).max() <= 2  # rounding
     close(scope['logits'], ours(net, content, scope['pixels'][None])[0], 2e-5)
 
@@ -316,7 +316,7 @@ def test_fewer_bits(name, kind, tolerance, size, bundles, monkeypatch, tmp_path,
         file = tmp_path / f'{form}.onnx'
         run(monkeypatch, folder, f'--format={form}', f'--output={file}', f'--store={store}')
     assert 'top-1 error on them' in capsys.readouterr().out
-    images = np.asarray(steps.center(pictures['val'], content.config['augment']['crop']))
+    images = np.asarray(central(pictures['val'], content.config['augment']['crop']))
     (found,) = runtime.InferenceSession(file).run(['logits'], {'images': images})
     expected = ours(net, content, images)
     difference = np.abs(found - expected).max() / np.ptp(expected)

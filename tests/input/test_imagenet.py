@@ -149,7 +149,7 @@ def test_split_folders_under_any_name(tars, tmp_path, form, train, val):
     (root / 'val').rename(root / val)
     for source, where in (('imagenet2012', str(root)), (str(root), None)):
         opened = sources.open_source(source, data_dir=where)
-        assert opened.splits == {'train': 9, 'val': VAL} and opened.place == str(root)
+        assert opened.splits == {'train': 9, 'val': VAL}
         assert opened.content != expected  # the names of the folders count
 
 
@@ -161,7 +161,7 @@ def test_class_folders_without_val_are_held_out_by_name_as_by_path(tars, tmp_pat
     by_name = sources.open_source('imagenet2012', data_dir=str(root))
     by_path = sources.open_source(str(root))
     assert by_name.splits == by_path.splits == {'train': 8, 'val': 1}
-    assert (by_name.name, by_name.place) == ('imagenet2012', str(root))
+    assert by_name.name == 'imagenet2012'
     assert list(by_name.read('val', 0)) == list(by_path.read('val', 0)) and not by_name.exif
 
 

@@ -122,7 +122,7 @@ def test_norm_window_across_towers_is_the_norm_of_all_channels():
 def test_a_removed_layer_passes_its_input_on(name):
     net = make_net(remove=name, width=0.25)
     (_, out), variables = net.init_with_output(jax.random.key(0), images(crop=224))
-    assert name not in out and name not in variables['params']
+    assert [*out, 'fc8'] == net.names and name not in out and name not in variables['params']
     assert out['pool5'][0].shape[1:3] == (6, 6)
     assert f'norm{name[-1]}' not in out and f'act{name[-1]}' not in out
     if name == 'conv3':  # conv4 reads both towers

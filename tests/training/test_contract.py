@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices import mesh as meshes
 from alexnet_jax.input.batches import train_batches
+from alexnet_jax.input.images import central
 from alexnet_jax.input.store import open_store
 from alexnet_jax.nets import blocks, layers, network
 from alexnet_jax.rundir import metrics
@@ -260,7 +261,7 @@ def test_recomputed_statistics_are_those_of_the_images(folder, caplog, net, shap
         [b['image'] for b in train_batches(store, start=STEPS, stop=STEPS + 2, **given)]
     )
     made = build(classes=CLASSES, **{**config.model})
-    x = steps.normalize(images, steps.window_mean(store.mean, CROP))
+    x = steps.normalize(images, central(store.mean, CROP))
     params = jax.tree.map(jnp.asarray, nested_params(found))
     if net == 'nested':
         kernel = params['stem']['conv']['kernel']

@@ -159,7 +159,6 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         class_names,
         splits,
         root=parts.root,
-        place=parts.root,
         notes=notes,
         val_fraction=val_fraction,
         seed=seed,

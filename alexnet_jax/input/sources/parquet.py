@@ -151,7 +151,6 @@ def open_source(name: str, *, data_dir: str | None, val_fraction: float, seed: i
         files=prints('train', 'val'),
         content=content_of(names, pairs, root),
         test=(*prints('test'), content_of(names, test, root)) if 'test' in files else None,
-        place=os.path.abspath(root),
     )
 
 

@@ -26,8 +26,8 @@ QUALITY = (70, 96)  # JPEG quality, inclusive
 CLUTTER = (3, 8)  # number of small stray objects, inclusive
 
 
-def _circle(radius: float = 1.0, start: float = 0.0, stop: float = 360.0) -> np.ndarray:
-    angles = np.radians(np.linspace(start, stop, 49))
+def _circle(radius: float = 1.0) -> np.ndarray:
+    angles = np.radians(np.linspace(0.0, 360.0, 49))
     return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
@@ -43,7 +43,8 @@ def _heart() -> np.ndarray:
     return np.stack([np.sin(t) ** 3, -y / 16], axis=1)
 
 
-def _cross(arm: float = 0.3) -> np.ndarray:
+def _cross() -> np.ndarray:
+    arm = 0.3
     quarter = np.array([(arm, -1), (arm, -arm), (1, -arm)])
     turn = np.array([(0, 1), (-1, 0)])
     return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])

@@ -40,7 +40,6 @@ class Source:
     files: tuple[int, int] | None = None  # `fingerprint`
     content: int | None = None  # `content_of`
     test: tuple[int, int, int] | None = None  # both of the test split
-    place: str | None = None  # the absolute path of what is read, if known
 
 
 class Entry(NamedTuple):
@@ -348,12 +347,10 @@ def from_entries(
     validation: str = '',
     val_fraction: float,
     seed: int,
-    place: str | None = None,
 ) -> Source:
     """Makes a source of entries; without a split 'val', `val_fraction` of 'train' is held out.
 
     root: the folder that the names of the entries start with.
-    place: what is read, if that is not `path`.
     """
     test = splits.get('test', ())
     everything = [e for split in splits if split != 'test' for e in splits[split]]
@@ -381,7 +378,6 @@ def from_entries(
         files=files,
         content=content_of(class_names, pairs, root),
         test=(*test_files, content_of(class_names, test_pairs, root)) if test else None,
-        place=os.path.abspath(place or path),
     )
 
 
