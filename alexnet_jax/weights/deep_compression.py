@@ -8,32 +8,26 @@ first).
 
 import numpy as np
 
-from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets.squeezenet import FIRES, SqueezeNet
 from alexnet_jax.weights import variables
-from alexnet_jax.weights.variables import Damaged, Weights
+from alexnet_jax.weights.variables import Damaged, Imported, Options, Weights
 
-CENTROIDS = 256
+CENTROIDS, CLASSES = 256, 1000
 MEAN, CROP = (123.0, 117.0, 104.0), 227
 
 
-def squeezenet(net: SqueezeNet, file: str) -> Weights:
-    """Reads the weights of SqueezeNet v1.0 from this format.
+def read(data: bytes, options: Options) -> Imported:
+    """Reads SqueezeNet v1.0 from this format.
 
-    The authors' network pads conv10 (`variables.unpad_head`). Raises UserError if the file is damaged or for
-    a different network.
+    The authors' network pads conv10 (`variables.unpad_head`). Raises Damaged if the file is damaged, and
+    UserError if the user chose another network.
     """
-    if not isinstance(net, SqueezeNet) or (net.version, net.width) != ('1.0', 1.0):
-        raise UserError(f'{file}: needs config.model.net=squeezenet, version=1.0 and width=1')
-    data = variables.content(file)
-    try:
-        arrays = _arrays(net, data)
-        variables.unpad_head(net, arrays, CROP)
-        return Weights(variables.nest(arrays), MEAN, CROP)
-    except Damaged as error:
-        raise UserError(
-            f'{file}: not a compressed SqueezeNet of {net.classes} classes ({error}): get a fresh copy'
-        ) from None
+    preset = options.chosen('squeezenet', ('squeezenet',))
+    net = variables.preset(preset, CLASSES, {})
+    arrays = _arrays(net, data)
+    variables.unpad_head(net, arrays, CROP)
+    weights = Weights(variables.nest(arrays), MEAN, CROP)
+    return Imported(preset, {}, CLASSES, weights, 'Deep Compression')
 
 
 def _arrays(net: SqueezeNet, data: bytes) -> dict:

@@ -134,14 +134,8 @@ def _imported(file: str, data: bytes, options: Options) -> Imported:
         raise UserError(f'{file}: not a known weight format; the formats are {FORMATS}')
     if options.std or options.crop:
         raise UserError(f'{file}: has its own crop and scale; leave --std and --crop out')
-    if suffix == '.net':
-        preset = options.chosen('squeezenet', ('squeezenet',))
-        weights = deep_compression.squeezenet(variables.preset(preset, 1000, {}), file)
-        return Imported(preset, {}, 1000, weights, 'Deep Compression')
-    found, changes, classes = tflite.form(data)
-    preset = options.chosen(found, (found,))
-    weights = tflite.mobilenet(variables.preset(preset, classes, changes), file)
-    return Imported(preset, changes, classes, weights, 'TensorFlow Lite', folded=True)
+    form = deep_compression if suffix == '.net' else tflite
+    return form.read(data, options)
 
 
 def _checked(file: str, found: dict) -> dict:

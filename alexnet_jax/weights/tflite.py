@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_jax.common.errors import UserError
 from alexnet_jax.nets import network
 from alexnet_jax.nets.mobilenet import MobileNet
 from alexnet_jax.weights import flatbuffer, variables
 from alexnet_jax.weights.flatbuffer import Table
-from alexnet_jax.weights.variables import Damaged, Weights
+from alexnet_jax.weights.variables import Damaged, Imported, Options, Weights
 
 # From TensorFlow's schema.fbs: codes of operators, types and activations.
 ADD, AVERAGE_POOL, CONV, DEPTHWISE, RESHAPE, SOFTMAX = 0, 1, 3, 4, 22, 25
@@ -47,34 +46,23 @@ class Model(NamedTuple):
     buffers: list[Table]
 
 
-def mobilenet(net: MobileNet, file: str) -> Weights:
-    """Reads the weights of a MobileNet from a .tflite file with 8-bit weights.
+def read(data: bytes, options: Options) -> Imported:
+    """Reads a MobileNet with 8-bit weights.
 
     In place of normalization, the layers have a bias (`variables.without_norm`); to train further,
-    see `folded.unfolded`. TensorFlow's files have a class 0, background, which is dropped for a network
-    with one class fewer. Weights are exact; TensorFlow Lite also rounds every activation to 8 bits. Raises
-    UserError if the file is damaged, not such a network, or a network with different fields.
-    """
-    if not isinstance(net, MobileNet) or (net.padding, net.activation) != ('tensorflow', 'relu6'):
-        raise UserError(
-            f'{file}: needs config.model.net=mobilenet, padding=tensorflow and activation=relu6'
-        )
-    data = variables.content(file)
-    try:
-        return _weights(net, _model(data))
-    except Damaged as error:
-        raise UserError(
-            f'{file}: not a .tflite file of this MobileNet ({error}): choose the version and width of '
-            'config.model that it has, or get a fresh copy if it is damaged'
-        ) from None
-
-
-def form(data: bytes) -> tuple[str, dict, int]:
-    """The preset, the fields of config.model and the classes (without background) of a .tflite file.
-
-    Raises Damaged if it has none of these networks.
+    see `folded.unfolded`. TensorFlow's files have a class 0, background, which is dropped. Weights are
+    exact; TensorFlow Lite also rounds every activation to 8 bits. Raises Damaged if the file is damaged or
+    has none of these networks, and UserError if the user chose another network.
     """
     model = _model(data)
+    found, changes, classes = _form(model)
+    preset = options.chosen(found, (found,))
+    weights = _weights(variables.preset(preset, classes, changes), model)
+    return Imported(preset, changes, classes, weights, 'TensorFlow Lite', folded=True)
+
+
+def _form(model: Model) -> tuple[str, dict, int]:
+    """The preset, the fields of config.model and the classes, without background."""
     kernels = [
         _item(model.tensors, _item(op.inputs, 1)).shape for op in model.ops if op.code == DEPTHWISE
     ]
