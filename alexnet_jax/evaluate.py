@@ -9,6 +9,7 @@ than val their names begin with the split. The matrix is that of the table's las
 """
 
 import csv
+import functools
 import io
 import os
 from collections.abc import Sequence
@@ -100,9 +101,8 @@ def write_confusion(
     _write_csv(f'{prefix}per_class.csv', [['class', 'images', *heads], *rows])
     rows = [[name, *row] for name, row in zip(names, matrix.tolist(), strict=True)]
     _write_csv(f'{prefix}confusion.csv', [['true \\ predicted', *names], *rows])
-    buffer = io.BytesIO()
-    figure(matrix, shown).savefig(buffer, format='png', dpi=DPI)
-    figures.write(f'{prefix}confusion.png', buffer.getvalue())
+    save = functools.partial(figure(matrix, shown).savefig, format='png', dpi=DPI)
+    figures.write(f'{prefix}confusion.png', save)
 
 
 def most_confused(matrix: np.ndarray) -> list[tuple[int, int, int]]:
@@ -127,7 +127,7 @@ def figure(matrix: np.ndarray, names: Sequence[str]):
     named = classes <= NAMED
     cell = 40 if classes <= NUMBERED else 18 if named else max(1, round(1000 / classes))
     side = min(classes * cell, 2000)  # in pixels, as all lengths here
-    names = [name if len(name) <= 26 else f'{name[:25]}…' for name in names] if named else ['0' * 5]
+    names = [*map(figures.short, names)] if named else ['0' * 5]
     blank, style = Figure(dpi=DPI), {'fontsize': 9, 'parse_math': False}
     margin = 50 + max(blank.text(0, 0, n, **style).get_window_extent().width for n in names)
     width, height = margin + max(side, 120) + 130, margin + max(side, 120) + 40

@@ -111,6 +111,11 @@ def png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def short(text: str) -> str:
+    """Shortens a class name for a figure."""
+    return text if len(text) <= 26 else f'{text[:25]}…'
+
+
 def write(name: str, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Writes a file atomically and prints its name; content: see `paths.replace`."""
     path = paths.path(name)

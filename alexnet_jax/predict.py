@@ -12,6 +12,7 @@ left out, and the exit code is then 2.
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import sys
@@ -105,7 +106,7 @@ def figure(predictions: Sequence[Prediction], names: Sequence[str]):
         above.imshow(prediction.picture, interpolation='nearest')
         caption = names[label] if label is not None else prediction.title.rpartition('/')[2]
         below.set_title(
-            _short(printable(caption)), fontsize=11, fontweight='bold', parse_math=False
+            figures.short(printable(caption)), fontsize=11, fontweight='bold', parse_math=False
         )
         heights = range(len(top))
         bars = below.barh(heights, prediction.probabilities[top], color=OTHER)
@@ -113,14 +114,10 @@ def figure(predictions: Sequence[Prediction], names: Sequence[str]):
             if k == label:
                 bar.set(facecolor=CORRECT, edgecolor='black', hatch='//')
             text = {'va': 'center', 'fontsize': 9, 'path_effects': outline, 'parse_math': False}
-            below.text(0.02, y, _short(names[k]), **text)
+            below.text(0.02, y, figures.short(names[k]), **text)
             below.text(1.2, y, f'{100 * prediction.probabilities[k]:.0f}%', ha='right', **text)
         below.set(xlim=(0, 1.2), ylim=(4.6, -0.6))
     return made
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 26 else f'{text[:25]}…'
 
 
 class Table:
@@ -246,9 +243,8 @@ def main() -> None:
             for table, _ in tables:
                 table.close()
         if drawn:
-            buffer = io.BytesIO()
-            figure(drawn, names).savefig(buffer, format='png', dpi=120)
-            figures.write(output, buffer.getvalue())
+            save = functools.partial(figure(drawn, names).savefig, format='png', dpi=120)
+            figures.write(output, save)
     pictures.check()
 
 

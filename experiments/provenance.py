@@ -43,12 +43,11 @@ import numpy as np
 
 import alexnet_jax
 from alexnet_jax import main
-from alexnet_jax.common import paths
+from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.input import prepare
 from alexnet_jax.input import store as stores
 from alexnet_jax.rundir import checkpoint, directory
-from alexnet_jax.rundir import fingerprint as prints
 from alexnet_jax.weights import bundle, hub
 
 PACKAGE = pathlib.Path(alexnet_jax.__file__).resolve().parent
@@ -173,8 +172,8 @@ def _hash(value: Any) -> str:
 
 def before(command: list[str], after: Callable | None) -> dict[str, Any]:
     """Returns the fingerprint of a run before it is made, without 'data'; UserError for invalid arguments."""
-    config = json.loads(json.dumps(main.parse(['alexnet_jax.main', *command]).config.to_dict()))
-    config |= {part: fields | config[part] for part, fields in directory.LATER.items()}
+    config = main.parse(['alexnet_jax.main', *command]).config.to_dict()
+    config = directory.completed(json.loads(json.dumps(config)))
     return {
         'code': code(),
         'files': presets(_named(command)['config']) | look(after),
@@ -208,18 +207,8 @@ def start(config: dict) -> str:
     path = paths.path(hub.locate(path))
     if bundle.is_bundle(path):
         return _hash(bundle.checksums(path))
-    folder = path / 'checkpoints'
-    for step in reversed(checkpoint.Checkpoints(folder).steps()):
-        file = folder / str(step) / 'meta/metadata'
-        try:
-            record = json.loads(file.read_bytes())
-            content = {'meta': record['meta'], 'leaves': record['leaves']}
-            if record['crc32'] == prints.crc32(content):
-                leaves = sorted(record['leaves'].items())
-                return _hash([[name, leaf['fingerprint']] for name, leaf in leaves])
-        except (paths.failures(file), ValueError, KeyError, TypeError):
-            pass  # damaged: training skips it as well
-    raise UserError(f'--config.train.init_from={path}: no good checkpoint to start from')
+    leaves = sorted(checkpoint.Checkpoints(path / 'checkpoints').leaves().items())
+    return _hash([[name, leaf['fingerprint']] for name, leaf in leaves])
 
 
 def deciding(config: dict) -> dict[str, Any]:
@@ -229,17 +218,9 @@ def deciding(config: dict) -> dict[str, Any]:
         run.add('config.run.eval_every')
     return {
         name: value
-        for name, value in _flat(config, 'config').items()
+        for name, value in configfile.fields(config).items()
         if name not in PLACES and (not name.startswith('config.run.') or name in run)
     }
-
-
-def _flat(config: dict, prefix: str) -> dict[str, Any]:
-    found = {}
-    for key, value in config.items():
-        name = f'{prefix}.{key}'
-        found |= _flat(value, name) if isinstance(value, dict) else {name: value}
-    return found
 
 
 def difference(first: dict, second: dict) -> str:

@@ -154,14 +154,14 @@ def run_directory(argument: str) -> str:
     return f'runs/{Path(path).stem}' + (f'-{variant}' if variant else '')
 
 
-def fields(config: ConfigDict, prefix: str = 'config') -> dict[str, Any]:
+def fields(config: ConfigDict | dict, prefix: str = 'config') -> dict[str, Any]:
     """All values by their full names: {'config.model.width': 1.0, ...}."""
     return {
         name: value
         for key, entry in config.items()
         for name, value in (
             fields(entry, f'{prefix}.{key}')
-            if isinstance(entry, ConfigDict)
+            if isinstance(entry, ConfigDict | dict)
             else {f'{prefix}.{key}': entry}
         ).items()
     }

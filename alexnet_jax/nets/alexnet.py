@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.common.errors import UserError, choose, one_each
 from alexnet_jax.nets import blocks, layers, network
@@ -44,11 +43,10 @@ def check_padding(conv1_padding: tuple[int, ...]) -> None:
         )
 
 
-class AlexNet(network.Network):
+class AlexNet(blocks.Towers):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every activation by name).
 
-    The fields are those of `config.model`, documented in `configs/base.py`. `local_towers` is the number
-    of towers on this device, `model_axis` the mesh axis that has the others.
+    The fields are those of `config.model`, documented in `configs/base.py`, and those of `blocks.Towers`.
     """
 
     classes: int
@@ -88,28 +86,8 @@ class AlexNet(network.Network):
         return [*names, *(f'fc{i + 6}' for i in range(len(self.hidden))), 'fc8']
 
     @property
-    def first(self) -> tuple[str, ...]:
-        return ('conv1',)
-
-    @property
     def bound(self) -> float | None:
         return blocks.BOUNDS.get(self.activation)
-
-    @nn.nowrap
-    def first_kernels(self, params: dict) -> jax.Array | None:
-        return params['conv1']['kernel'] if 'conv1' in params else None
-
-    @nn.nowrap
-    def partition(self, path: network.Path) -> P:
-        """Shards everything over the towers except the single bias of the last layer."""
-        return P() if path == ('fc8', 'bias') else P('model')
-
-    @nn.nowrap
-    def local(self, shards: int, data_axis: str | None) -> 'AlexNet':
-        del data_axis  # images are processed independently
-        if shards == 1:
-            return self
-        return self.clone(local_towers=self.towers // shards, model_axis='model')
 
     @nn.compact
     def __call__(self, images, train=None):
@@ -160,11 +138,6 @@ class AlexNet(network.Network):
         common = self._common(-1, 'fc8')
         return blocks.Logits(self.classes, axis=self.model_axis, **common)(xs), out
 
-    @property
-    def _count(self) -> int:
-        """The number of towers on this device."""
-        return self.local_towers or self.towers
-
     @nn.nowrap
     def ops(self, i: int) -> list[str]:
         """The operations after conv{i + 1}, without the norms that `norms` leaves out.
@@ -174,11 +147,6 @@ class AlexNet(network.Network):
         kept = {'all': True, 'first': i == 0, 'none': False}[self.norms]
         ops = [op for op in self.after[i].split() if kept or 'norm' not in op]
         return [op for op in ops if op == 'pool'] if f'conv{i + 1}' == self.remove else ops
-
-    @nn.nowrap
-    def per_tower(self, channels: int) -> int:
-        """One tower's share of `channels` kernels or units, counted at width 1 over all towers."""
-        return blocks.per_tower(channels, self.width, self.towers, self.groups)
 
     @property
     def norm(self) -> dict:
@@ -207,9 +175,6 @@ class AlexNet(network.Network):
             }
         return {**inits, 'dtype': jnp.dtype(self.dtype), 'name': name}
 
-    def _exchange(self, xs):
-        return (layers.exchange(xs, self.model_axis),) * self._count
-
     def _apply(self, op, xs):
         if op == 'act':
             return tuple(blocks.ACTIVATIONS[self.activation](x) for x in xs)
@@ -231,28 +196,17 @@ class AlexNet(network.Network):
         height, width = ((n + sum(self.conv1_padding) - SIZES[0]) // 4 + 1 for n in x.shape[1:3])
         return x[:, start::4, start::4][:, :height, :width]
 
-    def _tower(self, t):
-        """The index in the whole network of this device's tower t."""
-        return lax.axis_index(self.model_axis) * self._count + t if self.model_axis else t
-
     def _dropout(self, xs, i, train):
         """As in §4.2, zeroes half of the units in training without rescaling, and halves all at test time.
 
-        'inverted', as in Caffe and torchvision, doubles in training and does nothing at test time.
+        'inverted', as in Caffe and torchvision, gives twice as much in both.
         """
         if self.dropout == 'none':
             return xs
-        if train is None:
-            return xs if self.dropout == 'inverted' else tuple(x * 0.5 for x in xs)
-        scale = 2.0 if self.dropout == 'inverted' else 1.0
-        key = jax.random.fold_in(train.key, i)
-
-        def one(t, x):
-            units = x.size // x.shape[0]
-            mask = layers.dropout_mask(key, train.rows, self._tower(t), units).reshape(x.shape)
-            return jnp.where(mask, x * jnp.asarray(scale, x.dtype), jnp.zeros_like(x))
-
-        return tuple(one(t, x) for t, x in enumerate(xs))
+        xs = tuple(
+            layers.dropout(x, 0.5, train, layer=i, tower=self._tower(t)) for t, x in enumerate(xs)
+        )
+        return xs if self.dropout == 'inverted' else tuple(0.5 * x for x in xs)
 
     @nn.nowrap
     def check(self) -> None:

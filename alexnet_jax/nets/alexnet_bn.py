@@ -7,8 +7,6 @@ redundant, except in fc8.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.common.errors import UserError, choose
 from alexnet_jax.nets import blocks, layers, network
@@ -17,11 +15,10 @@ from alexnet_jax.nets.alexnet import PADDINGS, SIZES, check_padding
 POOLED = ('conv1', 'conv2', 'conv5')
 
 
-class AlexNetBN(network.Network):
+class AlexNetBN(blocks.Towers):
     """images f32[B,H,W,3], mean subtracted -> (logits f32[B,K], every activation by name).
 
-    The fields are those of `config.model` in `configs/alexnet_bn.py`; local_towers, model_axis and
-    data_axis: see `alexnet.AlexNet` and `layers.BatchNorm`.
+    The fields are those of `config.model` in `configs/alexnet_bn.py`, and those of `blocks.Towers`.
     """
 
     classes: int
@@ -50,27 +47,8 @@ class AlexNetBN(network.Network):
             names += [conv, f'norm{i}', *([f'pool{i}'] if conv in POOLED else [])]
         return [*names, 'fc6', 'norm6', 'fc7', 'norm7', 'fc8']
 
-    @property
-    def first(self) -> tuple[str, ...]:
-        return ('conv1',)
-
-    @nn.nowrap
-    def first_kernels(self, params: dict) -> jax.Array:
-        return params['conv1']['kernel']
-
-    @nn.nowrap
-    def partition(self, path: network.Path) -> P:
-        return P() if path == ('fc8', 'bias') else P('model')
-
-    @nn.nowrap
-    def local(self, shards: int, data_axis: str | None) -> 'AlexNetBN':
-        axis = 'model' if shards > 1 else None
-        towers = self.towers // shards
-        return self.clone(local_towers=towers, model_axis=axis, data_axis=data_axis)
-
     @nn.compact
     def __call__(self, images, train=None):
-        count = self.local_towers or self.towers
         common = {
             'kernel_init': lambda fan_in: blocks.gaussian((2 / fan_in) ** 0.5),
             'bias_init': None,
@@ -86,11 +64,9 @@ class AlexNetBN(network.Network):
             return xs
 
         def exchange(name, xs):
-            if name not in self.exchange:
-                return xs
-            return (layers.exchange(xs, self.model_axis),) * count
+            return self._exchange(xs) if name in self.exchange else xs
 
-        xs = (images.astype(self.dtype),) * count
+        xs = (images.astype(self.dtype),) * self._count
         for i, (name, features) in enumerate(zip(self.convs, self.kernels, strict=True)):
             conv = blocks.Conv(
                 self.per_tower(features),
@@ -120,15 +96,6 @@ class AlexNetBN(network.Network):
         common['bias_init'] = lambda fan_in: nn.initializers.zeros
         logits = blocks.Logits(self.classes, axis=self.model_axis, name='fc8', **common)(xs)
         return logits, out
-
-    def _tower(self, t):
-        """The index in the whole network of this device's tower t."""
-        return lax.axis_index(self.model_axis) * self.local_towers + t if self.model_axis else t
-
-    @nn.nowrap
-    def per_tower(self, channels: int) -> int:
-        """One tower's share of `channels` kernels or units, counted at width 1 over all towers."""
-        return blocks.per_tower(channels, self.width, self.towers)
 
     @nn.nowrap
     def check(self) -> None:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from alexnet_jax.common.errors import UserError
 from alexnet_jax.devices.backend import choices
@@ -24,21 +25,6 @@ BOUNDS = {'tanh': 1.0}  # of the outputs' absolute values, for activations bound
 def dtypes() -> tuple[str, ...]:
     """The available compute dtypes; float64 only where JAX enables it, as in tests."""
     return ('float32', 'bfloat16', *(('float64',) if jax.config.jax_enable_x64 else ()))
-
-
-def per_tower(channels: int, width: float, towers: int, groups: int = 1) -> int:
-    """One tower's share of `channels` kernels or units, counted at width 1 over all towers.
-
-    Raises UserError if towers and groups do not divide them.
-    """
-    each = channels * width / towers / groups
-    if each < 1 or each != int(each):
-        raise UserError(
-            f'config.model: {channels} kernels or units at width={width} cannot be divided '
-            f'over towers={towers} and groups={groups} ({each:.4g} each): choose '
-            'counts that divide evenly'
-        )
-    return int(each) * groups
 
 
 def params_of(module, kernel_shape, bias_shape=None):
@@ -152,6 +138,62 @@ class Logits(nn.Module):
         total = layers.dense(x, kernel, dtype=wide)
         total = lax.psum(total, self.axis) if self.axis else total
         return layers.add(total, bias.reshape(1, -1))
+
+
+class Towers(network.Network):
+    """The base of networks in towers that begin with a convolution `conv1` and end with `fc8`.
+
+    They have the fields width, local_towers (those on this device) and model_axis (the mesh axis that has
+    the others), and perhaps groups and data_axis (see `layers.BatchNorm`).
+    """
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        return ('conv1',)
+
+    @nn.nowrap
+    def first_kernels(self, params: dict) -> jax.Array | None:
+        return params['conv1']['kernel'] if 'conv1' in params else None
+
+    @nn.nowrap
+    def partition(self, path: network.Path) -> P:
+        """Shards everything over the towers except the single bias of the last layer."""
+        return P() if path == ('fc8', 'bias') else P('model')
+
+    @nn.nowrap
+    def local(self, shards: int, data_axis: str | None) -> network.Network:
+        changes = {'data_axis': data_axis} if hasattr(self, 'data_axis') else {}
+        axis = 'model' if shards > 1 else None
+        return self.clone(local_towers=self.towers // shards, model_axis=axis, **changes)
+
+    @nn.nowrap
+    def per_tower(self, channels: int) -> int:
+        """One tower's share of `channels` kernels or units, counted at width 1 over all towers.
+
+        Raises UserError if towers and groups do not divide them.
+        """
+        groups = getattr(self, 'groups', 1)
+        each = channels * self.width / self.towers / groups
+        if each < 1 or each != int(each):
+            raise UserError(
+                f'config.model: {channels} kernels or units at width={self.width} cannot be divided '
+                f'over towers={self.towers} and groups={groups} ({each:.4g} each): choose '
+                'counts that divide evenly'
+            )
+        return int(each) * groups
+
+    @property
+    def _count(self) -> int:
+        """The number of towers on this device."""
+        return self.local_towers or self.towers
+
+    def _tower(self, t):
+        """The index in the whole network of this device's tower t."""
+        return lax.axis_index(self.model_axis) * self._count + t if self.model_axis else t
+
+    def _exchange(self, xs):
+        """Every tower of this device gets the channels of all towers."""
+        return (layers.exchange(xs, self.model_axis),) * self._count
 
 
 # For networks without towers.

@@ -65,12 +65,16 @@ class Checkpoints:
         """The step with the lowest error; None if no step was evaluated."""
         return _best({step: self._error(step) for step in self.steps()})
 
-    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every leaf of the latest readable step, by name."""
+    def leaves(self) -> dict[str, dict]:
+        """The shape, dtype and fingerprint of every leaf of the latest readable step, by name."""
         _, record = self._first_good(None, self._agreed_record)
+        return record['leaves']
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shape and dtype of every leaf of the latest readable step, by name."""
         return {
             name: jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'])
-            for name, leaf in record['leaves'].items()
+            for name, leaf in self.leaves().items()
         }
 
     def save(self, step: int, state: Any, meta: dict) -> None:

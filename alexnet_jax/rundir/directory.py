@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from alexnet_jax.common import configfile, paths
 from alexnet_jax.common.errors import UserError, reason
@@ -132,7 +131,7 @@ def differences(config, workdir: paths.Path) -> dict[str, str]:
 
 def compared(stored: dict, config, name: str = 'config') -> dict[str, str]:
     """As `differences`, for a stored config, or the part of one that is called `name`."""
-    there, here = (configfile.fields(ConfigDict(c), name) for c in (stored, _plain(config)))
+    there, here = (configfile.fields(c, name) for c in (stored, _plain(config)))
     return {
         name: f'{name}: {there.get(name)!r} there, {here.get(name)!r} here'
         for name in sorted({*there, *here})

@@ -39,7 +39,6 @@ TITLES = {
     'shufflenet:x0.5': 'ShuffleNet v2 x0.5',
 }
 CROPS = range(32, 1025)  # pixels
-LARGEST = 4096  # pixels, of a mean image
 # What arrays of unexpected shapes can raise.
 DAMAGE = (ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 VERSION = 1  # of the conversion; cached bundles of a different version are rebuilt
@@ -80,8 +79,8 @@ def read(
     side = mean.shape[0] if mean.ndim == 3 else size or usual
     if size not in (0, side):
         raise UserError(f'size={size}: the mean image has {side} pixels; leave size out')
-    if not crop <= side <= LARGEST:
-        raise UserError(f'size={side}: must be from {crop} (the crop) to {LARGEST}')
+    if not crop <= side <= bundle.LARGEST:
+        raise UserError(f'size={side}: must be from {crop} (the crop) to {bundle.LARGEST}')
     names = names or (class_names.imagenet() if classes == 1000 else None)
     if names is None or len(names) != classes:
         there = 'needs names for its' if names is None else f'{len(names):,} names for'

@@ -143,7 +143,7 @@ def test_the_checkpoint_that_a_run_starts_from(tmp_path):
         return provenance.start({'train': {'init_from': folder and str(tmp_path / folder)}})
 
     assert start('') == ''
-    with pytest.raises(UserError, match='no good checkpoint to start from'):
+    with pytest.raises(UserError, match='there is no checkpoint here'):
         start('a')
     leave_checkpoint(tmp_path / 'a', 1, 5)
     leave_checkpoint(tmp_path / 'b', 7, 5)
