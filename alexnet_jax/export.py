@@ -204,7 +204,7 @@ def _crops(source: Source, store, split: str, count: int) -> tuple[np.ndarray, n
     """Center crops u8[N,crop,crop,3] of images of a split, and their labels."""
     store.check_split(split)
     labels = store.labels(split)
-    records = np.sort(figures.choose(labels, count, seed=0))
+    records = np.sort(figures.sample(labels, count, seed=0))
     squares = figures.squares(store, split, records)
     return np.asarray(central(squares, source.crop)), labels[records]
 

@@ -219,7 +219,7 @@ def label_of(path: str, names: list[str]) -> int | None:
     return next((names.index(name) for name in folders if name in names), None)
 
 
-def choose(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+def sample(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Draws distinct images from as many classes as possible: i32[N] -> records i64[count]."""
     order = np.random.default_rng(seed).permutation(len(labels))
     seen, turns = Counter(), []
@@ -230,7 +230,7 @@ def choose(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def chosen(store: Store, split: str, flag: str, count: int, seed: int) -> np.ndarray:
-    """`choose` from a split; UserError that names the flag for an invalid count."""
+    """`sample` from a split; UserError that names the flag for an invalid count."""
     store.check_split(split)
     there = store.counts[split]
     if not 1 <= count <= there:
@@ -238,7 +238,7 @@ def chosen(store: Store, split: str, flag: str, count: int, seed: int) -> np.nda
             f'{flag}={count}: the {SPLITS[split]} split of {store.path} has {there:,} '
             f'images; give a number from 1 to {there}'
         )
-    return choose(store.labels(split), count, seed)
+    return sample(store.labels(split), count, seed)
 
 
 def squares(store: Store, split: str, records: np.ndarray) -> np.ndarray:

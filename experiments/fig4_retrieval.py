@@ -53,7 +53,7 @@ def look(workdir) -> dict:
 
 def predictions(classify, store) -> dict:
     """Predicts some validation images; stores only the classes that the figure shows."""
-    records = figures.choose(store.labels('val'), min(LABELED, store.counts['val']), seed=0)
+    records = figures.sample(store.labels('val'), min(LABELED, store.counts['val']), seed=0)
     labels, images = store.labels('val')[records], figures.squares(store, 'val', records)
     made = predict.predict(classify, [''] * len(records), labels.tolist(), images)
     kept = sorted({*labels.tolist()}.union(*(one.top().tolist() for one in made)))
@@ -71,7 +71,7 @@ def neighbors(trained, store) -> dict:
     found, distances = nearest(store, retrieve.make_features(trained, mesh))
     train, val = store.labels('train'), store.labels('val')
     shares = [np.bincount(labels, minlength=store.classes) / len(labels) for labels in (train, val)]
-    records = figures.choose(val, min(QUERIES, store.counts['val']), seed=1)
+    records = figures.sample(val, min(QUERIES, store.counts['val']), seed=1)
     by_pixels, smallest = nearest(store, pixels)
     return {
         'same': of_the_class(store, found),

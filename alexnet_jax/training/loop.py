@@ -163,11 +163,11 @@ class Loop:
     running: dict[str, float]  # sums since the last row of metrics.jsonl
 
     def __post_init__(self):
-        self.config = self.setup.config.run
+        self.settings = self.setup.config.run
         self.step = self.first = int(self.state.step)
         self.pending: Dispatch | None = None  # the previous one; its sums are read a dispatch late
         self.images = 0.0  # since the last row, in this start only; `running` may be older
-        self.stuck = diagnosis.Stuck(self.config.stuck_after, self.setup.store.classes)
+        self.stuck = diagnosis.Stuck(self.settings.stuck_after, self.setup.store.classes)
         self.local_batches = self.setup.batches(self.step)  # may import TensorFlow for seconds
         self.clock = progress.Clock()
         self.compiled = {}  # seconds, by the size of the dispatch
@@ -208,7 +208,7 @@ class Loop:
             self.pending, self.step = sent, following
             if sent.step == self.first:
                 self.report()  # immediately, for the log
-            self.trace(self.step >= self.config.profile[1])
+            self.trace(self.step >= self.settings.profile[1])
         self.trace(end=True)
         if not over:
             raise self.stopped(asked)
@@ -298,7 +298,7 @@ class Loop:
             return True
         if self.step == self.first:  # keep the checkpoint that this start began with
             return evaluated and not self.checkpoints.steps()
-        return evaluated or bool(ending) or self.step % self.config.checkpoint_every == 0
+        return evaluated or bool(ending) or self.step % self.settings.checkpoint_every == 0
 
     def save(self, last: bool) -> None:
         """Saves the state, after checking that everything that led to it is finite."""
@@ -315,7 +315,7 @@ class Loop:
                 self.tolerate(error)
             try:
                 self.checkpoints.save(self.step, state, self.meta())
-                if last or self.config.saves == 'wait':
+                if last or self.settings.saves == 'wait':
                     self.checkpoints.wait()
             except checkpoint.SaveError as error:
                 if last:
@@ -331,7 +331,7 @@ class Loop:
             self.tolerate(error)
 
     def tolerate(self, error: checkpoint.SaveError) -> None:
-        if self.config.failed_save == 'stop':
+        if self.settings.failed_save == 'stop':
             raise error
         log.warning('%s; training continues without this checkpoint', error)
 
@@ -350,7 +350,7 @@ class Loop:
         new = count not in self.compiled
         if new:  # compile time must not count for the steps before
             self.report()
-        start, stop = self.config.profile
+        start, stop = self.settings.profile
         if not self.tracing and start < self.step + count and self.step < stop:
             folder = paths.plain(paths.absolute(self.workdir)) / 'profile'
             jax.profiler.start_trace(str(folder))
@@ -393,10 +393,10 @@ class Loop:
                 )
                 log.info(line)
                 self.clock.said()
-            if (step + 1) % self.config.log_every == 0:
+            if (step + 1) % self.settings.log_every == 0:
                 self.write_row(step, rates)
         total, batch = self.setup.total, self.setup.config.train.batch
-        left = -(step + 1) % self.config.log_every * batch
+        left = -(step + 1) % self.settings.log_every * batch
         if left and (steady := self.clock.overdue(self.images, left)):
             log.info(progress.short_line(step + 1, total, batch, steady))
 
@@ -413,7 +413,7 @@ class Loop:
         self.writer.write('train', step, values)
         classes = self.setup.store.classes
         log.info(progress.line(step + 1, total, batch, classes, values, steady))
-        if self.stuck(values['loss'], self.config.log_every):
+        if self.stuck(values['loss'], self.settings.log_every):
             log.warning('step %s: %s', f'{step + 1:,}', self.stuck.advice)
         self.running, self.images = {}, 0.0
 

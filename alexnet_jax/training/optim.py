@@ -164,14 +164,14 @@ def _hold_where_rate_is_zero(net, inner, freeze):
     def update(updates, state, params, *, rates, **_):
         tree = _rate_tree(net, params, rates, freeze)
 
-        def choose(new, old):
+        def held(new, old):
             return jax.tree.map(lambda r, n, o: jnp.where(r > 0, n, o), tree, new, old)
 
         new_updates, new_state = inner.update(updates, state, params, rates=rates)
-        new_updates = choose(new_updates, jax.tree.map(jnp.zeros_like, updates))
+        new_updates = held(new_updates, jax.tree.map(jnp.zeros_like, updates))
         # Hold every part of the state that is shaped like the parameters, such as the velocity.
         new_state = jax.tree.map(
-            lambda new, old: choose(new, old) if _like(new, params) else new,
+            lambda new, old: held(new, old) if _like(new, params) else new,
             new_state,
             state,
             is_leaf=lambda x: _like(x, params),

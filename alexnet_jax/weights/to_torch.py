@@ -171,7 +171,10 @@ def encoded(state: dict[str, np.ndarray]) -> bytes:
     """Returns the .pth file of a state dict, as torch.save writes it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_STORED) as archive:
-        write = lambda name, data: archive.writestr(zipfile.ZipInfo(f'archive/{name}'), data)  # noqa: E731
+
+        def write(name: str, data: bytes) -> None:
+            archive.writestr(zipfile.ZipInfo(f'archive/{name}'), data)
+
         write('data.pkl', _pickled(state))
         write('byteorder', b'little')
         for i, x in enumerate(state.values()):

@@ -59,7 +59,7 @@ def test_the_command(run, fc7, tmp_path, monkeypatch, capsys):
     found, distances = brute_force(fc7['val'], fc7['train'], 3)
     assert fc7['train'].shape == (TRAIN, 256) and np.ptp(distances) > 0
     queries = [int(re.match(r'validation image (\d+) ', line)[1]) for line in lines[:4]]
-    assert queries == figures.choose(np.arange(VAL) % CLASSES, 4, seed=1).tolist()
+    assert queries == figures.sample(np.arange(VAL) % CLASSES, 4, seed=1).tolist()
     same = 0
     picture = np.asarray(Image.open(output))
     assert picture.shape == (4 * 172 + 4, 4 * 148 + 4 + 16, 3)  # images are enlarged to 144
@@ -189,12 +189,12 @@ def test_choose():
     """One of each class before a second of any; another seed chooses different ones."""
     labels = np.array([0] * 20 + [1] * 2 + [2] * 5)
     for seed in range(5):
-        records = figures.choose(labels, 8, seed)
+        records = figures.sample(labels, 8, seed)
         assert len({*records.tolist()}) == 8
         assert sorted(labels[records[:3]]) == sorted(labels[records[3:6]]) == [0, 1, 2]
         assert sorted(labels[records[6:]]) == [0, 2]
-        np.testing.assert_array_equal(records[:4], figures.choose(labels, 4, seed))
-    assert figures.choose(labels, 8, 0).tolist() != figures.choose(labels, 8, 1).tolist()
+        np.testing.assert_array_equal(records[:4], figures.sample(labels, 4, seed))
+    assert figures.sample(labels, 8, 0).tolist() != figures.sample(labels, 8, 1).tolist()
 
 
 def test_the_folder_of_a_class():

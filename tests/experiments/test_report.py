@@ -313,7 +313,7 @@ def test_figure_4(drawn, tmp_path, monkeypatch):
     assert (len(made['labels']), len(made['pictures'])) == (8, 8)
     assert all(0.5 < sum(row) < 1.001 for row in made['probabilities'])
     assert [made['names'][label] for label in made['labels']] == [
-        f'class {k}' for k in figures.choose(np.arange(40, 60) % 10, 8, seed=0) % 10
+        f'class {k}' for k in figures.sample(np.arange(40, 60) % 10, 8, seed=0) % 10
     ]
     table = fig4_retrieval.report(drawn.fourth.results)
     own, by_pixels = (np.mean(extra[kind]) for kind in ('same', 'same_by_pixels'))
