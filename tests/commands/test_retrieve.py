@@ -136,7 +136,7 @@ def test_names_stay_below_their_pictures():
 class Maps(network.Network):
     """A network whose last activation is a map of two towers."""
 
-    towers = 2
+    towers, names = 2, ['late', 'a', 'Dense_0']
 
     @nn.compact
     def __call__(self, images, train=None):
