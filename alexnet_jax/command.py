@@ -50,10 +50,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Lists options with their defaults, and keeps the description's line breaks."""
 
     def _get_help_string(self, action):
-        if action.default in (None, '', []):  # the text says what happens then
+        if not action.default:  # the text says what happens then
             return action.help
-        if action.default is False:
-            return f'{action.help} (default: off)'
         return super()._get_help_string(action)
 
 
@@ -63,7 +61,7 @@ def make_parser(name: str, description: str) -> ArgumentParser:
     return ArgumentParser(
         prog=f'alexnet-jax {name}' if console else f'python -m alexnet_jax.{name}',
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     parser = command.make_parser('compress', __doc__)
     parser.add_argument('run', metavar='RUN', help='a run directory or a bundle')
     parser.add_argument(
-        '--output', metavar='DIR', default='', help='the folder to write; by default RUN-compressed'
+        '--output', metavar='DIR', default='', help='the folder to write (default: RUN-compressed)'
     )
     parser.add_argument('--step', **command.STEP)
     parser.add_argument('--store', default='', help='path of the store, if it has moved')
@@ -39,14 +39,14 @@ def main() -> None:
             default=default.prune[kind],
             metavar='STDS',
             help=f'removes weights of {layers} below this many standard deviations of the '
-            f"layer's weights ({default.prune[kind]:g})",
+            "layer's weights",
         )
         parser.add_argument(
             f'--bits_{kind}',
             type=int,
             default=default.bits[kind],
             metavar='N',
-            help=f'leaves 2^N distinct weights in each of the {layers} ({default.bits[kind]})',
+            help=f'leaves 2^N distinct weights in each of the {layers}',
         )
     for name, text in (
         ('rounds', 'pruning rounds, each with a higher threshold'),
@@ -56,9 +56,7 @@ def main() -> None:
         ('tune_rate', 'learning rate of fine-tuning, as a fraction of config.optim.rate'),
     ):
         value = getattr(default, name)
-        parser.add_argument(
-            f'--{name}', type=type(value), default=value, help=f'{text} ({value:g})'
-        )
+        parser.add_argument(f'--{name}', type=type(value), default=value, help=text)
     command.add_devices(parser)
     args = parser.parse_args()
     settings = _settings(args)

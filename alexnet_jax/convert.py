@@ -34,12 +34,12 @@ def main() -> None:
         '--size',
         type=int,
         default=0,
-        help='side in pixels of the images that crops are taken from (256)',
+        help='side in pixels of the images that crops are taken from (default: 8/7 of the crop)',
     )
     parser.add_argument(
         '--names',
         default='',
-        help="file of class names, one per line; default for 1,000 classes: ImageNet's",
+        help="file of class names, one per line (default for 1,000 classes: ImageNet's)",
     )
     args = parser.parse_args()
     bundle.check_new(args.out)

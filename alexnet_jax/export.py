@@ -105,7 +105,7 @@ class Export(NamedTuple):
 
 def main() -> None:
     parser = figures.parser(
-        'export', __doc__, output='file (for bundle, folder) to write; default: in RUN'
+        'export', __doc__, output='file (for bundle, folder) to write (default: in RUN)'
     )
     parser.add_argument('--format', required=True, help=', '.join(FORMATS))
     parser.add_argument(
@@ -113,7 +113,7 @@ def main() -> None:
         choices=('graph', 'json'),
         help='subtract the mean in the exported program, or leave it to the user (default: graph)',
     )
-    parser.add_argument('--images', type=int, default=100, help='images to compare (default: 100)')
+    parser.add_argument('--images', type=int, default=100, help='images to compare')
     parser.add_argument('--store', default='', help='path of the store, if it has moved')
     args = figures.start(parser)
     choose('--format', args.format, FORMATS)

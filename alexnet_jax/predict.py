@@ -181,7 +181,7 @@ def main() -> None:
         type=int,
         default=TOP,
         metavar='N',
-        help='classes per image in the output and in tables (default: %(default)s); 1: one line per image',
+        help='classes per image in the output and in tables; 1: one line per image',
     )
     parser.add_argument('--views', default='ten', choices=tuple(steps.VIEWS), help='crops (§4.1)')
     args = figures.start(parser)

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument(
         '--config', required=True, help='a preset or your own file; :VARIANT may follow'
     )
-    parser.add_argument('--classes', type=int, default=1000, help='default: 1000')
+    parser.add_argument('--classes', type=int, default=1000, help='number of classes')
     args, changes = parser.parse_known_args()
     if args.classes < 1:
         raise UserError(f'--classes={args.classes}: must be at least 1')

@@ -546,7 +546,6 @@ def test_help_gives_defaults_and_durations(command, tmp_path, capsys):
     for text in (
         'experiment (default: small)',
         'seeds (default: 3)',
-        '(default: off)',
         'and runs)',
     ):
         assert text in out
