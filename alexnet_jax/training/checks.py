@@ -28,7 +28,10 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
     for name, value in configfile.fields(config).items():
         configfile.check_value(name, value, value)
     net = build(classes=1, **config.model)
-    mesh, shapes = _values(config, net)
+    _fields(config)
+    shapes = _network(config, net)
+    mesh = _mesh(config, net)
+    _memory(config, mesh, shapes)
     directory.check(config, workdir, free=SCHEDULE)
     if not (config.data.source or config.data.store):
         raise UserError(
@@ -38,8 +41,8 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
     return mesh, net
 
 
-def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
-    """Checks the config's values; returns the mesh and the shapes of the network's variables."""
+def _fields(config) -> None:
+    """Raises UserError for values that no network can have."""
     optim.make_rates(examples=1, batch=1, **config.optim)
     for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep', 'dispatch'):
         if config.run[field] <= 0:
@@ -98,6 +101,10 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             f'config.augment.crop={config.augment.crop} does not fit images of '
             f'config.data.size={config.data.size} pixels'
         )
+
+
+def _network(config, net: Network) -> dict:
+    """Returns the shapes of a network's variables; UserError for fields that do not fit the network."""
     shapes = network.shapes(net, config.augment.crop)
     if config.train.recompute and not shapes['batch_stats']:
         raise UserError(
@@ -126,6 +133,11 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             if not there:
                 layers = ', '.join(shapes['params'])
                 raise UserError(f'config.{field}: no layer {name!r}: choose from {layers}')
+    return shapes
+
+
+def _mesh(config, net: Network) -> jax.sharding.Mesh:
+    """Returns the mesh; UserError for batches that cannot be divided over it."""
     mesh = meshes.make(
         config.run.mesh,
         towers=net.towers,
@@ -139,8 +151,7 @@ def _values(config, net: Network) -> tuple[jax.sharding.Mesh, dict]:
             f'config.augment.mixup mixes pairs of images: config.train.batch={config.train.batch} must '
             f'be a multiple of {2 * mesh.shape["data"]}, two per device along data'
         )
-    _memory(config, mesh, shapes)
-    return mesh, shapes
+    return mesh
 
 
 def _memory(config, mesh: jax.sharding.Mesh, shapes: dict) -> None:
