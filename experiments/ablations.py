@@ -424,9 +424,8 @@ def plot(results, file):
     shown = [name for name in ROWS if name != REFERENCE and differences(results, name, ERRORS[0])]
     figure = Figure(figsize=(9, 1.5 + 0.3 * len(shown)), layout='constrained')
     for i, (axes, error) in enumerate(zip(figure.subplots(1, 2, sharey=True), ERRORS, strict=True)):
-        for y, name in enumerate(shown):
-            values = differences(results, name, error)
-            found = statistics.paired(values)
+        measured = [statistics.paired(differences(results, name, error)) for name in shown]
+        for y, found in enumerate(measured):
             several = math.isfinite(found.low)
             axes.errorbar(
                 found.mean,
@@ -462,12 +461,12 @@ def plot(results, file):
         # a row that stays at chance must not compress the others
         axes.set_xscale('symlog', linthresh=10)
         ticks = (-50, -10, -5, 0, 5, 10, 50)
-        least = min((np.mean(differences(results, name, error)) for name in shown), default=0)
+        ends = [found.low if math.isfinite(found.low) else found.mean for found in measured]
         axes.set(
             xlabel=f'top-{(1, 5)[i]} error minus that of the reference, points\n(beyond 10: logarithmic)',
             xticks=ticks,
             xticklabels=ticks,
-            xlim=(min(-8, 1.2 * least), 90),
+            xlim=(min([-8, *(1.2 * end for end in ends)]), 90),
             yticks=range(len(shown)),
             yticklabels=[
                 name + ' (at chance)' * any(map(labs.at_chance, labs.named(results, name)))
