@@ -1,5 +1,5 @@
 # make quickstart   install, train a small net on rendered images, evaluate it (about 3 minutes)
-# make test         the tests (6 minutes on 2 cores)
+# make test         the tests (6 minutes on 2 fast cores, 25 on 2 slow ones)
 # make test-fast    without the slow tests
 # make test-all     also the end-to-end checks to run before a release (15 minutes)
 # make test-deploy  compares the networks with those of PyTorch, Keras, OpenCV, ... (installs them)
