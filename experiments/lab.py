@@ -375,12 +375,12 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
                     process.send_signal(signal.SIGTERM)
                     asked = True
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGTERM)  # it saves a checkpoint and exits
-            process.wait()
             raise Stopped(f'{workdir}: stopped; repeat the command to resume') from None
         finally:
-            if process.poll() is None:  # an error here must not leave it training
-                process.terminate()
+            if (
+                process.poll() is None
+            ):  # stopped, or an error here, which must not leave it training
+                process.terminate()  # it saves a checkpoint and exits
                 process.wait()
     last = log.read_text(errors='replace').strip().rpartition('\n')[2]
     if process.returncode == MISTAKE and NOT_FINITE in last:

@@ -42,7 +42,7 @@ def check(config, workdir: paths.Path, build: Callable) -> tuple[jax.sharding.Me
 
 
 def _fields(config) -> None:
-    """Raises UserError for values that no network can have."""
+    """Raises UserError for values that are invalid with any network."""
     optim.make_rates(examples=1, batch=1, **config.optim)
     for field in ('eval_every', 'checkpoint_every', 'log_every', 'keep', 'dispatch'):
         if config.run[field] <= 0:
