@@ -78,8 +78,13 @@ def code(package: pathlib.Path = PACKAGE) -> str:
     for file in sorted(package.glob('*/**/*.py')):
         name = file.relative_to(package).as_posix()
         if not any(fnmatch.fnmatch(name, pattern) for pattern in CANNOT):
-            value.update(json.dumps([name, normal(ast.parse(file.read_bytes()))]).encode())
+            value.update(_syntax(name, file.read_bytes()))
     return value.hexdigest()[:16]
+
+
+@functools.cache  # experiments ask before and after every run
+def _syntax(name: str, source: bytes) -> bytes:
+    return json.dumps([name, normal(ast.parse(source))]).encode()
 
 
 def normal(node: Any) -> Any:

@@ -1,8 +1,10 @@
 """What the documents name exists: files, sections, commands, flags, presets and fields."""
 
+import contextlib
 import functools
+import io
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -108,14 +110,16 @@ def missing_sections(text):
 @functools.cache
 def flags(module):
     """The flags that `python -m MODULE --help` lists; None without such a module."""
-    done = subprocess.run(
-        [sys.executable, '-m', module, '--help'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {*re.findall(r'--\w+', done.stdout)} if done.returncode == 0 else None
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, 'argv', ['', '--help'])
+        try:
+            runpy.run_module(module, run_name='__main__', alter_sys=True)
+        except SystemExit as end:
+            assert not end.code
+        except ImportError:
+            return None
+    return {*re.findall(r'--\w+', out.getvalue())}
 
 
 def wrong_arguments(module, arguments):

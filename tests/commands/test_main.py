@@ -22,6 +22,7 @@ from alexnet_jax.training import inference
 from tests.helpers import ROOT, fixtures
 from tests.helpers.commands import WITHOUT_TENSORFLOW
 from tests.helpers.processes import compilation_cache
+from tests.helpers.run_dirs import call
 from tests.helpers.stores import write_store
 
 SMALL = {
@@ -356,16 +357,28 @@ VALUES = {
         ['config.run.eval_batch=7', '2 devices'],
     ),
     'more than the devices': (
-        {'run.mesh': '(2,2)'},
-        ['config.run.mesh', '4 devices', '--cpu_devices'],
+        {'run.mesh': '(8,2)'},
+        ['config.run.mesh', '16 devices', '--cpu_devices'],
     ),
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('case', VALUES)
-def test_impossible_values(place, case):
+def test_impossible_values(tmp_path, monkeypatch, case):
+    """In this process: starting one for each takes a minute in all."""
     changes, parts = VALUES[case]
+    monkeypatch.chdir(tmp_path)
+    fields = SMALL | {'data.store': 'never_read'} | changes
+    with pytest.raises(UserError) as refused:
+        call(monkeypatch, main, '--config=configs/quickstart.py', *flags(**fields))
+    line = str(refused.value)
+    assert [part for part in (*parts, line) if part not in line or '\n' in part] == []
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_an_impossible_value_ends_the_program(place):
+    changes, parts = VALUES['crop larger than the images']
     place.refuses(('main', *small('never_read', **changes)), *parts)
 
 

@@ -743,7 +743,7 @@ def test_few_labels(tmp_path):
 
 def test_the_scales_of_few_labels():
     """The same runs, on crops of 96 or 224 pixels, and AlexNet at quarter or full width."""
-    found = {}
+    found, shapes = {}, functools.cache(network.shapes)
     for scale in ('small', 'full'):
         runs = found[scale] = {}
         few_labels.run(
@@ -765,7 +765,7 @@ def test_the_scales_of_few_labels():
             assert config.augment.crop == crop < config.data.size
             net = build(classes=20, **config.model)
             assert 'alexnet' not in name or net.width == width
-            network.shapes(net, crop)
+            shapes(net, crop)
 
 
 def test_the_table_and_figure_of_few_labels(drawn, tmp_path):
