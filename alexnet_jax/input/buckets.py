@@ -177,7 +177,6 @@ def _copy_part(records: Records, first: int, end: int) -> int:
             for i, low, high in zip(range(first, end), bounds, bounds[1:], strict=False)
         )
 
-    # Each part has its own descriptor: after an error, others may still be under way.
     with open(records.local, 'r+b') as file:
 
         def local(i: int) -> bytes:

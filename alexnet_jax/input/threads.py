@@ -21,7 +21,8 @@ def ordered_map(
 ) -> Iterator:
     """Yields function(item) for every item, in order, with at most `ahead` in flight.
 
-    Closing the iterator cancels calls that have not started. name: the prefix of thread names.
+    Closing the iterator cancels calls that have not started; an error also waits for those that have,
+    because they may be writing files. name: the prefix of thread names.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
     items, waiting = iter(items), deque()
@@ -32,5 +33,8 @@ def ordered_map(
             if not waiting:
                 return
             yield waiting.popleft().result()
+    except Exception:
+        pool.shutdown(cancel_futures=True)
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

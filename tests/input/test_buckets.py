@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -216,6 +217,24 @@ def test_what_is_wrong_in_a_bucket_is_one_line(made, bucket, case):
     assert not os.path.exists(f'{COPY}/store.json')
     if case not in ('labels', 'records', 'cut'):
         assert os.listdir() == []
+
+
+def test_after_an_error_nothing_more_is_written(made, bucket, monkeypatch):
+    """Another process may hold the lock by then."""
+    change(bucket, 'train.labels.npy', flip)
+    read = buckets._read
+
+    def slow(remote, *args):
+        if remote.name == 'val.labels.npy':
+            time.sleep(0.5)  # the error comes first
+        return read(remote, *args)
+
+    monkeypatch.setattr(buckets, '_read', slow)
+    with pytest.raises(UserError, match='train.labels.npy is damaged'):
+        ensure(made)
+    before = sorted(os.listdir(COPY))
+    time.sleep(1)
+    assert sorted(os.listdir(COPY)) == before
 
 
 def test_too_small_a_disk(made, bucket, monkeypatch):

@@ -147,14 +147,14 @@ def test_damaged_files(name, tmp_path):
     content, path, refused = real(name).read_bytes(), tmp_path / 'flipped', 0
     rng = np.random.default_rng(0)
     table_start = 0 if name == SQUEEZENET else tables(content)
-    for i in range(150):
+    for i in range(60):
         damaged = bytearray(content)
         low, high = [(0, 110), (table_start, len(content)), (0, len(content))][i % 3]
         for at in rng.integers(low, high, rng.integers(1, 4)):
             damaged[at] = rng.integers(256)
         path.write_bytes(damaged)
         refused += bool(outcome(name, path))
-    assert refused > 20
+    assert refused > 8
 
 
 def tables(content):
