@@ -176,7 +176,7 @@ def test_citations_name_a_document_in_the_repository():
     assert {file: texts for file, texts in found.items() if texts} == {}
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore:.* found in sys.modules after import of package')
 @pytest.mark.parametrize('page', PAGES, ids=named)
 def test_commands(page):
     text = page.read_text()
