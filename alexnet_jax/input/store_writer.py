@@ -303,8 +303,9 @@ def finish(path: str, source: Source, *, format: str, progress: dict, descriptio
         description['skipped'] = {split: len(bad) for split, bad in skipped.items()}
         bad = [one for split in source.splits for one in skipped[split]]
         save('skipped.txt', _table(bad))
-        text = f'left out {len(bad):,} images that cannot be decoded; skipped.txt lists them'
-        say(f'{path}: {text}')
+        say(
+            f'{path}: images left out because they cannot be decoded: {len(bad):,}; see skipped.txt'
+        )
     crc = {}
     for name in stores.parts(description):
         with open(os.path.join(path, name), 'rb') as file:

@@ -228,6 +228,8 @@ def schedule(
             if old[name] != new[name]:
                 values = f'{name} {old[name]:.6g} there, {new[name]:.6g} here'
                 raise directory.another(
-                    workdir, changed, f', but the rates differ from step {s:,} on ({values})'
+                    workdir,
+                    changed,
+                    f'; completed steps must keep their rates, which differ from step {s:,} on ({values})',
                 )
     return changed, history

@@ -98,7 +98,10 @@ def test_skip_bad_equals_a_source_without_them(tree, tmp_path, format, capsys):
     damage(tree)
     path, options = tmp_path / 'store', {'format': format, 'size': 24}
     made = prepare.prepare(str(tree), store=str(path), skip_bad=True, **options)
-    assert f'{path}: left out 3 images that cannot be decoded; skip' in capsys.readouterr().out
+    assert (
+        f'{path}: images left out because they cannot be decoded: 3; see skip'
+        in capsys.readouterr().out
+    )
     assert made.counts == {'train': 11, 'val': 4}
     store.verify(made)
     told = json.loads((path / 'store.json').read_text())

@@ -114,7 +114,8 @@ def ended(folder):
     ('optim', 'words'),
     [
         ({'epochs': 4.0}, r'optim.drops: \[1.0\] there, \[\] here; config.optim.epochs: 2.0 there, '
-         r'4.0 here\), but the rates differ from step 3 on \(weights 0.01 there, 0.1 here\); give'),
+         r'4.0 here\); completed steps must keep their rates, which differ from step 3 on '
+         r'\(weights 0.01 there, 0.1 here\); give'),
         ({'epochs': 4.0, 'drops': (1.0,), 'warmup': 1.2}, 'from step 0 on .weights 0.1 there, 0.03'),
         ({'epochs': 4.0, 'drops': (1.0,), 'bias_factor': 2.0}, 'from step 0 on .biases 0.1 there'),
         ({'epochs': 4.0, 'drops': (1.0,), 'colour_off': 1.0}, 'from step 3 on .colour 1 there'),
