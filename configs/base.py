@@ -102,7 +102,7 @@ def get_config() -> ConfigDict:
             # 'poly', 'linear', 'cosine', which fall to 0
             'schedule': 'plateau',
             'factor': 0.1,  # multiplies the rate at every drop
-            'epochs': 120.0,  # the run ends here at the latest (the paper: roughly 90)
+            'epochs': 120.0,  # the run ends no later than this (the paper: roughly 90)
             'drops': (),  # 'steps': the epochs of the drops
             'drop_every': 1.0,  # 'exponential': epochs between drops
             'power': 2.0,  # 'poly': the rate is multiplied by (1 - step / total steps) ** power

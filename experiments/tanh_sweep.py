@@ -5,8 +5,8 @@
 The paper gives neither. Its initial values suit ReLU: a bias of 1 "accelerates the early stages of learning
 by providing the ReLUs with positive inputs", but with it tanh units start close to their bound. So do conv1's
 units, whose inputs reach ±100. Each run sets the initial biases, conv1's standard deviation and the
-learning rate of `original` or `paper`; ReLU's own rate is swept, too. From this, `paper.py:tanh` and
-`original.py:tanh` have biases of 0 and a rate of 0.06, at or close to the best.
+learning rate of `original` or `paper`; ReLU's own rate is swept, too. Based on this sweep,
+`paper.py:tanh` and `original.py:tanh` use biases of 0 and a rate of 0.06, the best values or close to them.
 
 Every run has the same few epochs, with the rate divided by 10 after two thirds and five sixths of them.
 """

@@ -230,11 +230,11 @@ def every_field():
         ),
     ],
 )
-def test_the_checks_see(check, text, wrong):
+def test_the_checks_detect_mistakes(check, text, wrong):
     assert check(text) == wrong
 
 
-def test_the_links_see():
+def test_the_link_check_detects_mistakes():
     page = ROOT / 'README.md'
     assert missing_links(page, '[a](docs/runs.md#resuming) [b](https://x.y)') == []
     assert missing_links(page, '[a](docs/runs.md#rest) [b](no.md)') == [

@@ -196,7 +196,7 @@ def test_configs_import_nothing_of_the_library(path):
         ('training.loop', 'from absl import flags, logging', 1),
     ],
 )
-def test_the_rules_see(module, source, count):
+def test_the_rules_detect_violations(module, source, count):
     assert len(violations(source, f'{PACKAGE}.{module}')) == count
 
 

@@ -142,5 +142,5 @@ def test_settings_exist():
         (wrong_settings, "{'model.activation': 'sine'}", 1),
     ],
 )
-def test_the_checks_see(check, text, wrong):
+def test_the_checks_detect_mistakes(check, text, wrong):
     assert len(check(text)) == wrong

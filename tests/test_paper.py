@@ -138,7 +138,7 @@ LINKS = '\n[b]: measurements.md#agreement-with-other-implementations\n'
         (wrong_numbers, '| 1 | x | y | 1e-9 | z |', 1),
     ],
 )
-def test_the_checks_see(check, text, count):
+def test_the_checks_detect_mistakes(check, text, count):
     assert len(check(text + LINKS)) == count
 
 

@@ -154,7 +154,7 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
     if working < processes:
         raise UserError(
             f'config.run.mesh: {data} x {model} leaves {processes - working} of {processes} processes '
-            f'without a device; start only {working}, or choose a batch that more devices divide'
+            f'without a device; start only {working}, or choose a batch that more devices divide evenly'
         )
     keep_programs()
     return jax.make_mesh(

@@ -211,14 +211,14 @@ def _check_rest(path: str, source: Source, progress: dict) -> None:
         if not progress['written'][SPLITS.index(split), 0]:
             listed = _list(path, skipped[split], source.splits[split])
             raise UserError(
-                f'{source.name}: no image is left of the {split} split: {listed}; {repair}'
+                f'{source.name}: no images are left in the {split} split: {listed}; {repair}'
             )
     index = np.fromfile(os.path.join(path, 'train.index'), INDEX)
     gone = sorted({bad.label for bad in skipped['train']} - {*index['label'].tolist()})
     if gone:
         listed = [bad for bad in skipped['train'] if bad.label == gone[0]]
         raise UserError(
-            f'{source.name}: no training image is left of class {source.class_names[gone[0]]!r}: '
+            f'{source.name}: no training images of class {source.class_names[gone[0]]!r} are left: '
             f'{_list(path, listed, len(listed))}; {repair}, or remove the class'
         )
 

@@ -54,7 +54,9 @@ def _fields(config) -> None:
                 f'config.run.dispatch={config.run.dispatch}, the number of steps run at once'
             )
     if offset := jax.config.jax_random_seed_offset:
-        raise UserError(f'JAX_RANDOM_SEED_OFFSET={offset}: would change all draws; set config.seed')
+        raise UserError(
+            f'JAX_RANDOM_SEED_OFFSET={offset}: would change all draws; unset it and set config.seed'
+        )
     preemption.parse(config.run.stop_after)
     choose('config.run.saves', config.run.saves, ('background', 'wait'))
     choose('config.run.failed_save', config.run.failed_save, ('stop', 'warn'))

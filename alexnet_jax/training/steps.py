@@ -341,7 +341,7 @@ def recompute_statistics(
 
 
 def _with_var(stats: dict, function: Callable) -> dict:
-    """Replaces every 'var' of a tree by function(mean, var), from the 'mean' beside it."""
+    """Replaces every 'var' in a tree with function(mean, var), from the 'mean' beside it."""
     if 'var' in stats:
         return {**stats, 'var': function(stats['mean'], stats['var'])}
     return {name: _with_var(inner, function) for name, inner in stats.items()}

@@ -113,7 +113,7 @@ def make_mesh(topology: str, shape: tuple[int, int]) -> Mesh:
     if not importlib.util.find_spec(MODULES[chip.platform]):
         raise UserError(
             f'--topology={topology}: needs {MODULES[chip.platform]}; install '
-            'requirements-compilers.txt, best in a separate environment'
+            'requirements-compilers.txt, preferably in a separate environment'
         )
     options = {'topology_name': topology}
     if chip.platform == 'cuda':

@@ -73,7 +73,7 @@ def program_lines(
 ) -> list[str]:
     """Describes a program for devices that are not present; flops: of training on one image, 0 if unknown.
 
-    compiled: for its memory only; images: per device, of whose towers each computes 1 / shape[1].
+    compiled: for its memory only; images: per device, which computes 1 / shape[1] of the towers for them.
     """
     memory = compiled.memory_analysis()
     kernels = hlo.kernels(text)

@@ -550,7 +550,7 @@ def test_init_from_another_network(world):
 
 
 @pytest.mark.slow
-def test_a_work_directory_that_cannot_be(world):
+def test_an_unusable_work_directory(world):
     world.refuses(
         ('main', *small('tiny'), '--workdir=run/run.json'), 'run/run.json', 'not a writable folder'
     )
@@ -574,7 +574,7 @@ SIDES = [(100, 80), (72, 72), (40, 90)]  # width and height
 
 
 def table(text):
-    """The rows of the printed table, {(name, crops): (top-1, per-class error, images)}: few classes."""
+    """The rows of the printed table, {(name, crops): (top-1, per-class error, images)}, of few classes."""
     lines = text.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith('Model ')]
     assert lines[heads[0]].split() == [*('Model', 'Crops', 'Top-1', 'Per-class', 'Images')], text

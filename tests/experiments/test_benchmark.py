@@ -275,7 +275,7 @@ def command(*arguments):
 
 @pytest.mark.parametrize('reader', ['tf', 'threads'])
 @pytest.mark.parametrize('cold', [False, True])
-def test_a_turn_begins_without_what_lay_ready(tmp_path, monkeypatch, cold, reader):
+def test_a_turn_does_not_count_batches_prepared_before_it(tmp_path, monkeypatch, cold, reader):
     if reader == 'threads':
         without_tensorflow(monkeypatch)
     write_store(
@@ -314,7 +314,7 @@ def test_the_input_is_that_of_the_preset(tmp_path, monkeypatch, random):
     assert unchanged != random  # half of them are flipped
 
 
-def test_as_much_is_drained_as_many_threads_keep_ready(tmp_path, monkeypatch):
+def test_drains_as_many_batches_as_many_threads_keep_ready(tmp_path, monkeypatch):
     without_tensorflow(monkeypatch)
     monkeypatch.setattr(batches, 'cores', lambda: 16)
     made, taken, cut = [], [], batches._cut

@@ -132,7 +132,7 @@ def test_evaluation(topology, shape, what):
         ('h100:9999999', 'at most 10,000'),
     ],
 )
-def test_topologies_that_cannot_be(topology, words):
+def test_invalid_topologies(topology, words):
     with pytest.raises(UserError, match=words):
         compilers.make_mesh(topology, (4, 1))
 

@@ -431,7 +431,7 @@ def test_fall_2009():
 
 @pytest.mark.full
 def test_which_networks_go_together(tmp_path, monkeypatch):
-    """Every run that did not diverge, even if the last one did; later, runs added since, too."""
+    """The ensemble takes every run that did not diverge; a later call also takes those added since."""
     compared = []
 
     def compare(paths, views):
@@ -500,7 +500,7 @@ def test_what_table_2_needs(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_kept_besides_is_found_in_a_process_of_its_own():
+def test_analyses_run_in_a_separate_process():
     assert lab.apart(os.getpid) != os.getpid()
     with pytest.raises(UserError, match='not a run directory'):
         lab.apart(ablations.errors, 'nowhere')

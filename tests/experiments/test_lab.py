@@ -345,7 +345,7 @@ def test_commands_that_share_an_experiment_keep_each_others_results(tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_of_another_command_are_found_where_only_names_others(tmp_path):
+def test_rows_of_another_command_are_found_even_if_only_excludes_them(tmp_path):
     started = []
 
     def start(command, workdir, until):
@@ -419,7 +419,7 @@ def test_a_command_and_another_folder_for_results(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('text', ['--config.seed=5', '--workdir=x', '--config', '-workdir'])
-def test_what_every_run_has_of_its_own_cannot_be_given(command, tmp_path, text):
+def test_arguments_that_each_run_sets_itself_are_rejected(command, tmp_path, text):
     with pytest.raises(UserError, match=f'{text}: set by each run itself'):
         command('--', '--config.data.source=a', text, 'x')
     assert [path.name for path in tmp_path.iterdir()] == ['configs']
@@ -571,7 +571,7 @@ def test_a_wrong_only_lists_the_names(tmp_path):
         make(tmp_path, start=leave, seeds=2).choose(run, ['d'])
 
 
-def test_what_a_run_still_takes(tmp_path):
+def test_the_remaining_time_of_a_run(tmp_path):
     leave(['--config=configs/cifar10.py', '--workdir=w'], tmp_path / 'runs/w', None)
     (tmp_path / 'runs/w/store.json').write_text('{"counts": {"train": 100}}')
     row = {'epoch': 20.0, 'images_per_second': 10.0}

@@ -423,7 +423,7 @@ def no_pictures(monkeypatch):
     ],
 )
 @pytest.mark.parametrize('when', ['trained', 'looked at'])
-def test_what_changes_while_a_run_is_made_refuses_it(
+def test_a_run_is_rejected_if_something_changes_during_it(
     tmp_path, monkeypatch, no_pictures, when, part, words
 ):
     known = getattr(provenance, part)
@@ -450,7 +450,7 @@ def test_what_changes_while_a_run_is_made_refuses_it(
 
 
 @pytest.mark.slow
-def test_what_is_added_to_a_row_is_held_to_the_same(tmp_path, monkeypatch, no_pictures):
+def test_additions_to_a_row_must_meet_the_same_rules(tmp_path, monkeypatch, no_pictures):
     """An analysis of several runs needs committed code and the functions of the other rows."""
     monkeypatch.setattr(provenance.directory, 'commit', lambda: 'abc')
     folders = {'runs': tmp_path / 'runs', 'results': tmp_path / 'results'}

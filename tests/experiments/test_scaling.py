@@ -481,7 +481,7 @@ def test_what_differs_is_marked():
         '--hlo=/none/x --topology=h100:2',
     ],
 )
-def test_arguments_that_cannot_be(arguments, wrong):
+def test_invalid_arguments(arguments, wrong):
     with pytest.raises(UserError, match=wrong.split('=')[0]):
         arguments(*wrong.split())
 

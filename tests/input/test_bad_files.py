@@ -169,7 +169,7 @@ def test_an_interrupted_pass_with_skip_bad_equals_a_whole_one(
     assert again == (flush == 0 and skips[:2] == [True, False])
 
 
-def test_what_is_repaired_after_a_skip_is_not_lost_without_it(tree, tmp_path, monkeypatch):
+def test_images_repaired_after_skip_bad_are_read_again(tree, tmp_path, monkeypatch):
     prepare.prepare(str(tree), store=str(tmp_path / 'whole'), size=24)
     monkeypatch.setattr(store_writer, 'FLUSH_SECONDS', 0)
     before = damage(tree)
@@ -188,11 +188,11 @@ def test_what_is_repaired_after_a_skip_is_not_lost_without_it(tree, tmp_path, mo
     [
         (
             [('train', 'bee', i) for i in range(6)],
-            "no training image is left of class 'bee': 6 of 6 images cannot be decoded: train/bee/0",
+            "no training images of class 'bee' are left: 6 of 6 images cannot be decoded: train/bee/0",
         ),
         (
             [('val', 'ape', i) for i in range(2)] + [('val', 'bee', i) for i in range(3)],
-            'no image is left of the val split: 5 of 5 images cannot be decoded: val/ape/000.jpg',
+            'no images are left in the val split: 5 of 5 images cannot be decoded: val/ape/000.jpg',
         ),
     ],
 )

@@ -327,7 +327,7 @@ def test_labels_that_make_no_sense_in_parquet(tree, tmp_path):
 
 
 @pytest.mark.parametrize('left', ['left.parquet', 'flowers.tar', 'train/0000.parquet'])
-def test_archives_beside_class_folders_are_no_sets(tmp_path, left):
+def test_archives_beside_class_folders_are_not_datasets(tmp_path, left):
     fixtures.write_tree(tmp_path / 'train', {'a': 10, 'b': 10})
     (tmp_path / left).write_bytes(b'x')
     assert sources.open_source(str(tmp_path)).class_names == ['a', 'b']

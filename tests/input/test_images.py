@@ -62,7 +62,7 @@ def test_exif_of_every_mode(mode):
 @pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP'])
 @pytest.mark.parametrize('exif', [b'', b'Exif\0\0garbage', b'MM\0*', b'MM\0*\0\0\0\x08\0\x05\x01'])
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_damaged_exif_is_as_none(format, exif):
+def test_damaged_exif_is_ignored(format, exif):
     image, data = fixtures.picture(4), io.BytesIO()
     image.save(data, format, exif=exif)
     found, expected = (decode(data.getvalue(), exif=exif) for exif in (True, False))
@@ -223,7 +223,7 @@ def test_too_large_names_the_limit():
 
 
 @pytest.mark.parametrize('where', ['before', 'after', 'iCCP', 'many'])
-def test_large_metadata_are_no_damage(where):
+def test_large_metadata_is_not_damage(where):
     image = fixtures.picture(5)
     data = fixtures.encode(image, 'PNG')
     text = chunk(b'zTXt', b'Comment\0\0' + zlib.compress(bytes(80_000_000), 1))

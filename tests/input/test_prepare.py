@@ -622,7 +622,7 @@ def test_a_holder_removes_the_folder_while_another_starts(tree, tmp_path, monkey
     assert sorted(os.listdir(tmp_path)) == ['tree']  # it removed what it made
 
 
-def test_folders_that_a_first_try_made_go_too(tmp_path, monkeypatch):
+def test_folders_made_by_a_failed_attempt_are_removed_too(tmp_path, monkeypatch):
     is_open = iter([False, True])
     monkeypatch.setattr(store_writer, '_is_open', lambda *args: next(is_open))
     with store_writer.locked(str(tmp_path / 'data' / 'store')):
@@ -630,7 +630,7 @@ def test_folders_that_a_first_try_made_go_too(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made_is_no_endless_loop(tmp_path):
+def test_a_folder_that_cannot_be_made_does_not_loop_forever(tmp_path):
     (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
     with pytest.raises(FileExistsError):
         with store_writer.locked(str(tmp_path / 'link')):
@@ -777,13 +777,13 @@ def test_a_store_that_is_a_file(tree, tmp_path):
     assert (tmp_path / 'file').read_bytes() == b'mine'
 
 
-def test_a_store_that_another_process_has_just_begun_is_no_other_thing(tmp_path, monkeypatch):
+def test_a_store_just_begun_by_another_process_is_recognized(tmp_path, monkeypatch):
     # It wrote them after we looked for store.json and before we listed the folder.
     monkeypatch.setattr(prepare.os, 'listdir', lambda path: ['lock.tmp', 'store.json', 'train.jpg'])
     assert prepare._description(str(tmp_path)) is None
 
 
-def test_files_of_the_user_are_no_temporary_files(tree, tmp_path):
+def test_user_files_are_not_treated_as_temporary(tree, tmp_path):
     for path in (tmp_path / 'mine', tmp_path / 'store'):
         path.mkdir()
     (tmp_path / 'mine' / 'a.tmp').write_bytes(b'mine')
@@ -817,14 +817,14 @@ def test_all_names_that_are_written_are_known(tree, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('fraction', [float('nan'), float('inf'), -float('inf'), 0.0, 1.0, -0.1])
-def test_a_val_fraction_that_is_none(tree, tmp_path, fraction):
+def test_an_invalid_val_fraction(tree, tmp_path, fraction):
     for function in (prepare.prepare, prepare.ensure):
         with pytest.raises(UserError, match=f'^val_fraction {fraction}: must be between'):
             function(source=tree, store=str(tmp_path / 'store'), size=24, val_fraction=fraction)
     assert os.listdir(tmp_path) == ['tree']
 
 
-def test_the_command_refuses_a_val_fraction_that_is_none(tree, tmp_path):
+def test_the_command_rejects_an_invalid_val_fraction(tree, tmp_path):
     result = subprocess.run(
         [*COMMAND, f'--source={tree}', '--val_fraction=nan'],
         cwd=tmp_path,

@@ -56,7 +56,7 @@ def test_folder_with_val_gives_sorted_files_and_labels_by_sorted_names(tmp_path)
     assert read(source, 'train', 4) == examples[4:]
 
 
-def test_without_val_the_split_test_is_taken(tmp_path):
+def test_without_val_the_test_split_is_used(tmp_path):
     fixtures.write_tree(tmp_path / 'train', {'a': 3, 'b': 2})
     fixtures.write_tree(tmp_path / 'test', {'a': 1, 'b': 1})
     source = sources.open_source(str(tmp_path))

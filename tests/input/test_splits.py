@@ -198,7 +198,7 @@ def test_forms(tree, tmp_path, write):
 
 @pytest.mark.parametrize('write', [as_parquet, as_shards, as_list])
 @pytest.mark.parametrize('val', [True, False])
-def test_labels_of_minus_one_are_no_labels(tree, tmp_path, write, val):
+def test_labels_of_minus_one_mean_unlabeled(tree, tmp_path, write, val):
     """One line says so immediately; without a validation split, a part of train is held out."""
     made = write(tree, tmp_path / 'set', [-1] * 4)
     if not val and made.is_dir():

@@ -58,7 +58,7 @@ def test_the_18_percent_network_step_by_step():
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_norms_of_the_11_percent_network_are_what_it_lacks_without_them():
+def test_the_11_percent_networks_differ_only_in_the_norms():
     *_, out, _ = applied('11pct')
     norm = layers.lrn(out['max1'], alpha=0.001 / 9, k=1.0, n=9, beta=0.75)
     np.testing.assert_allclose(out['norm1'], norm, rtol=1e-5, atol=1e-6)

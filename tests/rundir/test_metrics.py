@@ -205,7 +205,7 @@ sys.exit('tensorflow' in sys.modules)
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=120)
 
 
-def test_a_full_disk_is_said(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     writer = metrics.Writer(tmp_path, start=0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

@@ -51,7 +51,7 @@ def test_k_means(count):
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
-def test_k_means_of_little():
+def test_k_means_of_few_values():
     assert compression.k_means(np.zeros(0, np.float32), 4).shape == (0,)
     assert compression.k_means(np.full(5, 0.3, np.float32), 4).tolist() == [np.float32(0.3)]
 

@@ -384,7 +384,7 @@ def test_fine_tuning_takes_everything_but_the_head(runs, folder, net, shape):
 
 
 @pytest.mark.parametrize(('net', 'shape'), [('nested', (1, 1)), ('towers', (1, 2))], ids=str)
-def test_classes_in_another_order_keep_theirs_of_the_head(runs, folder, caplog, net, shape):
+def test_reordered_classes_keep_their_part_of_the_head(runs, folder, caplog, net, shape):
     old = variables(runs(net, (1, 1)))
     frozen = {'train.init_from': str(runs(net, (1, 1))), 'optim.rate': 0.0}
     frozen['train.freeze'] = tuple({n.split('/')[1] for n in old})
@@ -398,7 +398,7 @@ def test_classes_in_another_order_keep_theirs_of_the_head(runs, folder, caplog, 
 
 
 @pytest.mark.parametrize('net', FIELDS)
-def test_as_many_other_classes_have_a_new_head(runs, folder, caplog, net):
+def test_the_same_number_of_different_classes_gets_a_new_head(runs, folder, caplog, net):
     old = variables(runs(net, (1, 1)))
     frozen = {'train.init_from': str(runs(net, (1, 1))), 'optim.rate': 0.0}
     with caplog.at_level(logging.INFO, 'alexnet_jax'):
@@ -449,7 +449,7 @@ def test_an_ensemble_averages_probabilities(runs, folder, net):
     assert [one['count'] for one in sums.values()] == [11] * 3
 
 
-def test_rates_of_a_first_layer_that_is_none(folder):
+def test_rates_for_a_missing_first_layer(folder):
     with pytest.raises(UserError, match='config.optim.conv1=.*no first convolution'):
         train(folder, 'none', 'nested', **{'optim.conv1': ((1.0, 0.0),)})
     assert not (folder / 'none').exists()

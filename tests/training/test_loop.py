@@ -174,7 +174,7 @@ def test_the_steps_before_a_compilation_are_reported_before_it(store, tmp_path, 
 
 
 @pytest.mark.full
-def test_a_dispatch_that_fits_nowhere_is_said(store, tmp_path, caplog):
+def test_a_dispatch_that_fits_nowhere_is_reported(store, tmp_path, caplog):
     config = make_config(
         store, **{'run.dispatch': 20, 'run.log_every': 20, 'run.checkpoint_every': 20}
     )
@@ -282,7 +282,7 @@ def test_training_waits_for_checkpoints_where_it_should(store, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_what_went_wrong_first_is_told(store, tmp_path, monkeypatch):
+def test_the_first_error_is_the_one_reported(store, tmp_path, monkeypatch):
     def fail(message, kind):
         def raises(*args):
             raise kind(message)
@@ -470,7 +470,10 @@ def test_what_a_start_says_first_and_last(
 
 
 def test_lines_in_a_long_interval(tmp_path, monkeypatch):
-    """Asked for after every step but 4 and 8, which have full lines, with the images until those."""
+    """The loop asks for one after every step except 4 and 8, which log full lines.
+
+    It passes the number of images left until the next full line.
+    """
     monkeypatch.setattr(loop.meshes, 'global_batches', lambda mesh, batch, local: local)
     said, left = [], []
     monkeypatch.setattr(loop.log, 'info', lambda text, *args: said.append(text))

@@ -252,7 +252,7 @@ def test_the_chosen_mesh_gives_each_tower_a_device():
         ((3, 1), 2, 8, 'batch=8 cannot be divided over 3 devices'),
     ],
 )
-def test_meshes_that_cannot_be(shape, towers, batch, message):
+def test_impossible_meshes(shape, towers, batch, message):
     with pytest.raises(UserError, match=message):
         meshes.make(shape, towers=towers, batches={'batch': batch})
 

@@ -94,7 +94,7 @@ RATES = {
     [pytest.param(backend.CPU, marks=pytest.mark.full), backend.GPU],
     ids=['cpu', 'accelerator'],
 )
-def test_several_steps_of_one_program_are_those_of_one_each(net, mesh, monkeypatch, form):
+def test_several_steps_in_one_program_equal_single_steps(net, mesh, monkeypatch, form):
     """On CPUs the loop is unrolled, because their convolutions are slow inside a loop."""
     monkeypatch.setattr(backend, 'CPU', form)
     step, state, settings = make_step(net, mesh)

@@ -31,7 +31,7 @@ def recognizes(name: str) -> bool:
 
 
 def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
-    """Returns False: a folder's files are counted in a moment."""
+    """Returns False: counting a folder's files takes only a moment."""
     del name, data_dir, pictures
     return False
 

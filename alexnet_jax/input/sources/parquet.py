@@ -61,7 +61,7 @@ def recognizes(name: str) -> bool:
 def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
     """Returns whether a set on the Hub has at least `pictures` images, judging by its download size.
 
-    False for a folder: its rows are counted in a moment.
+    False for a folder: counting its rows takes only a moment.
     """
     del data_dir
     if not name.startswith(HUB):

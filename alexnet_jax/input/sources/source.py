@@ -67,7 +67,7 @@ SPLIT_OF = {alias: split for split, aliases in ALIASES.items() for alias in alia
 
 
 def split_of(name: str) -> str | None:
-    """Returns the split that a word means in any case ('Validation' -> 'val'), or None."""
+    """Returns the split that a word means, ignoring case ('Validation' -> 'val'), or None."""
     return SPLIT_OF.get(name.casefold())
 
 
@@ -172,7 +172,7 @@ def image_files(tree: str, skipped: collections.Counter, root: str | None = None
 
 
 def identity(path: str) -> tuple[int, int]:
-    """Returns what two paths to the same folder have in common."""
+    """Returns a key that is the same for all paths to a folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 

@@ -38,7 +38,7 @@ def is_large(name: str, data_dir: str | None, pictures: int) -> bool:
     """
     builder = _builder(name, data_root(name, data_dir))
     if builder.is_prepared():
-        return False  # opening it will count them in a moment
+        return False  # opening it counts them, which takes only a moment
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     if counts:
         return sum(counts[split] for split in {*_origin(counts, name).values()}) >= pictures
