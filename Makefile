@@ -1,7 +1,7 @@
 # make quickstart   install, train a small net on rendered images, evaluate it (about 3 minutes)
 # make test         the tests (6 minutes on 2 fast cores, 25 on 2 slow ones)
 # make test-fast    without the slow tests
-# make test-all     also the end-to-end checks to run before a release (15 minutes)
+# make test-all     also the end-to-end checks to run before a release
 # make test-deploy  compares the networks with those of PyTorch, Keras, OpenCV, ... (installs them)
 # make test-compilers  cross-compiles for TPUs and GPUs (installs their compilers; about 3 GB in all)
 # make notebook     executes notebooks/alexnet.ipynb in runs/notebook (less than 5 minutes)

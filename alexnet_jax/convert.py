@@ -34,7 +34,8 @@ def main() -> None:
         '--size',
         type=int,
         default=0,
-        help='side in pixels of the images that crops are taken from (default: 8/7 of the crop)',
+        help='side in pixels of the images that crops are taken from (default: 256 for crops of '
+        '224 to 227, else 8/7 of the crop)',
     )
     parser.add_argument(
         '--names',

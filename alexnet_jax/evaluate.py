@@ -31,8 +31,12 @@ NUMBERED, NAMED = 20, 60
 def main() -> None:
     parser = command.make_parser('evaluate', __doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run directories')
-    parser.add_argument('--split', default='val', choices=('val', 'train', 'test'))
-    parser.add_argument('--views', default='both', choices=('both', *steps.VIEWS))
+    parser.add_argument(
+        '--split', default='val', choices=('val', 'train', 'test'), help='images to evaluate'
+    )
+    parser.add_argument(
+        '--views', default='both', choices=('both', *steps.VIEWS), help='crops (§4.1)'
+    )
     parser.add_argument('--step', **command.STEP)
     parser.add_argument('--store', default='', help='path of the store, if it has moved')
     parser.add_argument('--batch', type=int, default=100, help='images per step')

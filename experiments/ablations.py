@@ -305,7 +305,7 @@ def as_claimed(mean: float, corrected: float, short_of: float | None = None) -> 
         return 'no difference'
     sign = "the paper's sign" if mean > 0 else 'the opposite sign'
     doubts = ['not significant'] * (corrected >= statistics.LEVEL)
-    doubts += [f'less than {short_of:g} times'] if short_of else []
+    doubts += [f'less than {short_of:g} times'] if short_of and mean > 0 else []
     return f'{sign}, but {" and ".join(doubts)}'
 
 
@@ -462,11 +462,15 @@ def plot(results, file):
         axes.set_xscale('symlog', linthresh=10)
         ticks = (-50, -10, -5, 0, 5, 10, 50)
         ends = [found.low if math.isfinite(found.low) else found.mean for found in measured]
+        highs = [found.high for found in measured if math.isfinite(found.high)]
         axes.set(
             xlabel=f'top-{(1, 5)[i]} error minus that of the reference, points\n(beyond 10: logarithmic)',
             xticks=ticks,
             xticklabels=ticks,
-            xlim=(min([-8, *(1.2 * end for end in ends)]), 90),
+            xlim=(
+                min([-8, *(1.2 * end for end in ends)]),
+                max([90, *(1.1 * end for end in highs)]),
+            ),
             yticks=range(len(shown)),
             yticklabels=[
                 name + ' (at chance)' * any(map(labs.at_chance, labs.named(results, name)))

@@ -377,9 +377,8 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
         except KeyboardInterrupt:
             raise Stopped(f'{workdir}: stopped; repeat the command to resume') from None
         finally:
-            if (
-                process.poll() is None
-            ):  # stopped, or an error here, which must not leave it training
+            # stopped, or an error here, which must not leave it training
+            if process.poll() is None:
                 process.terminate()  # it saves a checkpoint and exits
                 process.wait()
     last = log.read_text(errors='replace').strip().rpartition('\n')[2]

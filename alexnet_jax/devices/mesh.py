@@ -154,7 +154,8 @@ def make(shape: tuple[int, int], *, towers: int, batches: dict[str, int]) -> Mes
     if working < processes:
         raise UserError(
             f'config.run.mesh: {data} x {model} leaves {processes - working} of {processes} processes '
-            f'without a device; start only {working}, or choose a batch that more devices divide evenly'
+            f'without a device; start only {working}, or choose another config.run.mesh, or make '
+            f'{" and ".join(batches)} divisible by more devices'
         )
     keep_programs()
     return jax.make_mesh(

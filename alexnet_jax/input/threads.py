@@ -21,8 +21,8 @@ def ordered_map(
 ) -> Iterator:
     """Yields function(item) for every item, in order, with at most `ahead` in flight.
 
-    Closing the iterator cancels calls that have not started; an error also waits for those that have,
-    because they may be writing files. name: the prefix of thread names.
+    Closing the iterator cancels calls that have not started. An error of a call also waits for those under
+    way, because they may be writing files. name: the prefix of thread names.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
     items, waiting = iter(items), deque()

@@ -199,7 +199,7 @@ class AlexNet(blocks.Towers):
     def _dropout(self, xs, i, train):
         """As in §4.2, zeroes half of the units in training without rescaling, and halves all at test time.
 
-        'inverted', as in Caffe and torchvision, gives twice as much in both.
+        'inverted', as in Caffe and torchvision, gives twice these values, in training and at test time.
         """
         if self.dropout == 'none':
             return xs

@@ -143,8 +143,8 @@ class Logits(nn.Module):
 class Towers(network.Network):
     """The base of networks in towers that begin with a convolution `conv1` and end with `fc8`.
 
-    They have the fields width, local_towers (those on this device) and model_axis (the mesh axis that has
-    the others), and perhaps groups and data_axis (see `layers.BatchNorm`).
+    They have the fields width, towers, local_towers (those on this device) and model_axis (the mesh axis that
+    has the others), and perhaps groups and data_axis (see `layers.BatchNorm`).
     """
 
     @property

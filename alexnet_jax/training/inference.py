@@ -123,12 +123,13 @@ def placed(path: str | os.PathLike, variables: dict, target: dict) -> dict:
 def as_bundle(run: Run, **card) -> Bundle:
     """Returns a restored run as a bundle, without the paths of this machine; card: facts to add."""
     data, train = run.config['data'], run.config['train']
-    start = train['init_from']
+    source, start = data['source'], train['init_from']
+    is_folder = is_path(source) or source.count('/') > 1 and not source.startswith('hf://')
     config = {
         **run.config,
         'data': {
             **data,
-            'source': _last(data['source']) if is_path(data['source']) else data['source'],
+            'source': _last(source) if is_folder else source,
             'dir': '',
             'store': '',
             'exif': 'on' if run.facts.exif else 'off',

@@ -59,6 +59,7 @@ def test_a_bundle_has_no_paths_of_this_machine(tiny):
         ('imagenet_resized/32x32', 'torchvision/alexnet', None),
         ('hf://datasets/a/b', 'hub:quickstart', None),
         ('flowers', 'runs/first', ('flowers', 'first')),
+        ('clients/acme/photos', '', ('photos', '')),  # relative to a folder that is not this one
     ):
         config = {**described.config, 'data': {**described.config['data'], 'source': source}}
         config['train'] = {**config['train'], 'init_from': start}
