@@ -377,7 +377,7 @@ def in_new_process(command: list[str], workdir: pathlib.Path, until: Callable | 
         except KeyboardInterrupt:
             raise Stopped(f'{workdir}: stopped; repeat the command to resume') from None
         finally:
-            # stopped, or an error here, which must not leave it training
+            # After a stop or an error here, it must not go on training.
             if process.poll() is None:
                 process.terminate()  # it saves a checkpoint and exits
                 process.wait()

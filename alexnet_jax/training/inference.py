@@ -124,7 +124,8 @@ def as_bundle(run: Run, **card) -> Bundle:
     """Returns a restored run as a bundle, without the paths of this machine; card: facts to add."""
     data, train = run.config['data'], run.config['train']
     source, start = data['source'], train['init_from']
-    is_folder = is_path(source) or source.count('/') > 1 and not source.startswith('hf://')
+    # It may be relative to another folder, but a TFDS name has at most one '/'.
+    is_folder = is_path(source) or (source.count('/') > 1 and not source.startswith('hf://'))
     config = {
         **run.config,
         'data': {

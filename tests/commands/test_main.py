@@ -365,7 +365,7 @@ VALUES = {
 
 @pytest.mark.parametrize('case', VALUES)
 def test_impossible_values(tmp_path, monkeypatch, case):
-    """In this process: starting one for each takes a minute in all."""
+    """Runs in this process, because starting one for each value takes a minute."""
     changes, parts = VALUES[case]
     monkeypatch.chdir(tmp_path)
     fields = SMALL | {'data.store': 'never_read'} | changes

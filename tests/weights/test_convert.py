@@ -359,8 +359,8 @@ def test_which_alexnet(tmp_path):
     ],
 )
 def test_variants_of_caffes_alexnet(tmp_path, alexnet, layer, fields, words):
-    """Their shapes are the same; a file has 244 MB, so only one is also written in the old form."""
-    for old in (False, True) if layer == 'conv2' else (False,):
+    """Their shapes are the same. A file has 244 MB, so only some are also written in Caffe's old format."""
+    for old in (False, True) if layer in ('conv2', 'pooling1') else (False,):
         content = files.caffemodel(alexnet, old=old, changes={layer: fields})
         refused(tmp_path, 'net.caffemodel', content, words)
 
